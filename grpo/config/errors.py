@@ -1,0 +1,18 @@
+"""The one exception for a user's mistake."""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: says what, where, and what to do.
+
+    The launcher prints the lines on one rank and exits with code 2, without a traceback. Anything that is not the
+    user's mistake is another exception (or an assert) and keeps its traceback.
+
+    Args:
+        problems: one line, or several that were found together.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))

@@ -1,0 +1,289 @@
+"""The sections of a recipe: every key, its type, its default, what it means.
+
+A section is a frozen pydantic model; the string under a field is its documentation and appears in `--help`. Defaults
+are those of the reference trainer (VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines
+mean the same here. Checks that need one key only live with the field; checks across keys live in `recipes.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict about names, immutable, documented by attribute docstrings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The autoregressive image generator."""
+
+    name: str = "GPT-B"
+    """Spec of the GPT, a key of `grpo.models.MODEL_SPECS`: GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-XXXL, GPT-1B, GPT-3B, ..."""
+    checkpoint: str | None = None
+    """Weights to start from: a LlamaGen file, .safetensors, or a checkpoint folder. None starts from random weights."""
+    from_fsdp: bool = False
+    """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
+    num_classes: PositiveInt = 1000
+    """Number of classes; class id `num_classes` is the unconditional slot."""
+    cls_token_num: Literal[1] = 1
+    """Number of condition tokens before the image; class-conditional models have one."""
+    class_dropout: Fraction = 0.0
+    """Share of training rows that see the unconditional class (pre-training only)."""
+    dropout: Fraction = 0.0
+    """Dropout of tokens, residuals and feed-forwards in pre-training."""
+
+
+class Tokenizer(Section):
+    """The frozen VQ tokenizer between images and codes."""
+
+    name: str = "VQ-16"
+    """Spec of the tokenizer, a key of `grpo.models.TOKENIZER_SPECS`: VQ-16, VQ-8 or a small one."""
+    checkpoint: str | None = None
+    """Weights of the tokenizer. Required by every job but its own training."""
+    codebook_size: PositiveInt = 16384
+    """Number of codes, the GPT's vocabulary."""
+    codebook_embed_dim: PositiveInt = 8
+    """Dimensions of one code."""
+    downsample_size: PositiveInt = 16
+    """Pixels of the image along each side of one code."""
+
+
+class Data(Section):
+    """The images."""
+
+    name: Literal["imagenet", "huggingface", "folder", "digits", "synthetic"] = "imagenet"
+    """Where images come from. imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is;
+    huggingface and folder insist on one of them; digits: the MNIST digits shipped with the project; synthetic: random
+    images, for trying the machinery."""
+    path: str | None = None
+    """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required unless digits or synthetic."""
+    split: str = "train"
+    """Split to read: a key of the saved dataset, a subfolder, or a named part of the digits."""
+    image_size: PositiveInt = 256
+    """Side of the square centre crop, pixels."""
+    num_workers: NonNegativeInt = 8
+    """Loader processes of each rank."""
+    cache_codes: bool = False
+    """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
+    max_bad_images: NonNegativeInt = 100
+    """Unreadable images to name, count and skip before the run is stopped."""
+
+
+class Rollout(Section):
+    """How completions are drawn from the policy."""
+
+    mode: Literal["teacher_forced", "autoregressive"] = "teacher_forced"
+    """teacher_forced: all positions at once under the codes of a real image; autoregressive: true sampling."""
+    num_generations: PositiveInt = 8
+    """Completions of each image (G)."""
+    batch_size: PositiveInt = 32
+    """Images of one rollout on each rank (B)."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits, in sampling and in the log-probs."""
+    top_k: NonNegativeInt = 0
+    """Draw from the k most likely codes only; 0 is off."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the smallest set of codes whose probability exceeds p; 1 is off."""
+    cfg_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Classifier-free guidance of autoregressive rollouts; 1 is off."""
+    guidance_in_loss: Literal["guided", "conditional"] = "guided"
+    """Distribution that the loss scores when guidance is on: the guided one (exact) or the conditional one (cheaper,
+    biased; the gap is logged)."""
+    use_context_noise: bool = False
+    """Replace a share of the teacher-forced context by random codes."""
+    context_noise: Fraction = 0.5
+    """That share."""
+    importance_weight_cap: NonNegativeFloat = 0.0
+    """Weight tokens by min(p_full / p_truncated, cap) when top-k or top-p truncate the draw; 0 is off."""
+    max_rows: NonNegativeInt = 0
+    """Rows decoded together in autoregressive rollouts, to bound the cache; 0 decodes all at once."""
+
+
+class Reward(Section):
+    """The weighted sum of rewards of one completion."""
+
+    reconstruction: Literal["l1", "l2"] = "l2"
+    """Distance to the real image: mean absolute or mean squared error over pixels in [-1, 1]."""
+    reconstruction_weight: float = 1.0
+    """Weight of minus that distance; 0 switches it off."""
+    class_log_prob_weight: float = 0.0
+    """Weight of log p(class | image) under a classifier."""
+    classifier_checkpoint: str | None = None
+    """Weights of that classifier, as `recipes/train_classifier.py` writes them."""
+    batch_size: PositiveInt = 64
+    """Completions decoded and scored at once."""
+    lpips_weight: float = 0.0
+    """Weight of minus LPIPS. Not available yet: refused unless 0."""
+    discriminator: bool = False
+    """Reward by a PatchGAN discriminator. Not available yet: refused."""
+    discriminator_weight: float = 1.0
+    """Its weight. Not available yet: refused unless at its default."""
+    discriminator_dim: PositiveInt = 64
+    """Its width. Not available yet: refused unless at its default."""
+    discriminator_layers: PositiveInt = 3
+    """Its depth. Not available yet: refused unless at its default."""
+    discriminator_checkpoint: str | None = None
+    """Its weights. Not available yet: refused."""
+    embedding_cosine: bool = False
+    """Reward the cosine between a completion's code vectors and the real image's latents before quantisation."""
+    embedding_cosine_weight: float = 0.0
+    """Weight of that cosine minus 1."""
+
+
+class Objective(Section):
+    """Advantages, policy loss and its companions."""
+
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    """grpo: mean over the tokens of each sequence, then over sequences; dapo: mean over all tokens; dr_grpo: sum over
+    tokens divided by the constant length; gspo: ratio of whole sequences; cispo: clipped ratio as a detached weight."""
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch_std", "gdpo"] = "group_std"
+    """Baseline and scale of the rewards: within the group of one image, or over the whole batch for the scale."""
+    advantage_clip: PositiveFloat = 5.0
+    """Advantages are clamped to plus and minus this."""
+    clip_range: NonNegativeFloat = 1e-4
+    """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
+    clip_range_high: NonNegativeFloat | None = None
+    """Upper side of the clip (DAPO's clip-higher); None is clip_range."""
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    """Estimator of KL(policy || reference), added to the loss with weight kl_coef."""
+    use_kl_loss: bool = False
+    """The reference trainer's switch: the same as kl = "k3"."""
+    kl_coef: NonNegativeFloat = 0.01
+    """Weight of the KL term; without effect while the KL is off."""
+    reference_checkpoint: str | None = None
+    """Weights of the frozen reference; None is the policy's own start."""
+    aux_ce_weight: NonNegativeFloat = 0.0
+    """Weight of the cross-entropy on the real image's codes."""
+    entropy_weight: float = 0.0
+    """Weight of the mean token entropy, subtracted from the loss (a bonus)."""
+    use_token_dropout: bool = False
+    """Leave a random share of the tokens out of the policy loss."""
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """That share."""
+
+
+class Optimizer(Section):
+    """AdamW; norms and biases are not decayed."""
+
+    lr: NonNegativeFloat = 1e-5
+    """Learning rate (peak)."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """Learning rate after warm-up: constant, cosine to zero, or one cycle (warm-up over 30 % of the steps, then
+    cosine to zero)."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up (constant and cosine)."""
+
+
+class Training(Section):
+    """Length, batch and precision."""
+
+    steps: PositiveInt = 100
+    """Steps of the run: rollouts with their updates in grpo.py, optimizer steps elsewhere."""
+    seed: NonNegativeInt = 0
+    """Seed of initial weights, data order and sampling."""
+    batch_size: PositiveInt = 8
+    """Sequences in one forward and backward on each rank."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches of one optimizer step. In grpo.py an optimizer step takes batch_size * this many completions."""
+    mixed_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling."""
+    grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Precision in which gradients are reduced across ranks; None is fp32."""
+    dropout_mode: Literal["eval", "train", "twice"] = "eval"
+    """Dropout in the update of grpo.py. Only eval (none, as in the rollout): the other two are refused."""
+    max_skipped_steps: PositiveInt = 10
+    """Optimizer steps in a row with a non-finite loss or gradient (each skipped) after which the run stops."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Backend of sampling, log-probs and loss: Triton on a GPU and plain torch elsewhere, or one of them always."""
+
+
+class Parallel(Section):
+    """How the model is spread over ranks."""
+
+    data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
+    """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
+    within groups of ranks and replicate across them."""
+    shard_size: int = -1
+    """Ranks of one shard group in hsdp; -1 is the ranks of one host."""
+    timeout: PositiveInt = 600
+    """Seconds after which a collective that a rank does not join ends the run."""
+
+
+class Compile(Section):
+    """torch.compile over the GPT blocks."""
+
+    enabled: bool = False
+    """Compile each block; identical blocks share one compilation."""
+
+
+class ActivationCheckpoint(Section):
+    """Recompute activations in the backward to save memory."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """none; selective: keep matrix products and attention, recompute the rest; full: keep block inputs only."""
+
+
+class Checkpoint(Section):
+    """Saving and resuming."""
+
+    interval: NonNegativeInt = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    dir: str = "checkpoints"
+    """Folder of the checkpoints. The default is the folder of this name inside the run's folder; any other value is a
+    path of its own."""
+    sharded: bool = False
+    """Write shards only; otherwise also `consolidated.pth`, the weights in one file that LlamaGen loads."""
+    resume: str = "auto"
+    """auto: the newest complete checkpoint of this run, if any; none: start anew; or the path of a checkpoint."""
+    keep_last: NonNegativeInt = 0
+    """Checkpoints to keep, the newest ones; 0 keeps all."""
+    save_final: bool = True
+    """Write a checkpoint after the last step."""
+    async_save: bool = True
+    """Write in the background while training goes on."""
+
+
+class Metrics(Section):
+    """What a run writes down and shows."""
+
+    run_dir: str | None = None
+    """The run's folder; None is runs/<name of the recipe file>."""
+    interval: PositiveInt = 10
+    """Steps between lines of the log and of Weights & Biases; metrics.jsonl has every step."""
+    image_interval: NonNegativeInt = 100
+    """Steps between image grids; 0 draws none."""
+    image_groups: PositiveInt = 4
+    """Images of one grid, each with its completions."""
+    wandb: bool = False
+    """Log to Weights & Biases (offline unless it is set up otherwise)."""
+    wandb_project: str = "autoreg-grpo"
+    """Its project."""
+    wandb_entity: str | None = None
+    """Its team or user."""
+    wandb_run_name: str | None = None
+    """Its run name; None is the name of the run's folder."""
+
+
+class Debug(Section):
+    """For finding faults."""
+
+    deterministic: bool = False
+    """Deterministic algorithms only."""
