@@ -1,0 +1,91 @@
+"""Advantages of completions: how much better each is than the others of its image."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grpo.parallel import all_reduce_sums
+
+ADVANTAGE_KINDS = ("group_std", "group_mean", "leave_one_out", "batch_std", "gdpo")
+
+
+def spreadless_groups(rewards: Tensor) -> Tensor:
+    """Which groups have no spread beyond fp32 rounding of their values.
+
+    Args:
+        rewards: [groups, G].
+
+    Returns:
+        [groups] bool. Equal images decoded in different batches differ by a few units in the last place, and so does a
+        mean from its terms; such differences say nothing about which completion is better.
+    """
+    spread = rewards.amax(dim=1) - rewards.amin(dim=1)
+    return spread <= 8 * torch.finfo(torch.float32).eps * rewards.abs().amax(dim=1)
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    kind: str = "group_std",
+    clip: float | None = None,
+    components: Tensor | None = None,
+    component_weights: Sequence[float] | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Advantages of B groups of G completions.
+
+    `group_std` (r - mean) / (std + eps) within the group, std unbiased (GRPO, arXiv 2402.03300); `group_mean` without
+    the division (Dr. GRPO, arXiv 2503.20783); `leave_one_out` r minus the mean of the others (RLOO, arXiv 2402.14740);
+    `batch_std` r - group mean over the std of all rewards of all ranks (REINFORCE++, arXiv 2501.03262); `gdpo` the
+    weighted sum of each component's own `group_std` advantage (GDPO).
+
+    Args:
+        rewards: [B, G] fp32, the weighted sums.
+        kind: one of the above.
+        clip: clamp to plus and minus this.
+        components: [K, B, G] the rewards before weighting (gdpo only).
+        component_weights: their K weights (gdpo only).
+        eps: added to standard deviations.
+
+    Returns:
+        [B, G] fp32; exactly 0 in a group without spread. Non-finite rewards give non-finite advantages.
+
+    Raises:
+        ValueError: unknown kind, G < 2, or gdpo without components. `batch_std` is collective over ranks.
+    """
+    if kind not in ADVANTAGE_KINDS:
+        raise ValueError(f"unknown advantage kind {kind!r}; one of {', '.join(ADVANTAGE_KINDS)}")
+    if rewards.shape[-1] < 2 and kind != "batch_std":
+        raise ValueError(f"{kind} compares completions of one image and needs at least 2 of them")
+    rewards = rewards.float()
+    if kind == "gdpo":
+        if components is None or component_weights is None:
+            raise ValueError("gdpo needs the rewards before weighting and their weights")
+        parts = [
+            weight * group_advantages(part, kind="group_std", eps=eps)
+            for part, weight in zip(components, component_weights, strict=True)
+        ]
+        advantages = torch.stack(parts).sum(dim=0)
+    else:
+        size = rewards.shape[1]
+        centred = rewards - rewards.mean(dim=1, keepdim=True)
+        if kind == "group_std":
+            advantages = centred / (rewards.std(dim=1, keepdim=True) + eps)
+        elif kind == "group_mean":
+            advantages = centred
+        elif kind == "leave_one_out":
+            advantages = centred * (size / (size - 1))
+        else:
+            advantages = (rewards if size == 1 else centred) / (_global_std(rewards) + eps)
+        if size > 1:
+            advantages = advantages.masked_fill(spreadless_groups(rewards)[:, None], 0.0)
+    return advantages if clip is None else advantages.clamp(-clip, clip)
+
+
+def _global_std(rewards: Tensor) -> Tensor:
+    """Unbiased standard deviation of the rewards of all ranks; two passes, since rewards may share a large offset."""
+    total = all_reduce_sums({"sum": rewards.double().sum(), "count": rewards.numel()})
+    mean = total["sum"] / total["count"]
+    squares = all_reduce_sums({"squares": (rewards.double() - mean).square().sum()})["squares"]
+    return rewards.new_tensor((squares / max(total["count"] - 1, 1)) ** 0.5)

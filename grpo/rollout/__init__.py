@@ -1,0 +1,18 @@
+"""Rollouts: conditions -> Trajectory."""
+
+from grpo.rollout.autoregressive import AutoregressiveRollout, Decoded, decode, generate
+from grpo.rollout.scoring import Scores, score
+from grpo.rollout.teacher_forced import TeacherForcedRollout
+from grpo.rollout.trajectory import Trajectory, real_rows
+
+__all__ = [
+    "AutoregressiveRollout",
+    "Decoded",
+    "Scores",
+    "TeacherForcedRollout",
+    "Trajectory",
+    "decode",
+    "generate",
+    "real_rows",
+    "score",
+]

@@ -1,0 +1,82 @@
+"""What a rollout yields and an update consumes."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Trajectory:
+    """M completions of T tokens under each of R contexts (the rows of one forward).
+
+    Teacher forcing: a row is a real image, R = B and M = G: its completions share one forward and one backward.
+    Autoregressive: a row is a completion, R = B * G in groups of G, and M = 1. A row may also have no completion
+    (M = 0) and only `target_tokens`: real images for the auxiliary cross-entropy. No later stage needs to know which.
+    """
+
+    class_ids: Tensor
+    """[R] int64: the condition of each context."""
+    context: Tensor
+    """[R, T-1] int64: the tokens fed to the GPT."""
+    tokens: Tensor
+    """[R, M, T] int64: the completions scored under that context."""
+    old_log_probs: Tensor
+    """[R, M, T] fp32: under the policy that sampled, of the full tempered distribution."""
+    ref_log_probs: Tensor | None = None
+    """[R, M, T] fp32: under the frozen reference."""
+    target_tokens: Tensor | None = None
+    """[R, T] int64: the codes of the real image, for the auxiliary cross-entropy."""
+    rewards: Tensor | None = None
+    """[R, M] fp32."""
+    advantages: Tensor | None = None
+    """[R, M] fp32."""
+    kept_mass: Tensor | None = None
+    """[R, M, T] fp32: probability of the set that top-k and top-p left to draw from; None without truncation."""
+    completion_ids: Tensor | None = None
+    """[R, M] int64: global running numbers of the completions, the keys of their random numbers."""
+    hidden: Tensor | None = None
+    """[R, T, D]: final hidden states with their graph, when the forward that sampled is also the one to train."""
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.tokens.shape[0]
+
+    @property
+    def completions(self) -> int:
+        """R * M."""
+        return self.tokens.shape[0] * self.tokens.shape[1]
+
+    def select(self, rows: slice, completions: slice = slice(None)) -> "Trajectory":
+        """The given rows and, of each, the given completions; views, not copies."""
+        changes = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            per_completion = field.name in _PER_COMPLETION
+            changes[field.name] = value[rows, completions] if per_completion else value[rows]
+        return replace(self, **changes)
+
+    def split(self, rows: int) -> list["Trajectory"]:
+        """Micro-batches of at most `rows` rows."""
+        return [self.select(slice(start, start + rows)) for start in range(0, self.rows, rows)]
+
+
+_PER_COMPLETION = {
+    "tokens", "old_log_probs", "ref_log_probs", "rewards", "advantages", "kept_mass", "completion_ids",
+}  # fmt: skip
+
+
+def real_rows(class_ids: Tensor, codes: Tensor) -> Trajectory:
+    """Real images as rows without completions: their codes [B, T] are context and target."""
+    empty = codes.new_zeros(codes.shape[0], 0, codes.shape[1])
+    return Trajectory(
+        class_ids=class_ids,
+        context=codes[:, :-1],
+        tokens=empty,
+        old_log_probs=empty.float(),
+        target_tokens=codes,
+        advantages=empty.new_zeros(empty.shape[:2], dtype=torch.float32),
+    )
