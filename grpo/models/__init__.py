@@ -1,0 +1,5 @@
+"""The GPT over image codes, the VQ tokenizer, their named sizes, and their weights in and out."""
+
+from grpo.models.gpt import GPT, GPTConfig, KVCache
+
+__all__ = ["GPT", "GPTConfig", "KVCache"]

@@ -1,0 +1,336 @@
+"""LlamaGen's class-conditional GPT over image codes (https://arxiv.org/abs/2406.06525), for a single device.
+
+Parameter names and numerics are LlamaGen's own, so its released weights load strictly. A sequence has T rows: row 0
+embeds the class, row t the code t - 1, and row t predicts code t.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Sizes of a GPT.
+
+    Args:
+        dim: width D.
+        n_layer: number of transformer blocks.
+        n_head: number of query heads; `dim / n_head` must be a multiple of 4 for the 2-D rotary positions.
+        n_kv_head: number of key and value heads (grouped-query attention); None means `n_head`.
+        vocab_size: number of image codes V.
+        block_size: codes of one image T, a square number.
+        num_classes: number of classes; class id `num_classes` is the unconditional slot, which always exists.
+        cls_token_num: condition rows before the image; class-conditional models have exactly one.
+        multiple_of: the feed-forward width is rounded up to a multiple of this.
+        ffn_dim_multiplier: factor on the feed-forward width before rounding.
+        rope_base: base of the rotary frequencies.
+        norm_eps: added to the mean square in RMSNorm.
+        class_dropout: share of rows that see the unconditional class, in train mode only.
+        dropout: dropout of embeddings, attention outputs and feed-forward outputs, in train mode only.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int | None = None
+    vocab_size: int = 16384
+    block_size: int = 256
+    num_classes: int = 1000
+    cls_token_num: int = 1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    rope_base: float = 10000
+    norm_eps: float = 1e-5
+    class_dropout: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dim % (4 * self.n_head):
+            raise ValueError(f"dim {self.dim} must be a multiple of 4 * n_head = {4 * self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.kv_heads}")
+        if self.grid_size**2 != self.block_size:
+            raise ValueError(f"block_size {self.block_size} must be a square number")
+        if self.cls_token_num != 1:
+            raise ValueError(f"cls_token_num is {self.cls_token_num}; a class-conditional model has exactly 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def grid_size(self) -> int:
+        """Codes along each side of the image."""
+        return round(self.block_size**0.5)
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the SwiGLU layer: 8/3 of `dim`, scaled, rounded up to a multiple of `multiple_of` (Llama's rule)."""
+        width = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer for `length` rows; its size never changes, so a decode step can be captured."""
+
+    keys: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
+    values: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
+
+
+class LayerCache(NamedTuple):
+    """What one attention layer needs to decode one row; `keys` and `values` are updated in place."""
+
+    keys: Tensor  # [B, n_kv_head, length, head_dim]
+    values: Tensor  # [B, n_kv_head, length, head_dim]
+    row: Tensor  # [1] int64, the row being computed
+    mask: Tensor  # [1, 1, 1, length] bool, true up to that row
+
+
+def rotary_table(config: GPTConfig) -> Tensor:
+    """Cosine and sine of the 2-D rotary angles, [1 + T, head_dim / 2, 2] in fp32 on the CPU.
+
+    The first half of the pairs turns with the code's row in the image, the second half with its column. The class row
+    is all zeros, which blanks its query and key: LlamaGen's layout.
+    """
+    side, pairs = config.grid_size, config.head_dim // 4
+    exponents = torch.arange(pairs, dtype=torch.float32, device="cpu") * 2 / (config.head_dim // 2)
+    angles = torch.outer(torch.arange(side, device="cpu"), 1.0 / config.rope_base**exponents)  # [side, pairs]
+    grid = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=1)  # [T, 2 * pairs]
+    return F.pad(torch.stack([grid.cos(), grid.sin()], dim=-1), (0, 0, 0, 0, 1, 0))
+
+
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn the neighbouring pairs of each head of `x` [B, S, heads, head_dim] by `rotary` [S, head_dim / 2, 2]."""
+    cos, sin = rotary[:, None].unbind(-1)  # [S, 1, head_dim / 2]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation in fp32, scaled in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; with a cache, one row attends to the rows decoded so far."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = (config.n_head, config.kv_heads, config.kv_heads)
+        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: LayerCache | None = None) -> Tensor:
+        assert rotary.dtype == torch.float32, "rotary angles were rounded: shard with cast_forward_inputs=False"
+        queries, keys, values = self.wqkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        queries = apply_rotary(queries, rotary).transpose(1, 2)  # [B, n_head, S, head_dim]
+        keys = apply_rotary(keys, rotary).transpose(1, 2)
+        values = values.transpose(1, 2)
+        mask = None
+        if cache is not None:
+            keys = cache.keys.index_copy_(2, cache.row, keys)
+            values = cache.values.index_copy_(2, cache.row, values)
+            mask = cache.mask
+        grouped = self.heads[0] != self.heads[1]
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
+        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, the unit of compilation, sharding and activation checkpointing."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedding(nn.Module):
+    """One embedding a class and, last, one for no class."""
+
+    def __init__(self, num_classes: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, class_ids: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(class_ids.shape, device=class_ids.device) < self.dropout
+            class_ids = class_ids.masked_fill(dropped, self.num_classes)
+        return self.embedding_table(class_ids)
+
+
+class GPT(nn.Module):
+    """Autoregressive transformer over the codes of one image, conditioned on its class.
+
+    The output shape and the positions are the same in train and eval mode, and nothing of a rollout is module state.
+    The rotary table is a non-persistent buffer that is rebuilt in fp32 after every move of the module, because `.to`
+    a lower precision would round it and `to_empty` would leave garbage. For the same reason FSDP's mixed precision
+    must not cast the blocks' inputs.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = ClassEmbedding(config.num_classes, config.dim, config.class_dropout)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("rotary", rotary_table(config), persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw fresh weights as LlamaGen does: normal with deviation 0.02, norms 1, output projection 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        nn.init.zeros_(self.output.weight)
+
+    def reset_buffers(self) -> None:
+        """Rebuild the rotary table in fp32 on the module's device."""
+        self.rotary = rotary_table(self.config).to(self.rotary.device)
+
+    def _apply(self, fn, recurse: bool = True):  # every `.to`, `.cuda` and `to_empty` passes here
+        super()._apply(fn, recurse)
+        self.reset_buffers()
+        return self
+
+    def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        """Logits of the next code after each row.
+
+        Args:
+            tokens: the image's first S codes, [B, S] integers, 0 <= S < T.
+            class_ids: [B] integers in 0..num_classes; `num_classes` means no class.
+
+        Returns:
+            [B, S + 1, V] fp32; row t predicts code t.
+
+        Raises:
+            ValueError: a shape or dtype is wrong.
+        """
+        return self.output(self._hidden(tokens, class_ids)).float()
+
+    def hidden(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        """The rows that the output projection sees, [B, S + 1, D], after the final norm. Arguments as in `forward`."""
+        return self._hidden(tokens, class_ids)
+
+    def _hidden(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        # Apart from `hidden`, because FSDP wraps the public methods and their hooks must not nest.
+        _check_shapes(tokens, class_ids, self.config.block_size)
+        x = torch.cat([self.cls_embedding(class_ids)[:, None], self.tok_embeddings(tokens)], dim=1)
+        x = self.dropout(x)
+        rotary = self.rotary[: x.shape[1]]
+        for layer in self.layers:
+            x = layer(x, rotary)
+        return self.norm(x)
+
+    def init_cache(
+        self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str, length: int | None = None
+    ) -> KVCache:
+        """An empty cache for `batch_size` sequences of `length` rows (default T), in the dtype of the computation.
+
+        It takes 2 * n_layer * batch_size * n_kv_head * length * head_dim elements.
+        """
+        config = self.config
+        shape = (config.n_layer, batch_size, config.kv_heads, length or config.block_size, config.head_dim)
+        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+
+    def prefill(self, class_ids: Tensor, cache: KVCache) -> Tensor:
+        """Start sequences of the classes `class_ids` [B] in `cache`; the hidden state of row 0, [B, D].
+
+        Raises:
+            ValueError: the batch or the dtype of the cache does not fit.
+        """
+        return self._decode_row(
+            self.cls_embedding(class_ids), torch.zeros((), dtype=torch.long, device=class_ids.device), cache
+        )
+
+    def decode(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+        """Feed one code a sequence and return the hidden state that predicts the next, without gradients.
+
+        Shapes are static and nothing waits for the device, so the step can be compiled or captured in a CUDA graph.
+
+        Args:
+            tokens: the codes number `position - 1`, [B] integers.
+            position: 0-dim int64 on the model's device, the row being computed, 1 <= position < T.
+            cache: from `init_cache`, filled up to that row by `prefill` and earlier calls; updated in place.
+
+        Returns:
+            [B, D], after the final norm.
+
+        Raises:
+            ValueError: the batch or the dtype of the cache does not fit.
+        """
+        return self._decode_row(self.tok_embeddings(tokens), position, cache)
+
+    @torch.no_grad()
+    def _decode_row(self, embedding: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+        if cache.keys.shape[1] != embedding.shape[0] or cache.keys.dtype != embedding.dtype:
+            raise ValueError(
+                f"the cache holds {cache.keys.shape[1]} sequences in {cache.keys.dtype}, "
+                f"the step {embedding.shape[0]} in {embedding.dtype}"
+            )
+        row = position.view(1)
+        mask = (torch.arange(cache.keys.shape[3], device=row.device) <= row).view(1, 1, 1, -1)
+        rotary = self.rotary.index_select(0, row)
+        x = self.dropout(embedding[:, None])
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            x = layer(x, rotary, LayerCache(keys, values, row, mask))
+        return self.norm(x)[:, 0]
+
+
+def _check_shapes(tokens: Tensor, class_ids: Tensor, block_size: int) -> None:
+    if tokens.ndim != 2 or class_ids.shape != tokens.shape[:1]:
+        raise ValueError(f"tokens must be [B, S] and class_ids [B], not {[*tokens.shape]} and {[*class_ids.shape]}")
+    if tokens.shape[1] >= block_size:
+        raise ValueError(f"{tokens.shape[1]} context tokens; the last of the {block_size} is never fed, only predicted")
+    if tokens.is_floating_point() or class_ids.is_floating_point():
+        raise ValueError(f"tokens and class_ids must be integers, not {tokens.dtype} and {class_ids.dtype}")
