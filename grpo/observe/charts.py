@@ -1,0 +1,99 @@
+"""Curves of a run as inline SVG."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grpo.observe.metrics_file import Metrics
+
+WIDTH, HEIGHT = 420, 210
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 24
+MAX_POINTS = 600
+SMOOTHING_WINDOW = 0.03
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the steps: what the report's template draws and what its script reads on hovering."""
+
+    title: str
+    name: str
+    points: list[Point]  # (step, value)
+    smooth: list[Point]
+    raw_path: str
+    smooth_path: str
+    x_ticks: list[tuple[float, str]]  # (pixel, label)
+    y_ticks: list[tuple[float, str]]
+    pixels: list[Point]  # of the smooth points
+
+    @property
+    def last(self) -> str:
+        return f"{self.smooth[-1][1]:.4g}"
+
+
+def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
+    """The curve of a metric, or None if fewer than two lines have a number for it.
+
+    The thin line is the metric, averaged over neighbours where a run has more than 600 steps; the bold one is its
+    running mean over 3 % of the steps.
+    """
+    values = [(float(line["step"]), line[name]) for line in metrics if isinstance(line.get(name), int | float)]
+    if len(values) < 2:
+        return None
+    points = _thin(values)
+    smooth = _running_mean(points, window=max(1, round(len(points) * SMOOTHING_WINDOW)))
+    (x_low, x_high), (y_low, y_high) = _limits([x for x, _ in points]), _limits([y for _, y in points], margin=0.06)
+
+    def place(point: Point) -> Point:
+        x = LEFT + (point[0] - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        y = HEIGHT - BOTTOM - (point[1] - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return round(x, 1), round(y, 1)
+
+    return Curve(
+        title=title,
+        name=name,
+        points=points,
+        smooth=smooth,
+        raw_path=_path(map(place, points)),
+        smooth_path=_path(map(place, smooth)),
+        x_ticks=[(place((tick, y_low))[0], f"{tick:g}") for tick in ticks(x_low, x_high) if tick == int(tick)],
+        y_ticks=[(place((x_low, tick))[1], f"{tick:.6g}") for tick in ticks(y_low, y_high)],
+        pixels=[place(point) for point in smooth],
+    )
+
+
+def ticks(low: float, high: float, *, count: int = 4) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart) between low and high."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = min((multiple * power for multiple in (1, 2, 5, 10)), key=lambda candidate: abs(candidate - rough))
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _limits(values: Sequence[float], *, margin: float = 0.0) -> tuple[float, float]:
+    """The range of the values, widened by `margin` of it; of one value, something around it."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        spread = abs(low) / 10 or 1.0
+        return low - spread, high + spread
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def _thin(points: list[Point]) -> list[Point]:
+    """At most 600 points: means over equal runs of neighbours."""
+    size = -(-len(points) // MAX_POINTS)
+    runs = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(run[-1][0], sum(value for _, value in run) / len(run)) for run in runs]
+
+
+def _running_mean(points: list[Point], *, window: int) -> list[Point]:
+    """Mean of each point and the `window - 1` before it."""
+    values = [value for _, value in points]
+    means = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
+
+
+def _path(pixels) -> str:
+    return "M" + "L".join(f"{x},{y}" for x, y in pixels)

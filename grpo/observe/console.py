@@ -1,0 +1,119 @@
+"""Progress on a terminal as a bar, elsewhere as plain lines."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+Item = TypeVar("Item")
+
+HEADLINES = {
+    "reward_mean": "reward",
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "kl": "KL",
+    "clip_fraction": "clipped",
+    "images_per_second": "images/s",
+}
+"""The metrics that the console shows, in this order and under these names; those that a job does not have are left
+out."""
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """The metrics of HEADLINES in one line, four digits each: `reward -0.8123  loss 0.0041  images/s 31.2`."""
+    shown = ((label, metrics[name]) for name, label in HEADLINES.items() if name in metrics)
+    return "  ".join(f"{label} {float(value):.4g}" for label, value in shown)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class ProgressDisplay:
+    """The progress of one phase: a bar with the time left on a terminal, plain lines otherwise.
+
+    Args:
+        description: name of the phase.
+        total: steps of the phase.
+        start: steps done before, by the run that this one continues.
+        console: where to write; None is standard error.
+    """
+
+    def __init__(self, description: str, total: int, *, start: int = 0, console: Console | None = None) -> None:
+        self.description, self.total, self.start = description, total, start
+        self.console = console or Console(stderr=True)
+        self._started = time.perf_counter()
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            columns = [
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None if self.console.width > 120 else 16),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[headline]}"),
+            ]
+            self._bar = Progress(*columns, console=self.console, expand=self.console.width > 120)
+            self._task = self._bar.add_task(description, total=total, completed=start, headline="")
+            self._bar.start()
+
+    def update(self, step: int, metrics: Mapping[str, float], *, line: bool) -> None:
+        """Shows that `step` is done; without a bar prints it as a line, if `line`."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, headline=headline(metrics))
+        elif line:
+            self._print(self.line(step, metrics))
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """`train 20/100  reward -0.81  loss 0.004  1:32 left`: the step as plain text, time left by the mean pace."""
+        seconds_left = (time.perf_counter() - self._started) / max(step - self.start, 1) * (self.total - step)
+        parts = [f"{self.description} {step}/{self.total}", headline(metrics), f"{duration(seconds_left)} left"]
+        return "  ".join(part for part in parts if part)
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def progress(
+    items: Iterable[Item], description: str, *, total: int | None = None, show: bool = True, seconds: float = 10.0
+) -> Iterator[Item]:
+    """Yields `items` and shows how far it is: for loops without metrics, such as decoding or scoring images.
+
+    Args:
+        items: anything to loop over.
+        description: name of the phase.
+        total: number of items; None is their length, and without a length none is shown.
+        show: False only passes the items on (ranks other than the main one).
+        seconds: seconds between plain lines where there is no terminal.
+    """
+    if total is None:
+        total = len(items) if hasattr(items, "__len__") else 0
+    if not show or total == 0:
+        yield from items
+        return
+    display = ProgressDisplay(description, total)
+    last_line = time.perf_counter()
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            due = done == total or time.perf_counter() - last_line >= seconds
+            display.update(done, {}, line=due)
+            if due:
+                last_line = time.perf_counter()
+    finally:
+        display.close()

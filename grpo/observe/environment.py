@@ -1,0 +1,35 @@
+"""On what a run ran."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("grpo", "torch", "torchvision", "triton", "numpy", "pillow", "torch-fidelity")
+
+
+def environment() -> dict[str, dict[str, str]]:
+    """{"versions": {package: version}, "hardware": {part: description}}, for results and reports.
+
+    Reads the installed packages' metadata, so that none of them is imported for it.
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    hardware = {"cpu": f"{_cpu_name()}, {os.cpu_count()} cores"}
+    if torch.cuda.is_available():
+        versions["cuda"] = str(torch.version.cuda)
+        hardware["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return {"versions": versions, "hardware": hardware}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,92 @@
+"""Images side by side, with what was thought of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 8
+TEXT_HEIGHT = 18
+MAX_COLUMNS = 16
+BACKGROUND, FOREGROUND, BEST, WORST = "#ffffff", "#333333", "#15803d", "#b91c1c"
+
+
+class SampleRow(NamedTuple):
+    """One image of a rollout with its completions.
+
+    Attributes:
+        real: [3, H, W] in [-1, 1], or None where the condition is a class alone.
+        completions: [G, 3, H, W] in [-1, 1].
+        rewards: [G].
+        caption: the class name.
+    """
+
+    real: torch.Tensor | None
+    completions: torch.Tensor
+    rewards: torch.Tensor
+    caption: str
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] to the nearest of 0..255, uint8 of the same shape; values outside are clamped."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def image_grid(images: torch.Tensor, *, columns: int, gap: int = 2) -> Image.Image:
+    """Images [N, 3, H, W] in [-1, 1] (or uint8) as one picture, row by row, `gap` white pixels between them."""
+    height, width = images.shape[-2:]
+    rows = -(-len(images) // columns)
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    picture = Image.new("RGB", size, BACKGROUND)
+    for i, image in enumerate(images):
+        picture.paste(_picture(image), (i % columns * (width + gap), i // columns * (height + gap)))
+    return picture
+
+
+def sample_grid(rows: Sequence[SampleRow]) -> Image.Image:
+    """A labelled picture of rollouts: a line for each row with the real image, if any, then the completions.
+
+    Each completion has its reward under it, the best one of its row in green and the worst in red where they differ.
+    Small images are enlarged to about 96 pixels, large ones reduced to 256; at most 16 completions of a row are shown.
+    """
+    rows = [SampleRow(*row) for row in rows]
+    side = _tile_side(rows[0].completions.shape[-1])
+    has_real = any(row.real is not None for row in rows)
+    columns = has_real + max(min(len(row.completions), MAX_COLUMNS) for row in rows)
+    row_height = side + 2 * TEXT_HEIGHT + MARGIN
+    picture = Image.new("RGB", (MARGIN + columns * (side + MARGIN), MARGIN + len(rows) * row_height), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=13)
+    for index, row in enumerate(rows):
+        top = MARGIN + index * row_height
+        draw.text((MARGIN, top), row.caption, fill=FOREGROUND, font=font)
+        tiles = [(row.real, "real", FOREGROUND)] if row.real is not None else []
+        tiles += _labelled_completions(row)
+        offset = has_real and row.real is None
+        for column, (image, label, color) in enumerate(tiles, int(offset)):
+            left = MARGIN + column * (side + MARGIN)
+            picture.paste(_picture(image).resize((side, side), _resampling(image, side)), (left, top + TEXT_HEIGHT))
+            draw.text((left, top + TEXT_HEIGHT + side + 1), label, fill=color, font=font)
+    return picture
+
+
+def _labelled_completions(row: SampleRow) -> list[tuple[torch.Tensor, str, str]]:
+    rewards = torch.as_tensor(row.rewards).float().tolist()
+    best, worst = max(rewards), min(rewards)
+    colors = {best: BEST, worst: WORST} if best > worst else {}
+    labelled = zip(row.completions, rewards, strict=True)
+    return [(image, f"{reward:.4g}", colors.get(reward, FOREGROUND)) for image, reward in labelled][:MAX_COLUMNS]
+
+
+def _tile_side(side: int) -> int:
+    return side * max(1, round(96 / side)) if side <= 256 else 256
+
+
+def _resampling(image: torch.Tensor, side: int) -> Image.Resampling:
+    return Image.Resampling.NEAREST if side >= image.shape[-1] else Image.Resampling.LANCZOS
+
+
+def _picture(image: torch.Tensor) -> Image.Image:
+    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())

@@ -1,0 +1,51 @@
+"""metrics.jsonl: one object a line, one line a step."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from grpo.observe.files import write_atomically
+
+Metrics = dict[str, float | None]
+
+
+def read_metrics(path: str | Path) -> list[Metrics]:
+    """The lines of a metrics.jsonl, oldest first.
+
+    A last line without its end is left out: the run that wrote it was killed at that moment, or is still writing.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class MetricsFile:
+    """Appends to a metrics.jsonl and keeps its steps unique.
+
+    Args:
+        path: the file; its folder exists.
+        start_step: the step that the run continues from; lines after it belong to work that is now repeated and are
+            dropped. 0 is a new run: what an older run left under this name is kept as `metrics.previous.jsonl`.
+    """
+
+    def __init__(self, path: str | Path, *, start_step: int = 0) -> None:
+        self.path = Path(path)
+        kept = read_metrics(self.path)
+        if kept and start_step == 0:
+            self.path.replace(self.path.with_suffix(".previous.jsonl"))
+        kept = [line for line in kept if line["step"] <= start_step]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._stream = self.path.open("a")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the line of one step and flushes it. A value that is not finite is written as null (JSON has none)."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._stream.write(json.dumps({"step": step, **line}) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()

@@ -1,0 +1,135 @@
+"""RunObserver: the one place where a run reports what it does."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from grpo.config import UserError
+from grpo.config.sections import Metrics
+from grpo.observe.console import ProgressDisplay
+from grpo.observe.files import write_atomically
+from grpo.observe.grids import SampleRow, sample_grid
+from grpo.observe.metrics_file import MetricsFile
+from grpo.observe.report import write_report
+from grpo.observe.wandb_log import WandbLog, require_wandb
+
+
+class RunObserver:
+    """Writes a run's folder and shows its progress.
+
+    In the folder: recipe.toml, metrics.jsonl (every step), log.txt, samples/step-000100.png, report.html. Only the main
+    rank writes; on the others every method does nothing, so that callers need no `if`. The metrics of a step are the
+    caller's: already reduced over ranks.
+
+    Args:
+        run_dir: the run's folder, made when missing.
+        metrics: the recipe's section.
+        total_steps: steps of the whole run.
+        recipe_text: the resolved recipe as TOML.
+        title: name of the job in the bar and the report.
+        main: whether this rank writes.
+        start_step: the step that the run continues from; lines of metrics.jsonl after it are dropped.
+
+    Raises:
+        UserError: the folder cannot be written, or Weights & Biases is asked for and not installed (on every rank).
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        metrics: Metrics,
+        *,
+        total_steps: int,
+        recipe_text: str,
+        title: str,
+        main: bool,
+        start_step: int = 0,
+    ) -> None:
+        self.run_dir, self.main = Path(run_dir), main
+        self._settings, self._title, self._total_steps = metrics, title, total_steps
+        self._step = start_step
+        require_wandb(metrics)
+        if not main:
+            return
+        try:
+            (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run_dir / "recipe.toml", recipe_text)
+            self._metrics_file = MetricsFile(self.run_dir / "metrics.jsonl", start_step=start_step)
+            self._log_file = (self.run_dir / "log.txt").open("a")
+        except OSError as error:
+            problem = f"cannot write to the run's folder {self.run_dir}: {error.strerror}; set metrics.run_dir"
+            raise UserError(problem) from error
+        self._wandb = WandbLog(self.run_dir, metrics, recipe_text=recipe_text) if metrics.wandb else None
+        self._display = ProgressDisplay(title, total_steps, start=start_step)
+        self._note(f"{title}: from step {start_step} to {total_steps}")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the metrics of a finished step (1-based)."""
+        if not self.main:
+            return
+        self._step = step
+        self._metrics_file.write(step, metrics)
+        due = step % self._settings.interval == 0 or step == self._total_steps
+        self._display.update(step, metrics, line=due)
+        if due:
+            self._note(self._display.line(step, metrics))
+            if self._wandb is not None:
+                self._wandb.log(step, metrics)
+
+    def wants_images(self, step: int) -> bool:
+        """Whether a grid is due: every `metrics.image_interval` steps, and at the first and the last one.
+
+        The answer is the same on every rank.
+        """
+        interval = self._settings.image_interval
+        return interval > 0 and (step % interval == 0 or step in (1, self._total_steps))
+
+    def images(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """Draws a grid of rollouts into samples/ and to Weights & Biases, and refreshes the report.
+
+        Args:
+            step: the step whose rollout it is.
+            rows: (real image or None, completions [G, 3, H, W], rewards [G], caption) of each image.
+        """
+        if not self.main or not rows:
+            return
+        grid = sample_grid(rows)
+        grid.save(self.run_dir / "samples" / f"step-{step:06d}.png")
+        if self._wandb is not None:
+            self._wandb.image(step, grid, caption=", ".join(row[3] for row in rows))
+        self._write_report(f"running, step {step} of {self._total_steps}")
+
+    def message(self, text: str) -> None:
+        """Prints a line and adds it to log.txt."""
+        if self.main:
+            self._display.message(text)
+            self._note(text)
+
+    def close(self, *, status: str = "finished") -> None:
+        """Ends the bar and the files and writes the report."""
+        if not self.main:
+            return
+        self._display.close()
+        self._note(f"{status} at step {self._step}")
+        self._write_report(f"{status}, step {self._step} of {self._total_steps}")
+        self._metrics_file.close()
+        self._log_file.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(status="finished" if kind is None else f"stopped by {kind.__name__}")
+
+    def _write_report(self, status: str) -> None:
+        write_report(self.run_dir, title=self._title, summary=status)
+
+    def _note(self, text: str) -> None:
+        self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+        self._log_file.flush()

@@ -1,0 +1,119 @@
+"""The report of a run: one HTML file that needs nothing else."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from grpo.observe.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, curve
+from grpo.observe.environment import environment
+from grpo.observe.files import write_atomically
+from grpo.observe.metrics_file import Metrics, read_metrics
+
+CURVES = {
+    "reward_mean": "Reward",
+    "loss": "Loss",
+    "accuracy": "Accuracy",
+    "kl": "KL to the reference",
+    "clip_fraction": "Share of tokens clipped",
+    "entropy": "Entropy, nats a token",
+    "grad_norm": "Gradient norm",
+    "ratio_mean": "Mean probability ratio",
+    "zero_spread_share": "Groups without spread",
+    "images_per_second": "Images per second",
+}
+"""Metrics that the report shows first, in this order; the others follow under their own names."""
+
+MAX_GRIDS = 6
+
+
+def write_report(
+    run_dir: str | Path,
+    *,
+    title: str,
+    summary: str = "",
+    table: Sequence[Mapping[str, object]] = (),
+    images: Sequence[tuple[str, str | Path]] = (),
+    curves: Sequence[tuple[str, str | Path]] | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Writes `run_dir`/report.html and returns its path; a reader of the old one never sees half of the new.
+
+    Args:
+        run_dir: the run's folder; its metrics.jsonl, samples/ and recipe.toml are shown when they are there.
+        title: heading.
+        summary: one line under it.
+        table: rows of a table of results, the same keys in each; floats are shown with four digits.
+        images: (caption, PNG) pairs shown large, such as grids of the same seeds before and after. PNGs that are
+            missing are an error.
+        curves: (heading, metrics.jsonl) pairs; None is the run's own.
+        notes: what a reader must know to judge the numbers, one paragraph each.
+    """
+    run_dir = Path(run_dir)
+    recipe = run_dir / "recipe.toml"
+    if curves is None:
+        curves = [("", run_dir / "metrics.jsonl")]
+    page = _template().render(
+        title=title,
+        summary=summary,
+        written=f"{datetime.now():%Y-%m-%d %H:%M}",
+        table=[{name: _cell(value) for name, value in row.items()} for row in table],
+        images=[(caption, _data_url(Path(path))) for caption, path in images],
+        groups=[(heading, *_split(read_metrics(path))) for heading, path in curves],
+        samples=[(_step_name(path), _data_url(path)) for path in _chosen_samples(run_dir / "samples")],
+        notes=notes,
+        recipe=recipe.read_text() if recipe.exists() else "",
+        environment=environment(),
+    )
+    path = run_dir / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def _template():
+    loader = PackageLoader("grpo.observe", package_path="")
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    templates.globals.update(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP)
+    templates.filters["hover_data"] = _hover_data
+    return templates.get_template("report.html")
+
+
+def _split(metrics: list[Metrics]) -> tuple[list[Curve], list[Curve]]:
+    """The curves of a run: those of CURVES, and the rest."""
+    names = dict.fromkeys(name for line in metrics for name in line if name != "step" and name not in CURVES)
+    first = [curve(title, name, metrics) for name, title in CURVES.items()]
+    rest = [curve(name, name, metrics) for name in names]
+    return [found for found in first if found], [found for found in rest if found]
+
+
+def _hover_data(shown: Curve) -> str:
+    """What the page's script needs to show the value under the pointer: [pixel x, pixel y, step, value, mean] each."""
+    aligned = zip(shown.pixels, shown.points, shown.smooth, strict=True)
+    return json.dumps([[*pixel, step, _short(raw), _short(mean)] for pixel, (step, raw), (_, mean) in aligned])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _data_url(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _chosen_samples(folder: Path) -> list[Path]:
+    """At most six of the grids: the first, the last, and others evenly between."""
+    paths = sorted(folder.glob("step-*.png"))
+    if len(paths) <= MAX_GRIDS:
+        return paths
+    return [paths[round(i * (len(paths) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
+
+
+def _step_name(path: Path) -> str:
+    return f"Step {int(path.stem.removeprefix('step-'))}"
