@@ -1,0 +1,16 @@
+"""Images in: data sets, the centre crop, the resumable stream and the cache of codes."""
+
+from grpo.data.build import build_dataset
+from grpo.data.code_cache import CodeCache
+from grpo.data.dataset import ImageDataset, UnreadableImage
+from grpo.data.stream import ImageBatch, ImageStream, build_stream
+
+__all__ = [
+    "CodeCache",
+    "ImageBatch",
+    "ImageDataset",
+    "ImageStream",
+    "UnreadableImage",
+    "build_dataset",
+    "build_stream",
+]

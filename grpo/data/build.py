@@ -1,0 +1,67 @@
+"""From the recipe's section to a checked data set."""
+
+from pathlib import Path
+
+import numpy as np
+
+from grpo.config import Data, UserError
+from grpo.data.dataset import ImageDataset
+from grpo.data.digits import Digits
+from grpo.data.synthetic import Synthetic
+
+
+def build_dataset(data: Data, *, num_classes: int) -> ImageDataset:
+    """Open the data set that the section names; all labels are checked here.
+
+    Args:
+        num_classes: labels must be below it; fewer classes in the data are fine.
+
+    Raises:
+        UserError: no such folder, not a data set, no such split or column, empty, a label out of range.
+    """
+    if data.name == "digits":
+        dataset: ImageDataset = Digits(data=data)
+    elif data.name == "synthetic":
+        dataset = Synthetic(data=data, num_classes=num_classes)
+    else:
+        dataset = _from_path(data)
+    if len(dataset) == 0:
+        raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
+    _check_class_ids(dataset, num_classes)
+    unnamed = range(len(dataset.class_names), num_classes)
+    dataset.class_names = (dataset.class_names + [str(class_id) for class_id in unnamed])[:num_classes]
+    return dataset
+
+
+def _from_path(data: Data) -> ImageDataset:
+    # Imported only here: `datasets` takes seconds to import and digits need none of it.
+    from grpo.data.folder import ImageFolder
+    from grpo.data.huggingface import SavedDataset, is_saved_dataset
+
+    if data.path is None:
+        raise UserError(f"data.path is missing: data.name = {data.name!r} reads a folder")
+    folder = Path(data.path)
+    if not folder.is_dir():
+        state = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"data.path {data.path} {state}: give the folder of the data set")
+    saved = is_saved_dataset(folder)
+    if data.name == "huggingface" and not saved:
+        raise UserError(
+            f"data.path {data.path} was not written by save_to_disk (no dataset_dict.json or state.json): "
+            "set data.name to folder if it holds class folders"
+        )
+    if data.name == "folder" and saved:
+        raise UserError(f"data.path {data.path} is a saved Hugging Face dataset: set data.name to huggingface")
+    return SavedDataset(data=data) if saved else ImageFolder(data=data)
+
+
+def _check_class_ids(dataset: ImageDataset, num_classes: int) -> None:
+    outside = np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))
+    if len(outside) == 0:
+        return
+    first = int(outside[0])
+    others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+    raise UserError(
+        f"{dataset.describe(first)} has label {dataset.class_ids[first]}{others}, outside 0..{num_classes - 1}: "
+        f"correct the label or set model.num_classes (now {num_classes}) to the number of classes"
+    )

@@ -1,0 +1,48 @@
+"""Codes of images that a frozen tokenizer has already encoded."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grpo.data.stream import ImageBatch
+
+
+class CodeCache:
+    """Encodes each image of a data set once on this rank, when enabled; otherwise encodes every batch.
+
+    Right only for a frozen encoder and images that are the same on every read, as `ImageDataset`'s are. Codes are kept
+    in host memory, 2 bytes each for codebooks up to 32,768 and 4 beyond: 0.7 GB for ImageNet at 256 tokens an image.
+
+    Args:
+        encode: images [B, 3, H, W] in [-1, 1] -> codes [B, T] int64.
+        num_images: size of the data set, above every value of `ImageBatch.indices`.
+        codebook_size: codes are below it.
+        enabled: keep codes at all.
+    """
+
+    def __init__(
+        self, encode: Callable[[Tensor], Tensor], *, num_images: int, codebook_size: int, enabled: bool
+    ) -> None:
+        self._encode = encode
+        self._enabled = enabled
+        self._dtype = torch.int16 if codebook_size <= 2**15 else torch.int32
+        self._known = torch.zeros(num_images if enabled else 0, dtype=torch.bool)
+        self._codes: Tensor | None = None  # [N, T]; its pages are not in memory before they are written
+
+    def codes(self, batch: ImageBatch) -> Tensor:
+        """Codes [B, T] int64 of the batch's images, on the images' device."""
+        if not self._enabled:
+            return self._encode(batch.images)
+        assert batch.indices is not None, "caching needs the images' places in the data set"
+        indices = batch.indices.cpu()
+        missing = ~self._known[indices]  # [B]
+        if missing.any():
+            self._remember(indices[missing], self._encode(batch.images[missing.to(batch.images.device)]))
+        return self._codes[indices].to(batch.images.device, torch.int64)
+
+    def _remember(self, indices: Tensor, codes: Tensor) -> None:
+        if self._codes is None:
+            self._codes = torch.empty(len(self._known), codes.shape[1], dtype=self._dtype)
+        self._codes[indices] = codes.to("cpu", self._dtype)
+        self._known[indices] = True

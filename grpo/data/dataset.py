@@ -1,0 +1,89 @@
+"""What every source of images has in common."""
+
+import logging
+import struct
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from grpo.config import Data, UserError
+from grpo.data.images import center_crop, normalize, to_pixels, to_rgb
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SPLIT = Data.model_fields["split"].default
+
+# What Pillow's decoders raise on damaged files; a missing file is an OSError too.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+class UnreadableImage(UserError):
+    """One image that is missing or damaged."""
+
+
+class ImageDataset(Dataset):
+    """Images with class ids, each image the same on every read (no augmentation).
+
+    A subclass says how to `open` an image and how to `describe` it in messages.
+
+    Args:
+        class_ids: [N] integers, the class of each image.
+        class_names: names of the classes, by class id.
+        data: image size and the limit of unreadable images.
+
+    Attributes:
+        class_ids: [N] int64 (numpy).
+        class_names: list of str; ids beyond the source's own names are named by their number.
+    """
+
+    def __init__(self, class_ids: np.ndarray, class_names: list[str], *, data: Data) -> None:
+        self.class_ids = np.asarray(class_ids, dtype=np.int64)
+        self.class_names = list(class_names)
+        self.image_size = data.image_size
+        self.max_bad_images = data.max_bad_images
+        self._unreadable: dict[int, str] = {}
+
+    def open(self, index: int) -> Image.Image:
+        """The image as stored, any mode and size; errors of the decoder pass through."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """Name of the image for messages: its file, or its place in the data set."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def pixels(self, index: int) -> Tensor:
+        """Cropped image, [3, S, S] uint8. Raises `UnreadableImage`."""
+        try:
+            image = center_crop(to_rgb(self.open(int(index))), self.image_size)
+        except UnidentifiedImageError as error:  # its text holds a memory address
+            raise UnreadableImage(f"{self.describe(index)} is not an image file that can be read") from error
+        except _DECODING_ERRORS as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnreadableImage(f"{self.describe(index)} cannot be read: {reason}") from error
+        return to_pixels(image)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Image [3, S, S] fp32 in [-1, 1] and its class id. Raises `UnreadableImage`."""
+        return normalize(self.pixels(index)), int(self.class_ids[index])
+
+    @property
+    def bad_images(self) -> int:
+        """Number of unreadable images met so far by this process's stream."""
+        return len(self._unreadable)
+
+    def record_unreadable(self, index: int, reason: str) -> None:
+        """Name and count an unreadable image. Raises `UserError` beyond the limit."""
+        if index in self._unreadable:
+            return
+        self._unreadable[index] = reason
+        if self.bad_images > self.max_bad_images:
+            raise UserError(
+                f"{self.bad_images} unreadable images, more than data.max_bad_images = {self.max_bad_images}; "
+                f"the last: {reason}; repair or remove them, or raise data.max_bad_images"
+            )
+        logger.warning("%s; the next image takes its place (%d so far)", reason, self.bad_images)

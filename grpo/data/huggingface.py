@@ -1,0 +1,105 @@
+"""A data set written by Hugging Face's `save_to_disk`."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+from PIL import Image
+
+from grpo.config import Data, UserError
+from grpo.data.dataset import DEFAULT_SPLIT, ImageDataset
+
+IMAGE_COLUMNS = ("image", "image_path", "file", "filepath")
+LABEL_COLUMNS = ("label", "labels")
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of a Dataset or of a DatasetDict wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+class SavedDataset(ImageDataset):
+    """Rows of a saved data set: an image, bytes or a path (relative to the data set's folder), and an integer label.
+
+    Images are decoded here and not by `datasets`, so that a damaged one can be named and skipped.
+    """
+
+    def __init__(self, *, data: Data) -> None:
+        self._folder = Path(data.path)
+        self._split = data.split
+        rows = _load_split(data)
+        image_column = _first_column(rows, IMAGE_COLUMNS, "an image", data)
+        label_column = _first_column(rows, LABEL_COLUMNS, "a label", data)
+        class_ids = _read_labels(rows, label_column, data)
+        label_feature = rows.features[label_column]
+        class_names = label_feature.names if isinstance(label_feature, datasets.ClassLabel) else []
+        self._image_column = image_column
+        self._rows = _undecoded(rows.select_columns([image_column]), image_column, data)
+        super().__init__(class_ids, class_names, data=data)
+
+    def open(self, index: int) -> Image.Image:
+        stored = self._rows[index][self._image_column]
+        if isinstance(stored, dict):
+            stored = stored["path"] if stored["bytes"] is None else stored["bytes"]
+        if stored is None:
+            raise ValueError(f"the column {self._image_column!r} is empty")
+        source = io.BytesIO(stored) if isinstance(stored, bytes) else self._folder / stored
+        with Image.open(source) as image:
+            image.load()
+            return image.copy()
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of split {self._split!r} of {self._folder}"
+
+
+def _load_split(data: Data) -> datasets.Dataset:
+    try:
+        saved = datasets.load_from_disk(data.path)
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.path {data.path} cannot be read as a saved Hugging Face dataset: {reason}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if data.split not in saved:
+            raise UserError(f"data.path {data.path} has no split {data.split!r}: choose data.split of {list(saved)}")
+        return saved[data.split]
+    if data.split not in (DEFAULT_SPLIT, str(saved.split)):
+        raise UserError(f"data.path {data.path} holds one data set without splits: leave data.split away")
+    return saved
+
+
+def _first_column(rows: datasets.Dataset, names: tuple[str, ...], what: str, data: Data) -> str:
+    for name in names:
+        if name in rows.column_names:
+            return name
+    raise UserError(
+        f"data.path {data.path} has the columns {rows.column_names}; {what} is looked for in "
+        f"{' or '.join(repr(name) for name in names)}: rename a column"
+    )
+
+
+def _read_labels(rows: datasets.Dataset, column: str, data: Data) -> np.ndarray:
+    """Labels [N] int64, read at once: 10 MB for a million images."""
+    labels = rows.select_columns([column]).with_format("arrow")[:].column(0)
+    if not pyarrow.types.is_integer(labels.type):
+        raise UserError(f"column {column!r} of data.path {data.path} holds {labels.type}: labels must be integers")
+    if labels.null_count:
+        row = labels.is_null().index(True).as_py()
+        raise UserError(f"row {row} of data.path {data.path} has no {column!r}: label it or remove it")
+    return labels.to_numpy()
+
+
+def _undecoded(rows: datasets.Dataset, column: str, data: Data) -> datasets.Dataset:
+    """Rows whose image column gives a path, bytes, or both as stored."""
+    feature: Any = rows.features[column]
+    if isinstance(feature, datasets.Image):
+        return rows.cast_column(column, datasets.Image(decode=False)).with_format(None)
+    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+    is_value = isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_") in ("string", "binary")
+    if not (is_struct or is_value):
+        raise UserError(
+            f"column {column!r} of data.path {data.path} holds {feature}: it must hold images, paths, or encoded bytes"
+        )
+    return rows.with_format(None)
