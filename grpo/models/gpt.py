@@ -287,11 +287,10 @@ class GPT(nn.Module):
         """Start sequences of the classes `class_ids` [B] in `cache`; the hidden state of row 0, [B, D].
 
         Raises:
-            ValueError: the batch or the dtype of the cache does not fit.
+            ValueError: the cache is for another batch size.
         """
-        return self._decode_row(
-            self.cls_embedding(class_ids), torch.zeros((), dtype=torch.long, device=class_ids.device), cache
-        )
+        first = torch.zeros((), dtype=torch.long, device=class_ids.device)
+        return self._decode_row(self.cls_embedding(class_ids), first, cache)
 
     def decode(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
         """Feed one code a sequence and return the hidden state that predicts the next, without gradients.
@@ -307,17 +306,14 @@ class GPT(nn.Module):
             [B, D], after the final norm.
 
         Raises:
-            ValueError: the batch or the dtype of the cache does not fit.
+            ValueError: the cache is for another batch size.
         """
         return self._decode_row(self.tok_embeddings(tokens), position, cache)
 
     @torch.no_grad()
     def _decode_row(self, embedding: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        if cache.keys.shape[1] != embedding.shape[0] or cache.keys.dtype != embedding.dtype:
-            raise ValueError(
-                f"the cache holds {cache.keys.shape[1]} sequences in {cache.keys.dtype}, "
-                f"the step {embedding.shape[0]} in {embedding.dtype}"
-            )
+        if cache.keys.shape[1] != len(embedding):
+            raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(embedding)}")
         row = position.view(1)
         mask = (torch.arange(cache.keys.shape[3], device=row.device) <= row).view(1, 1, 1, -1)
         rotary = self.rotary.index_select(0, row)

@@ -1,0 +1,335 @@
+"""LlamaGen's VQ image tokenizer (VQGAN with a small l2-normalised codebook), for a single device.
+
+Module names and numerics are LlamaGen's own (https://arxiv.org/abs/2406.06525, from https://arxiv.org/abs/2012.09841
+and, for the normalised codebook, https://arxiv.org/abs/2110.04627), so its released weights load strictly.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CODES_REMEMBERED = 65536  # length of LlamaGen's window for the codebook's usage; part of its state dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig:
+    """Sizes of a tokenizer.
+
+    Args:
+        codebook_size: number of codes K, the GPT's vocabulary.
+        codebook_embed_dim: dimensions C of one code.
+        ch: channels of the first level.
+        ch_mult: channels of each level as multiples of `ch`; every level but the last halves the image.
+        z_channels: channels between encoder and codebook.
+        num_res_blocks: residual blocks of one encoder level; a decoder level has one more.
+        norm_groups: groups of every group normalisation.
+        patch_size: pixels folded into channels on each side before the first and after the last convolution.
+        dropout: dropout in the residual blocks, in train mode only.
+        commit_weight: factor of the commitment loss.
+        entropy_weight: factor of the entropy loss, which is added to the codebook loss.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+
+    codebook_size: int = 16384
+    codebook_embed_dim: int = 8
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    z_channels: int = 256
+    num_res_blocks: int = 2
+    norm_groups: int = 32
+    patch_size: int = 1
+    dropout: float = 0.0
+    commit_weight: float = 0.25
+    entropy_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.ch % self.norm_groups:
+            raise ValueError(f"ch {self.ch} must be a multiple of norm_groups {self.norm_groups}")
+
+    @property
+    def downsample_size(self) -> int:
+        """Pixels along each side of one code."""
+        return self.patch_size * 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of the folded image."""
+        return 3 * self.patch_size**2
+
+    def group_norm(self, channels: int) -> nn.GroupNorm:
+        return nn.GroupNorm(self.norm_groups, channels, eps=1e-6)
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised convolutions beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, config: VQConfig) -> None:
+        super().__init__()
+        self.norm1 = config.group_norm(inputs)
+        self.conv1 = _conv(inputs, outputs)
+        self.norm2 = config.group_norm(outputs)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = _conv(outputs, outputs)
+        self.nin_shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of one head over all positions of the feature map."""
+
+    def __init__(self, channels: int, config: VQConfig) -> None:
+        super().__init__()
+        self.norm = config.group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        queries, keys, values = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # [B, 1, hw, channels]
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        return x + self.proj_out(attended[:, 0].mT.reshape_as(x))
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where asked, then the resampling if one is set."""
+
+    def __init__(self, channels: list[int], config: VQConfig, *, attention: bool) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResnetBlock(inputs, outputs, config) for inputs, outputs in pairwise(channels))
+        self.attn = nn.ModuleList(AttnBlock(outputs, config) for outputs in channels[1:] if attention)
+        self.downsample = nn.Identity()
+        self.upsample = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return self.upsample(self.downsample(x))
+
+
+def _middle(channels: int, config: VQConfig) -> nn.Sequential:
+    return nn.Sequential(
+        ResnetBlock(channels, channels, config), AttnBlock(channels, config), ResnetBlock(channels, channels, config)
+    )
+
+
+class Encoder(nn.Module):
+    """Folded image [B, 3 p², H / p, W / p] to features [B, z_channels, h, w]."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.ch * multiple for multiple in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = _conv(config.pixel_channels, config.ch)
+        self.conv_blocks = nn.ModuleList()
+        previous = config.ch
+        for index, width in enumerate(widths):
+            level = Level([previous] + [width] * config.num_res_blocks, config, attention=index == last)
+            if index != last:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
+            previous = width
+        self.mid = _middle(previous, config)
+        self.norm_out = config.group_norm(previous)
+        self.conv_out = _conv(previous, config.z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Features [B, z_channels, h, w] to the folded image [B, 3 p², H / p, W / p]."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.ch * multiple for multiple in reversed(config.ch_mult)]
+        last = len(widths) - 1
+        previous = widths[0]
+        self.conv_in = _conv(config.z_channels, previous)
+        self.mid = _middle(previous, config)
+        self.conv_blocks = nn.ModuleList()
+        for index, width in enumerate(widths):
+            level = Level([previous] + [width] * (config.num_res_blocks + 1), config, attention=index == 0)
+            if index != last:
+                level.upsample = Upsample(width)
+            self.conv_blocks.append(level)
+            previous = width
+        self.norm_out = config.group_norm(previous)
+        self.conv_out = _conv(previous, config.pixel_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VectorQuantizer(nn.Module):
+    """The codebook: unit vectors, compared with unit latents.
+
+    `embedding.weight` [K, C] is an ordinary parameter that need not be of unit length; a trainer may overwrite it, as
+    an exponential moving average does. `codebook_used` holds the last codes of training.
+    """
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
+        nn.init.normal_(self.embedding.weight)  # every direction alike
+        with torch.no_grad():
+            self.embedding.weight.copy_(self.codebook())
+        self.register_buffer("codebook_used", torch.zeros(CODES_REMEMBERED))
+
+    def codebook(self) -> Tensor:
+        """The code vectors, [K, C], of unit length."""
+        return F.normalize(self.embedding.weight, dim=-1)
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Index of the code with the smallest angle to each of `vectors` [N, C]; [N] int64.
+
+        Compared in fp32 whatever the autocast, in slices that bound the memory for the [N, K] similarities.
+        """
+        with torch.autocast(vectors.device.type, enabled=False):
+            vectors, codebook = F.normalize(vectors.float(), dim=-1), self.codebook().float()
+            return torch.cat([(rows @ codebook.T).argmax(-1) for rows in vectors.split(8192)])
+
+    @torch.no_grad()
+    def remember(self, codes: Tensor) -> None:
+        """Push `codes` into the window of the last codes used."""
+        codes = codes.flatten()[-CODES_REMEMBERED:].to(self.codebook_used)
+        self.codebook_used.copy_(torch.cat([self.codebook_used, codes])[-CODES_REMEMBERED:])
+
+    def usage(self) -> float:
+        """Share of the codebook among the last codes of training."""
+        return len(self.codebook_used.unique()) / self.config.codebook_size
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Quantise `latents` [B, C, h, w].
+
+        Returns:
+            the code vectors [B, C, h, w] with the gradient of the unit latents (straight-through), the codebook loss
+            and the weighted commitment loss (0-dim), the codes [B, h * w].
+        """
+        unit = F.normalize(latents.float(), dim=1).permute(0, 2, 3, 1)  # [B, h, w, C]
+        codes = self.nearest(unit.detach().flatten(0, 2))
+        quantized = self.codebook()[codes].view_as(unit)
+        if self.training:
+            self.remember(codes)
+        vq_loss = F.mse_loss(quantized, unit.detach())
+        commit_loss = self.config.commit_weight * F.mse_loss(unit, quantized.detach())
+        if self.config.entropy_weight > 0:
+            vq_loss = vq_loss + self.config.entropy_weight * entropy_loss(unit.flatten(0, 2) @ self.codebook().T)
+        quantized = unit + (quantized - unit).detach()
+        return quantized.permute(0, 3, 1, 2), vq_loss, commit_loss, codes.view(len(latents), -1)
+
+
+def entropy_loss(similarity: Tensor, temperature: float = 0.01) -> Tensor:
+    """Mean entropy of each latent's soft assignment minus the entropy of the mean assignment (MaskGIT, LlamaGen).
+
+    Args:
+        similarity: cosines between latents and codes, [N, K]; the squared distance of unit vectors is 2 - 2 * cosine.
+        temperature: of the softmax over negative squared distances.
+    """
+    log_assignment = F.log_softmax(2 * similarity / temperature, dim=-1)
+    assignment = log_assignment.exp()
+    mean = assignment.mean(0)
+    return (mean * (mean + 1e-5).log()).sum() - (assignment * log_assignment).sum(-1).mean()
+
+
+class VQModel(nn.Module):
+    """Image tokenizer: images [B, 3, H, W] in [-1, 1] to codes [B, T] and back, T = (H / p) * (W / p) in row order."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, kernel_size=1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, kernel_size=1)
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Latents before quantisation, [B, C, h, w], of any length.
+
+        Raises:
+            ValueError: `images` is not [B, 3, H, W] or a side is not a multiple of `config.downsample_size`.
+        """
+        factor = self.config.downsample_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(f"images must be [B, 3, H, W] with sides that {factor} divides, not {[*images.shape]}")
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.patch_size)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of `images`, [B, T] int64. Raises as `encode_latents`."""
+        latents = self.encode_latents(images)
+        return self.quantize.nearest(latents.permute(0, 2, 3, 1).flatten(0, 2)).view(len(images), -1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Unit code vectors [B, C, h, w] of the codes [B, T] of square images.
+
+        Raises:
+            ValueError: T is not a square number.
+        """
+        side = round(codes.shape[-1] ** 0.5)
+        if codes.ndim != 2 or side**2 != codes.shape[1]:
+            raise ValueError(f"codes must be [B, T] with a square T, not {[*codes.shape]}")
+        return self.quantize.codebook()[codes].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+
+    def decode_latents(self, vectors: Tensor) -> Tensor:
+        """Images [B, 3, H, W] of unit vectors [B, C, h, w], quantised or not."""
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(vectors)), self.config.patch_size)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images [B, 3, H, W] of codes [B, T], about in [-1, 1]. Raises as `lookup`."""
+        return self.decode_latents(self.lookup(codes))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reconstruct `images`, for training.
+
+        Returns:
+            reconstruction [B, 3, H, W]; codebook loss, which pulls the codes to the latents (plus the weighted entropy
+            loss); weighted commitment loss, which pulls the latents to the codes; codes [B, T].
+        """
+        quantized, vq_loss, commit_loss, codes = self.quantize(self.encode_latents(images))
+        return self.decode_latents(quantized), vq_loss, commit_loss, codes
