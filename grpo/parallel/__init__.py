@@ -1,0 +1,29 @@
+"""Processes, meshes and precision: how a single-device model runs on many devices."""
+
+from grpo.parallel.apply import clip_grad_norm, gathered, gradient_sync, parallelize, reshard
+from grpo.parallel.distributed import World, all_reduce_sums, barrier, broadcast_object, distributed
+from grpo.parallel.launcher import run_main
+from grpo.parallel.mesh import build_mesh
+from grpo.parallel.precision import LossScaler, compute_dtype, mixed_precision_policy, set_matmul_precision
+from grpo.parallel.weights import full_state_dict, load_full_state_dict
+
+__all__ = [
+    "LossScaler",
+    "World",
+    "all_reduce_sums",
+    "barrier",
+    "broadcast_object",
+    "build_mesh",
+    "clip_grad_norm",
+    "compute_dtype",
+    "distributed",
+    "full_state_dict",
+    "gathered",
+    "gradient_sync",
+    "load_full_state_dict",
+    "mixed_precision_policy",
+    "parallelize",
+    "reshard",
+    "run_main",
+    "set_matmul_precision",
+]

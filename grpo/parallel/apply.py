@@ -1,0 +1,108 @@
+"""Turn a single-device model into a parallel one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from grpo.config.sections import ActivationCheckpoint, Compile, Parallel, Training
+from grpo.parallel.activation_checkpoint import checkpoint_activations
+from grpo.parallel.precision import mixed_precision_policy
+
+_FORWARD_METHODS = ("hidden", "prefill", "decode")
+
+
+def parallelize(
+    model: nn.Module,
+    *,
+    mesh: DeviceMesh,
+    parallel: Parallel,
+    compile: Compile,
+    activation_checkpoint: ActivationCheckpoint,
+    training: Training,
+) -> nn.Module:
+    """Apply activation checkpointing, per-block compilation and sharding, in this order, in place.
+
+    One rank is treated like many, so that mixed precision has one mechanism; only in full precision there is nothing
+    left to do, and the parameters stay plain. Weights are loaded afterwards (`grpo.parallel.weights`), the optimizer
+    is built after that, on the sharded parameters.
+
+    Gradients are averaged over ranks: a loss that is to be normalised by a global count must be divided by
+    `count / world.size` on each rank. The root's own parameters stay gathered from a forward to its backward, so
+    that a loss may use `model.output.weight` outside of `forward`.
+
+    Args:
+        model: its blocks are in `model.layers`; every other parameter belongs to the root.
+        mesh: from `build_mesh`.
+    """
+    for block in model.layers:
+        checkpoint_activations(block, activation_checkpoint.mode)
+        if compile.enabled:
+            block.compile()
+    policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
+    if mesh.size() == 1 and policy.param_dtype is None:
+        return model  # nothing to shard or cast, and sharded tensors double the time of a small model's step
+    model.reshards_blocks = parallel.data_parallel != "sdp"
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=model.reshards_blocks)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for name in _FORWARD_METHODS:
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    return model
+
+
+def gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Reduce gradients over ranks in the coming backward passes, or only add them up on each rank.
+
+    Switch it off for all micro-batches of an optimizer step but the last.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Keep all parameters gathered during the block, e.g. while a rollout calls the model hundreds of times.
+
+    Every rank must enter and leave together. The parameters are read-only inside, and calls run without gradients
+    under `torch.no_grad` (not `inference_mode`, whose tensors training could not use).
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    for block in model.layers:
+        block.unshard()
+        block.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for block in model.layers:
+            block.set_reshard_after_forward(model.reshards_blocks)
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Register the sharded parameters on every module, as the optimizer and a checkpoint need them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down, in place, to a global L2 norm of at most `max_norm`.
+
+    Returns:
+        The norm before, a 0-dim local tensor that is the same on every rank (non-finite if any gradient is).
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,157 @@
+"""The process group of a run: started with torchrun or alone, on CPU (gloo) or CUDA (NCCL)."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo.config import UserError
+
+_store: dist.Store | None = None  # outlives the group, so that the launcher can still agree on who reports an error
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the processes of the run.
+
+    Attributes:
+        rank: 0 .. size - 1, over all hosts.
+        size: number of processes.
+        local_rank: 0 .. local_size - 1, on this host.
+        local_size: number of processes on this host.
+        device: what this process computes on.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed(timeout_seconds: int) -> Iterator[World]:
+    """Join the process group for the duration of the block.
+
+    Under torchrun the group has all its processes; a process started alone is a group of one, so that the code inside
+    is the same. On CUDA the group has both backends: NCCL for tensors on the GPU, gloo for those on the CPU.
+
+    Args:
+        timeout_seconds: after which a collective that some rank does not join raises on the others.
+    """
+    global _store
+    rank, size, local_rank, local_size = _place_from_environment()
+    timeout = timedelta(seconds=timeout_seconds)
+    device = _bind_device(local_rank)
+    _store = _connect_store(rank, size, timeout)
+    dist.init_process_group(
+        "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+        store=_store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    finished = False
+    try:
+        yield World(rank, size, local_rank, local_size, device)
+        finished = True
+    finally:
+        # NCCL's teardown waits for work in flight, which never ends once another rank has failed.
+        if finished or device.type == "cpu":
+            dist.destroy_process_group()
+
+
+def run_store() -> dist.Store | None:
+    """The key-value store of this start of the run; None before the group is up."""
+    return _store
+
+
+def environment_rank() -> int:
+    """The rank that torchrun gave to this process, 0 without torchrun; known before the group is up."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Add up named sums and counts over all ranks, in fp64 and in one collective.
+
+    Args:
+        values: 0-dim tensors or numbers; the same names on every rank.
+
+    Returns:
+        The totals, by name. On a GPU this is one transfer for all of them.
+    """
+    if not values:
+        return {}
+    names = sorted(values)
+    tensors = [value.detach() for value in values.values() if isinstance(value, Tensor)]
+    device = tensors[0].device if tensors else _collective_device()
+    totals = torch.stack([torch.as_tensor(values[name], device=device).detach().double() for name in names])
+    if dist.is_initialized():
+        totals = totals.to(_collective_device())
+        dist.all_reduce(totals)
+    return dict(zip(names, totals.tolist(), strict=True))
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The picklable `value` of rank `source`, on every rank; the argument of the other ranks is ignored."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def _place_from_environment() -> tuple[int, int, int, int]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in names):
+        return 0, 1, 0, 1
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    return rank, size, local_rank, local_size
+
+
+def _bind_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"This host has {count} GPU(s) but more processes: start torchrun with --nproc_per_node={count}."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _connect_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store through which the ranks find each other, free of what an earlier start of the run left in it.
+
+    torchrun's agent keeps one store across restarts, in which the addresses of killed workers stay behind; keys are
+    therefore kept apart by the number of the restart. Where the workers host the store themselves
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, to be set for several hosts) each start has a fresh one.
+    """
+    if size == 1:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
+
+
+def _collective_device() -> torch.device:
+    """Where a tensor must be for the group's fastest backend."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,96 @@
+"""From `python recipes/x.py` to an exit code: who reports an error, how the process ends."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+
+from grpo.config import UserError
+from grpo.parallel.distributed import environment_rank, run_store
+
+_REPORTED = "error-reported"
+_PRINTED = "error-printed"
+_PRINT_TIMEOUT = timedelta(seconds=5)
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run a recipe and end the process.
+
+    Exit codes: 0 done; 2 a user's mistake, or memory that ran out, told in plain lines by exactly one rank; 130
+    interrupted; 1 anything else, with its traceback. A process that fails leaves at once, without waiting for other
+    ranks: they see its connections close, or torchrun ends them.
+
+    Args:
+        main: the recipe; gets the command line without the program's name.
+    """
+    try:
+        main(sys.argv[1:])
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except KeyboardInterrupt:
+        code = 130
+    except UserError as error:
+        _report(error.problems)
+        code = 2
+    except Exception as error:
+        if _ran_out_of_memory(error):
+            _report([_memory_advice(error)])
+            code = 2
+        elif _another_rank_reported():  # this rank only lost its partner in a collective
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0:
+        sys.exit(0)
+    os._exit(code)  # a regular exit would join writer threads that wait for ranks which are gone
+
+
+def _report(lines: Sequence[str]) -> None:
+    """Print on the first rank that gets here; the others leave once the lines are out.
+
+    An error may be local to a rank (a file that only it reads), so rank 0 cannot always be the one. Before the group
+    is up every rank reads the same command line and files, and rank 0 speaks for all.
+    """
+    store = run_store()
+    rank = str(environment_rank())
+    try:
+        winner = store.compare_set(_REPORTED, "", rank).decode() if store is not None else "0"
+        if winner == rank:
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
+            if store is not None:
+                store.set(_PRINTED, "")
+        elif store is not None:
+            store.wait([_PRINTED], _PRINT_TIMEOUT)
+    except RuntimeError:  # the store went away together with the rank or the launcher that hosts it
+        if rank == "0":
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def _another_rank_reported() -> bool:
+    store = run_store()
+    try:
+        return store is not None and store.check([_REPORTED])
+    except RuntimeError:
+        return False
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _memory_advice(error: Exception) -> str:
+    detail = str(error).partition("\n")[0].partition(". GPU")[0]
+    return (
+        f"Rank {environment_rank()} ran out of memory ({detail or 'host memory'}): lower training.batch_size, "
+        'rollout.batch_size, rollout.max_rows or reward.batch_size, or set activation_checkpoint.mode = "full".'
+    )

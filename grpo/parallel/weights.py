@@ -1,0 +1,39 @@
+"""Whole state dicts in and out of a sharded model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+
+def load_full_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None, *, device: torch.device | None = None
+) -> None:
+    """Give a parallelized model its weights, from one rank that has them all.
+
+    A model that was built on the meta device is allocated first, each rank its own shards only, so that no rank but
+    the first ever holds the whole model. Buffers outside the state dict (rotary tables) are then rebuilt by
+    `model.reset_buffers()`.
+
+    Args:
+        state_dict: all weights on rank 0; ignored on the other ranks, which pass None.
+        device: where a meta model is to be allocated.
+
+    Raises:
+        RuntimeError: missing, superfluous or misshapen weights.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model.to_empty(device=device or torch.device("cpu"))
+        if hasattr(model, "reset_buffers"):
+            model.reset_buffers()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(model, dict(state_dict or {}), options=options)
+    leftover = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not leftover, f"still without storage after loading: {leftover[:3]}"
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Gather all weights on rank 0, on its CPU; other ranks take part and get an empty dict."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
