@@ -1,19 +1,26 @@
-"""The sections of a recipe: every key, its type, its default, what it means.
+"""The sections that several jobs share: every key, its type, its default, what it means.
 
 A section is a frozen pydantic model; the string under a field is its documentation and appears in `--help`. Defaults
 are those of the reference trainer (VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines
-mean the same here. Checks that need one key only live with the field; checks across keys live in `recipes.py`.
+mean the same here. Checks that need one key only live with the field; checks across keys live in `checks.py`.
+Sections that belong to one job are in `job_sections.py`.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[FiniteFloat, Gt(0)]
+NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+ProperFraction = Annotated[float, Ge(0), Lt(1)]
+TopP = Annotated[float, Gt(0), Le(1)]
+GuidanceScale = Annotated[FiniteFloat, Ge(1)]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+KernelBackend = Literal["auto", "triton", "reference"]
 
 
 class Section(BaseModel):
@@ -26,7 +33,7 @@ class Model(Section):
     """The autoregressive image generator."""
 
     name: str = "GPT-B"
-    """Spec of the GPT, a key of `grpo.models.MODEL_SPECS`: GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-XXXL, GPT-1B, GPT-3B, ..."""
+    """Spec of the GPT, a key of `grpo.models.MODEL_SPECS`: GPT-B, GPT-L, GPT-XL, GPT-XXL, ..."""
     checkpoint: str | None = None
     """Weights to start from: a LlamaGen file, .safetensors, or a checkpoint folder. None starts from random weights."""
     from_fsdp: bool = False
@@ -90,9 +97,9 @@ class Rollout(Section):
     """Divides the logits, in sampling and in the log-probs."""
     top_k: NonNegativeInt = 0
     """Draw from the k most likely codes only; 0 is off."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: TopP = 1.0
     """Draw from the smallest set of codes whose probability exceeds p; 1 is off."""
-    cfg_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    cfg_scale: GuidanceScale = 1.0
     """Classifier-free guidance of autoregressive rollouts; 1 is off."""
     guidance_in_loss: Literal["guided", "conditional"] = "guided"
     """Distribution that the loss scores when guidance is on: the guided one (exact) or the conditional one (cheaper,
@@ -106,25 +113,30 @@ class Rollout(Section):
     max_rows: NonNegativeInt = 0
     """Rows decoded together in autoregressive rollouts, to bound the cache; 0 decodes all at once."""
 
+    @property
+    def context_noise_share(self) -> float:
+        """Share of the context tokens that are replaced: `context_noise` where it is switched on, else 0."""
+        return self.context_noise if self.use_context_noise else 0.0
+
 
 class Reward(Section):
     """The weighted sum of rewards of one completion."""
 
     reconstruction: Literal["l1", "l2"] = "l2"
     """Distance to the real image: mean absolute or mean squared error over pixels in [-1, 1]."""
-    reconstruction_weight: float = 1.0
+    reconstruction_weight: FiniteFloat = 1.0
     """Weight of minus that distance; 0 switches it off."""
-    class_log_prob_weight: float = 0.0
+    class_log_prob_weight: FiniteFloat = 0.0
     """Weight of log p(class | image) under a classifier."""
     classifier_checkpoint: str | None = None
     """Weights of that classifier, as `recipes/train_classifier.py` writes them."""
     batch_size: PositiveInt = 64
     """Completions decoded and scored at once."""
-    lpips_weight: float = 0.0
+    lpips_weight: FiniteFloat = 0.0
     """Weight of minus LPIPS. Not available yet: refused unless 0."""
     discriminator: bool = False
     """Reward by a PatchGAN discriminator. Not available yet: refused."""
-    discriminator_weight: float = 1.0
+    discriminator_weight: FiniteFloat = 1.0
     """Its weight. Not available yet: refused unless at its default."""
     discriminator_dim: PositiveInt = 64
     """Its width. Not available yet: refused unless at its default."""
@@ -134,7 +146,7 @@ class Reward(Section):
     """Its weights. Not available yet: refused."""
     embedding_cosine: bool = False
     """Reward the cosine between a completion's code vectors and the real image's latents before quantisation."""
-    embedding_cosine_weight: float = 0.0
+    embedding_cosine_weight: FiniteFloat = 0.0
     """Weight of that cosine minus 1."""
 
 
@@ -162,12 +174,32 @@ class Objective(Section):
     """Weights of the frozen reference; None is the policy's own start."""
     aux_ce_weight: NonNegativeFloat = 0.0
     """Weight of the cross-entropy on the real image's codes."""
-    entropy_weight: float = 0.0
+    entropy_weight: FiniteFloat = 0.0
     """Weight of the mean token entropy, subtracted from the loss (a bonus)."""
     use_token_dropout: bool = False
     """Leave a random share of the tokens out of the policy loss."""
-    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    token_dropout: ProperFraction = 0.5
     """That share."""
+
+    @property
+    def clip_low(self) -> float:
+        """The ratio is clipped from below at 1 - clip_low."""
+        return self.clip_range
+
+    @property
+    def clip_high(self) -> float:
+        """The ratio is clipped from above at 1 + clip_high."""
+        return self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+    @property
+    def kl_estimator(self) -> Literal["none", "k1", "k2", "k3"]:
+        """The estimator of the KL term: `kl`, or k3 where only the reference trainer's switch is set."""
+        return "k3" if self.kl == "none" and self.use_kl_loss else self.kl
+
+    @property
+    def token_dropout_share(self) -> float:
+        """Share of the tokens left out of the loss: `token_dropout` where it is switched on, else 0."""
+        return self.token_dropout if self.use_token_dropout else 0.0
 
 
 class Optimizer(Section):
@@ -177,9 +209,9 @@ class Optimizer(Section):
     """Learning rate (peak)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: ProperFraction = 0.9
     """Decay of the first moment."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    beta2: ProperFraction = 0.95
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -203,7 +235,7 @@ class Training(Section):
     """Sequences in one forward and backward on each rank."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of one optimizer step. In grpo.py an optimizer step takes batch_size * this many completions."""
-    mixed_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    mixed_precision: Precision = "bf16"
     """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling."""
     grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision in which gradients are reduced across ranks; None is fp32."""
@@ -211,7 +243,7 @@ class Training(Section):
     """Dropout in the update of grpo.py. Only eval (none, as in the rollout): the other two are refused."""
     max_skipped_steps: PositiveInt = 10
     """Optimizer steps in a row with a non-finite loss or gradient (each skipped) after which the run stops."""
-    kernels: Literal["auto", "triton", "reference"] = "auto"
+    kernels: KernelBackend = "auto"
     """Backend of sampling, log-probs and loss: Triton on a GPU and plain torch elsewhere, or one of them always."""
 
 
@@ -221,7 +253,7 @@ class Parallel(Section):
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
     """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
     within groups of ranks and replicate across them."""
-    shard_size: int = -1
+    shard_size: Literal[-1] | PositiveInt = -1
     """Ranks of one shard group in hsdp; -1 is the ranks of one host."""
     timeout: PositiveInt = 600
     """Seconds after which a collective that a rank does not join ends the run."""

@@ -1,0 +1,139 @@
+"""The sections that belong to one job: what to train, sample, measure or convert besides the shared settings."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+from pydantic import BeforeValidator
+
+from grpo.config.sections import (
+    GuidanceScale,
+    KernelBackend,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    ProperFraction,
+    Section,
+    TopP,
+)
+
+
+def _split_flag_text(value: object) -> object:
+    """A list reaches a flag as text, `1,2,3`; a recipe file gives a list."""
+    return value.split(",") if isinstance(value, str) and value != "all" else value
+
+
+ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_split_flag_text)]
+
+
+class TokenizerLoss(Section):
+    """How the VQ tokenizer is trained."""
+
+    reconstruction: Literal["l1", "l2"] = "l2"
+    """Distance to the image: mean absolute or mean squared error over pixels in [-1, 1]."""
+    commitment_weight: NonNegativeFloat = 0.25
+    """Weight of the squared distance that draws the encoder's output to its code."""
+    codebook_update: Literal["ema", "gradient"] = "ema"
+    """ema: codes follow the running mean of the encoder outputs assigned to them; gradient: codes are trained by the
+    squared distance to those outputs."""
+    codebook_ema: ProperFraction = 0.95
+    """Decay of that running mean, per optimizer step."""
+    restart_threshold: NonNegativeFloat = 0.1
+    """A code whose running count of uses falls below this is moved to an encoder output (ema only); 0 is off."""
+    unquantised_steps: NonNegativeInt = 40
+    """First optimizer steps without quantisation, after which the codebook is set from encoded images."""
+
+
+class Classifier(Section):
+    """A small convolutional classifier: a reward, or the judge of an evaluation."""
+
+    width: PositiveInt = 32
+    """Channels of the first stage."""
+    num_classes: PositiveInt = 10
+    """Number of classes."""
+
+
+class Sampling(Section):
+    """How images are drawn from a trained generator."""
+
+    class_ids: ClassIds = "all"
+    """Classes to draw, taken in turn until the number of images is reached: "all" or a list of class ids."""
+    image_size: PositiveInt = 256
+    """Side of the images that the generator was trained on, pixels."""
+    resize_to: PositiveInt | None = None
+    """Side to which drawn images are resized (bicubic, antialiased), pixels; none keeps them."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits."""
+    top_k: NonNegativeInt = 0
+    """Draw from the k most likely codes only; 0 is off."""
+    top_p: TopP = 1.0
+    """Draw from the smallest set of codes whose probability exceeds p; 1 is off."""
+    cfg_scale: GuidanceScale = 1.0
+    """Classifier-free guidance; 1 is off."""
+    cfg_interval: Annotated[int, Ge(-1)] = -1
+    """Last token position with guidance; -1 guides all positions."""
+    seed: NonNegativeInt = 0
+    """Seed of the draws: the same seed gives the same images on any number of ranks."""
+    batch_size: PositiveInt = 32
+    """Images drawn together on each rank."""
+    mixed_precision: Precision = "bf16"
+    """Precision of the generator and of the tokenizer."""
+    kernels: KernelBackend = "auto"
+    """Backend of sampling: Triton on a GPU and plain torch elsewhere, or one of them always."""
+
+
+class Output(Section):
+    """Where drawn images go; at least one of grid, folder and npz."""
+
+    num_images: PositiveInt = 64
+    """Images to draw in all."""
+    grid: str | None = None
+    """PNG file with all images in one grid."""
+    grid_columns: PositiveInt = 8
+    """Images in one row of the grid."""
+    folder: str | None = None
+    """Folder of one PNG file an image."""
+    npz: str | None = None
+    """File with `arr_0` [N, H, W, 3] uint8 and `arr_1` [N] int64, the class ids."""
+
+
+class Evaluation(Section):
+    """What is measured against what."""
+
+    images: str | None = None
+    """Evaluate these images, a folder or an .npz with `arr_0`, instead of drawing them from a model."""
+    reference: str | None = None
+    """Reference images: a folder or an .npz with `arr_0`; none takes those of the section [data]."""
+    feature_checkpoint: str | None = None
+    """Classifier, as `recipes/train_classifier.py` writes it, whose features and accuracy are used."""
+    inception_checkpoint: str | None = None
+    """Inception v3 weights of the published FID, for features and inception score; nothing is downloaded."""
+    reward_checkpoint: str | None = None
+    """Classifier that rewarded the run: its mean log p(class | image) is reported as the reward."""
+    num_images: PositiveInt = 50_000
+    """Images to draw, or at most to take from `images`."""
+    num_reference_images: NonNegativeInt = 0
+    """Reference images to take at most; 0 takes all."""
+    batch_size: PositiveInt = 64
+    """Images whose features are computed together on each rank."""
+    nearest_k: PositiveInt = 3
+    """Neighbours that define the manifold of precision and recall."""
+    kid_subset_size: PositiveInt = 1000
+    """Images in each random subset of KID."""
+    kid_subsets: PositiveInt = 100
+    """Number of those subsets."""
+    json_path: str | None = None
+    """File for the results with their settings; none prints them only."""
+
+
+class Convert(Section):
+    """Weights from one layout into another."""
+
+    input: str | None = None
+    """Weights to read: a LlamaGen file, .safetensors, or a checkpoint folder."""
+    output: str | None = None
+    """File or folder to write; it must not exist."""
+    format: Literal["auto", "llamagen", "safetensors", "distributed"] = "auto"
+    """Layout to write. auto follows the name of the output: .safetensors, .pt and .pth (llamagen), or a folder
+    (distributed)."""

@@ -1,0 +1,75 @@
+"""Settings that have no effect next to the others: worth a line to the user, not an error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grpo.config.checks import active_rewards, changed
+
+if TYPE_CHECKING:
+    from grpo.config.recipes import EvaluateRecipe, GRPORecipe, TokenizerRecipe, TrainingRecipe
+
+
+def training_notes(recipe: TrainingRecipe) -> list[str]:
+    """Optimizer, parallelism, checkpoints and Weights & Biases."""
+    optimizer, checkpoint, metrics = recipe.optimizer, recipe.checkpoint, recipe.metrics
+    idle = []
+    if optimizer.schedule == "one_cycle" and optimizer.warmup_steps:
+        idle.append(("optimizer.warmup_steps", "one_cycle has its own warm-up"))
+    if recipe.parallel.shard_size != -1 and recipe.parallel.data_parallel != "hsdp":
+        idle.append(("parallel.shard_size", f"{recipe.parallel.data_parallel} shards over all ranks"))
+    if not metrics.wandb:
+        idle += [(f"metrics.{key}", "metrics.wandb is off") for key in changed(metrics) if key.startswith("wandb_")]
+    notes = _without_effect(idle)
+    if not checkpoint.save_final and not checkpoint.interval:
+        notes.append("checkpoint.interval = 0 and checkpoint.save_final = false: nothing of this run is saved")
+    return notes
+
+
+def grpo_notes(recipe: GRPORecipe) -> list[str]:
+    """Switches of the rollout and of the objective that are off, or that the others make void."""
+    rollout, objective, reward = recipe.rollout, recipe.objective, recipe.reward
+    idle = []
+    if objective.kl_estimator == "none":
+        off = 'the KL term is off (objective.kl = "none")'
+        idle += [(f"objective.{key}", off) for key in changed(objective) if key in ("kl_coef", "reference_checkpoint")]
+    if not objective.use_token_dropout and "token_dropout" in changed(objective):
+        idle.append(("objective.token_dropout", "objective.use_token_dropout is off"))
+    if not rollout.use_context_noise and "context_noise" in changed(rollout):
+        idle.append(("rollout.context_noise", "rollout.use_context_noise is off"))
+    if rollout.importance_weight_cap and not rollout.top_k and rollout.top_p == 1:
+        idle.append(("rollout.importance_weight_cap", "neither top_k nor top_p truncates the draw"))
+    if rollout.guidance_in_loss == "conditional" and rollout.cfg_scale == 1:
+        idle.append(("rollout.guidance_in_loss", "guidance is off (rollout.cfg_scale = 1)"))
+    if rollout.max_rows and rollout.mode == "teacher_forced":
+        idle.append(("rollout.max_rows", "teacher-forced rollouts have no cache"))
+    if reward.embedding_cosine != bool(reward.embedding_cosine_weight):
+        missing = "reward.embedding_cosine is off" if reward.embedding_cosine_weight else "its weight is 0"
+        idle.append(("reward.embedding_cosine", missing))
+    if reward.classifier_checkpoint and not reward.class_log_prob_weight:
+        idle.append(("reward.classifier_checkpoint", "reward.class_log_prob_weight is 0"))
+    if objective.advantage == "gdpo" and len(active_rewards(reward)) == 1:
+        idle.append(('objective.advantage = "gdpo"', "with one reward it is group_std"))
+    return _without_effect(idle)
+
+
+def tokenizer_notes(recipe: TokenizerRecipe) -> list[str]:
+    """Settings of the moving average where the codebook is trained by gradient."""
+    loss = recipe.tokenizer_loss
+    if loss.codebook_update == "ema":
+        return []
+    keys = [key for key in changed(loss) if key in ("codebook_ema", "restart_threshold")]
+    return _without_effect([(f"tokenizer_loss.{key}", 'codebook_update is "gradient"') for key in keys])
+
+
+def evaluation_notes(recipe: EvaluateRecipe) -> list[str]:
+    """Settings of sampling where images are given."""
+    if recipe.evaluation.images is None:
+        return []
+    idle = [f"sampling.{key}" for key in changed(recipe.sampling) if key != "resize_to"]
+    idle += [f"{name}.checkpoint" for name in ("model", "tokenizer") if getattr(recipe, name).checkpoint]
+    return _without_effect([(key, "evaluation.images are not drawn from a model") for key in idle])
+
+
+def _without_effect(idle: list[tuple[str, str]]) -> list[str]:
+    return [f"{key} has no effect: {reason}" for key, reason in idle]
