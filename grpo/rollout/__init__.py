@@ -1,6 +1,7 @@
 """Rollouts: conditions -> Trajectory."""
 
 from grpo.rollout.autoregressive import AutoregressiveRollout, Decoded, decode, generate
+from grpo.rollout.build import build_rollout
 from grpo.rollout.scoring import Scores, score
 from grpo.rollout.teacher_forced import TeacherForcedRollout
 from grpo.rollout.trajectory import Trajectory, real_rows
@@ -11,6 +12,7 @@ __all__ = [
     "Scores",
     "TeacherForcedRollout",
     "Trajectory",
+    "build_rollout",
     "decode",
     "generate",
     "real_rows",

@@ -1,5 +1,6 @@
 """True sampling: one token after the other with a static KV cache."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from grpo.data import ImageBatch
 from grpo.kernels import project_logits, sample_tokens
 from grpo.parallel import gathered
 from grpo.rollout.scoring import guide
-from grpo.rollout.trajectory import Trajectory
+from grpo.rollout.trajectory import Trajectory, real_rows
 
 
 class Decoded(NamedTuple):
@@ -118,10 +119,26 @@ def generate(
 
 
 class AutoregressiveRollout:
-    """G sampled completions of each image's class; a completion is its own context."""
+    """G sampled completions of each image's class; a completion is its own context.
 
-    def __init__(self, model: nn.Module, config: Rollout, *, seed: int, impl: str) -> None:
-        self.model, self.config, self.seed, self.impl = model, config, seed, impl
+    Args:
+        model: a GPT.
+        encode: images -> codes [B, T], when real images are wanted too, for the auxiliary cross-entropy.
+        config: the rollout section.
+        seed: of the run.
+        impl: backend of sampling.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encode: Callable[[ImageBatch], Tensor] | None,
+        config: Rollout,
+        *,
+        seed: int,
+        impl: str,
+    ) -> None:
+        self.model, self.encode, self.config, self.seed, self.impl = model, encode, config, seed, impl
 
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] conditions -> Trajectory with R = B * G rows in groups of G, M = 1."""
@@ -153,4 +170,5 @@ class AutoregressiveRollout:
             old_log_probs=log_probs[:, None],
             kept_mass=kept_mass[:, None] if truncated else None,
             completion_ids=completion_ids[:, None],
+            real=None if self.encode is None else real_rows(batch.class_ids, self.encode(batch)),
         )

@@ -42,8 +42,13 @@ class TeacherForcedRollout:
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] images -> Trajectory with R = B rows, M = G."""
         codes = self.encode(batch)  # [B, T]
-        context = perturb(codes[:, :-1], batch.sample_ids, share=self.config.effective_context_noise,
-                          vocab_size=self.model.config.vocab_size, seed=self.seed)
+        context = perturb(
+            codes[:, :-1],
+            batch.sample_ids,
+            share=self.config.effective_context_noise,
+            vocab_size=self.model.config.vocab_size,
+            seed=self.seed,
+        )
         with torch.set_grad_enabled(self.keep_graph):
             hidden = self.model.hidden(context, batch.class_ids)  # [B, T, D]
         tokens, log_probs, kept_mass = self._sample(hidden.detach(), batch.sample_ids)

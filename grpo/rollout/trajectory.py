@@ -37,6 +37,8 @@ class Trajectory:
     """[R, M] int64: global running numbers of the completions, the keys of their random numbers."""
     hidden: Tensor | None = None
     """[R, T, D]: final hidden states with their graph, when the forward that sampled is also the one to train."""
+    real: "Trajectory | None" = None
+    """Rows without completions for the auxiliary cross-entropy, when no row of this trajectory has a target."""
 
     @property
     def rows(self) -> int:
@@ -49,11 +51,11 @@ class Trajectory:
         return self.tokens.shape[0] * self.tokens.shape[1]
 
     def select(self, rows: slice, completions: slice = slice(None)) -> "Trajectory":
-        """The given rows and, of each, the given completions; views, not copies."""
-        changes = {}
+        """The given rows and, of each, the given completions, without `real`; views, not copies."""
+        changes = {"real": None}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None:
+            if value is None or field.name == "real":
                 continue
             per_completion = field.name in _PER_COMPLETION
             changes[field.name] = value[rows, completions] if per_completion else value[rows]

@@ -1,0 +1,37 @@
+"""The rollout of a recipe."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from grpo.config import Rollout
+from grpo.data import ImageBatch
+from grpo.rollout.autoregressive import AutoregressiveRollout
+from grpo.rollout.teacher_forced import TeacherForcedRollout
+from grpo.rollout.trajectory import Trajectory
+
+
+def build_rollout(
+    model: nn.Module,
+    encode: Callable[[ImageBatch], Tensor],
+    config: Rollout,
+    *,
+    seed: int,
+    impl: str,
+    keep_graph: bool,
+    with_real: bool,
+) -> Callable[[ImageBatch], Trajectory]:
+    """A function from [B] images to their trajectory.
+
+    Args:
+        model: the policy.
+        encode: images -> codes [B, T], by the frozen tokenizer.
+        config: the rollout section.
+        seed: of the run.
+        impl: backend of sampling.
+        keep_graph: a teacher-forced forward is trained on directly (`PolicyUpdate.shares_forward`).
+        with_real: autoregressive rollouts also yield the real images, for the auxiliary cross-entropy.
+    """
+    if config.mode == "teacher_forced":
+        return TeacherForcedRollout(model, encode, config, seed=seed, keep_graph=keep_graph, impl=impl)
+    return AutoregressiveRollout(model, encode if with_real else None, config, seed=seed, impl=impl)

@@ -1,0 +1,134 @@
+"""AdamW, its learning rate, and the optimizer step that refuses non-finite gradients."""
+
+import math
+
+import torch
+from torch import nn
+
+from grpo.config import Optimizer as OptimizerConfig
+from grpo.config import UserError
+from grpo.parallel import clip_grad_norm
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; matrices are decayed, norms and biases are not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`.
+
+    constant and cosine start with `warmup_steps` of linear warm-up; one_cycle rises over 30 % of the steps and falls
+    to zero, both along a half cosine (Smith & Topin, arXiv 1708.07120).
+    """
+    if config.schedule == "one_cycle":
+        peak = 0.3 * total_steps
+        if step < peak:
+            return config.lr * (0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * (step + 1) / (peak + 1))))
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - peak) / (total_steps - peak)))
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return config.lr * warmup
+    progress = max(0, step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class OptimizerStep:
+    """Clip, step, zero; or skip when a gradient is not finite.
+
+    Args:
+        model: its parameters' gradients are clipped together, over all ranks.
+        config: the optimizer section.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        max_skipped_steps: skipped steps in a row after which the run is stopped.
+        scaler: loss scaler of fp16, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        total_steps: int,
+        max_skipped_steps: int,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.model, self.config, self.total_steps = model, config, total_steps
+        self.max_skipped_steps, self.scaler = max_skipped_steps, scaler
+        self.optimizer = build_optimizer(model, config)
+        self.steps = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return learning_rate(self.config, step=self.steps, total_steps=self.total_steps)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def __call__(self) -> dict[str, float]:
+        """Take the step with the gradients there are.
+
+        Returns:
+            {"grad_norm", "lr", "skipped_steps"}: the norm before clipping (the same on all ranks), the rate that was
+            used, and how many steps the run has skipped.
+
+        Raises:
+            UserError: too many steps in a row had a non-finite gradient.
+        """
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        rate = self.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = float(clip_grad_norm(self.model, self.config.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        if self.scaler is not None:
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return {"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped)}
+
+    def check(self) -> None:
+        """Raise when too many steps in a row were skipped; called after the step has been written down and saved."""
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient and were skipped; "
+                "the weights are those before them. Lower optimizer.lr, look at the rewards in metrics.jsonl, or raise "
+                "training.max_skipped_steps"
+            )
+
+    def state_dict(self) -> dict:
+        """Counters and loss scale; the optimizer's tensors are saved with the model's."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
