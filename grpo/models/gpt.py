@@ -112,11 +112,34 @@ def rotary_table(config: GPTConfig) -> Tensor:
     return F.pad(torch.stack([grid.cos(), grid.sin()], dim=-1), (0, 0, 0, 0, 1, 0))
 
 
-def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the neighbouring pairs of each head of `x` [B, S, heads, head_dim] by `rotary` [S, head_dim / 2, 2]."""
-    cos, sin = rotary[:, None].unbind(-1)  # [S, 1, head_dim / 2]
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+class Rotary(nn.Module):
+    """Turns queries and keys by the angles of their rows, in fp32.
+
+    Every block has its own small table, because what is passed between blocks is rounded by mixed precision. The table
+    is not part of the state dict and is rebuilt after every move of the module: `.to` a lower precision would round
+    it, `to_empty` would leave garbage.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("table", rotary_table(config), persistent=False)
+
+    def reset(self) -> None:
+        """Rebuild the table on its device."""
+        self.table = rotary_table(self.config).to(self.table.device)
+
+    def _apply(self, fn, recurse: bool = True):  # every `.to`, `.cuda` and `to_empty` passes here
+        super()._apply(fn, recurse)
+        self.reset()
+        return self
+
+    def forward(self, x: Tensor, row: Tensor | None = None) -> Tensor:
+        """Turn the neighbouring pairs of each head of `x` [B, S, heads, head_dim], rows 0..S-1 or the one `row` [1]."""
+        table = self.table[: x.shape[1]] if row is None else self.table.index_select(0, row)
+        cos, sin = table[:, None].unbind(-1)  # [S, 1, head_dim / 2]
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -153,19 +176,20 @@ class Attention(nn.Module):
         self.heads = (config.n_head, config.kv_heads, config.kv_heads)
         self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.rotary = Rotary(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: LayerCache | None = None) -> Tensor:
-        assert rotary.dtype == torch.float32, "rotary angles were rounded: shard with cast_forward_inputs=False"
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         queries, keys, values = self.wqkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
-        queries = apply_rotary(queries, rotary).transpose(1, 2)  # [B, n_head, S, head_dim]
-        keys = apply_rotary(keys, rotary).transpose(1, 2)
-        values = values.transpose(1, 2)
-        mask = None
+        row = mask = None
         if cache is not None:
-            keys = cache.keys.index_copy_(2, cache.row, keys)
-            values = cache.values.index_copy_(2, cache.row, values)
-            mask = cache.mask
+            row, mask = cache.row, cache.mask
+        queries = self.rotary(queries, row).transpose(1, 2)  # [B, n_head, S, head_dim]
+        keys = self.rotary(keys, row).transpose(1, 2)
+        values = values.transpose(1, 2)
+        if cache is not None:
+            keys = cache.keys.index_copy_(2, row, keys)
+            values = cache.values.index_copy_(2, row, values)
         grouped = self.heads[0] != self.heads[1]
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
@@ -183,8 +207,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cache)
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -208,9 +232,6 @@ class GPT(nn.Module):
     """Autoregressive transformer over the codes of one image, conditioned on its class.
 
     The output shape and the positions are the same in train and eval mode, and nothing of a rollout is module state.
-    The rotary table is a non-persistent buffer that is rebuilt in fp32 after every move of the module, because `.to`
-    a lower precision would round it and `to_empty` would leave garbage. For the same reason FSDP's mixed precision
-    must not cast the blocks' inputs.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -222,7 +243,6 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -235,13 +255,9 @@ class GPT(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def reset_buffers(self) -> None:
-        """Rebuild the rotary table in fp32 on the module's device."""
-        self.rotary = rotary_table(self.config).to(self.rotary.device)
-
-    def _apply(self, fn, recurse: bool = True):  # every `.to`, `.cuda` and `to_empty` passes here
-        super()._apply(fn, recurse)
-        self.reset_buffers()
-        return self
+        """Rebuild what is not in the state dict: the rotary tables."""
+        for layer in self.layers:
+            layer.attention.rotary.reset()
 
     def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
         """Logits of the next code after each row.
@@ -267,9 +283,8 @@ class GPT(nn.Module):
         _check_shapes(tokens, class_ids, self.config.block_size)
         x = torch.cat([self.cls_embedding(class_ids)[:, None], self.tok_embeddings(tokens)], dim=1)
         x = self.dropout(x)
-        rotary = self.rotary[: x.shape[1]]
         for layer in self.layers:
-            x = layer(x, rotary)
+            x = layer(x)
         return self.norm(x)
 
     def init_cache(
@@ -316,10 +331,9 @@ class GPT(nn.Module):
             raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(embedding)}")
         row = position.view(1)
         mask = (torch.arange(cache.keys.shape[3], device=row.device) <= row).view(1, 1, 1, -1)
-        rotary = self.rotary.index_select(0, row)
         x = self.dropout(embedding[:, None])
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = layer(x, rotary, LayerCache(keys, values, row, mask))
+            x = layer(x, LayerCache(keys, values, row, mask))
         return self.norm(x)[:, 0]
 
 

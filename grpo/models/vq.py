@@ -128,7 +128,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where asked, then the resampling if one is set."""
+    """The residual blocks of one resolution, with or without attention after each, then resampling if set."""
 
     def __init__(self, channels: list[int], config: VQConfig, *, attention: bool) -> None:
         super().__init__()
