@@ -1,0 +1,46 @@
+# Two commands do everything on a machine with Python >= 3.11 and make:
+#   make quickstart            train and improve a small image generator on real digits, about five minutes
+#   make test                  lint, format check, all tests
+# Both create .venv and install into it when needed. PYTHON=/path/to/python uses an existing environment as it is.
+
+RECIPE ?= digits
+QUICKSTART_FLAGS ?=
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+ifdef PYTHON
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(INSTALLED)
+endif
+
+.PHONY: quickstart test lint format install clean
+
+quickstart: $(READY)
+	$(RUN) recipes/quickstart.py --recipe $(RECIPE) $(QUICKSTART_FLAGS)
+
+test: lint
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+install: $(READY)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; found $$(python3 --version)" >&2; exit 1; }
+	@echo "Installing into $(VENV): PyTorch and its libraries, about 6 GB, one or two minutes"
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
