@@ -37,7 +37,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except UserError as error:
         _report(error.problems)
         code = 2
-    except Exception as error:
+    except BaseException as error:  # failures of torch.distributed.checkpoint are no `Exception`
         if _ran_out_of_memory(error):
             _report([_memory_advice(error)])
             code = 2
@@ -82,13 +82,13 @@ def _another_rank_reported() -> bool:
         return False
 
 
-def _ran_out_of_memory(error: Exception) -> bool:
+def _ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
-def _memory_advice(error: Exception) -> str:
+def _memory_advice(error: BaseException) -> str:
     detail = str(error).partition("\n")[0].partition(". GPU")[0]
     return (
         f"Rank {environment_rank()} ran out of memory ({detail or 'host memory'}): lower training.batch_size, "
