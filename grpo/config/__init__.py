@@ -2,7 +2,7 @@
 
 from grpo.config.errors import UserError
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
-from grpo.config.load import load_recipe
+from grpo.config.load import load_recipe, recipe_from_toml
 from grpo.config.recipes import (
     RECIPES,
     ClassifierRecipe,
@@ -69,4 +69,5 @@ __all__ = [
     "UserError",
     "differences",
     "load_recipe",
+    "recipe_from_toml",
 ]

@@ -188,10 +188,21 @@ def evaluation_problems(recipe: EvaluateRecipe) -> list[Problem]:
             Problem((*problem.keys, "evaluation.reference"), f"{problem.text} unless evaluation.reference is set")
             for problem in data_problems(recipe)
         ]
+        problems += _different_sides(recipe)
     if evaluation.feature_checkpoint is None and evaluation.inception_checkpoint is None:
         keys = ("evaluation.feature_checkpoint", "evaluation.inception_checkpoint")
         problems.append(Problem(keys, f"{keys[0]} or {keys[1]} is required"))
     return problems
+
+
+def _different_sides(recipe: EvaluateRecipe) -> list[Problem]:
+    """Drawn images are compared with reference images of the same side."""
+    sampling, side = recipe.sampling, recipe.data.image_size
+    if recipe.evaluation.images is not None or side == (sampling.resize_to or sampling.image_size):
+        return []
+    key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
+    text = f"{key} must equal data.image_size = {side} of the reference images"
+    return [Problem((key, "data.image_size"), text)]
 
 
 def convert_problems(recipe: ConvertRecipe) -> list[Problem]:

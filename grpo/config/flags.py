@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from grpo.config.keys import recipe_keys
@@ -89,8 +89,9 @@ class FlagValue:
 
 @dataclass(frozen=True)
 class Flags:
-    """A command line taken apart: the recipe file, one value a key, and what is wrong."""
+    """A command line taken apart: is help asked for, the recipe file, one value a key, and what is wrong."""
 
+    help: bool
     config: str | None
     values: list[FlagValue]
     problems: list[str]
@@ -102,7 +103,7 @@ def reference_flags(recipe_class: type[Recipe]) -> dict[str, str]:
 
 
 def parse_flags(recipe_class: type[Recipe], argv: Sequence[str]) -> Flags:
-    """Read a command line; `--help` prints every key and ends the program.
+    """Read a command line.
 
     Args:
         recipe_class: the job.
@@ -112,8 +113,10 @@ def parse_flags(recipe_class: type[Recipe], argv: Sequence[str]) -> Flags:
         The values as text, still to be checked, and a line for each flag that is unknown, lacks its value or was
         given twice.
     """
-    options = _options(recipe_class)
-    parsed, extras = _build_parser(recipe_class, options).parse_known_args(argv)
+    keys, reference = recipe_keys(recipe_class), reference_flags(recipe_class)
+    options = {key: [f"--{key}", reference[key]] if key in reference else [f"--{key}"] for key in (CONFIG, *keys)}
+    parser = _build_parser(options, [key.name for key in keys.values() if key.is_switch])
+    parsed, extras = parser.parse_known_args(argv)
     problems = _unknown_flags(extras, [option for names in options.values() for option in names])
     values: dict[str, FlagValue] = {}
     for given in parsed.given:
@@ -123,7 +126,12 @@ def parse_flags(recipe_class: type[Recipe], argv: Sequence[str]) -> Flags:
             problems.append(f"{given.flag}: a value is missing (write {given.flag}=VALUE if it begins with a minus)")
         values.setdefault(given.key, given)
     config = values.pop(CONFIG, None)
-    return Flags(config and config.text, [value for value in values.values() if value.text is not None], problems)
+    return Flags(
+        help=parsed.help,
+        config=config and config.text,
+        values=[value for value in values.values() if value.text is not None],
+        problems=problems,
+    )
 
 
 class _Collect(argparse.Action):
@@ -139,39 +147,14 @@ class _Collect(argparse.Action):
         namespace.given.append(FlagValue(self.dest, option_string, values))
 
 
-def _options(recipe_class: type[Recipe]) -> dict[str, list[str]]:
-    """The flags of each key, the reference trainer's last, and of the recipe file."""
-    reference = reference_flags(recipe_class)
-    options = {
-        key: [f"--{key}", reference[key]] if key in reference else [f"--{key}"] for key in recipe_keys(recipe_class)
-    }
-    return {CONFIG: [f"--{CONFIG}"], **options}
-
-
-def _build_parser(recipe_class: type[Recipe], options: Mapping[str, list[str]]) -> argparse.ArgumentParser:
+def _build_parser(options: Mapping[str, Sequence[str]], switches: Collection[str]) -> argparse.ArgumentParser:
     """A parser that takes text only: what a value means and whether it is right is pydantic's part."""
-    parser = argparse.ArgumentParser(
-        description=f"{recipe_class.__doc__} A flag overrides the recipe file, the file overrides the default.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(given=[])
-    collect = {"action": _Collect, "nargs": "?"}
-    parser.add_argument(*options[CONFIG], **collect, dest=CONFIG, metavar="FILE", help="recipe, a TOML file")
-    keys = recipe_keys(recipe_class)
-    for section_name, section in recipe_class.sections().items():
-        group = parser.add_argument_group(f"[{section_name}]", _help_text(section.__doc__))
-        for key in keys.values():
-            if key.section == section_name:
-                text = _help_text(f"{key.meaning} Must be {key.allowed}. Default: {key.default}.")
-                const = "true" if key.is_switch else None
-                group.add_argument(*options[key.name], **collect, dest=key.name, const=const, metavar="X", help=text)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.set_defaults(given=[], help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    for key, names in options.items():  # no value is an error for all but switches, reported with the others
+        parser.add_argument(*names, action=_Collect, dest=key, nargs="?", const="true" if key in switches else None)
     return parser
-
-
-def _help_text(text: str) -> str:
-    """argparse fills in %-formats."""
-    return text.replace("%", "%%")
 
 
 def _unknown_flags(extras: Sequence[str], known: Sequence[str]) -> list[str]:

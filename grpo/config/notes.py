@@ -66,7 +66,7 @@ def evaluation_notes(recipe: EvaluateRecipe) -> list[str]:
     """Settings of sampling where images are given."""
     if recipe.evaluation.images is None:
         return []
-    idle = [f"sampling.{key}" for key in changed(recipe.sampling) if key != "resize_to"]
+    idle = [f"sampling.{key}" for key in changed(recipe.sampling)]
     idle += [f"{name}.checkpoint" for name in ("model", "tokenizer") if getattr(recipe, name).checkpoint]
     return _without_effect([(key, "evaluation.images are not drawn from a model") for key in idle])
 
