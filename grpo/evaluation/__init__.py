@@ -1,0 +1,46 @@
+"""How good images are: distances to a reference, and what judging networks see in them."""
+
+from grpo.evaluation.distances import (
+    FeatureStatistics,
+    accuracy,
+    class_counts,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge
+from grpo.evaluation.measure import Measured, compare, evaluate_images, measure_images
+from grpo.evaluation.sources import (
+    DatasetImages,
+    DrawnImages,
+    FolderImages,
+    ImageSource,
+    NpzImages,
+    classes_in_turn,
+    open_images,
+)
+
+__all__ = [
+    "ClassifierJudge",
+    "DatasetImages",
+    "DrawnImages",
+    "FeatureStatistics",
+    "FolderImages",
+    "ImageSource",
+    "InceptionJudge",
+    "Judge",
+    "Measured",
+    "NpzImages",
+    "accuracy",
+    "class_counts",
+    "classes_in_turn",
+    "compare",
+    "evaluate_images",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "measure_images",
+    "open_images",
+    "precision_recall",
+]

@@ -1,0 +1,82 @@
+"""Networks that look at images: features for distances, probabilities for classes."""
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grpo.config import UserError
+from grpo.data.images import normalize
+from grpo.models import read_weights
+
+
+class Judge(Protocol):
+    """Looks at images as they are stored: [B, 3, H, W] uint8 -> (features [B, D] fp32, logits [B, K] fp32).
+
+    Attributes:
+        names_classes: whether logit k is the generator's class k, so that an accuracy makes sense.
+    """
+
+    names_classes: bool
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class ClassifierJudge:
+    """A classifier of images in [-1, 1] with `features(images) -> [B, D]` and `forward(images) -> logits [B, K]`."""
+
+    names_classes = True
+
+    def __init__(self, classifier: nn.Module) -> None:
+        self.classifier = classifier.eval()
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        images = normalize(pixels)
+        return self.classifier.features(images).float(), self.classifier(images).float()
+
+
+class InceptionJudge:
+    """Inception v3 of the published FID, by torch-fidelity: 2048 features, 1008 classes, its own resize to 299.
+
+    Args:
+        path: weights in torch-fidelity's layout (`weights-inception-2015-12-05-6726825d.pth`); nothing is downloaded.
+        device: where it runs.
+
+    Raises:
+        UserError: torch-fidelity is not installed, or the file is not such weights.
+    """
+
+    names_classes = False
+
+    def __init__(self, path: str | Path, *, device: torch.device) -> None:
+        if find_spec("torch_fidelity") is None:
+            raise UserError(
+                "evaluation.inception_checkpoint needs the package torch-fidelity: pip install torch-fidelity"
+            )
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        weights = read_weights(path)
+        with tempfile.NamedTemporaryFile(suffix=".pth") as checked:
+            # torch-fidelity unpickles without restriction, so it only gets what was read safely and written anew.
+            torch.save(weights, checked.name)
+            try:
+                network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], checked.name)
+            except RuntimeError as error:
+                problem = f"evaluation.inception_checkpoint {path} does not hold torch-fidelity's Inception v3 weights"
+                raise UserError(problem) from error
+        self.network = network.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self.network(pixels)
+        return features.float(), logits.float()
+
+
+def class_log_prob(judge: Judge, pixels: Tensor, class_ids: Tensor) -> Tensor:
+    """log p(class | image) [B] of images [B, 3, H, W] uint8 and the classes [B] that they were drawn for."""
+    return -F.cross_entropy(judge(pixels)[1], class_ids, reduction="none")
