@@ -4,11 +4,10 @@ from grpo.parallel.apply import clip_grad_norm, gathered, gradient_sync, paralle
 from grpo.parallel.distributed import World, all_reduce_sums, barrier, broadcast_object, distributed
 from grpo.parallel.launcher import run_main
 from grpo.parallel.mesh import build_mesh
-from grpo.parallel.precision import LossScaler, compute_dtype, mixed_precision_policy, set_matmul_precision
+from grpo.parallel.precision import compute_dtype, grad_scaler, mixed_precision_policy, set_matmul_precision
 from grpo.parallel.weights import full_state_dict, load_full_state_dict
 
 __all__ = [
-    "LossScaler",
     "World",
     "all_reduce_sums",
     "barrier",
@@ -19,6 +18,7 @@ __all__ = [
     "distributed",
     "full_state_dict",
     "gathered",
+    "grad_scaler",
     "gradient_sync",
     "load_full_state_dict",
     "mixed_precision_policy",
