@@ -15,7 +15,7 @@ from grpo.config import GRPORecipe, load_recipe
 from grpo.data import CodeCache, ImageBatch, build_dataset, build_stream
 from grpo.objectives import group_advantages, spreadless_groups
 from grpo.observe import SampleRow
-from grpo.parallel import World, build_mesh, distributed, grad_scaler, run_main
+from grpo.parallel import World, build_mesh, distributed, run_main, set_matmul_precision
 from grpo.rewards import Rewards, RewardSum, build_rewards
 from grpo.rollout import Trajectory, build_rollout
 from grpo.training import (
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 def train(recipe: GRPORecipe, world: World) -> None:
     """The whole job on this rank."""
     training, objective = recipe.training, recipe.objective
+    set_matmul_precision(training.mixed_precision)
     mesh = build_mesh(recipe.parallel, world)
     dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)
     stream = build_stream(
@@ -67,7 +68,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
         recipe.optimizer,
         total_steps=training.steps * steps_per_rollout,
         max_skipped_steps=training.max_skipped_steps,
-        scaler=grad_scaler(training.mixed_precision, world.device),
+        mixed_precision=training.mixed_precision,
     )
     update = PolicyUpdate(policy, step, objective=objective, rollout=recipe.rollout, training=training, world=world)
     rollout = build_rollout(
@@ -89,7 +90,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
             show = recipe.metrics.image_groups if run.observer.wants_images(number) else 0
             with run.timer("data"):
                 images = next(stream).to(world.device)  # [B]
-            for batch in images.split(images_per_part):
+            for batch in images.parts(images_per_part):
                 with run.timer("rollout"):
                     trajectory = rollout(batch)  # tokens [R, M, T]
                 with run.timer("reward"):

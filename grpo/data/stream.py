@@ -41,6 +41,11 @@ class ImageBatch(NamedTuple):
         """The same batch on another device."""
         return ImageBatch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
 
+    def parts(self, size: int) -> list["ImageBatch"]:
+        """The batch in parts of at most `size` images."""
+        starts = range(0, len(self.class_ids), size)
+        return [ImageBatch(*(t if t is None else t[start : start + size] for t in self)) for start in starts]
+
 
 class _Order:
     """The endless order: one permutation of N images after the other."""
@@ -167,10 +172,14 @@ class ImageStream:
             self._slices.start = self.samples
             self._fetched = iter(self._loader)
         fetched = next(self._fetched)
-        for index, reason in fetched.unreadable:
-            self.dataset.record_unreadable(index, reason)
-        if fetched.failure is not None:
-            raise fetched.failure
+        try:
+            for index, reason in fetched.unreadable:
+                self.dataset.record_unreadable(index, reason)
+            if fetched.failure is not None:
+                raise fetched.failure
+        except UserError:
+            self.close()
+            raise
         first = self.samples + self._slices.offset
         self.samples += self._slices.stride
         return ImageBatch(
@@ -179,6 +188,10 @@ class ImageStream:
             sample_ids=torch.arange(first, first + self._slices.batch_size),
             indices=torch.tensor(fetched.indices),
         )
+
+    def close(self) -> None:
+        """End the workers and the stream. Workers that a traceback keeps alive take seconds each to end."""
+        self._fetched = self._loader = None
 
     def state_dict(self) -> dict[str, int]:
         """The number of samples consumed, the same on every rank."""

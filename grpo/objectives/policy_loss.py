@@ -83,8 +83,12 @@ def policy_loss(
     if loss not in LOSSES:
         raise ValueError(f"unknown policy loss {loss!r}; one of {', '.join(LOSSES)}")
     if weights is None:
-        weights = token_weights(tuple(log_probs.shape), loss=loss, sequences=log_probs.shape[0] * log_probs.shape[1],
-                                device=log_probs.device)
+        weights = token_weights(
+            tuple(log_probs.shape),
+            loss=loss,
+            sequences=log_probs.shape[0] * log_probs.shape[1],
+            device=log_probs.device,
+        )
     penalty = {"ref_log_probs": ref_log_probs, "kl": kl, "kl_coef": kl_coef}
     clip = {"clip_low": clip_low, "clip_high": clip_high}
     if loss != "gspo":

@@ -45,7 +45,7 @@ class TeacherForcedRollout:
         context = perturb(
             codes[:, :-1],
             batch.sample_ids,
-            share=self.config.effective_context_noise,
+            share=self.config.context_noise_share,
             vocab_size=self.model.config.vocab_size,
             seed=self.seed,
         )

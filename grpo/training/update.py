@@ -136,7 +136,7 @@ class PolicyUpdate:
             loss=objective.loss,
             sequences=self.completions_per_step * self.world.size,
             keep=keep,
-            keep_probability=1 - objective.effective_token_dropout,
+            keep_probability=1 - objective.token_dropout_share,
             device=log_probs.device,
         )
         if part.kept_mass is not None and self.rollout.importance_weight_cap:
@@ -173,7 +173,7 @@ class PolicyUpdate:
 
     def _kept_tokens(self, part: Trajectory) -> Tensor | None:
         """[R, M, T] bool, drawn per completion from the seed; at least one token of each stays."""
-        share = self.objective.effective_token_dropout
+        share = self.objective.token_dropout_share
         if share == 0.0:
             return None
         ids = part.completion_ids.flatten()

@@ -1,0 +1,68 @@
+"""Advantages against hand-computed cases and the reference's numbers."""
+
+import math
+
+import pytest
+import torch
+
+from grpo.objectives import group_advantages, spreadless_groups
+
+REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]])
+
+
+def test_group_std_by_hand():
+    """Mean 3, deviations -2 -1 0 3, unbiased variance 14/3."""
+    std = math.sqrt(14 / 3)
+    expected = torch.tensor([[-2 / std, -1 / std, 0.0, 3 / std], [0.0] * 4])
+    torch.testing.assert_close(group_advantages(REWARDS), expected)
+
+
+def test_group_mean_and_leave_one_out_by_hand():
+    torch.testing.assert_close(group_advantages(REWARDS, kind="group_mean")[0], torch.tensor([-2.0, -1.0, 0.0, 3.0]))
+    left_out = torch.tensor([1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3])
+    torch.testing.assert_close(group_advantages(REWARDS, kind="leave_one_out")[0], left_out)
+
+
+def test_batch_std_divides_by_the_spread_of_all_rewards():
+    advantages = group_advantages(REWARDS, kind="batch_std")
+    torch.testing.assert_close(advantages[0], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / REWARDS.std())
+    assert torch.equal(advantages[1], torch.zeros(4))
+
+
+def test_gdpo_normalises_each_reward_by_itself():
+    small, large = torch.tensor([[0.0, 0.1, 0.2]]), torch.tensor([[300.0, 100.0, 200.0]])
+    advantages = group_advantages(
+        small + 2 * large, kind="gdpo", components=torch.stack([small, large]), component_weights=[1.0, 2.0]
+    )
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0 + 2.0, 0.0 - 2.0, 1.0 + 0.0]]))
+
+
+@pytest.mark.parametrize("kind", ["group_std", "group_mean", "leave_one_out", "batch_std"])
+@pytest.mark.parametrize("value", [0.1, -1e-3, 1234.567, 0.0])
+def test_groups_that_differ_by_rounding_only_get_exactly_zero(kind, value):
+    """Equal completions whose rewards were rounded differently, as by another batch split of the decoder."""
+    generator = torch.Generator().manual_seed(0)
+    jitter = torch.randint(-2, 3, (64, 8), generator=generator) * torch.finfo(torch.float32).eps
+    rewards = torch.full((64, 8), value) * (1 + jitter)
+    assert torch.equal(group_advantages(rewards, kind=kind), torch.zeros(64, 8))
+    assert spreadless_groups(rewards).all()
+
+
+def test_a_small_real_spread_is_kept():
+    rewards = torch.tensor([[1.0, 1.0001]])
+    torch.testing.assert_close(group_advantages(rewards), torch.tensor([[-(0.5**0.5), 0.5**0.5]]), rtol=2e-3, atol=0)
+    assert not spreadless_groups(rewards).any()
+
+
+def test_clip_and_non_finite_rewards():
+    assert group_advantages(REWARDS, clip=1.0).abs().max() == 1.0
+    assert not group_advantages(torch.tensor([[1.0, float("nan"), 2.0]])).isfinite().any()
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        group_advantages(torch.ones(4, 1))
+    with pytest.raises(ValueError, match="unknown advantage"):
+        group_advantages(REWARDS, kind="median")
+    with pytest.raises(ValueError, match="gdpo"):
+        group_advantages(REWARDS, kind="gdpo")
