@@ -35,13 +35,13 @@ class CodeCache:
         if not self._enabled:
             return self._encode(batch.images)
         assert batch.indices is not None, "caching needs the images' places in the data set"
-        indices = batch.indices.cpu()
-        missing = ~self._known[indices]  # [B]
-        if missing.any():
-            self._remember(indices[missing], self._encode(batch.images[missing.to(batch.images.device)]))
+        indices = batch.indices.tolist()
+        new_rows = {index: row for row, index in enumerate(indices) if not self._known[index]}
+        if new_rows:
+            self._remember(list(new_rows), self._encode(batch.images[list(new_rows.values())]))
         return self._codes[indices].to(batch.images.device, torch.int64)
 
-    def _remember(self, indices: Tensor, codes: Tensor) -> None:
+    def _remember(self, indices: list[int], codes: Tensor) -> None:
         if self._codes is None:
             self._codes = torch.empty(len(self._known), codes.shape[1], dtype=self._dtype)
         self._codes[indices] = codes.to("cpu", self._dtype)

@@ -41,23 +41,31 @@ class SavedDataset(ImageDataset):
         super().__init__(class_ids, class_names, data=data)
 
     def open(self, index: int) -> Image.Image:
-        stored = self._rows[index][self._image_column]
-        if isinstance(stored, dict):
-            stored = stored["path"] if stored["bytes"] is None else stored["bytes"]
-        if stored is None:
-            raise ValueError(f"the column {self._image_column!r} is empty")
-        source = io.BytesIO(stored) if isinstance(stored, bytes) else self._folder / stored
-        with Image.open(source) as image:
+        encoded, path = self._stored(index)
+        if encoded is None and path is None:
+            raise ValueError(f"its {self._image_column!r} is empty")
+        with Image.open(self._folder / path if encoded is None else io.BytesIO(encoded)) as image:
             image.load()
             return image.copy()
 
     def describe(self, index: int) -> str:
-        return f"image {index} of split {self._split!r} of {self._folder}"
+        _, path = self._stored(index)
+        name = f" ({path})" if path else ""
+        return f"image {index}{name} of split {self._split!r} of {self._folder}"
+
+    def _stored(self, index: int) -> tuple[bytes | None, str | None]:
+        """The row's encoded image and its path; either may be missing."""
+        stored = self._rows[int(index)][self._image_column]
+        if isinstance(stored, dict):
+            return stored["bytes"], stored["path"]
+        return (stored, None) if isinstance(stored, bytes) else (None, stored)
 
 
 def _load_split(data: Data) -> datasets.Dataset:
     try:
         saved = datasets.load_from_disk(data.path)
+    except IndexError as error:  # a split without rows has no files, and `datasets` asks for the first
+        raise UserError(f"data.path {data.path} has a split without images: save it again with some") from error
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"data.path {data.path} cannot be read as a saved Hugging Face dataset: {reason}") from error
