@@ -1,0 +1,108 @@
+"""Log-probs of chosen tokens under rows of logits, and the entropy of the rows."""
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.dispatch import use_triton
+from grpo.kernels.row_math import check_arguments, new_outputs, row_chunks, score_rows, score_rows_backward
+
+# Elements of logits worked on at once: about the second-level cache of a CPU core, and enough to fill a GPU.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+
+
+def token_log_probs(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, return_entropy: bool = False, impl: str = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) of `logits` [N, V] at `tokens` [N, M] int64: log-probs [N, M] fp32.
+
+    With `return_entropy` also the entropy [N] fp32 of each row, in nats. Both have gradients. Only the log-sum-exp of a
+    row (and its entropy) is kept for the backward pass, which reads and writes each row once. Rows may be strided.
+    Tokens must lie in 0 .. V-1. Raises ValueError for shapes or values out of range.
+    """
+    check_arguments(logits, tokens, temperature)
+    log_probs, _, entropy = torch.ops.grpo.token_log_probs(logits, tokens, temperature, return_entropy, impl)
+    return (log_probs, entropy) if return_entropy else log_probs
+
+
+@torch.library.custom_op("grpo::token_log_probs", mutates_args=())
+def _forward(
+    logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=_obstacle(logits)):
+        from grpo.kernels.triton_log_probs import launch_forward
+
+        return launch_forward(logits, tokens, temperature, with_entropy)
+    log_probs, lse, entropy = new_outputs(tokens, with_entropy, logits)
+    for rows in _chunks(logits):
+        scores = logits[rows].to(lse.dtype, copy=True).div_(temperature)
+        score_rows(scores, tokens[rows], log_probs[rows], lse[rows], entropy[rows])
+    return log_probs, lse, entropy
+
+
+@_forward.register_fake
+def _(logits, tokens, temperature, with_entropy, impl):
+    return new_outputs(tokens, with_entropy, logits)
+
+
+@torch.library.custom_op("grpo::token_log_probs_backward", mutates_args=())
+def _backward(
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    tokens: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    impl: str,
+) -> Tensor:
+    if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=_obstacle(logits)):
+        from grpo.kernels.triton_log_probs import launch_backward
+
+        return launch_backward(grad_log_probs, grad_entropy, logits, tokens, lse, entropy, temperature)
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad_log_probs = grad_log_probs / temperature
+    grad_entropy = None if grad_entropy is None else grad_entropy / temperature
+    for rows in _chunks(logits):
+        scores = logits[rows].to(lse.dtype, copy=True).div_(temperature)
+        grad_h = None if grad_entropy is None else grad_entropy[rows]
+        score_rows_backward(scores, tokens[rows], lse[rows], entropy[rows], grad_log_probs[rows], grad_h)
+        grad_logits[rows] = scores
+    return grad_logits
+
+
+@_backward.register_fake
+def _(grad_log_probs, grad_entropy, logits, tokens, lse, entropy, temperature, impl):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, tokens, ctx.temperature, _, ctx.impl = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(logits, tokens, lse, entropy)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_log_probs, grad_lse, grad_entropy):
+    logits, tokens, lse, entropy = ctx.saved_tensors
+    if grad_log_probs is None:
+        grad_log_probs = torch.zeros(tokens.shape, dtype=lse.dtype, device=lse.device)
+    grad_entropy = grad_entropy if entropy.numel() else None
+    gradient = torch.ops.grpo.token_log_probs_backward(
+        grad_log_probs, grad_entropy, logits, tokens, lse, entropy, ctx.temperature, ctx.impl
+    )
+    return gradient, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _chunks(logits: Tensor):
+    return row_chunks(logits.shape[0], max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // logits.shape[1]))
+
+
+def _obstacle(logits: Tensor) -> str | None:
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"logits are {logits.dtype}"
+    if logits.stride(1) != 1:
+        return "the columns of a row are not adjacent"
+    return None

@@ -1,0 +1,72 @@
+"""Reference arithmetic on a chunk of rows of scores, shared by the log-prob ops; scores are logits / temperature.
+
+With p = softmax(scores), lse their log-sum-exp and H = lse - sum_j p_j scores_j, the derivatives are
+
+    d log p_t / d scores_j = onehot(t)_j - p_j            dH / d scores_j = -p_j (log p_j + H)
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.dispatch import accumulation_dtype
+
+# Stands in for log 0: its exponential is 0, and 0 times it is 0 where 0 times -inf would be NaN.
+_LOG_ZERO = -1e4
+
+
+def check_arguments(rows: Tensor, tokens: Tensor, temperature: float) -> None:
+    """Refuses rows that are not [N, ...], tokens that are not [N, M] int64, a temperature that is not positive."""
+    if rows.ndim != 2 or tokens.ndim != 2 or tokens.shape[0] != rows.shape[0] or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"expected rows [N, ...] and tokens [N, M] int64, not {list(rows.shape)} "
+            f"and {list(tokens.shape)} {tokens.dtype}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+
+
+def new_outputs(tokens: Tensor, with_entropy: bool, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised log-probs [N, M], lse [N] and entropy [N] (or [0] where nobody asked for it)."""
+    N, M = tokens.shape
+    dtype = accumulation_dtype(*inputs)
+    entropy = tokens.new_empty(N if with_entropy else 0, dtype=dtype)
+    return tokens.new_empty(N, M, dtype=dtype), tokens.new_empty(N, dtype=dtype), entropy
+
+
+def row_chunks(num_rows: int, size: int) -> Iterator[slice]:
+    """Slices of `size` rows, the last one shorter."""
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+def score_rows(scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
+    """Fills log_probs [n, M], lse [n] and entropy [n] or [0] from scores [n, V], which are overwritten."""
+    torch.gather(scores, 1, tokens, out=log_probs)
+    peak = scores.amax(1, keepdim=True)
+    scores.sub_(peak)
+    if entropy.numel():
+        weights = scores.clamp_(min=_LOG_ZERO).exp()
+        total = weights.sum(1)
+        mean_score = weights.mul_(scores).sum(1).div_(total)
+        torch.sub(total.log(), mean_score, out=entropy)
+    else:
+        total = scores.exp_().sum(1)
+    torch.add(total.log_(), peak[:, 0], out=lse)
+    log_probs.sub_(lse[:, None])
+
+
+def score_rows_backward(
+    scores: Tensor, tokens: Tensor, lse: Tensor, entropy: Tensor, grad_log_probs: Tensor, grad_entropy: Tensor | None
+) -> None:
+    """Turns scores [n, V] into the gradient with respect to them, in place."""
+    log_p = scores.sub_(lse[:, None])
+    weight = grad_log_probs.sum(1, keepdim=True).neg_()
+    if grad_entropy is None:
+        log_p.exp_().mul_(weight)
+    else:
+        p = log_p.clamp_(min=_LOG_ZERO).exp()
+        weight.sub_((grad_entropy * entropy)[:, None])
+        log_p.mul_(-grad_entropy[:, None]).add_(weight).mul_(p)
+    for m in range(tokens.shape[1]):  # one column at a time: a token drawn twice in a row is then added in order
+        scores.scatter_add_(1, tokens[:, m : m + 1], grad_log_probs[:, m : m + 1])

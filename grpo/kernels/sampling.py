@@ -1,0 +1,128 @@
+"""Draws of tokens from rows of logits, with their log-probs, from one read of each row."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.dispatch import use_triton
+from grpo.kernels.philox import MAX_SAMPLES, MAX_VOCABULARY
+from grpo.kernels.sampling_reference import sample_rows
+
+
+class Sample(NamedTuple):
+    """Result of `sample_tokens`."""
+
+    tokens: Tensor
+    """[N, num_samples] int64."""
+    log_probs: Tensor
+    """[N, num_samples] fp32, of the full tempered distribution."""
+    kept_log_probs: Tensor
+    """[N, num_samples] fp32, of the truncated one."""
+    kept_mass: Tensor
+    """[N] fp32, probability of the kept columns under the full tempered distribution; 1 without truncation."""
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    noise: Tensor | None = None,
+    impl: str = "auto",
+) -> Sample:
+    """Draws `num_samples` tokens from each row of `logits` [N, V]. No gradient flows through.
+
+    The distribution is softmax(logits / temperature), truncated as LlamaGen does: `top_k` keeps every logit that is not
+    below the k-th largest; of the survivors, renormalised, `top_p` keeps the shortest prefix in descending order whose
+    probability exceeds p, at least one column, the lowest index first among equals. `top_k` <= 0 or >= V and
+    `top_p` >= 1 switch the filter off.
+
+    The draw is an exact two-level Gumbel-max: over the log-sum-exp of the kept columns of each block of 128, then over
+    the columns of the chosen block, the lowest index on a tie. Its noise is a function of (`seed`, `step`, the row's
+    entry of `row_ids` [N] int64 (default 0 .. N-1), the sample's index) alone, see `philox.py`; `seed` and `step` are
+    integers or 0-dim int64 tensors on the device, `step` counts modulo 2**32. `noise` [N, num_samples, V] fp32 replaces
+    it by the flat rule argmax(logits / temperature + noise) over the kept columns.
+
+    A NaN or +inf is never drawn; the log-probs and the kept mass of its row are NaN. So are those of a row without any
+    finite logit, whose tokens are 0. Raises ValueError for shapes or values out of range.
+    """
+    if logits.ndim != 2 or not 0 < logits.shape[1] <= MAX_VOCABULARY:
+        raise ValueError(f"logits must be [N, V] with 0 < V <= {MAX_VOCABULARY}, not {tuple(logits.shape)}")
+    if not 0 < num_samples <= MAX_SAMPLES:
+        raise ValueError(f"num_samples is {num_samples}; it must lie in 1 .. {MAX_SAMPLES}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    if not top_p >= 0:
+        raise ValueError(f"top_p is {top_p}; it must not be negative")
+    N, V = logits.shape
+    if row_ids is not None and (row_ids.shape != (N,) or row_ids.dtype != torch.int64):
+        raise ValueError(f"row_ids must be [{N}] int64, not {list(row_ids.shape)} {row_ids.dtype}")
+    if noise is not None and noise.shape != (N, num_samples, V):
+        raise ValueError(f"noise must be {[N, num_samples, V]}, not {list(noise.shape)}")
+    top_k = top_k if 0 < top_k < V else 0
+    tokens, log_probs, *kept = torch.ops.grpo.sample_tokens(
+        logits.detach(),
+        _scalar(seed, logits.device),
+        _scalar(step, logits.device),
+        torch.arange(N, device=logits.device) if row_ids is None else row_ids,
+        noise,
+        num_samples,
+        temperature,
+        top_k,
+        min(top_p, 1.0),
+        impl,
+    )
+    if top_k == 0 and top_p >= 1:
+        return Sample(tokens, log_probs, log_probs, kept[1])
+    return Sample(tokens, log_probs, *kept)
+
+
+def _scalar(value: int | Tensor, device: torch.device) -> Tensor:
+    """A 0-dim int64 tensor, made by a fill and not by a copy, so that a CUDA graph can capture it."""
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("grpo::sample_tokens", mutates_args=())
+def _sample_tokens(
+    logits: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    row_ids: Tensor,
+    noise: Tensor | None,
+    num_samples: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (logits, seed, step, row_ids, noise, num_samples, temperature, top_k, top_p)
+    if use_triton(impl, op="sample_tokens", device=logits.device, obstacle=_obstacle(logits)):
+        from grpo.kernels.triton_sampling import launch
+
+        return launch(*arguments)
+    return sample_rows(*arguments)
+
+
+def _obstacle(logits: Tensor) -> str | None:
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"logits are {logits.dtype}"
+    if logits.shape[1] > 16384:
+        return f"a row of {logits.shape[1]} columns does not fit in registers; the limit is 16384"
+    if logits.stride(1) != 1:
+        return "the columns of a row are not adjacent"
+    return None
+
+
+@_sample_tokens.register_fake
+def _(logits, seed, step, row_ids, noise, num_samples, temperature, top_k, top_p, impl):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape = (logits.shape[0], num_samples)
+    tokens = logits.new_empty(shape, dtype=torch.int64)
+    log_probs, kept_log_probs = logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=dtype)
+    return tokens, log_probs, kept_log_probs, logits.new_empty(shape[:1], dtype=dtype)
