@@ -10,11 +10,13 @@ from grpo.models.specs import (
     get_tokenizer_spec,
 )
 from grpo.models.vq import VQConfig, VQModel
+from grpo.models.weight_files import read_weights, save_weights
+from grpo.models.weights import infer_gpt_config, infer_vq_config, load_gpt, load_vq
 
 __all__ = [
+    "GPT",
     "MODEL_SPECS",
     "TOKENIZER_SPECS",
-    "GPT",
     "GPTConfig",
     "KVCache",
     "ModelSpec",
@@ -23,4 +25,10 @@ __all__ = [
     "VQModel",
     "get_model_spec",
     "get_tokenizer_spec",
+    "infer_gpt_config",
+    "infer_vq_config",
+    "load_gpt",
+    "load_vq",
+    "read_weights",
+    "save_weights",
 ]

@@ -70,6 +70,11 @@ class GPTConfig:
         return self.n_kv_head or self.n_head
 
     @property
+    def qkv_dim(self) -> int:
+        """Width of queries, keys and values together."""
+        return (self.n_head + 2 * self.kv_heads) * self.head_dim
+
+    @property
     def grid_size(self) -> int:
         """Codes along each side of the image."""
         return round(self.block_size**0.5)
@@ -174,16 +179,14 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads = (config.n_head, config.kv_heads, config.kv_heads)
-        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
+        self.wqkv = nn.Linear(config.dim, config.qkv_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.rotary = Rotary(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         queries, keys, values = self.wqkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
-        row = mask = None
-        if cache is not None:
-            row, mask = cache.row, cache.mask
+        row, mask = (None, None) if cache is None else (cache.row, cache.mask)
         queries = self.rotary(queries, row).transpose(1, 2)  # [B, n_head, S, head_dim]
         keys = self.rotary(keys, row).transpose(1, 2)
         values = values.transpose(1, 2)
@@ -281,8 +284,7 @@ class GPT(nn.Module):
     def _hidden(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
         # Apart from `hidden`, because FSDP wraps the public methods and their hooks must not nest.
         _check_shapes(tokens, class_ids, self.config.block_size)
-        x = torch.cat([self.cls_embedding(class_ids)[:, None], self.tok_embeddings(tokens)], dim=1)
-        x = self.dropout(x)
+        x = self.dropout(torch.cat([self.cls_embedding(class_ids)[:, None], self.tok_embeddings(tokens)], dim=1))
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)

@@ -1,0 +1,96 @@
+"""A small convolutional classifier: it rewards a run, or judges images."""
+
+import os
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grpo.config import UserError
+from grpo.models.weight_files import read_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """Sizes of a classifier.
+
+    Args:
+        width: channels of the first stage, a multiple of 8; each of the next two has twice as many.
+        num_classes: number of classes K.
+
+    Raises:
+        ValueError: the width is not a multiple of 8.
+    """
+
+    width: int = 32
+    num_classes: int = 10
+
+    def __post_init__(self) -> None:
+        if self.width % 8:
+            raise ValueError(f"width {self.width} must be a multiple of 8")
+
+    @property
+    def num_features(self) -> int:
+        """Length D of a feature vector."""
+        return 4 * self.width
+
+
+class Stage(nn.Module):
+    """Halve the image, then look at it once more: two normalised convolutions."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(8, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(8, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm1(self.conv1(x)))
+        return F.silu(self.norm2(self.conv2(x)))
+
+
+class Classifier(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1], of any size, to logits [B, K].
+
+    Attributes:
+        layers: the stages, units of compilation and sharding as in the GPT.
+    """
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [3, config.width, 2 * config.width, 4 * config.width]
+        self.layers = nn.ModuleList(Stage(*pair) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.head = nn.Linear(config.num_features, config.num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer decides on, [B, D] with D = 4 * width: the mean of the last stage over the image."""
+        x = images
+        for stage in self.layers:
+            x = stage(x)
+        return x.mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def load_classifier(path: str | os.PathLike[str]) -> Classifier:
+    """The classifier that `recipes/train_classifier.py` wrote, in eval mode; its sizes are read off its weights.
+
+    Args:
+        path: any layout that `read_weights` takes.
+
+    Raises:
+        UserError: no such file, or not the weights of a classifier.
+    """
+    weights = read_weights(path)
+    try:
+        config = ClassifierConfig(
+            width=weights["layers.0.conv1.weight"].shape[0], num_classes=weights["head.weight"].shape[0]
+        )
+        model = Classifier(config)
+        model.load_state_dict(weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a classifier; train one with recipes/train_classifier.py") from error
+    return model.eval()

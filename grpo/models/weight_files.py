@@ -1,0 +1,112 @@
+"""State dicts in and out of files: LlamaGen's layouts, safetensors, distributed checkpoint folders."""
+
+import argparse
+import os
+import pickle
+import re
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from grpo.config import UserError
+from grpo.models.distributed_folder import read_distributed_folder, write_distributed_folder
+
+Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
+
+_WRAPPERS = ("model", "module", "state_dict")
+_LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
+
+
+def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[str, Tensor]:
+    """The state dict in any layout in which such weights are published, on the CPU, in its own dtypes.
+
+    - a pickle of `{"model" | "module" | "state_dict": weights, ...}` or of the weights themselves; the pickle may hold
+      an `argparse.Namespace`, and nothing else that is not plain data;
+    - a `.safetensors` file;
+    - a folder with `consolidated.pth`, else with a distributed checkpoint.
+
+    Nothing in a file is executed.
+
+    Args:
+        bare: insist that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it.
+
+    Raises:
+        UserError: no such file, not weights, or unsafe to read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "consolidated.pth").is_file():
+            return _read_pickle(path / "consolidated.pth", bare=bare)
+        if (path / ".metadata").is_file():
+            return read_distributed_folder(path)
+        raise UserError(f"{path}: no weights in this folder; give a file or a folder such as checkpoints/step-000100")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path of the weights")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
+    return _read_pickle(path, bare=bare)
+
+
+def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise UserError(f"{path}: not a checkpoint that torch can read") from error
+        raise UserError(
+            f"{path}: refused, reading it could run code: it holds {refused[1]}; ask its author for .safetensors"
+        ) from error
+    except _DAMAGED as error:
+        raise UserError(f"{path}: not a checkpoint that torch can read, or a damaged one") from error
+    if not bare and isinstance(content, Mapping):
+        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        wanted = (
+            "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
+        )
+        raise UserError(f"{path}: this checkpoint does not hold {wanted}")
+    return dict(content)
+
+
+def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], *, layout: Layout = "auto") -> None:
+    """Write a state dict; what is at `path` is replaced only when the new one is complete.
+
+    Args:
+        path: a file, or a folder for a distributed checkpoint, which must not exist.
+        state_dict: whole tensors of any device.
+        layout: `llamagen` is a pickle of `{"model": weights}`; `auto` follows the suffix: .pt and .pth, .safetensors,
+            none for a distributed checkpoint.
+
+    Raises:
+        UserError: an unknown suffix, or a folder in the way.
+    """
+    path = Path(path)
+    if layout == "auto" and path.suffix not in _LAYOUT_OF_SUFFIX:
+        raise UserError(f"{path}: weights are written as .safetensors, .pt, .pth or a folder, not {path.suffix}")
+    layout = _LAYOUT_OF_SUFFIX[path.suffix] if layout == "auto" else layout
+    if path.is_dir():
+        raise UserError(f"{path}: this folder exists; give another name for the weights")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    if layout == "safetensors":
+        safetensors.torch.save_file(tensors, unfinished)
+    elif layout == "llamagen":
+        torch.save({"model": tensors}, unfinished)
+    else:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_distributed_folder(unfinished, tensors)
+    os.replace(unfinished, path)
