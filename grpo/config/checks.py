@@ -38,6 +38,13 @@ class Problem:
     text: str
 
 
+def model_problems(recipe: GRPORecipe | PretrainRecipe | GenerateRecipe | EvaluateRecipe) -> list[Problem]:
+    """Text-conditional models, with many condition tokens, are another family."""
+    if recipe.model.cls_token_num == 1:
+        return []
+    return [Problem(("model.cls_token_num",), "model.cls_token_num must be 1: models here are class-conditional")]
+
+
 def data_problems(recipe: TrainingRecipe | EvaluateRecipe) -> list[Problem]:
     """A data set needs a path unless it comes with the project."""
     data = recipe.data
@@ -153,7 +160,8 @@ def _mode_problems(recipe: GRPORecipe) -> list[Problem]:
 
 def generator_problems(recipe: GenerateRecipe | EvaluateRecipe) -> list[Problem]:
     """Drawing images takes both networks, whole codes and known classes."""
-    problems = [
+    problems = model_problems(recipe)
+    problems += [
         Problem((f"{section}.checkpoint",), f"{section}.checkpoint is required")
         for section in ("model", "tokenizer")
         if getattr(recipe, section).checkpoint is None

@@ -89,12 +89,21 @@ class FlagValue:
 
 @dataclass(frozen=True)
 class Flags:
-    """A command line taken apart: is help asked for, the recipe file, one value a key, and what is wrong."""
+    """A command line taken apart.
+
+    Args:
+        help: help is asked for.
+        config: the recipe file.
+        values: at most one for each key.
+        problems: one line for each flag that is unknown, lacks its value or was given twice.
+        suspects: keys that those flags meant, as far as one can tell.
+    """
 
     help: bool
     config: str | None
     values: list[FlagValue]
     problems: list[str]
+    suspects: set[str]
 
 
 def reference_flags(recipe_class: type[Recipe]) -> dict[str, str]:
@@ -110,27 +119,30 @@ def parse_flags(recipe_class: type[Recipe], argv: Sequence[str]) -> Flags:
         argv: arguments without the program's name.
 
     Returns:
-        The values as text, still to be checked, and a line for each flag that is unknown, lacks its value or was
-        given twice.
+        The values as text, still to be checked, and what is wrong with the flags themselves.
     """
     keys, reference = recipe_keys(recipe_class), reference_flags(recipe_class)
     options = {key: [f"--{key}", reference[key]] if key in reference else [f"--{key}"] for key in (CONFIG, *keys)}
     parser = _build_parser(options, [key.name for key in keys.values() if key.is_switch])
     parsed, extras = parser.parse_known_args(argv)
-    problems = _unknown_flags(extras, [option for names in options.values() for option in names])
+    problems, suspects = _unknown_flags(extras, {name: key for key, names in options.items() for name in names})
     values: dict[str, FlagValue] = {}
     for given in parsed.given:
         if given.key in values:
             problems.append(f"{given.flag}: {given.key} is already set by {values[given.key].flag}; give one of them")
         elif given.text is None:
             problems.append(f"{given.flag}: a value is missing (write {given.flag}=VALUE if it begins with a minus)")
+            suspects.add(given.key)
         values.setdefault(given.key, given)
+    if CONFIG in suspects:  # a file that was meant may have set any key
+        suspects.update(keys)
     config = values.pop(CONFIG, None)
     return Flags(
         help=parsed.help,
         config=config and config.text,
         values=[value for value in values.values() if value.text is not None],
         problems=problems,
+        suspects=suspects,
     )
 
 
@@ -157,14 +169,18 @@ def _build_parser(options: Mapping[str, Sequence[str]], switches: Collection[str
     return parser
 
 
-def _unknown_flags(extras: Sequence[str], known: Sequence[str]) -> list[str]:
-    """A line for each argument that is no flag; the word after an unknown flag is taken for its value."""
-    problems = []
+def _unknown_flags(extras: Sequence[str], known: Mapping[str, str]) -> tuple[list[str], set[str]]:
+    """A line for each argument that is no flag, and the keys of the flags that were probably meant.
+
+    The word after an unknown flag is taken for its value.
+    """
+    problems, suspects = [], set()
     for before, argument in itertools.pairwise(["", *extras]):
         if argument.startswith("-"):
             flag = argument.partition("=")[0]
             nearest = difflib.get_close_matches(flag, known, n=1)
+            suspects.update(known[match] for match in nearest)
             problems.append(f"{flag}: unknown flag" + (f"; did you mean {nearest[0]}?" if nearest else ""))
         elif not before.startswith("-") or "=" in before:
             problems.append(f"{argument}: unexpected argument; settings are given as --section.key VALUE")
-    return problems
+    return problems, suspects

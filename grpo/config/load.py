@@ -40,7 +40,7 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
     if flags.help:
         print(help_text(recipe_class))
         raise SystemExit(0)
-    builder = _RecipeBuilder(recipe_class, flags.problems)
+    builder = _RecipeBuilder(recipe_class, flags.problems, flags.suspects)
     if flags.config is not None:
         builder.read_file(flags.config)
     for given in flags.values:
@@ -89,12 +89,12 @@ class _RecipeBuilder(Generic[RecipeT]):
     probably meant, out of the checks across keys.
     """
 
-    def __init__(self, recipe_class: type[RecipeT], problems: Iterable[str] = ()) -> None:
+    def __init__(self, recipe_class: type[RecipeT], problems: Iterable[str] = (), suspects: Iterable[str] = ()) -> None:
         self._recipe_class = recipe_class
         self._sections = recipe_class.sections()
         self._keys = recipe_keys(recipe_class)
         self._problems = list(problems)
-        self._suspects: set[str] = set()
+        self._suspects = set(suspects)
         self._values: dict[str, dict[str, Any]] = {}
         self._sources: dict[str, _Setting] = {}
 
@@ -185,8 +185,10 @@ class _RecipeBuilder(Generic[RecipeT]):
             return f"{name}: is a section: write [{name}] and its keys below"
         if not isinstance(value, dict):
             return f"{name}: unknown key outside of the sections{_did_you_mean(_nearest_key(name, self._keys))}"
-        nearest = [f"[{match}]" for match in difflib.get_close_matches(name, self._sections, n=1)]
-        return f"[{name}]: unknown section" + (_did_you_mean(nearest) or f"; there are {', '.join(self._sections)}")
+        nearest = difflib.get_close_matches(name, self._sections, n=1)
+        self._suspects.update(key for key in self._keys if key.partition(".")[0] in nearest)
+        hint = f"; did you mean [{nearest[0]}]?" if nearest else f"; there are {', '.join(self._sections)}"
+        return f"[{name}]: unknown section{hint}"
 
     def _combination_line(self, problem: Problem) -> str:
         """The problem behind the flags and files that its keys come from."""

@@ -16,8 +16,6 @@ def training_notes(recipe: TrainingRecipe) -> list[str]:
     idle = []
     if optimizer.schedule == "one_cycle" and optimizer.warmup_steps:
         idle.append(("optimizer.warmup_steps", "one_cycle has its own warm-up"))
-    if recipe.parallel.shard_size != -1 and recipe.parallel.data_parallel != "hsdp":
-        idle.append(("parallel.shard_size", f"{recipe.parallel.data_parallel} shards over all ranks"))
     if not metrics.wandb:
         idle += [(f"metrics.{key}", "metrics.wandb is off") for key in changed(metrics) if key.startswith("wandb_")]
     notes = _without_effect(idle)

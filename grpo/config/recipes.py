@@ -94,7 +94,7 @@ class GRPORecipe(TrainingRecipe):
     """Reinforcement learning of the generator: rollout, reward, advantage, update."""
 
     job = "grpo"
-    problem_checks = (checks.data_problems, checks.tokenizer_problems, checks.grpo_problems)
+    problem_checks = (checks.model_problems, checks.data_problems, checks.tokenizer_problems, checks.grpo_problems)
     note_checks = (notes.training_notes, notes.grpo_notes)
 
     model: Model = Model()
@@ -117,7 +117,7 @@ class PretrainRecipe(TrainingRecipe):
     """Next-token training of the generator on the codes of real images."""
 
     job = "pretrain"
-    problem_checks = (checks.data_problems, checks.tokenizer_problems)
+    problem_checks = (checks.model_problems, checks.data_problems, checks.tokenizer_problems)
     note_checks = (notes.training_notes,)
 
     model: Model = Model()

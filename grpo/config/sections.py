@@ -40,8 +40,8 @@ class Model(Section):
     """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
     num_classes: PositiveInt = 1000
     """Number of classes; class id `num_classes` is the unconditional slot."""
-    cls_token_num: Literal[1] = 1
-    """Number of condition tokens before the image; class-conditional models have one."""
+    cls_token_num: PositiveInt = 1
+    """Condition tokens before the image; must be 1, as in every class-conditional model."""
     class_dropout: Fraction = 0.0
     """Share of training rows that see the unconditional class (pre-training only)."""
     dropout: Fraction = 0.0
@@ -73,7 +73,8 @@ class Data(Section):
     path: str | None = None
     """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required unless digits or synthetic."""
     split: str = "train"
-    """Split to read: a key of the saved dataset, a subfolder, or a named part of the digits."""
+    """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, train_a and train_b, its
+    halves, validation, test, heldout, all)."""
     image_size: PositiveInt = 256
     """Side of the square centre crop, pixels."""
     num_workers: NonNegativeInt = 8
@@ -253,7 +254,7 @@ class Parallel(Section):
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
     """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
     within groups of ranks and replicate across them."""
-    shard_size: Literal[-1] | PositiveInt = -1
+    shard_size: Annotated[int, Ge(-1)] = -1
     """Ranks of one shard group in hsdp; -1 is the ranks of one host."""
     timeout: PositiveInt = 600
     """Seconds after which a collective that a rank does not join ends the run."""
