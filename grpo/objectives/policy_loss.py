@@ -75,7 +75,8 @@ def policy_loss(
         impl: backend of the operation.
 
     Returns:
-        (loss [], metrics): metrics are sums over tokens (sequences for the ratio of gspo) and their counts.
+        (loss [], metrics): the sums of `clipped_ratio_loss` and their counts, "tokens" and, for the ratio of gspo,
+            "sequences".
 
     Raises:
         ValueError: unknown loss.
@@ -111,5 +112,6 @@ def policy_loss(
             log_probs, old_log_probs, torch.zeros_like(advantages), weights=weights, impl=impl, **clip, **penalty
         )
         value = value + kl_value
-        metrics |= {name: kl_metrics[name] for name in ("kl", "tokens")} | {"sequences": metrics["tokens"]}
+        metrics |= {name: kl_metrics[name] for name in ("kl_loss", "kl_ref")}
+    metrics |= {"sequences": metrics["tokens"], "tokens": (weights != 0).sum()}
     return value, metrics

@@ -159,12 +159,13 @@ class PolicyUpdate:
         return loss
 
     def _observe(self, part: Trajectory, log_probs: Tensor, sums: dict[str, Tensor]) -> None:
-        tokens = sums.pop("tokens")
-        ratios = sums.pop("sequences", tokens)
-        for name in ("ratio", "clipped_low", "clipped_high"):
-            self.metrics.add(name, sums[name], ratios)
-        if "kl" in sums and self.objective.kl_estimator != "none":
-            self.metrics.add("kl", sums["kl"], tokens)
+        ratios = sums.get("sequences", sums["tokens"])
+        self.metrics.add("ratio", sums["ratio"], ratios)
+        self.metrics.add("clip_low", sums["clipped_low"], ratios)
+        self.metrics.add("clip_high", sums["clipped_high"], ratios)
+        self.metrics.add("clip_fraction", sums["outside"], ratios)
+        if part.ref_log_probs is not None:
+            self.metrics.add("kl", sums["kl_ref"], sums["tokens"])
         # On-policy the clipped surrogate is minus the mean advantage, 0 by construction; this one is not.
         self.metrics.add("surrogate", -(part.advantages[..., None] * log_probs).sum(), log_probs.numel())
         self.metrics.add("old_log_prob_gap", (log_probs - part.old_log_probs).abs().sum(), log_probs.numel())
