@@ -11,6 +11,7 @@ from grpo.evaluation.distances import (
 )
 from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge
 from grpo.evaluation.measure import Measured, compare, evaluate_images, measure_images
+from grpo.evaluation.provenance import describe_classes, fingerprint
 from grpo.evaluation.sources import (
     DatasetImages,
     DrawnImages,
@@ -20,6 +21,7 @@ from grpo.evaluation.sources import (
     classes_in_turn,
     open_images,
 )
+from grpo.evaluation.writing import NpzWriter, batches_in_order, save_pngs
 
 __all__ = [
     "ClassifierJudge",
@@ -32,15 +34,20 @@ __all__ = [
     "Judge",
     "Measured",
     "NpzImages",
+    "NpzWriter",
     "accuracy",
+    "batches_in_order",
     "class_counts",
     "classes_in_turn",
     "compare",
+    "describe_classes",
     "evaluate_images",
+    "fingerprint",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
     "measure_images",
     "open_images",
     "precision_recall",
+    "save_pngs",
 ]

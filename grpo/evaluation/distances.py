@@ -158,6 +158,6 @@ def accuracy(probabilities: Tensor, class_ids: Tensor) -> float:
     return (probabilities.argmax(dim=1) == class_ids).double().mean().item()
 
 
-def class_counts(class_ids: Tensor, *, num_classes: int) -> list[int]:
-    """Images of each class among class_ids [N]."""
-    return torch.bincount(class_ids, minlength=num_classes).tolist()
+def class_counts(class_ids: Tensor) -> list[int]:
+    """Images of each class, from class 0 to the highest of class_ids [N]."""
+    return torch.bincount(class_ids).tolist()

@@ -76,6 +76,8 @@ def measure_images(
     for start in progress(starts[rank::world_size]):
         pixels = source.pixels(start, start + batch_size).to(device)
         features, logits = judge(pixels)
+        if judge.names_classes:
+            _check_classes(class_ids, num_classes=logits.shape[1])
         columns = [features, logits.softmax(dim=1)]
         if reward is not None:
             columns.append(class_log_prob(reward, pixels, class_ids[start : start + batch_size].to(device))[:, None])
@@ -85,6 +87,14 @@ def measure_images(
     features, probabilities, *rewards = seen.split(widths, dim=1)
     known = class_ids if judge.names_classes else None
     return Measured(features, probabilities, rewards[0][:, 0] if rewards else None, known, size)
+
+
+def _check_classes(class_ids: Tensor | None, *, num_classes: int) -> None:
+    if class_ids is not None and not 0 <= int(class_ids.min()) <= int(class_ids.max()) < num_classes:
+        raise UserError(
+            f"the images have classes {int(class_ids.min())}..{int(class_ids.max())} and the judging classifier "
+            f"{num_classes} classes: give evaluation.feature_checkpoint one that was trained on these classes"
+        )
 
 
 def _on_every_rank(batches: list[tuple[int, Tensor]], layout: Layout, *, length: int) -> tuple[Tensor, Layout]:

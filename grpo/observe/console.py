@@ -11,21 +11,25 @@ from rich.text import Text
 Item = TypeVar("Item")
 
 HEADLINES = {
-    "reward_mean": "reward",
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "kl": "KL",
-    "clip_fraction": "clipped",
-    "images_per_second": "images/s",
+    "reward": ("reward_mean",),
+    "loss": ("loss",),
+    "accuracy": ("accuracy",),
+    "KL": ("kl",),
+    "clipped": ("clipped_low", "clipped_high"),
+    "images/s": ("images_per_second",),
 }
-"""The metrics that the console shows, in this order and under these names; those that a job does not have are left
-out."""
+"""What the console shows, in this order: a label and the metrics whose sum it is. Those that a job does not have are
+left out."""
 
 
 def headline(metrics: Mapping[str, float]) -> str:
     """The metrics of HEADLINES in one line, four digits each: `reward -0.8123  loss 0.0041  images/s 31.2`."""
-    shown = ((label, metrics[name]) for name, label in HEADLINES.items() if name in metrics)
-    return "  ".join(f"{label} {float(value):.4g}" for label, value in shown)
+    shown = {
+        label: sum(float(metrics[name]) for name in names)
+        for label, names in HEADLINES.items()
+        if all(name in metrics for name in names)
+    }
+    return "  ".join(f"{label} {value:.4g}" for label, value in shown.items())
 
 
 def duration(seconds: float) -> str:

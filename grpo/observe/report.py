@@ -18,12 +18,14 @@ CURVES = {
     "loss": "Loss",
     "accuracy": "Accuracy",
     "kl": "KL to the reference",
-    "clip_fraction": "Share of tokens clipped",
     "entropy": "Entropy, nats a token",
     "grad_norm": "Gradient norm",
-    "ratio_mean": "Mean probability ratio",
-    "zero_spread_share": "Groups without spread",
-    "images_per_second": "Images per second",
+    "clipped_low": "Share clipped below",
+    "clipped_high": "Share clipped above",
+    "ratio": "Mean probability ratio",
+    "aux_ce": "Cross-entropy on real codes",
+    "zero_spread": "Share of groups without spread",
+    "images_per_second": "Images a second",
 }
 """Metrics that the report shows first, in this order; the others follow under their own names."""
 

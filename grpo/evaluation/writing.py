@@ -1,0 +1,85 @@
+"""Images into files: one .npz, or one PNG an image."""
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from grpo.evaluation.sources import ImageSource
+
+
+def batches_in_order(
+    source: ImageSource, *, batch_size: int, progress: Callable[[range], Iterable[int]] = iter
+) -> Iterator[Tensor]:
+    """All images in their order, as batches [B, 3, H, W] uint8 on the CPU of the main rank.
+
+    Collective: the ranks produce the batches in turns and hand them to the main one, which never holds more than one
+    of each; the loop of the other ranks yields nothing.
+
+    Args:
+        progress: wraps the loop over the rounds, to show how far it is.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for start in progress(range(0, len(source), batch_size * world_size)):
+        first = start + rank * batch_size
+        mine = source.pixels(first, first + batch_size).cpu() if first < len(source) else None
+        batches = [mine]
+        if world_size > 1:
+            batches = [None] * world_size if rank == 0 else None
+            dist.gather_object(mine, batches, dst=0)
+        yield from (batch for batch in batches or () if batch is not None)
+
+
+def save_pngs(folder: str | Path, pixels: Tensor, row_ids: Tensor) -> None:
+    """Writes images [B, 3, H, W] uint8 as `folder`/000123.png, named by their row ids [B]."""
+    for image, row_id in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), row_ids.tolist(), strict=True):
+        Image.fromarray(image).save(Path(folder) / f"{row_id:06d}.png")
+
+
+class NpzWriter:
+    """Writes an .npz of images batch by batch: `arr_0` [N, H, W, 3] uint8 and `arr_1` [N] int64, the class ids.
+
+    The file appears under its name when it is complete. Uncompressed, as numpy.savez writes it; this is the layout
+    that ADM's evaluation suite reads.
+
+    Args:
+        path: the file; an existing one is replaced.
+        class_ids: [N] int64.
+        size: (height, width) of the images, pixels.
+    """
+
+    def __init__(self, path: str | Path, class_ids: Tensor, *, size: tuple[int, int]) -> None:
+        self.path = Path(path)
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._archive = zipfile.ZipFile(self._partial, "w")
+        with self._archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, class_ids.numpy())
+        self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(class_ids), *size, 3)}
+        np.lib.format.write_array_header_1_0(self._images, header)
+        self._missing = len(class_ids)
+
+    def write(self, pixels: Tensor) -> None:
+        """Adds images [B, 3, H, W] uint8."""
+        self._images.write(pixels.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+        self._missing -= len(pixels)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._images.close()
+        self._archive.close()
+        if kind is not None:
+            self._partial.unlink()
+            return
+        assert self._missing == 0, f"{self._missing} images were not written"
+        self._partial.replace(self.path)
