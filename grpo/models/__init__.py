@@ -1,5 +1,6 @@
-"""The GPT over image codes, the VQ tokenizer, their named sizes, and their weights in and out."""
+"""The GPT over image codes, the VQ tokenizer, a classifier, their named sizes, and their weights in and out."""
 
+from grpo.models.classifier import Classifier, ClassifierConfig, load_classifier
 from grpo.models.gpt import GPT, GPTConfig, KVCache
 from grpo.models.specs import (
     MODEL_SPECS,
@@ -17,6 +18,8 @@ __all__ = [
     "GPT",
     "MODEL_SPECS",
     "TOKENIZER_SPECS",
+    "Classifier",
+    "ClassifierConfig",
     "GPTConfig",
     "KVCache",
     "ModelSpec",
@@ -27,6 +30,7 @@ __all__ = [
     "get_tokenizer_spec",
     "infer_gpt_config",
     "infer_vq_config",
+    "load_classifier",
     "load_gpt",
     "load_vq",
     "read_weights",

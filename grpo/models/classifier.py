@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         widths = [3, config.width, 2 * config.width, 4 * config.width]
-        self.layers = nn.ModuleList(Stage(*pair) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(Stage(*pair) for pair in pairwise(widths))
         self.head = nn.Linear(config.num_features, config.num_classes)
 
     def features(self, images: Tensor) -> Tensor:

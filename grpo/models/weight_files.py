@@ -6,17 +6,19 @@ import pickle
 import re
 import shutil
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 
 from grpo.config import UserError
-from grpo.models.distributed_folder import read_distributed_folder, write_distributed_folder
+from grpo.parallel.safe_checkpoint import METADATA_NAME, read_tensors
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
@@ -31,7 +33,8 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
     - a pickle of `{"model" | "module" | "state_dict": weights, ...}` or of the weights themselves; the pickle may hold
       an `argparse.Namespace`, and nothing else that is not plain data;
     - a `.safetensors` file;
-    - a folder with `consolidated.pth`, else with a distributed checkpoint.
+    - a folder with `consolidated.pth`, else with a distributed checkpoint, of which the entries under `model` are
+      taken, or all tensors if nothing is there.
 
     Nothing in a file is executed.
 
@@ -45,8 +48,8 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
     if path.is_dir():
         if (path / "consolidated.pth").is_file():
             return _read_pickle(path / "consolidated.pth", bare=bare)
-        if (path / ".metadata").is_file():
-            return read_distributed_folder(path)
+        if (path / METADATA_NAME).is_file():
+            return read_tensors(path, prefix="model.") or read_tensors(path)
         raise UserError(f"{path}: no weights in this folder; give a file or a folder such as checkpoints/step-000100")
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the weights")
@@ -108,5 +111,6 @@ def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor],
         torch.save({"model": tensors}, unfinished)
     else:
         shutil.rmtree(unfinished, ignore_errors=True)
-        write_distributed_folder(unfinished, tensors)
+        with warnings.catch_warnings(action="ignore"):  # that there is no process group is intended
+            dcp.save({"model": tensors}, checkpoint_id=unfinished, no_dist=True)
     os.replace(unfinished, path)
