@@ -10,11 +10,11 @@ from grpo.data.digits import Digits
 from grpo.data.synthetic import Synthetic
 
 
-def build_dataset(data: Data, *, num_classes: int) -> ImageDataset:
+def build_dataset(data: Data, *, num_classes: int | None) -> ImageDataset:
     """Open the data set that the section names; all labels are checked here.
 
     Args:
-        num_classes: labels must be below it; fewer classes in the data are fine.
+        num_classes: labels must be below it; fewer classes in the data are fine. None where labels do not matter.
 
     Raises:
         UserError: no such folder, not a data set, no such split or column, empty, a label out of range.
@@ -22,29 +22,28 @@ def build_dataset(data: Data, *, num_classes: int) -> ImageDataset:
     if data.name == "digits":
         dataset: ImageDataset = Digits(data=data)
     elif data.name == "synthetic":
-        dataset = Synthetic(data=data, num_classes=num_classes)
+        dataset = Synthetic(data=data, num_classes=num_classes or 10)
     else:
         dataset = _from_path(data)
     if len(dataset) == 0:
         raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
-    _check_class_ids(dataset, num_classes)
+    if num_classes is None:
+        num_classes = max(len(dataset.class_names), int(dataset.class_ids.max()) + 1)
+    else:
+        _check_class_ids(dataset, num_classes)
     unnamed = range(len(dataset.class_names), num_classes)
     dataset.class_names = (dataset.class_names + [str(class_id) for class_id in unnamed])[:num_classes]
     return dataset
 
 
 def _from_path(data: Data) -> ImageDataset:
-    # Imported only here: `datasets` takes seconds to import and digits need none of it.
-    from grpo.data.folder import ImageFolder
-    from grpo.data.huggingface import SavedDataset, is_saved_dataset
-
     if data.path is None:
         raise UserError(f"data.path is missing: data.name = {data.name!r} reads a folder")
     folder = Path(data.path)
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"data.path {data.path} {state}: give the folder of the data set")
-    saved = is_saved_dataset(folder)
+    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
     if data.name == "huggingface" and not saved:
         raise UserError(
             f"data.path {data.path} was not written by save_to_disk (no dataset_dict.json or state.json): "
@@ -52,7 +51,14 @@ def _from_path(data: Data) -> ImageDataset:
         )
     if data.name == "folder" and saved:
         raise UserError(f"data.path {data.path} is a saved Hugging Face dataset: set data.name to huggingface")
-    return SavedDataset(data=data) if saved else ImageFolder(data=data)
+    # Imported here, for `datasets` and torchvision take seconds.
+    if saved:
+        from grpo.data.huggingface import SavedDataset
+
+        return SavedDataset(data=data)
+    from grpo.data.folder import ImageFolder
+
+    return ImageFolder(data=data)
 
 
 def _check_class_ids(dataset: ImageDataset, num_classes: int) -> None:
@@ -63,5 +69,6 @@ def _check_class_ids(dataset: ImageDataset, num_classes: int) -> None:
     others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
     raise UserError(
         f"{dataset.describe(first)} has label {dataset.class_ids[first]}{others}, outside 0..{num_classes - 1}: "
-        f"correct the label or set model.num_classes (now {num_classes}) to the number of classes"
+        f"correct the label or set num_classes (now {num_classes}) of the recipe's [model], or [classifier], to the "
+        "number of classes"
     )

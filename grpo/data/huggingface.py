@@ -16,11 +16,6 @@ IMAGE_COLUMNS = ("image", "image_path", "file", "filepath")
 LABEL_COLUMNS = ("label", "labels")
 
 
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` of a Dataset or of a DatasetDict wrote this folder."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
 class SavedDataset(ImageDataset):
     """Rows of a saved data set: an image, bytes or a path (relative to the data set's folder), and an integer label.
 

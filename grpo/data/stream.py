@@ -39,7 +39,7 @@ class ImageBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same batch on another device."""
-        return ImageBatch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
+        return ImageBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
 
     def parts(self, size: int) -> list["ImageBatch"]:
         """The batch in parts of at most `size` images."""
@@ -106,7 +106,8 @@ class _Samples(Dataset):
                 self._unreadable[index] = str(error)
                 if len(self._unreadable) > self.dataset.max_bad_images:
                     raise
-        raise UserError(f"none of the {len(self.dataset)} images of the data set can be read: check data.path")
+        reason = next(reversed(self._unreadable.values()))
+        raise UserError(f"none of the {len(self.dataset)} images of the data set can be read; the last: {reason}")
 
 
 class _Slices:

@@ -168,7 +168,12 @@ def test_label_out_of_range_in_a_saved_dataset(saved_dataset, section, label):
     message = error_of(section(saved_dataset({"image": ["x", "y.png", "z"], "label": [0, label, label]})))
     assert "image 1 (y.png)" in message
     assert f"label {label} (and 1 more), outside 0..3" in message
-    assert "model.num_classes (now 4)" in message
+    assert "num_classes (now 4)" in message
+
+
+def test_labels_may_not_matter(saved_dataset, section):
+    path = saved_dataset({"image": ["x", "y"], "label": [-1, 2]})
+    assert build_dataset(section(path), num_classes=None).class_names == ["0", "1", "2"]
 
 
 def test_more_folders_than_classes(class_folders, section):

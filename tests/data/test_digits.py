@@ -73,5 +73,5 @@ def test_unknown_split_lists_the_splits(digits):
 
 
 def test_too_few_classes_for_the_digits(section):
-    with pytest.raises(UserError, match=r"label 5 .*outside 0\.\.4.*model\.num_classes"):
+    with pytest.raises(UserError, match=r"label 5 .*outside 0\.\.4.*set num_classes"):
         build_dataset(section(name="digits"), num_classes=5)
