@@ -7,6 +7,7 @@ writer puts there, every entry through `weights_only=True`, and file names canno
 
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def safe_load(state_dict: dict[str, Any], reader: "SafeFileSystemReader", *, no_
         UserError: names or shapes that the folder does not have, or damaged shards.
     """
     try:
-        dcp.load(state_dict, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=no_dist)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
+            dcp.load(state_dict, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=no_dist)
     except dcp.api.CheckpointException as error:
         rank, failure = next(iter(error.failures.items()))
         cause = str(failure[0]).strip().partition("\n")[0]

@@ -1,0 +1,5 @@
+"""Durable checkpoints of a training run."""
+
+from grpo.checkpoint.manager import CheckpointManager
+
+__all__ = ["CheckpointManager"]

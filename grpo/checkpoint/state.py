@@ -1,0 +1,71 @@
+"""What of a model and its optimizer goes into a checkpoint, by name and without regard to the number of ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from grpo.config import UserError
+from grpo.parallel import reshard
+from grpo.parallel.safe_checkpoint import SafeFileSystemReader, safe_load
+
+# Flat names, `state.<parameter>.exp_avg`, do not depend on the order of parameters or groups.
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+_STATE_PREFIX = "state."
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Weights and optimizer state, sharded as they are; the tensors are the live ones, not copies.
+
+    Returns:
+        {"model": by parameter name, "optimizer": by `state.<parameter>.<quantity>`}. Hyper-parameters of the
+        optimizer are not state: they come from the recipe and its schedule.
+    """
+    weights, optimizer_entries = _live_state(model, optimizer)
+    state = {name: value for name, value in optimizer_entries.items() if name.startswith(_STATE_PREFIX)}
+    return {"model": weights, "optimizer": state}
+
+
+def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, reader: SafeFileSystemReader) -> None:
+    """Overwrite weights and optimizer state by a checkpoint's, resharding as needed.
+
+    Raises:
+        UserError: the checkpoint is of another model or optimizer, or damaged.
+    """
+    weights, optimizer_entries = _live_state(model, optimizer)
+    state = {name: value for name, value in optimizer_entries.items() if name.startswith(_STATE_PREFIX)}
+    expected = {f"model.{name}" for name in weights} | {f"optimizer.{name}" for name in state}
+    _check_names(expected, set(reader.metadata.state_dict_metadata), reader)
+    safe_load({"model": weights, "optimizer": state}, reader)
+    set_state_dict(
+        model,
+        [optimizer],
+        model_state_dict=weights,
+        optim_state_dict={**optimizer_entries, **state},
+        options=_OPTIONS,
+    )
+
+
+def _live_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    reshard(model)  # a forward without backward may have left parameters gathered
+    if not optimizer.state:
+        get_optimizer_state_dict(model, optimizer, options=_OPTIONS)  # allocates the state by a step of size zero
+        for state in optimizer.state.values():
+            state["step"].zero_()  # which must not count
+    return get_state_dict(model, [optimizer], options=_OPTIONS)
+
+
+def _check_names(expected: set[str], found: set[str], reader: SafeFileSystemReader) -> None:
+    missing, superfluous = sorted(expected - found), sorted(found - expected)
+    if missing or superfluous:
+        difference = f"lacks {missing[0]}" if missing else f"has {superfluous[0]}, which the model lacks"
+        raise UserError(
+            f"{reader.path} is a checkpoint of another model: it {difference} "
+            f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it."
+        )
