@@ -15,7 +15,7 @@ from grpo.config import GRPORecipe, load_recipe
 from grpo.data import CodeCache, ImageBatch, build_dataset, build_stream
 from grpo.objectives import group_advantages, spreadless_groups
 from grpo.observe import SampleRow
-from grpo.parallel import World, build_mesh, distributed, run_main, set_matmul_precision
+from grpo.parallel import World, build_mesh, distributed, grad_scaler, run_main, set_matmul_precision
 from grpo.rewards import Rewards, RewardSum, build_rewards
 from grpo.rollout import Trajectory, build_rollout
 from grpo.training import (
@@ -68,7 +68,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
         recipe.optimizer,
         total_steps=training.steps * steps_per_rollout,
         max_skipped_steps=training.max_skipped_steps,
-        mixed_precision=training.mixed_precision,
+        scaler=grad_scaler(training.mixed_precision, world.device),
     )
     update = PolicyUpdate(policy, step, objective=objective, rollout=recipe.rollout, training=training, world=world)
     rollout = build_rollout(

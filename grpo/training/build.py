@@ -20,6 +20,8 @@ def gpt_config(recipe: GRPORecipe | PretrainRecipe) -> GPTConfig:
         vocab_size=recipe.tokenizer.codebook_size,
         num_classes=recipe.model.num_classes,
         cls_token_num=recipe.model.cls_token_num,
+        class_dropout=recipe.model.class_dropout,
+        dropout=recipe.model.dropout,
     )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from grpo.config import Optimizer as OptimizerConfig
 from grpo.config import UserError
-from grpo.parallel import LossScaler, clip_grad_norm
+from grpo.parallel import clip_grad_norm
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -52,7 +52,7 @@ class OptimizerStep:
         config: the optimizer section.
         total_steps: optimizer steps of the whole run, for the schedule.
         max_skipped_steps: skipped steps in a row after which the run is stopped.
-        mixed_precision: of training; fp16 scales the loss.
+        scaler: loss scaler of fp16, or None.
     """
 
     def __init__(
@@ -62,11 +62,10 @@ class OptimizerStep:
         *,
         total_steps: int,
         max_skipped_steps: int,
-        mixed_precision: str,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.model, self.config, self.total_steps = model, config, total_steps
-        self.max_skipped_steps = max_skipped_steps
-        self.scaler = LossScaler(enabled=mixed_precision == "fp16")
+        self.max_skipped_steps, self.scaler = max_skipped_steps, scaler
         self.optimizer = build_optimizer(model, config)
         self.steps = 0
         self.skipped = 0
@@ -79,7 +78,7 @@ class OptimizerStep:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`."""
-        self.scaler.scale(loss).backward()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def __call__(self) -> dict[str, float]:
         """Take the step with the gradients there are.
@@ -91,19 +90,20 @@ class OptimizerStep:
         Raises:
             UserError: too many steps in a row had a non-finite gradient.
         """
-        self.scaler.unscale(self.model.parameters())
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         rate = self.lr
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = float(clip_grad_norm(self.model, self.config.max_grad_norm))
-        finite = math.isfinite(norm)
-        self.scaler.update(finite)
-        if finite:
+        if math.isfinite(norm):
             self.optimizer.step()
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
+        if self.scaler is not None:
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return {"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped)}
@@ -123,11 +123,12 @@ class OptimizerStep:
             "steps": self.steps,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "scaler": self.scaler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,12 +1,13 @@
 """The policy update against LlamaGen's own numbers: one GRPO step with four settings, gradients included."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from grpo.config import Objective, Rollout, Training
-from grpo.models import load_gpt
+from grpo.models import GPTConfig, load_gpt
 from grpo.objectives import group_advantages
 from grpo.parallel import World
 from grpo.rollout import Trajectory
@@ -39,7 +40,7 @@ def step():
 @pytest.mark.parametrize("case", range(4))
 def test_loss_and_gradients(step, case, micro_batch):
     clip_range, advantage_clip, kl_coef, aux_ce_weight = step[f"case{case}_params"].tolist()
-    policy = load_gpt(FIXTURES / "gpt_c2i.pt")
+    policy = load_gpt(FIXTURES / "gpt_c2i.pt", GPTConfig(**json.loads((FIXTURES / "config.json").read_text())["gpt"]))
     policy.load_state_dict(step["new_state_dict"])
     policy.requires_grad_(True)
     gradients = Gradients()
