@@ -27,7 +27,7 @@ class Judge(Protocol):
 
 
 class ClassifierJudge:
-    """A classifier of images in [-1, 1] with `features(images) -> [B, D]` and `forward(images) -> logits [B, K]`."""
+    """A classifier of images in [-1, 1] with `features(images) -> [B, D]` and `head(features) -> logits [B, K]`."""
 
     names_classes = True
 
@@ -36,8 +36,8 @@ class ClassifierJudge:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        images = normalize(pixels)
-        return self.classifier.features(images).float(), self.classifier(images).float()
+        features = self.classifier.features(normalize(pixels))
+        return features.float(), self.classifier.head(features).float()
 
 
 class InceptionJudge:

@@ -1,0 +1,139 @@
+"""From images to metrics, on one process; tests/recipes does it on two."""
+
+import math
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from grpo.config import UserError
+from grpo.evaluation import (
+    ClassifierJudge,
+    DrawnImages,
+    FolderImages,
+    InceptionJudge,
+    compare,
+    evaluate_images,
+    measure_images,
+    save_pngs,
+)
+from grpo.evaluation import judges as judges_module
+from grpo.models import save_weights
+
+
+class MeanColor(nn.Module):
+    """Features are the mean red, green and blue; classes are the same three."""
+
+    def features(self, images):
+        return images.mean(dim=(2, 3))
+
+    def head(self, features):
+        return 10 * features
+
+
+def colored(class_ids, *, noise, seed=0):
+    """Images whose channel `class_id` is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, noise, (len(class_ids), 3, 4, 4), generator=generator)
+    pixels[torch.arange(len(class_ids)), class_ids] += 100
+    pixels = pixels.to(torch.uint8)
+    return DrawnImages(class_ids, lambda _, row_ids: pixels[row_ids])
+
+
+JUDGE = ClassifierJudge(MeanColor())
+CLASS_IDS = torch.arange(60) % 3
+
+
+def test_measurements_do_not_depend_on_the_batch_size():
+    images = colored(CLASS_IDS, noise=60)
+    one, other = (measure_images(images, JUDGE, batch_size=size, reward=JUDGE) for size in (60, 7))
+    assert_close(one, other, rtol=0, atol=0)
+    assert one.features.shape == (60, 3)
+    assert one.size == (4, 4)
+
+
+def test_metrics_of_good_and_bad_images():
+    reference = colored(CLASS_IDS, noise=60, seed=1)
+    good = evaluate_images(colored(CLASS_IDS, noise=60), reference, JUDGE, batch_size=16, reward=JUDGE)
+    wrong_class = DrawnImages((CLASS_IDS + 1) % 3, reference._draw)
+    bad = evaluate_images(wrong_class, reference, JUDGE, batch_size=16, reward=JUDGE)
+    collapsed = evaluate_images(colored(CLASS_IDS * 0, noise=60), reference, JUDGE, batch_size=16, reward=JUDGE)
+    assert good["accuracy"] == 1
+    assert bad["accuracy"] == 0
+    assert good["reward_mean"] > bad["reward_mean"]
+    assert bad["fid"] == pytest.approx(0, abs=1e-9)  # the same images, whatever they were drawn for
+    assert collapsed["fid"] > 10 * good["fid"]
+    assert collapsed["recall"] < 0.5 < good["recall"]
+    assert collapsed["inception_score"] < 1.1 < good["inception_score"]
+
+
+def test_reward_is_the_log_probability():
+    images = colored(torch.tensor([1, 1, 2]), noise=1)
+    measured = measure_images(images, JUDGE, batch_size=2, reward=JUDGE)
+    bright, dark = 10 * (100 / 127.5 - 1), -10
+    assert_close(measured.rewards, torch.full((3,), bright - math.log(math.exp(bright) + 2 * math.exp(dark))))
+    assert_close(measured.probabilities.sum(1), torch.ones(3))
+
+
+def test_a_measured_reference_is_as_good_as_its_images():
+    images, reference = colored(CLASS_IDS, noise=60), colored(CLASS_IDS, noise=60, seed=1)
+    measured = measure_images(reference, JUDGE, batch_size=60)
+    assert evaluate_images(images, measured, JUDGE, batch_size=16) == evaluate_images(
+        images, reference, JUDGE, batch_size=60
+    )
+
+
+def test_unknown_classes_give_no_accuracy_and_no_reward(tmp_path):
+    save_pngs(tmp_path, colored(CLASS_IDS, noise=60).pixels(0, 60), torch.arange(60))
+    images = FolderImages(tmp_path)
+    metrics = evaluate_images(images, images, JUDGE, batch_size=60)
+    assert not {"accuracy", "reward_mean"} & set(metrics)
+    with pytest.raises(UserError, match="needs the images' classes"):
+        measure_images(images, JUDGE, batch_size=60, reward=JUDGE)
+
+
+def test_what_cannot_be_compared_is_told():
+    images = measure_images(colored(CLASS_IDS, noise=60), JUDGE, batch_size=60)
+    with pytest.raises(UserError, match="images are 4x4 pixels and the reference 8x8"):
+        compare(images, images._replace(size=(8, 8)))
+    with pytest.raises(UserError, match="3 images are too few"):
+        compare(images._replace(features=images.features[:3]), images)
+    with pytest.raises(UserError, match=r"classes 0\.\.4 and the judging classifier 3 classes"):
+        measure_images(DrawnImages(torch.arange(5), colored(torch.zeros(5).long(), noise=2)._draw), JUDGE, batch_size=5)
+
+
+def test_inception_weights_are_read_safely_and_given_to_torch_fidelity(tmp_path, monkeypatch):
+    class Extractor(nn.Module):
+        def __init__(self, name, features_list, path):
+            super().__init__()
+            self.weights = torch.load(path, weights_only=True)
+            if "fc.bias" not in self.weights:
+                raise RuntimeError("missing keys")
+
+        def forward(self, pixels):
+            assert pixels.dtype == torch.uint8
+            return pixels.double().mean(dim=(2, 3)), pixels.float().mean(dim=(1, 2, 3))[:, None]
+
+    package, module = (ModuleType(name) for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"))
+    package.__spec__ = ModuleSpec("torch_fidelity", None)
+    module.FeatureExtractorInceptionV3 = Extractor
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    save_weights(tmp_path / "inception.pth", {"fc.bias": torch.ones(3)})
+    save_weights(tmp_path / "other.pth", {"head.bias": torch.ones(3)})
+    judge = InceptionJudge(tmp_path / "inception.pth", device=torch.device("cpu"))
+    assert_close(judge.network.weights["fc.bias"], torch.ones(3))
+    measured = measure_images(colored(CLASS_IDS, noise=60), judge, batch_size=60)
+    assert measured.class_ids is None  # Inception's classes are not the generator's
+    with pytest.raises(UserError, match="does not hold torch-fidelity's Inception"):
+        InceptionJudge(tmp_path / "other.pth", device=torch.device("cpu"))
+
+
+def test_inception_without_torch_fidelity(tmp_path, monkeypatch):
+    monkeypatch.setattr(judges_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install torch-fidelity"):
+        InceptionJudge(tmp_path / "inception.pth", device=torch.device("cpu"))
