@@ -1,0 +1,242 @@
+"""Combinations, notes, the saved recipe, the committed recipes and the reference page."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import tomli
+from pydantic import ValidationError
+
+from grpo.config import (
+    RECIPES,
+    EvaluateRecipe,
+    GenerateRecipe,
+    GRPORecipe,
+    Objective,
+    PretrainRecipe,
+    Recipe,
+    Rollout,
+    TokenizerRecipe,
+    differences,
+    load_recipe,
+    recipe_from_toml,
+)
+from grpo.config.keys import recipe_keys
+from grpo.config.reference import markdown
+
+ROOT = Path(__file__).parents[2]
+SYNTHETIC = {"data": {"name": "synthetic"}}
+AUTOREGRESSIVE = {
+    "rollout": {"mode": "autoregressive"},
+    "reward": {"reconstruction_weight": 0, "class_log_prob_weight": 1, "classifier_checkpoint": "c.pth"},
+}
+GENERATE = {"model": {"checkpoint": "gpt.pt"}, "tokenizer": {"checkpoint": "vq.pt"}, "output": {"grid": "grid.png"}}
+EVALUATE = {"evaluation": {"images": "images.npz", "reference": "ref.npz", "feature_checkpoint": "judge.pth"}}
+
+
+def merged(*settings: Mapping[str, Mapping]) -> dict[str, dict]:
+    sections = dict.fromkeys(name for setting in settings for name in setting)
+    return {name: {k: v for setting in settings for k, v in setting.get(name, {}).items()} for name in sections}
+
+
+def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
+    from grpo.config.recipes import WITHOUT_CHECKS
+
+    return [p.text for p in recipe_class.model_validate(settings, context=WITHOUT_CHECKS).problems()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"rollout": {"num_generations": 1}}, "rollout.num_generations must be at least 2"),
+        ({"rollout": {"cfg_scale": 1.5}}, "rollout.cfg_scale: guidance needs"),
+        ({"rollout": {"batch_size": 3}, "training": {"batch_size": 16}}, "must divide rollout.batch_size x num_gen"),
+        ({"training": {"batch_size": 512}}, "must divide rollout.batch_size x num_generations = 256"),
+        ({"rollout": {"batch_size": 3}, "training": {"batch_size": 12}}, "must be a multiple or a divisor of rollout"),
+        ({"reward": {"reconstruction_weight": 0}}, "no reward is on"),
+        ({"reward": {"reconstruction_weight": 0, "embedding_cosine_weight": 1}}, "no reward is on"),
+        ({"reward": {"class_log_prob_weight": 1}}, "needs reward.classifier_checkpoint"),
+        ({"reward": {"lpips_weight": 1}}, "reward.lpips_weight is not available yet"),
+        ({"model": {"dropout": 0.1}}, "model.dropout must be 0 in GRPO"),
+        ({"model": {"cls_token_num": 120}}, "model.cls_token_num must be 1"),
+        ({"data": {"image_size": 100}}, "data.image_size = 100 must be a multiple of"),
+        ({"data": {"name": "digits"}}, "tokenizer.checkpoint is required"),
+        (
+            {"data": {"name": "folder"}, "tokenizer": {"checkpoint": "v"}},
+            'data.path is required with data.name = "folder"',
+        ),
+    ],
+)
+def test_impossible_teacher_forced_settings(settings: Mapping, text: str) -> None:
+    (problem,) = problem_texts(GRPORecipe, merged(SYNTHETIC, settings))
+    assert text in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"reward": {"reconstruction_weight": 1}}, "reward.reconstruction_weight: must be 0"),
+        ({"reward": {"embedding_cosine": True, "embedding_cosine_weight": 1}}, "reward.embedding_cosine: must be off"),
+        ({"rollout": {"use_context_noise": True}}, "rollout.use_context_noise: needs"),
+        (
+            {"rollout": {"importance_weight_cap": 2, "cfg_scale": 2, "guidance_in_loss": "conditional"}},
+            "rollout.importance_weight_cap with guidance needs",
+        ),
+    ],
+)
+def test_impossible_autoregressive_settings(settings: Mapping, text: str) -> None:
+    (problem,) = problem_texts(GRPORecipe, merged(SYNTHETIC, AUTOREGRESSIVE, settings))
+    assert problem.startswith(text)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rollout": {"num_generations": 1}, "objective": {"advantage": "batch_std"}},
+        {"rollout": {"batch_size": 8, "num_generations": 8}, "training": {"batch_size": 4}},
+        {"rollout": {"batch_size": 16}, "training": {"batch_size": 8, "gradient_accumulation_steps": 16}},
+        {"rollout": {"batch_size": 6}, "training": {"batch_size": 24}},
+        AUTOREGRESSIVE,
+        merged(AUTOREGRESSIVE, {"rollout": {"cfg_scale": 2, "importance_weight_cap": 2, "top_k": 9}}),
+    ],
+)
+def test_possible_settings(settings: Mapping) -> None:
+    assert problem_texts(GRPORecipe, merged(SYNTHETIC, settings)) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe_class", "base", "settings", "text"),
+    [
+        (GenerateRecipe, GENERATE, {"model": {"checkpoint": None}}, "model.checkpoint is required"),
+        (GenerateRecipe, GENERATE, {"output": {"grid": None}}, "nothing to write"),
+        (GenerateRecipe, GENERATE, {"sampling": {"image_size": 250}}, "sampling.image_size = 250 must be a multiple"),
+        (GenerateRecipe, GENERATE, {"sampling": {"class_ids": [3, 1000]}}, "sampling.class_ids must be below"),
+        (EvaluateRecipe, EVALUATE, {"evaluation": {"feature_checkpoint": None}}, "evaluation.feature_checkpoint or "),
+        (EvaluateRecipe, EVALUATE, {"evaluation": {"reference": None}}, "data.path is required with data.name = "),
+        (
+            EvaluateRecipe,
+            merged(EVALUATE, {"model": {"checkpoint": "gpt.pt"}, "tokenizer": {"checkpoint": "vq.pt"}}),
+            {
+                "evaluation": {"images": None, "reference": None},
+                "data": {"name": "digits"},
+                "sampling": {"resize_to": 128},
+            },
+            "sampling.resize_to must equal data.image_size = 256",
+        ),
+    ],
+)
+def test_impossible_settings_of_other_jobs(
+    recipe_class: type[Recipe], base: Mapping, settings: Mapping, text: str
+) -> None:
+    assert problem_texts(recipe_class, base) == []
+    (problem,) = problem_texts(recipe_class, merged(base, settings))
+    assert problem.startswith(text)
+
+
+def test_a_recipe_object_is_valid() -> None:
+    with pytest.raises(ValidationError, match=r"rollout.num_generations must be at least 2.*; no reward is on"):
+        GRPORecipe.model_validate(
+            merged(SYNTHETIC, {"rollout": {"num_generations": 1}, "reward": {"reconstruction_weight": 0}})
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "subject"),
+    [
+        ({"objective": {"kl_coef": 0.1}}, "objective.kl_coef"),
+        ({"objective": {"reference_checkpoint": "gpt.pt"}}, "objective.reference_checkpoint"),
+        ({"objective": {"token_dropout": 0.1}}, "objective.token_dropout"),
+        ({"objective": {"advantage": "gdpo"}}, 'objective.advantage = "gdpo"'),
+        ({"rollout": {"context_noise": 0.1}}, "rollout.context_noise"),
+        ({"rollout": {"importance_weight_cap": 2}}, "rollout.importance_weight_cap"),
+        ({"rollout": {"guidance_in_loss": "conditional"}}, "rollout.guidance_in_loss"),
+        ({"rollout": {"max_rows": 8}}, "rollout.max_rows"),
+        ({"reward": {"embedding_cosine": True}}, "reward.embedding_cosine"),
+        ({"reward": {"embedding_cosine_weight": 1}}, "reward.embedding_cosine"),
+        ({"reward": {"classifier_checkpoint": "c.pth"}}, "reward.classifier_checkpoint"),
+        ({"optimizer": {"schedule": "one_cycle", "warmup_steps": 3}}, "optimizer.warmup_steps"),
+        ({"metrics": {"wandb_entity": "team"}}, "metrics.wandb_entity"),
+        ({"checkpoint": {"save_final": False}}, "checkpoint.interval = 0 and checkpoint.save_final = false"),
+    ],
+)
+def test_settings_without_effect_are_noted(settings: Mapping, subject: str) -> None:
+    assert GRPORecipe.model_validate(SYNTHETIC).notes() == []
+    (note,) = GRPORecipe.model_validate(merged(SYNTHETIC, settings)).notes()
+    assert note.startswith(subject)
+
+
+def test_notes_of_other_jobs() -> None:
+    by_gradient = {"tokenizer_loss": {"codebook_update": "gradient", "codebook_ema": 0.5}}
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()
+    assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
+    (note,) = EvaluateRecipe.model_validate(merged(EVALUATE, {"sampling": {"top_k": 3}})).notes()
+    assert note == "sampling.top_k has no effect: evaluation.images are not drawn from a model"
+
+
+def test_switches_of_the_reference_trainer_take_effect() -> None:
+    assert Objective().kl_estimator == "none"
+    assert Objective(use_kl_loss=True).kl_estimator == "k3"
+    assert Objective(use_kl_loss=True, kl="k1").kl_estimator == "k1"
+    assert (Objective(clip_range=0.2).clip_low, Objective(clip_range=0.2).clip_high) == (0.2, 0.2)
+    assert Objective(clip_range=0.2, clip_range_high=0.28).clip_high == 0.28
+    assert Objective(clip_range=0.2, clip_range_high=0).clip_high == 0
+    assert (Objective().token_dropout_share, Objective(use_token_dropout=True).token_dropout_share) == (0, 0.5)
+    assert (Rollout().context_noise_share, Rollout(use_context_noise=True).context_noise_share) == (0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        load_recipe(GRPORecipe, ["--vq-ckpt", 'a "b"\\c', "--data-path", "ä", "--lr", "1e-30", "--use-wandb"]),
+        load_recipe(PretrainRecipe, ["--data.name", "synthetic", "--training.grad_precision", "bf16"]),
+        GenerateRecipe.model_validate(merged(GENERATE, {"sampling": {"class_ids": [1, 2]}})),
+        EvaluateRecipe.model_validate(EVALUATE),
+    ],
+    ids=lambda recipe: recipe.job,
+)
+def test_saved_recipe_loads_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
+    text = recipe.to_toml()
+    assert recipe_from_toml(type(recipe), text) == recipe
+    (tmp_path / "other_name.toml").write_text(text, encoding="utf-8")
+    assert load_recipe(type(recipe), ["--config", str(tmp_path / "other_name.toml")]) == recipe
+    saved = tomli.loads(text)
+    optional = {name for name, key in recipe_keys(type(recipe)).items() if key.is_optional}
+    written = {f"{section}.{key}" for section in recipe.sections() for key in saved[section]}
+    assert saved["job"] == recipe.job
+    assert recipe_keys(type(recipe)).keys() - written <= optional
+
+
+def test_differences_name_key_and_values() -> None:
+    before = GRPORecipe.model_validate(SYNTHETIC)
+    after = GRPORecipe.model_validate(
+        merged(SYNTHETIC, {"optimizer": {"lr": 0.1}, "objective": {"clip_range_high": 0.3}})
+    )
+    assert differences(before, before) == []
+    assert differences(before, after) == ["objective.clip_range_high: None -> 0.3", "optimizer.lr: 1e-05 -> 0.1"]
+
+
+RECIPE_FILES = sorted((ROOT / "train_configs").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_committed_recipe_loads(path: Path) -> None:
+    job = tomli.loads(path.read_text(encoding="utf-8")).get("job", "grpo")
+    recipe = load_recipe(RECIPES[job], ["--config", str(path)])
+    assert recipe.notes() == []
+
+
+def test_published_run_has_its_size() -> None:
+    recipe = load_recipe(GRPORecipe, ["--config", str(ROOT / "train_configs" / "vapi_xxl_384.toml")])
+    rollout, training = recipe.rollout, recipe.training
+    assert 8 * training.steps * rollout.batch_size * rollout.num_generations == 102_400
+    assert training.batch_size * training.gradient_accumulation_steps == rollout.batch_size * rollout.num_generations
+
+
+def test_reference_page_is_current() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == markdown(), "run python -m grpo.config > docs/configuration.md"
+
+
+@pytest.mark.parametrize("recipe_class", RECIPES.values(), ids=RECIPES)
+def test_every_key_is_documented(recipe_class: type[Recipe]) -> None:
+    assert all(key.meaning.endswith((".", "...")) for key in recipe_keys(recipe_class).values())
