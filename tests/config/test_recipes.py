@@ -23,6 +23,7 @@ from grpo.config import (
 )
 from grpo.config.keys import recipe_keys
 from grpo.config.reference import markdown
+from grpo.models.specs import get_model_spec, get_tokenizer_spec
 
 ROOT = Path(__file__).parents[2]
 SYNTHETIC = {"data": {"name": "synthetic"}}
@@ -223,6 +224,11 @@ def test_committed_recipe_loads(path: Path) -> None:
     job = tomli.loads(path.read_text(encoding="utf-8")).get("job", "grpo")
     recipe = load_recipe(RECIPES[job], ["--config", str(path)])
     assert recipe.notes() == []
+    if "model" in recipe.sections():
+        get_model_spec(recipe.model.name)
+    if "tokenizer" in recipe.sections():
+        spec = get_tokenizer_spec(recipe.tokenizer.name)
+        assert recipe.tokenizer.downsample_size == spec.patch_size * 2 ** (len(spec.ch_mult) - 1)
 
 
 def test_published_run_has_its_size() -> None:

@@ -145,6 +145,16 @@ def test_refused_flags_are_accepted_at_their_defaults() -> None:
     assert recipe == load_recipe(GRPORecipe, command_line())
 
 
+def test_command_line_and_recipe_file_agree(tmp_path: Path) -> None:
+    (tmp_path / "grpo.toml").write_text(
+        '[tokenizer]\ncheckpoint = "vq.pth"\n[data]\npath = "data"\n[rollout]\nbatch_size = 8\nnum_generations = 8\n'
+        '[training]\nbatch_size = 4\n[checkpoint]\ninterval = 2\ndir = "out"\n'
+    )
+    flags = "--vq-ckpt vq.pth --data-path data --sample-batch-size 8 --train-batch-size 4 --num-generations 8"
+    by_flags = load_recipe(GRPORecipe, [*flags.split(), "--ckpt-every", "2", "--ckpt-dir", "out"])
+    assert load_recipe(GRPORecipe, ["--config", str(tmp_path / "grpo.toml")]) == by_flags
+
+
 def test_a_flag_and_its_key_together_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(GRPORecipe, [*command_line(), "--lr", "1e-5", "--optimizer.lr=1e-6"])
