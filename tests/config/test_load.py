@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config import ConvertRecipe, GenerateRecipe, GRPORecipe, PretrainRecipe, UserError, load_recipe
+from grpo.config.flags import REFERENCE_FLAGS
 
 MINIMAL = ["--data.name", "synthetic"]
 
@@ -189,8 +190,6 @@ def test_run_folder_has_the_name_of_the_file(recipe_file) -> None:
 
 
 def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture) -> None:
-    from grpo.config.flags import REFERENCE_FLAGS
-
     with pytest.raises(SystemExit) as caught:
         load_recipe(GRPORecipe, ["--help"])
     assert caught.value.code == 0

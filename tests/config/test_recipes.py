@@ -22,6 +22,7 @@ from grpo.config import (
     recipe_from_toml,
 )
 from grpo.config.keys import recipe_keys
+from grpo.config.recipes import WITHOUT_CHECKS
 from grpo.config.reference import markdown
 from grpo.models.specs import get_model_spec, get_tokenizer_spec
 
@@ -41,8 +42,6 @@ def merged(*settings: Mapping[str, Mapping]) -> dict[str, dict]:
 
 
 def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
-    from grpo.config.recipes import WITHOUT_CHECKS
-
     return [p.text for p in recipe_class.model_validate(settings, context=WITHOUT_CHECKS).problems()]
 
 
