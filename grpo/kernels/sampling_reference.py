@@ -11,7 +11,7 @@ from grpo.kernels.dispatch import accumulation_dtype
 from grpo.kernels.philox import BLOCK, draw_noise
 
 # Elements of logits worked on at once: about the second-level cache of a CPU core, and enough to fill a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
 def sample_rows(
@@ -32,12 +32,12 @@ def sample_rows(
     log_probs = logits.new_empty(N, num_samples, dtype=dtype)
     kept_log_probs = torch.empty_like(log_probs)
     kept_mass = logits.new_empty(N, dtype=dtype)
-    num_rows = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 21) // V)
+    num_rows = max(1, min(N, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // V))
+    buffer = logits.new_empty(num_rows, V, dtype=dtype)
     for start in range(0, N, num_rows):
         rows = slice(start, start + num_rows)
-        scores, flags = _tempered(logits[rows].to(dtype), temperature)
-        peak = scores.amax(1, keepdim=True)
-        weights = (scores - peak).exp_()  # [n, V]
+        scores, peak, flags = _tempered(logits[rows].to(dtype), temperature)
+        weights = torch.sub(scores, peak, out=buffer[: scores.shape[0]]).exp_()  # [n, V]
         mass = block_mass = _block_sums(weights)  # [n, blocks]
         if top_k or top_p < 1:
             keep = kept_columns(scores, peak, top_k, top_p)
@@ -58,32 +58,37 @@ def sample_rows(
     return tokens, log_probs, kept_log_probs, kept_mass
 
 
-def _tempered(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """logits / temperature with -inf for NaN and +inf, and [n, 1] flags: NaN for rows that held one, else 0."""
+def _tempered(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """logits / temperature with -inf for NaN and +inf, its row maxima, and flags: NaN for rows that held one, else 0.
+
+    Maxima and flags are [n, 1]. In a row without any finite value the first column becomes 0.
+    """
     scores = logits if temperature == 1 else logits / temperature
     peak = scores.amax(1, keepdim=True)
     flags = peak - peak  # NaN for a peak that is NaN or infinite
     if logits.device.type == "cpu" and not flags.any():
-        return scores, flags
+        return scores, peak, flags
     scores = scores.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     empty = scores.amax(1, keepdim=True) == -math.inf
     first = torch.arange(scores.shape[1], device=scores.device) == 0
-    return scores.masked_fill_(empty & first, 0), flags
+    scores.masked_fill_(empty & first, 0)
+    return scores, scores.amax(1, keepdim=True), flags
 
 
 def kept_columns(scores: Tensor, peak: Tensor, top_k: int, top_p: float) -> Tensor:
     """Mask [n, V] of the columns that top-k (0: off), then top-p (1: off) keep. `peak` [n, 1]: largest of each row."""
-    if top_k:
-        kth = scores.topk(top_k, dim=1).values[:, -1:]
-        survives = scores >= kth
-        if top_p >= 1:
-            return survives
-        scores = scores.masked_fill(~survives, -math.inf)
     descending = _descending(scores)
+    survives = None
+    if top_k:
+        kth = descending[:, top_k - 1 : top_k]
+        if top_p >= 1:
+            return scores >= kth
+        survives = descending >= kth
     weights = (descending - peak).exp_()
-    prefix = weights.cumsum(1)
+    prefix = (weights.mul_(survives) if top_k else weights).cumsum(1)
     # Exclusive sums ascend, so the columns that stay are a prefix of the order.
-    count = (prefix[:, :-1] <= top_p * prefix[:, -1:]).sum(1, keepdim=True) + 1
+    stays = prefix[:, :-1] <= top_p * prefix[:, -1:]
+    count = (stays.logical_and_(survives[:, 1:]) if top_k else stays).sum(1, keepdim=True) + 1
     edge = descending.gather(1, count - 1)
     above = scores > edge
     equal = scores == edge
@@ -102,7 +107,9 @@ def _descending(scores: Tensor) -> Tensor:
 
 def _block_sums(weights: Tensor) -> Tensor:
     """Sums over blocks of columns: [n, V] -> [n, ceil(V / BLOCK)]."""
-    return pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).sum(-1)
+    padding = -weights.shape[1] % BLOCK
+    weights = pad(weights, (0, padding)) if padding else weights
+    return weights.unflatten(1, (-1, BLOCK)).sum(-1)
 
 
 def _draw(scores: Tensor, block_mass: Tensor, column_noise: Tensor, block_noise: Tensor) -> Tensor:
