@@ -97,7 +97,7 @@ def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     names = sorted(values)
     tensors = [value.detach() for value in values.values() if isinstance(value, Tensor)]
     device = tensors[0].device if tensors else _collective_device()
-    totals = torch.stack([torch.as_tensor(values[name], device=device).detach().double() for name in names])
+    totals = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in names])
     if dist.is_initialized():
         totals = totals.to(_collective_device())
         dist.all_reduce(totals)
