@@ -43,7 +43,7 @@ class ModelSpec:
         if rest or not side:
             raise UserError(
                 f"data.image_size: {image_size} pixels are not a multiple of tokenizer.downsample_size "
-                f"{downsample_size}; take {max(side, 1) * downsample_size} or {(side + 1) * downsample_size}"
+                f"{downsample_size}; take {max(side, 1) * downsample_size}"
             )
         return GPTConfig(
             **asdict(self),

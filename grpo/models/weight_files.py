@@ -100,8 +100,8 @@ def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor],
     if layout == "auto" and path.suffix not in _LAYOUT_OF_SUFFIX:
         raise UserError(f"{path}: weights are written as .safetensors, .pt, .pth or a folder, not {path.suffix}")
     layout = _LAYOUT_OF_SUFFIX[path.suffix] if layout == "auto" else layout
-    if path.is_dir():
-        raise UserError(f"{path}: this folder exists; give another name for the weights")
+    if path.is_dir() or (layout == "distributed" and path.exists()):
+        raise UserError(f"{path} exists and is not overwritten; give another name for the weights")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}

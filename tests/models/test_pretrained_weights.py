@@ -1,0 +1,226 @@
+"""Every published layout loads strictly; what cannot be loaded is explained; nothing in a file is executed."""
+
+import argparse
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+
+from grpo.config import UserError
+from grpo.models import (
+    GPT,
+    GPTConfig,
+    infer_gpt_config,
+    load_gpt,
+    load_vq,
+    read_weights,
+    save_weights,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected pickle protocol")
+
+
+@pytest.fixture
+def weights(llamagen) -> dict[str, torch.Tensor]:
+    return torch.load(llamagen / "gpt_c2i_fsdp.pt", weights_only=True)
+
+
+class RunsWhenUnpickled:
+    """What a crafted checkpoint holds: creates a file when it is read carelessly."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("key", ["model", "module", "state_dict", None])
+@pytest.mark.parametrize("with_arguments", [True, False])
+def test_pickled_layouts(tmp_path, weights, key, with_arguments):
+    content = weights if key is None else {key: weights, "steps": 3}
+    if with_arguments and key is not None:
+        content["args"] = argparse.Namespace(gpt_model="tiny", lr=1e-4)
+    torch.save(content, tmp_path / "weights.pt")
+    assert_same(load_gpt(tmp_path / "weights.pt").state_dict(), weights)
+
+
+def test_released_layouts(llamagen, weights, gpt_config):
+    for name in ("gpt_c2i.pt", "gpt_c2i_fsdp.pt"):
+        model = load_gpt(llamagen / name, gpt_config)
+        assert not model.training
+        assert model.config == gpt_config
+        assert_same(model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "weights.pth", "weights"])
+def test_what_is_saved_is_read_again(tmp_path, weights, name):
+    save_weights(tmp_path / name, weights)
+    assert_same(read_weights(tmp_path / name), weights)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_layout_can_be_named_apart_from_the_suffix(tmp_path, weights):
+    save_weights(tmp_path / "weights.bin", weights, layout="llamagen")
+    assert_same(torch.load(tmp_path / "weights.bin", weights_only=True)["model"], weights)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_folder_of_a_distributed_checkpoint(tmp_path, weights, nested):
+    content = {"model": weights, "optimizer": {"step": torch.ones(1)}} if nested else weights
+    dcp.save(content, checkpoint_id=tmp_path / "step-000001", no_dist=True)
+    assert_same(load_gpt(tmp_path / "step-000001").state_dict(), weights)
+
+
+def test_consolidated_file_of_a_checkpoint_folder_comes_first(tmp_path, weights):
+    folder = tmp_path / "step-000001"
+    dcp.save({"model": {"other": torch.ones(1)}}, checkpoint_id=folder, no_dist=True)
+    torch.save({"model": weights}, folder / "consolidated.pth")
+    assert_same(load_gpt(folder).state_dict(), weights)
+
+
+def test_low_precision_files_load_in_full_precision(tmp_path, weights):
+    safetensors.torch.save_file(
+        {name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "w.safetensors"
+    )
+    loaded = load_gpt(tmp_path / "w.safetensors").state_dict()
+    assert_same(loaded, {name: tensor.bfloat16().float() for name, tensor in weights.items()})
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2])
+def test_sizes_of_a_known_spec_are_inferred(n_kv_head):
+    config = GPTConfig(dim=64, n_layer=2, n_head=4, n_kv_head=n_kv_head, vocab_size=12, num_classes=3)
+    assert infer_gpt_config(GPT(config).state_dict()) == config
+
+
+def test_sizes_of_an_unknown_spec_assume_heads_of_64():
+    config = GPTConfig(dim=192, n_layer=1, n_head=3, vocab_size=12, num_classes=3, multiple_of=640)
+    assert infer_gpt_config(GPT(config).state_dict()) == config
+
+
+def test_heads_that_cannot_be_told_are_an_error(tmp_path):
+    config = GPTConfig(dim=96, n_layer=1, n_head=6, n_kv_head=3, vocab_size=12, num_classes=3)
+    save_weights(tmp_path / "odd.pt", GPT(config).state_dict())
+    with pytest.raises(UserError, match="pass its GPTConfig"):
+        load_gpt(tmp_path / "odd.pt")
+    assert load_gpt(tmp_path / "odd.pt", config).config == config
+
+
+def test_tokenizer_sizes_are_inferred(llamagen, vq_configs):
+    for name, config in vq_configs.items():
+        assert load_vq(llamagen / f"{name}.pt").config == config
+
+
+def test_tokenizer_without_the_window_of_used_codes(tmp_path, llamagen):
+    weights = read_weights(llamagen / "vq8.pt")
+    del weights["quantize.codebook_used"]
+    save_weights(tmp_path / "vq.safetensors", weights)
+    assert load_vq(tmp_path / "vq.safetensors").quantize.codebook_used.shape == (65536,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 256}, "vocab_size 128, the recipe wants 256; set tokenizer.codebook_size = 128"),
+        ({"num_classes": 1000}, "num_classes 10, the recipe wants 1000; set model.num_classes = 10"),
+        ({"n_layer": 3}, "n_layer 2, the recipe wants 3; set model.name = GPT-tiny"),
+        ({"multiple_of": 32}, "ffn_dim 256, the recipe wants 192; set model.name = GPT-tiny"),
+        ({"n_kv_head": 1}, "qkv_dim 192, the recipe wants 96; set model.name = GPT-tiny"),
+    ],
+)
+def test_gpt_of_another_size_is_explained(llamagen, gpt_config, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_gpt(llamagen / "gpt_c2i.pt", replace(gpt_config, **change))
+    assert len(caught.value.problems) == 1
+
+
+def test_tokenizer_of_another_size_is_explained(llamagen, vq_configs):
+    other = replace(vq_configs["vq16"], codebook_size=256, ch_mult=(1, 1, 1, 2), codebook_embed_dim=4)
+    with pytest.raises(UserError) as caught:
+        load_vq(llamagen / "vq16.pt", other)
+    codebook, dimensions, name = caught.value.problems
+    assert "set tokenizer.codebook_size = 128" in codebook
+    assert "set tokenizer.codebook_embed_dim = 8" in dimensions
+    assert "ch_mult (1, 1, 1, 1, 2), the recipe wants (1, 1, 1, 2); no tokenizer.name has these sizes" in name
+
+
+def test_weights_of_another_kind_are_named(llamagen):
+    with pytest.raises(UserError, match=r"not the weights of a class-conditional GPT .* those of a VQ tokenizer"):
+        load_gpt(llamagen / "vq16.pt")
+    with pytest.raises(UserError, match=r"not the weights of a VQ tokenizer .* those of a class-conditional GPT"):
+        load_vq(llamagen / "gpt_c2i.pt")
+
+
+def test_missing_and_superfluous_weights_are_named(tmp_path, weights):
+    weights["extra.weight"] = weights.pop("norm.weight")
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"1 missing \(norm.weight, ...\); 1 unknown \(extra.weight, ...\)"):
+        load_gpt(tmp_path / "weights.pt")
+
+
+def test_a_bare_state_dict_can_be_insisted_on(llamagen):
+    with pytest.raises(UserError, match="does not hold a bare state dict"):
+        read_weights(llamagen / "gpt_c2i.pt", bare=True)
+    assert read_weights(llamagen / "gpt_c2i_fsdp.pt", bare=True)
+
+
+def test_crafted_pickle_is_refused_and_not_run(tmp_path, weights):
+    marker = tmp_path / "ran"
+    torch.save({"model": weights, "args": RunsWhenUnpickled(marker)}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"refused, reading it could run code: it holds posix\.mkdir"):
+        read_weights(tmp_path / "weights.pt")
+    assert not marker.exists()
+
+
+def test_crafted_checkpoint_folder_is_refused_and_not_run(tmp_path, weights):
+    marker = tmp_path / "ran"
+    save_weights(tmp_path / "folder", weights)
+    (tmp_path / "folder" / ".metadata").write_bytes(pickle.dumps(RunsWhenUnpickled(marker)))
+    with pytest.raises(UserError, match=r"posix\.mkdir"):
+        read_weights(tmp_path / "folder")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04damaged", b"PK\x03\x04damaged"])
+def test_other_files_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        read_weights(tmp_path / name)
+
+
+def test_cut_off_files_are_refused(tmp_path, weights):
+    for name in ("weights.pt", "weights.safetensors"):
+        save_weights(tmp_path / name, weights)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50_000])
+        with pytest.raises(UserError, match=name):
+            read_weights(tmp_path / name)
+
+
+def test_paths_without_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_weights(tmp_path / "absent.pt")
+    with pytest.raises(UserError, match="no weights in this folder"):
+        read_weights(tmp_path)
+    torch.save({"losses": [1.0]}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="does not hold a state dict"):
+        read_weights(tmp_path / "other.pt")
+
+
+def test_nothing_is_written_in_the_way_of_a_folder_or_under_an_unknown_suffix(tmp_path, weights):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="not overwritten"):
+        save_weights(tmp_path / "taken", weights)
+    with pytest.raises(UserError, match=r"not \.gguf"):
+        save_weights(tmp_path / "weights.gguf", weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -1,0 +1,41 @@
+"""recipes/convert.py changes the layout of weights and nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.config import UserError
+from grpo.models import read_weights
+from recipes.convert import main
+
+RELEASED = Path(__file__).parents[1] / "fixtures" / "llamagen" / "gpt_c2i.pt"
+
+
+def convert(source: Path, target: Path, *more: str) -> None:
+    main(["--convert.input", str(source), "--convert.output", str(target), *more])
+
+
+def test_round_trip_through_every_layout(tmp_path, capsys):
+    source = RELEASED
+    for name in ("gpt.safetensors", "gpt-folder", "gpt.pt"):
+        convert(source, tmp_path / name)
+        source = tmp_path / name
+        assert f"{source}: 18 tensors" in capsys.readouterr().out
+    wanted, found = read_weights(RELEASED), read_weights(source)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_format_overrules_the_name(tmp_path):
+    convert(RELEASED, tmp_path / "gpt.bin", "--convert.format", "safetensors")
+    convert(RELEASED, tmp_path / "gpt.safetensors")
+    assert (tmp_path / "gpt.bin").read_bytes() == (tmp_path / "gpt.safetensors").read_bytes()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    target = tmp_path / "gpt.pt"
+    target.write_text("mine")
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        convert(RELEASED, target)
+    assert target.read_text() == "mine"
