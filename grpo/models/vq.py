@@ -289,6 +289,11 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, kernel_size=1)
 
+    @property
+    def layers(self) -> tuple[nn.Module, nn.Module]:
+        """The two large parts, units of compilation and sharding as the GPT's blocks."""
+        return self.encoder, self.decoder
+
     def encode_latents(self, images: Tensor) -> Tensor:
         """Latents before quantisation, [B, C, h, w], of any length.
 

@@ -1,18 +1,24 @@
 """What the training jobs share: models of a recipe, the optimizer step, the policy update, the run."""
 
 from grpo.training.build import build_gpt, build_tokenizer, gpt_config
+from grpo.training.codebook import Codebook
+from grpo.training.convolutional import autocast, build_classifier, build_trainable_tokenizer
 from grpo.training.metrics import MetricSums
 from grpo.training.optimizer import OptimizerStep, learning_rate
 from grpo.training.run import TrainingRun
 from grpo.training.update import PolicyUpdate, optimizer_steps
 
 __all__ = [
+    "Codebook",
     "MetricSums",
     "OptimizerStep",
     "PolicyUpdate",
     "TrainingRun",
+    "autocast",
+    "build_classifier",
     "build_gpt",
     "build_tokenizer",
+    "build_trainable_tokenizer",
     "gpt_config",
     "learning_rate",
     "optimizer_steps",
