@@ -10,9 +10,12 @@ from torch import nn
 from grpo.checkpoint import CheckpointManager
 from grpo.config import TrainingRecipe, UserError, differences, recipe_from_toml
 from grpo.data import ImageStream
+from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
-from grpo.parallel import World
+from grpo.parallel import World, full_state_dict
 from grpo.training.optimizer import OptimizerStep
+
+EXPORT_NAME = "model.safetensors"
 
 # Sections and keys that a resumed run may change: they move work around, they do not change it.
 FREE_SECTIONS = ("parallel.", "compile.", "activation_checkpoint.", "checkpoint.", "metrics.", "debug.")
@@ -98,7 +101,10 @@ class TrainingRun:
         times = self.timer.read()
         rate = {"images_per_second": images / times["seconds/step"]}
         self.observer.log(step, {**metrics, **rate, **times})
-        if self._checkpoint_due(step):
+        config, last = self.recipe.checkpoint, step == self.total_steps
+        if last and config.save_final and not config.sharded:
+            self._export()
+        if (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
                 self.save(step)
         self._step.check()
@@ -130,10 +136,11 @@ class TrainingRun:
         if hasattr(self, "observer"):
             self.observer.__exit__(kind, error, traceback)
 
-    def _checkpoint_due(self, step: int) -> bool:
-        config = self.recipe.checkpoint
-        last = step == self.total_steps and config.save_final
-        return last or (config.interval > 0 and step % config.interval == 0)
+    def _export(self) -> None:
+        """Write the final weights under a name that does not change with the number of steps, for the next job."""
+        weights = full_state_dict(self._model)
+        if self.world.is_main:
+            save_weights(self.recipe.run_dir / EXPORT_NAME, weights)
 
     def _resume_path(self) -> str | None:
         """The checkpoint to go on from, None to start anew."""
