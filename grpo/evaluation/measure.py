@@ -74,7 +74,8 @@ def measure_images(
     batches: list[tuple[int, Tensor]] = []
     layout = None
     for start in progress(starts[rank::world_size]):
-        pixels = source.pixels(start, start + batch_size).to(device)
+        # Contiguous, since the judge's convolutions round differently for another memory layout.
+        pixels = source.pixels(start, start + batch_size).to(device).contiguous()
         features, logits = judge(pixels)
         if judge.names_classes:
             _check_classes(class_ids, num_classes=logits.shape[1])
