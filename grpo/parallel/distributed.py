@@ -68,8 +68,9 @@ def distributed(timeout_seconds: int) -> Iterator[World]:
         yield World(rank, size, local_rank, local_size, device)
         finished = True
     finally:
-        # NCCL's teardown waits for work in flight, which never ends once another rank has failed.
-        if finished or device.type == "cpu":
+        # With an error on its way out, closing the connections would make other ranks fail before this one has told
+        # why, and NCCL would wait for work in flight that never ends. The launcher ends the process instead.
+        if finished or size == 1:
             dist.destroy_process_group()
 
 

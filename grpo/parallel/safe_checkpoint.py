@@ -161,7 +161,7 @@ def _check_files_inside(metadata: Metadata) -> None:
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError("not checkpoint metadata")
     for info in metadata.storage_data.values():
-        if Path(info.relative_path).name != info.relative_path:
+        if Path(info.relative_path).name != info.relative_path or not info.relative_path.endswith(".distcp"):
             raise _RefusedError(f"a file at {info.relative_path!r}")
         if info.offset < 0 or info.length < 0 or getattr(info, "transform_descriptors", None):
             raise pickle.UnpicklingError("impossible piece")

@@ -1,0 +1,94 @@
+import os
+import sys
+
+import pytest
+import torch
+
+from grpo.config import UserError
+from grpo.parallel import distributed, run_main
+from tests.parallel.torchrun import run_two_ranks
+
+
+class Exit(BaseException):
+    """Stands in for the end of the process."""
+
+
+def exit_code(monkeypatch, error: BaseException | None) -> int:
+    def main(arguments):
+        assert arguments == ["--a", "b"]
+        if error is not None:
+            raise error
+
+    def leave(code):
+        raise Exit(code)
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--a", "b"])
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises((Exit, SystemExit)) as info:
+        run_main(main)
+    return info.value.args[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(None, 0), (SystemExit(0), 0), (SystemExit(2), 2), (SystemExit("usage"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_quiet_ends(monkeypatch, capfd, error, code):
+    assert exit_code(monkeypatch, error) == code
+    assert capfd.readouterr() == ("", "")
+
+
+def test_user_error_is_plain_lines(monkeypatch, capfd):
+    assert exit_code(monkeypatch, UserError(["one", "two"])) == 2
+    assert capfd.readouterr().err == "one\ntwo\n"
+
+
+def test_rank_zero_speaks_before_the_group_is_up(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code(monkeypatch, UserError("one")) == 2
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_one_line_of_advice(monkeypatch, capfd, error):
+    assert exit_code(monkeypatch, error) == 2
+    line, end = capfd.readouterr().err.split("\n")
+    assert "ran out of memory" in line
+    assert "training.batch_size" in line
+    assert end == ""
+
+
+def test_a_fault_keeps_its_traceback(monkeypatch, capfd):
+    assert exit_code(monkeypatch, ZeroDivisionError("here")) == 1
+    assert "Traceback" in (text := capfd.readouterr().err)
+    assert "ZeroDivisionError: here" in text
+
+
+def test_alone_is_a_group_of_one(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for _ in range(2):  # the group goes with the block
+        with distributed(60) as world:
+            assert (world.rank, world.size, world.local_size, world.is_main) == (0, 1, 1, True)
+            assert torch.distributed.get_world_size() == 1
+        assert not torch.distributed.is_initialized()
+
+
+def test_error_of_one_rank_is_told_once_and_nobody_hangs():
+    result = run_two_ranks("tests/parallel/failing.py", "rank 1 alone")
+    assert result.returncode == 1
+    assert result.stderr.count("first line\nsecond line\n") == 1
+    assert "grpo/parallel/launcher.py" not in result.stderr  # no traceback but torchrun's own
+
+
+def test_group_forms_again_after_a_killed_rank():
+    result = run_two_ranks("tests/parallel/failing.py", "killed once", restarts=1)
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        assert result.stdout.count(f"rank {rank} restarted: {{'one': 2.0, 'rank': 1.0}}") == 1
