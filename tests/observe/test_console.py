@@ -1,0 +1,87 @@
+"""The bar on a terminal, plain lines elsewhere, seconds per phase."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from grpo.observe import PhaseTimer, progress
+from grpo.observe import console as console_module
+from grpo.observe.console import ProgressDisplay, duration, headline
+
+
+def recording(*, terminal):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=160, color_system=None, force_interactive=False)
+
+
+def test_headline_shows_what_there_is_in_order():
+    metrics = {"loss": 0.00412, "other": 3.0, "reward_mean": -0.81234, "clipped_low": 0.01, "clipped_high": 0.02}
+    assert headline(metrics) == "reward -0.8123  loss 0.00412  clipped 0.03"
+    assert headline({}) == ""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_plain_lines_come_only_when_due():
+    console = recording(terminal=False)
+    display = ProgressDisplay("GRPO", 4, console=console)
+    display.update(1, {"loss": 1.0}, line=False)
+    display.update(2, {"loss": 0.5}, line=True)
+    display.message("[saved] step 2")
+    display.close()
+    lines = console.file.getvalue().splitlines()
+    assert lines == ["GRPO 2/4  loss 0.5  0:00 left", "[saved] step 2"]
+
+
+def test_time_left_counts_only_the_steps_of_this_start(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    display = ProgressDisplay("GRPO", 30, start=10, console=recording(terminal=False))
+    now = 105.0
+    assert display.line(15, {}) == "GRPO 15/30  0:15 left"
+
+
+def test_a_terminal_gets_a_bar_with_the_metrics():
+    console = recording(terminal=True)
+    display = ProgressDisplay("GRPO", 4, start=1, console=console)
+    display.update(3, {"loss": 0.25}, line=False)
+    display.close()
+    text = console.file.getvalue()
+    assert "3/4" in text
+    assert "loss 0.25" in text
+    assert "left" in text
+
+
+def test_progress_passes_everything_on(monkeypatch):
+    consoles = []
+
+    def console(stderr):
+        consoles.append(recording(terminal=False))
+        return consoles[-1]
+
+    monkeypatch.setattr(console_module, "Console", console)
+    assert list(progress([3, 1, 2], "decode")) == [3, 1, 2]
+    assert consoles[0].file.getvalue() == "decode 3/3  0:00 left\n"
+    assert list(progress(iter("ab"), "count", total=2)) == ["a", "b"]
+    assert list(progress([1, 2], "quiet", show=False)) == [1, 2]
+    assert list(progress([], "nothing")) == []
+    assert len(consoles) == 2
+
+
+def test_phases_add_up_and_start_anew(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    timer = PhaseTimer()
+    for seconds in (1.0, 2.0):
+        with timer("rollout"):
+            now += seconds
+    with timer("update"):
+        now += 4.0
+    now += 0.5
+    assert timer.read() == {"seconds/rollout": 3.0, "seconds/update": 4.0, "seconds/step": 7.5}
+    now += 1.0
+    assert timer.read() == {"seconds/step": 1.0}

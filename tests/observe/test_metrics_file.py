@@ -1,0 +1,65 @@
+"""metrics.jsonl: full precision, strict JSON, unique steps."""
+
+import json
+
+import torch
+
+from grpo.observe import MetricsFile, read_metrics
+
+
+def write_steps(path, steps, **arguments):
+    stream = MetricsFile(path, **arguments)
+    for step in steps:
+        stream.write(step, {"loss": step / 3})
+    stream.close()
+
+
+def test_numbers_keep_full_precision(tmp_path):
+    stream = MetricsFile(tmp_path / "metrics.jsonl")
+    stream.write(1, {"loss": 1 / 3, "kl": 1e-300, "count": 2**53, "tensor": torch.tensor(0.1, dtype=torch.float64)})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1 / 3, "kl": 1e-300, "count": 2.0**53, "tensor": 0.1}
+    ]
+
+
+def test_every_line_is_on_disk_at_once(tmp_path):
+    stream = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        stream.write(step, {"loss": 0.5})
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == step
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    stream = MetricsFile(tmp_path / "metrics.jsonl")
+    stream.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "kl": 0.0})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: 1 / 0) == {"step": 1, "loss": None, "grad_norm": None, "kl": 0}
+
+
+def test_a_continued_run_drops_the_lines_that_it_repeats(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 8))
+    write_steps(path, range(5, 10), start_step=4)
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, 10))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_run_keeps_the_old_lines_beside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 8))
+    write_steps(path, range(1, 3))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert len(read_metrics(tmp_path / "metrics.previous.jsonl")) == 7
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 4))
+    path.write_text(path.read_text()[:-5])
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    write_steps(path, range(3, 5), start_step=2)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_no_file_has_no_metrics(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
