@@ -1,0 +1,45 @@
+"""Run by torchrun on two ranks, on a folder that holds `one/`, the checkpoint of one rank, and its state `one.pth`.
+
+Checks 1 -> 2 element by element, then leaves `two/` and `two.pth` for 2 -> 1.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from grpo.parallel import distributed
+from tests.checkpoint.training import managed, same, save, start, train, whole_state
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with distributed(60) as world:
+        training = start(world)
+        with managed(folder / "one", world) as manager:
+            assert manager.load(manager.latest(), model=training[0], optimizer=training[1]) is None
+        state = whole_state(training)
+        if world.is_main:
+            assert same(state, torch.load(folder / "one.pth"))
+
+        with managed(folder / "two", world, sharded=False, async_save=True) as manager:
+            for step in range(3, 6):
+                train(world, training, range(step, step + 1))
+                save(manager, training, step)
+                state, random = whole_state(training), torch.get_rng_state()
+                norms = train(world, training, range(step + 1, step + 3))  # while it is being written
+            again = start(world, data_parallel="hsdp", shard_size=1)
+            rank_state = manager.load(manager.latest(), model=again[0], optimizer=again[1])
+            assert torch.equal(rank_state["random"], random)
+            loaded = whole_state(again)
+            if world.is_main:
+                assert same(loaded, state)
+                torch.save(state, folder / "two.pth")
+            same_layout = start(world)
+            manager.load(manager.latest(), model=same_layout[0], optimizer=same_layout[1])
+            torch.set_rng_state(random)
+            assert train(world, same_layout, range(6, 8)) == norms
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

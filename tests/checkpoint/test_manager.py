@@ -1,0 +1,167 @@
+import errno
+import os
+import shutil
+
+import pytest
+import torch
+
+from grpo.checkpoint import folders
+from grpo.config import UserError
+from grpo.parallel import distributed
+from tests.checkpoint.training import managed, same, save, start, train, whole_state
+from tests.parallel.torchrun import run_two_ranks
+
+
+@pytest.fixture(scope="module")
+def world():
+    with distributed(60) as world:
+        yield world
+
+
+@pytest.mark.parametrize("mixed_precision", ["fp32", "bf16"])  # plain and FSDP2 parameters
+@pytest.mark.parametrize("async_save", [False, True])
+def test_continued_run_is_bit_equal(world, tmp_path, async_save, mixed_precision):
+    torch.manual_seed(1)
+    training = start(world, mixed_precision=mixed_precision)
+    train(world, training, range(3))
+    with managed(tmp_path, world, async_save=async_save) as manager:
+        save(manager, training, 3)
+        norms = train(world, training, range(3, 6))
+        expected = whole_state(training)
+
+        torch.manual_seed(2)
+        again = start(world, mixed_precision=mixed_precision)
+        path = manager.latest()
+        assert manager.read_run_state(path) == {"step": 3, "thirds": [1.0]}
+        torch.set_rng_state(manager.load(path, model=again[0], optimizer=again[1])["random"])
+    assert train(world, again, range(3, 6)) == norms
+    assert same(whole_state(again), expected)
+
+
+def test_saving_before_the_first_step_changes_nothing(world, tmp_path):
+    torch.manual_seed(1)
+    expected = start(world)
+    train(world, expected, range(2))
+    torch.manual_seed(1)
+    training = start(world)
+    with managed(tmp_path, world) as manager:
+        save(manager, training, 0)
+        train(world, training, range(2))
+        assert same(whole_state(training), whole_state(expected))
+        again = start(world)
+        torch.set_rng_state(manager.load(manager.latest(), model=again[0], optimizer=again[1])["random"])
+        train(world, again, range(2))
+        assert same(whole_state(again), whole_state(expected))
+
+
+def test_number_of_ranks_may_change(world, tmp_path):
+    training = start(world)
+    train(world, training, range(3))
+    with managed(tmp_path / "one", world) as manager:
+        save(manager, training, 3)
+    torch.save(whole_state(training), tmp_path / "one.pth")
+
+    result = run_two_ranks("tests/checkpoint/reshard.py", tmp_path)
+    assert result.returncode == 0, result.stderr
+
+    with managed(tmp_path / "two", world) as manager:
+        path = manager.latest()
+        assert manager.load(path, model=training[0], optimizer=training[1]) is None
+    expected = torch.load(tmp_path / "two.pth")
+    assert same(whole_state(training), expected)
+    consolidated = torch.load(path / "consolidated.pth", weights_only=True)["model"]
+    assert same(consolidated, {name: value for name, value in expected.items() if not name.startswith("state.")})
+
+
+@pytest.mark.parametrize(("sharded", "state_type"), [(True, "sharded"), (False, "full")])
+def test_files(world, tmp_path, sharded, state_type):
+    with managed(tmp_path, world, sharded=sharded) as manager:
+        save(manager, start(world), 100)
+    path = tmp_path / "step-000100"
+    assert [*tmp_path.iterdir()] == [path]
+    names = {".metadata", "__0_0.distcp", "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt"}
+    assert {file.name for file in path.iterdir()} == names | (set() if sharded else {"consolidated.pth"})
+    assert (path / "state_type.txt").read_text().strip() == state_type
+    assert (path / "resume_step.txt").read_text().strip() == "100"
+
+
+def test_only_complete_folders_count(world, tmp_path):
+    training = start(world)
+    with managed(tmp_path, world) as manager:
+        assert manager.latest() is None
+        for step in (1, 2, 3, 4):
+            save(manager, training, step)
+        (tmp_path / "step-000004" / ".metadata").unlink()
+        shard = tmp_path / "step-000003" / "__0_0.distcp"
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        (tmp_path / "step-000005").mkdir()
+        (tmp_path / "step-latest").mkdir()
+        shutil.copytree(tmp_path / "step-000001", folders.partial_folder(tmp_path, 6))
+        assert manager.latest() == tmp_path / "step-000002"
+        with pytest.raises(UserError, match=r"step-000003 is incomplete: __0_0\.distcp"):
+            manager.load(tmp_path / "step-000003", model=training[0], optimizer=training[1])
+
+
+def test_keeps_the_newest(world, tmp_path):
+    training = start(world)
+    with managed(tmp_path, world, keep_last=2) as manager:
+        for step in (1, 2, 9, 3):  # a run that went back to step 2 keeps what it writes
+            save(manager, training, step)
+            assert manager.latest() is not None
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000009", "step-000003"}
+
+
+def test_an_existing_checkpoint_is_not_overwritten(world, tmp_path):
+    training = start(world)
+    with managed(tmp_path, world) as manager:
+        save(manager, training, 1)
+        before = {file: file.read_bytes() for file in (tmp_path / "step-000001").iterdir()}
+        with pytest.raises(UserError, match="exists and is not overwritten"):
+            save(manager, training, 1)
+    assert {file: file.read_bytes() for file in (tmp_path / "step-000001").iterdir()} == before
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_full_disk(world, tmp_path, monkeypatch, async_save):
+    def no_space(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    training = start(world)
+    with managed(tmp_path, world, async_save=async_save) as manager:
+        save(manager, training, 1)
+        manager.wait()
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"step 2 could not.*No space left.*free"):
+            patch.setattr(os, "fsync", no_space)
+            save(manager, training, 2)
+            manager.wait()
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+        save(manager, training, 2)  # once there is space again
+
+
+def test_a_folder_that_cannot_be_made(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        managed(tmp_path / "file" / "checkpoints", world) as manager,
+        pytest.raises(UserError, match=r"could not be written to .*Not a directory"),
+    ):
+        save(manager, start(world), 1)
+
+
+def test_a_checkpoint_of_another_model_is_refused(world, tmp_path):
+    model, optimizer = start(world)
+    with managed(tmp_path, world) as manager:
+        save(manager, (model, optimizer), 1)
+        model.layers = model.layers[:2]
+        smaller = torch.optim.AdamW(model.parameters())
+        with pytest.raises(UserError, match=r"another model: it has model\.layers\.2"):
+            manager.load(tmp_path / "step-000001", model=model, optimizer=smaller)
+
+
+@pytest.mark.parametrize(("name", "text"), [("run_state.json", "{"), ("run_state.json", "[]"), ("rank-00000.pth", "")])
+def test_damaged_small_files_are_named(world, tmp_path, name, text):
+    training = start(world)
+    with managed(tmp_path, world) as manager:
+        save(manager, training, 1)
+        (tmp_path / "step-000001" / name).write_text(text)
+        with pytest.raises(UserError, match=name):
+            manager.load(tmp_path / "step-000001", model=training[0], optimizer=training[1])

@@ -1,0 +1,62 @@
+"""A small training run to interrupt and to continue."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+from grpo.checkpoint import CheckpointManager
+from grpo.parallel import World, clip_grad_norm, full_state_dict
+from tests.parallel.toy import loss_sum, make_batch, make_parallel
+
+Training = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def start(world: World, **how) -> Training:
+    """A parallelized model and AdamW with two parameter groups."""
+    model = make_parallel(world, **how)
+    groups = [[p for p in model.parameters() if p.ndim == ndim] for ndim in (1, 2)]
+    return model, torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=1e-2)
+
+
+def train(world: World, training: Training, steps: range) -> list[float]:
+    """Optimizer steps on the batches of those steps, with noise from the global RNG; the gradient norms."""
+    model, optimizer = training
+    norms = []
+    for step in steps:
+        tokens, class_ids = (tensor.chunk(world.size)[world.rank] for tensor in make_batch(step))
+        noise = 1 + torch.rand(())
+        (noise * loss_sum(model, tokens, class_ids) * world.size / 128).backward()
+        norms.append(float(clip_grad_norm(model, 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def save(manager: CheckpointManager, training: Training, step: int) -> None:
+    model, optimizer = training
+    state = {"step": step, "thirds": [step / 3]}
+    manager.save(step, model=model, optimizer=optimizer, run_state=state, rank_state={"random": torch.get_rng_state()})
+
+
+def whole_state(training: Training) -> dict[str, Tensor]:
+    """Weights and optimizer state by name, gathered on rank 0."""
+    model, optimizer = training
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    entries = get_optimizer_state_dict(model, optimizer, options=options)
+    state = {name: value.clone() for name, value in entries.items() if name.startswith("state.")}
+    return {**{name: value.clone() for name, value in full_state_dict(model).items()}, **state}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Equal names and equal bits."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@contextmanager
+def managed(folder: Path, world: World, *, sharded: bool = True, keep_last: int = 0, async_save: bool = False):
+    manager = CheckpointManager(folder, world=world, sharded=sharded, keep_last=keep_last, async_save=async_save)
+    yield manager
+    manager.close()
