@@ -1,0 +1,304 @@
+"""Triton kernel of `sample_tokens`: one program holds one row in registers.
+
+Same definitions as `sampling_reference.py` and the same noise as `philox.py`; tokens differ from the reference's only
+where two scores, or a prefix sum and p, lie within rounding of one another.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo.kernels.philox import BLOCK
+
+_BLOCK = tl.constexpr(BLOCK)
+_GROUPS = tl.constexpr(BLOCK // 4)
+
+
+@triton.jit
+def _order_key(value):
+    """Integer that orders like the finite or infinite fp32 `value`; its inverse is `_from_key`."""
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _from_key(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _total(tile):
+    return tl.sum(tl.sum(tile, axis=1), axis=0)
+
+
+@triton.jit
+def _count(mask):
+    return _total(mask.to(tl.int32))
+
+
+@triton.jit
+def _temper(logits, temperature, HAS_TEMPERATURE: tl.constexpr):
+    """logits / temperature in fp32, -inf for NaN and +inf."""
+    scores = logits.to(tl.float32)
+    if HAS_TEMPERATURE:
+        scores = tl.div_rn(scores, temperature)
+    return tl.where(scores < float("inf"), scores, float("-inf"))
+
+
+@triton.jit
+def _gumbel(bits):
+    """Standard Gumbel noise of uint32 words; a series stands in for log1p where u is small."""
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    series = u * (1 + u * (0.5 + u * (0.33333334 + u * 0.25)))
+    return -tl.log(tl.where(u < 0.015625, series, -tl.log(1 - u)))
+
+
+@triton.jit
+def _top_k_threshold(scores, peak, k):
+    """Largest t with at least k scores >= t, by bisection on the order of the bits: exact, at most 32 passes."""
+    low = _order_key(peak * 0 + float("-inf"))
+    high = _order_key(peak)
+    while low < high:
+        middle = high - ((high - low).to(tl.uint32, bitcast=True) >> 1).to(tl.int32, bitcast=True)
+        count = _count(scores >= _from_key(middle))
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count > k, high, tl.where(count == k, middle, middle - 1))
+    return _from_key(low)
+
+
+@triton.jit
+def _top_p_threshold(scores, peak, low, limit):
+    """Smallest t >= low with at most `limit` of mass above t."""
+    low = _order_key(low)
+    high = _order_key(peak)
+    while low < high:
+        middle = low + ((high - low).to(tl.uint32, bitcast=True) >> 1).to(tl.int32, bitcast=True)
+        above = _total(tl.where(scores > _from_key(middle), tl.exp(scores - peak), 0.0))
+        high = tl.where(above <= limit, middle, high)
+        low = tl.where(above <= limit, low, middle + 1)
+    return _from_key(low)
+
+
+@triton.jit
+def _last_tie(scores, columns, threshold, room, V):
+    """Column of the `room`-th score equal to `threshold`."""
+    low = room * 0
+    high = low + V - 1
+    while low < high:
+        middle = (low + high) // 2
+        count = _count((scores == threshold) & (columns <= middle))
+        high = tl.where(count >= room, middle, high)
+        low = tl.where(count >= room, low, middle + 1)
+    return low
+
+
+@triton.jit
+def _argmax4(s0, s1, s2, s3, lane_stride):
+    """Lowest index of the maximum along axis 1 of four tiles; tile i holds the indices from i * lane_stride on."""
+    best = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), axis=1)[:, None]
+    index = tl.arange(0, s0.shape[1])[None, :]
+    far = 0x7FFFFFFF
+    first = tl.minimum(
+        tl.minimum(tl.where(s0 == best, index, far), tl.where(s1 == best, index + lane_stride, far)),
+        tl.minimum(tl.where(s2 == best, index + 2 * lane_stride, far), tl.where(s3 == best, index + 3 * lane_stride, far)),
+    )
+    return tl.min(first, axis=1)
+
+
+@triton.jit
+def _block_score(mass_ptr, bits, group, lane, groups, num_blocks):
+    block = lane * groups + group
+    mass = tl.load(mass_ptr + block, mask=(group < groups) & (block < num_blocks), other=0.0)
+    return tl.log(mass) + _gumbel(bits)
+
+
+@triton.jit
+def _column_score(row_ptr, bits, column, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE: tl.constexpr):
+    logits = tl.load(row_ptr + column, mask=column < V, other=float("-inf"))
+    scores = _temper(logits, temperature, HAS_TEMPERATURE)
+    scores = tl.where(column == 0, tl.maximum(scores, least_first), scores)
+    kept = (scores > threshold) | ((scores == threshold) & (column <= last_tie))
+    return tl.where(kept, scores + _gumbel(bits), float("-inf"))
+
+
+@triton.jit
+def sample_kernel(
+    logits_ptr,
+    seed_ptr,
+    step_ptr,
+    row_ids_ptr,
+    noise_ptr,
+    block_mass_ptr,
+    tokens_ptr,
+    log_probs_ptr,
+    kept_log_probs_ptr,
+    kept_mass_ptr,
+    stride_row,
+    temperature,
+    top_k,
+    top_p,
+    V: tl.constexpr,
+    NUM_SAMPLES: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    TILE_SAMPLES: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+):
+    NUM_BLOCKS: tl.constexpr = (V + _BLOCK - 1) // _BLOCK
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    columns = tl.arange(0, TILE_BLOCKS)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    logits = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    flagged = _count((logits != logits) | (logits == float("inf"))) > 0
+    scores = _temper(logits, temperature, HAS_TEMPERATURE)
+    peak = tl.max(tl.max(scores, axis=1), axis=0)
+    empty = peak == float("-inf")
+    least_first = tl.where(empty, 0.0, float("-inf"))  # a row without any finite score draws its first column
+    scores = tl.where(columns == 0, tl.maximum(scores, least_first), scores)
+    peak = tl.maximum(peak, least_first)
+    flag = tl.where(flagged | empty, float("nan"), 0.0)
+
+    mass = tl.sum(tl.exp(scores - peak), axis=1)
+    total = tl.sum(mass, axis=0)
+    threshold = peak * 0 + float("-inf")
+    last_tie = tl.full((), V, tl.int32)
+    if HAS_TOP_K:
+        threshold = _top_k_threshold(scores, peak, top_k)
+    if HAS_TOP_P:
+        limit = top_p * _total(tl.where(scores >= threshold, tl.exp(scores - peak), 0.0))
+        threshold = _top_p_threshold(scores, peak, threshold, limit)
+        above = _total(tl.where(scores > threshold, tl.exp(scores - peak), 0.0))
+        ties = _count(scores == threshold)
+        each = tl.exp(threshold - peak)
+        room = tl.where(each > 0, tl.minimum(tl.floor((limit - above) / each) + 1, ties.to(tl.float32)), ties)
+        room = tl.maximum(room.to(tl.int32), 1)
+        if room < ties:
+            last_tie = _last_tie(scores, columns, threshold, room, V)
+    kept = (scores > threshold) | ((scores == threshold) & (columns <= last_tie))
+    if HAS_TOP_K or HAS_TOP_P:
+        mass = tl.sum(tl.where(kept, tl.exp(scores - peak), 0.0), axis=1)
+    kept_total = tl.sum(mass, axis=0)
+    tl.store(kept_mass_ptr + row, kept_total / total + flag)
+
+    outputs = row * NUM_SAMPLES
+    if HAS_NOISE:
+        for sample in range(NUM_SAMPLES):
+            noise_row = noise_ptr + (outputs + sample) * V
+            noise = tl.load(noise_row + columns, mask=columns < V, other=0.0)
+            noisy = tl.where(kept & (columns < V), scores + noise, float("-inf"))
+            best = tl.max(tl.max(noisy, axis=1), axis=0)
+            first = tl.where((noisy == best) & (columns < V), columns, V)
+            tl.store(tokens_ptr + outputs + sample, tl.min(tl.min(first, axis=1), axis=0).to(tl.int64))
+        tl.debug_barrier()
+    else:
+        # Every thread of the row needs the mass of any block: through memory, where the cache holds it.
+        blocks = tl.arange(0, TILE_BLOCKS)
+        mass_row = block_mass_ptr + row * NUM_BLOCKS
+        tl.store(mass_row + blocks, mass, mask=blocks < NUM_BLOCKS)
+        tl.debug_barrier()
+        draw = tl.arange(0, TILE_SAMPLES)[:, None]
+        seed = tl.load(seed_ptr)
+        step = tl.load(step_ptr).to(tl.uint32)
+        row_id = tl.load(row_ids_ptr + row)
+        row_low, row_high = row_id.to(tl.uint32), (row_id >> 32).to(tl.uint32)
+
+        QUARTER: tl.constexpr = (NUM_BLOCKS + 3) // 4
+        group = tl.arange(0, TILE_GROUPS)[None, :]
+        b0, b1, b2, b3 = tl.philox(seed, (draw << 20) | (group + _GROUPS), step, row_low, row_high)
+        block = _argmax4(
+            _block_score(mass_row, b0, group, 0, QUARTER, NUM_BLOCKS),
+            _block_score(mass_row, b1, group, 1, QUARTER, NUM_BLOCKS),
+            _block_score(mass_row, b2, group, 2, QUARTER, NUM_BLOCKS),
+            _block_score(mass_row, b3, group, 3, QUARTER, NUM_BLOCKS),
+            QUARTER,
+        )
+
+        group = tl.arange(0, _GROUPS)[None, :]
+        b0, b1, b2, b3 = tl.philox(seed, (draw << 20) | group, step, row_low, row_high)
+        first = block[:, None] * _BLOCK
+        column = first + group
+        offset = _argmax4(
+            _column_score(row_ptr, b0, column, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE),
+            _column_score(row_ptr, b1, column + _GROUPS, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE),
+            _column_score(
+                row_ptr, b2, column + 2 * _GROUPS, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE
+            ),
+            _column_score(
+                row_ptr, b3, column + 3 * _GROUPS, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE
+            ),
+            _GROUPS,
+        )
+        samples = tl.arange(0, TILE_SAMPLES)
+        tl.store(tokens_ptr + outputs + samples, (block * _BLOCK + offset).to(tl.int64), mask=samples < NUM_SAMPLES)
+        tl.debug_barrier()
+
+    samples = tl.arange(0, TILE_SAMPLES)
+    valid = samples < NUM_SAMPLES
+    tokens = tl.load(tokens_ptr + outputs + samples, mask=valid, other=0)
+    chosen = _temper(tl.load(row_ptr + tokens), temperature, HAS_TEMPERATURE)
+    relative = tl.maximum(chosen, least_first) - peak + flag
+    tl.store(log_probs_ptr + outputs + samples, relative - tl.log(total), mask=valid)
+    tl.store(kept_log_probs_ptr + outputs + samples, relative - tl.log(kept_total), mask=valid)
+
+
+def launch(
+    logits: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    row_ids: Tensor,
+    noise: Tensor | None,
+    num_samples: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens, log_probs, kept_log_probs [N, num_samples] and kept_mass [N]; see `sample_tokens`."""
+    N, V = logits.shape
+    num_blocks = triton.cdiv(V, BLOCK)
+    tokens = logits.new_empty(N, num_samples, dtype=torch.int64)
+    log_probs = logits.new_empty(N, num_samples, dtype=torch.float32)
+    kept_log_probs = torch.empty_like(log_probs)
+    kept_mass = logits.new_empty(N, dtype=torch.float32)
+    block_mass = logits.new_empty(N, num_blocks, dtype=torch.float32)
+    if N == 0:
+        return tokens, log_probs, kept_log_probs, kept_mass
+    sample_kernel[(N,)](
+        logits,
+        seed,
+        step,
+        row_ids.contiguous(),
+        block_mass if noise is None else noise.contiguous(),
+        block_mass,
+        tokens,
+        log_probs,
+        kept_log_probs,
+        kept_mass,
+        logits.stride(0),
+        temperature,
+        top_k,
+        top_p,
+        V=V,
+        HAS_NOISE=noise is not None,
+        **kernel_options(V, num_samples, temperature, top_k, top_p),
+    )
+    return tokens, log_probs, kept_log_probs, kept_mass
+
+
+def kernel_options(V: int, num_samples: int, temperature: float, top_k: int, top_p: float) -> dict:
+    """Compile-time options of `sample_kernel`, as the launcher and the compile tests use them."""
+    tile_blocks = triton.next_power_of_2(triton.cdiv(V, BLOCK))
+    return {
+        "NUM_SAMPLES": num_samples,
+        "TILE_BLOCKS": tile_blocks,
+        "TILE_SAMPLES": triton.next_power_of_2(num_samples),
+        "TILE_GROUPS": triton.next_power_of_2(triton.cdiv(triton.cdiv(V, BLOCK), 4)),
+        "HAS_TEMPERATURE": temperature != 1,
+        "HAS_TOP_K": top_k > 0,
+        "HAS_TOP_P": top_p < 1,
+        "num_warps": 16 if tile_blocks > 64 else 8 if tile_blocks > 16 else 4,
+        "enable_fp_fusion": False,  # the reference rounds after every operation
+    }
