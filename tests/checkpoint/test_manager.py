@@ -1,6 +1,9 @@
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from grpo.checkpoint import folders
 from grpo.config import UserError
 from grpo.parallel import distributed
 from tests.checkpoint.training import managed, same, save, start, train, whole_state
-from tests.parallel.torchrun import run_two_ranks
+from tests.parallel.torchrun import ROOT, run_two_ranks
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +129,31 @@ def test_full_disk(world, tmp_path, monkeypatch, async_save):
     def no_space(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def save_and_wait(manager, step):
+        save(manager, training, step)
+        manager.wait()
+
     training = start(world)
     with managed(tmp_path, world, async_save=async_save) as manager:
-        save(manager, training, 1)
-        manager.wait()
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"step 2 could not.*No space left.*free"):
+        save_and_wait(manager, 1)
+        with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", no_space)
-            save(manager, training, 2)
-            manager.wait()
+            with pytest.raises(UserError, match=r"step 2 could not be written .*No space left.*free space"):
+                save_and_wait(manager, 2)
         assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-        save(manager, training, 2)  # once there is space again
+        save_and_wait(manager, 2)  # once there is space again
+        assert manager.latest() == tmp_path / "step-000002"
+
+
+def test_a_killed_writer_leaves_nothing_that_counts(world, tmp_path):
+    killed = subprocess.run([sys.executable, "-m", "tests.checkpoint.killed_writer", tmp_path], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000001", ".step-000002.partial"}
+    training = start(world)
+    with managed(tmp_path, world) as manager:
+        assert manager.latest() == tmp_path / "step-000001"
+        save(manager, training, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
 
 
 def test_a_folder_that_cannot_be_made(world, tmp_path):
