@@ -1,7 +1,7 @@
 """Curves of a run as inline SVG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from grpo.observe.metrics_file import Metrics
@@ -95,5 +95,5 @@ def _running_mean(points: list[Point], *, window: int) -> list[Point]:
     return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
 
 
-def _path(pixels) -> str:
+def _path(pixels: Iterable[Point]) -> str:
     return "M" + "L".join(f"{x},{y}" for x, y in pixels)

@@ -4,32 +4,28 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 Item = TypeVar("Item")
 
 HEADLINES = {
-    "reward": ("reward_mean",),
-    "loss": ("loss",),
-    "accuracy": ("accuracy",),
-    "KL": ("kl",),
-    "clipped": ("clipped_low", "clipped_high"),
-    "images/s": ("images_per_second",),
+    "reward_mean": "reward",
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "kl": "KL",
+    "clip_fraction": "clipped",
+    "images_per_second": "images/s",
 }
-"""What the console shows, in this order: a label and the metrics whose sum it is. Those that a job does not have are
-left out."""
+"""The metrics that the console shows, in this order and under these names; those that a job does not have are left
+out."""
 
 
 def headline(metrics: Mapping[str, float]) -> str:
     """The metrics of HEADLINES in one line, four digits each: `reward -0.8123  loss 0.0041  images/s 31.2`."""
-    shown = {
-        label: sum(float(metrics[name]) for name in names)
-        for label, names in HEADLINES.items()
-        if all(name in metrics for name in names)
-    }
-    return "  ".join(f"{label} {value:.4g}" for label, value in shown.items())
+    shown = ((label, float(metrics[name])) for name, label in HEADLINES.items() if name in metrics)
+    return "  ".join(f"{label} {value:.4g}" for label, value in shown)
 
 
 def duration(seconds: float) -> str:
@@ -37,6 +33,16 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class _BarOverMetrics(Progress):
+    """A bar with the metrics on a line of their own, so that both fit into a narrow terminal."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["headline"]:
+                yield Text(task.fields["headline"], no_wrap=True, overflow="ellipsis")
 
 
 class ProgressDisplay:
@@ -57,14 +63,13 @@ class ProgressDisplay:
         if self.console.is_terminal:
             columns = [
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None if self.console.width > 120 else 16),
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[headline]}"),
             ]
-            self._bar = Progress(*columns, console=self.console, expand=self.console.width > 120)
+            self._bar = _BarOverMetrics(*columns, console=self.console, expand=True)
             self._task = self._bar.add_task(description, total=total, completed=start, headline="")
             self._bar.start()
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from PIL import Image
 
 from grpo.observe.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, curve
 from grpo.observe.environment import environment
@@ -20,8 +21,7 @@ CURVES = {
     "kl": "KL to the reference",
     "entropy": "Entropy, nats a token",
     "grad_norm": "Gradient norm",
-    "clipped_low": "Share clipped below",
-    "clipped_high": "Share clipped above",
+    "clip_fraction": "Share of ratios clipped",
     "ratio": "Mean probability ratio",
     "aux_ce": "Cross-entropy on real codes",
     "zero_spread": "Share of groups without spread",
@@ -30,6 +30,7 @@ CURVES = {
 """Metrics that the report shows first, in this order; the others follow under their own names."""
 
 MAX_GRIDS = 6
+SMALL_WIDTH = 500
 
 
 def write_report(
@@ -63,7 +64,7 @@ def write_report(
         summary=summary,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         table=[{name: _cell(value) for name, value in row.items()} for row in table],
-        images=[(caption, _data_url(Path(path))) for caption, path in images],
+        images=[(caption, _data_url(Path(path)), _is_small(Path(path))) for caption, path in images],
         groups=[(heading, *_split(read_metrics(path))) for heading, path in curves],
         samples=[(_step_name(path), _data_url(path)) for path in _chosen_samples(run_dir / "samples")],
         notes=notes,
@@ -75,7 +76,7 @@ def write_report(
     return path
 
 
-def _template():
+def _template() -> Template:
     loader = PackageLoader("grpo.observe", package_path="")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     templates.globals.update(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP)
@@ -107,6 +108,12 @@ def _cell(value: object) -> str:
 
 def _data_url(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _is_small(path: Path) -> bool:
+    """Whether single pixels are to be seen when the picture is enlarged to the page's width."""
+    with Image.open(path) as image:
+        return image.width < SMALL_WIDTH
 
 
 def _chosen_samples(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ def recording(*, terminal):
 
 
 def test_headline_shows_what_there_is_in_order():
-    metrics = {"loss": 0.00412, "other": 3.0, "reward_mean": -0.81234, "clipped_low": 0.01, "clipped_high": 0.02}
+    metrics = {"loss": 0.00412, "other": 3.0, "reward_mean": -0.81234, "clip_fraction": 0.03}
     assert headline(metrics) == "reward -0.8123  loss 0.00412  clipped 0.03"
     assert headline({}) == ""
 
