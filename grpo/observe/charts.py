@@ -21,16 +21,16 @@ class Curve:
     title: str
     name: str
     points: list[Point]  # (step, value)
-    smooth: list[Point]
+    pixels: list[Point]  # of the points
     raw_path: str
     smooth_path: str
     x_ticks: list[tuple[float, str]]  # (pixel, label)
     y_ticks: list[tuple[float, str]]
-    pixels: list[Point]  # of the smooth points
 
     @property
     def last(self) -> str:
-        return f"{self.smooth[-1][1]:.4g}"
+        """The newest value."""
+        return f"{self.points[-1][1]:.4g}"
 
 
 def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
@@ -55,12 +55,11 @@ def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
         title=title,
         name=name,
         points=points,
-        smooth=smooth,
+        pixels=[place(point) for point in points],
         raw_path=_path(map(place, points)),
         smooth_path=_path(map(place, smooth)),
         x_ticks=[(place((tick, y_low))[0], f"{tick:g}") for tick in ticks(x_low, x_high) if tick == int(tick)],
         y_ticks=[(place((x_low, tick))[1], f"{tick:.6g}") for tick in ticks(y_low, y_high)],
-        pixels=[place(point) for point in smooth],
     )
 
 

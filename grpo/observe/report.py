@@ -93,13 +93,9 @@ def _split(metrics: list[Metrics]) -> tuple[list[Curve], list[Curve]]:
 
 
 def _hover_data(shown: Curve) -> str:
-    """What the page's script needs to show the value under the pointer: [pixel x, pixel y, step, value, mean] each."""
-    aligned = zip(shown.pixels, shown.points, shown.smooth, strict=True)
-    return json.dumps([[*pixel, step, _short(raw), _short(mean)] for pixel, (step, raw), (_, mean) in aligned])
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+    """What the page's script needs to show the value under the pointer: [pixel x, pixel y, text] of each point."""
+    placed = zip(shown.pixels, shown.points, strict=True)
+    return json.dumps([[*pixel, f"step {step:.0f}: {value:.4g}"] for pixel, (step, value) in placed])
 
 
 def _cell(value: object) -> str:

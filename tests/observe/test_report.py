@@ -71,8 +71,10 @@ def test_curves_carry_their_values_for_hovering(run_dir):
     assert list(charts) == ["Reward", "Loss", "lr", "once"]
     points = json.loads(charts["Reward"])
     assert len(points) == 40
-    assert points[0][2:] == [1, -1.975, -1.975]
-    assert points[-1][2] == 40
+    assert points[0][2] == "step 1: -1.975"
+    assert points[-1][2] == "step 40: -1"
+    assert points[-1][0] > points[0][0]
+    assert points[-1][1] < points[0][1]  # pixels count from the top
 
 
 def test_any_text_is_shown_as_text(run_dir):
