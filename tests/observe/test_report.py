@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -69,7 +70,7 @@ def test_curves_carry_their_values_for_hovering(run_dir):
         )
     )
     assert list(charts) == ["Reward", "Loss", "lr", "once"]
-    points = json.loads(charts["Reward"])
+    points = json.loads(unescape(charts["Reward"]))
     assert len(points) == 40
     assert points[0][2] == "step 1: -1.975"
     assert points[-1][2] == "step 40: -1"
