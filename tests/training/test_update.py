@@ -1,0 +1,195 @@
+"""The shared-context update against the algorithm it replaces, and what its gradient must not depend on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from grpo.config import Objective, Rollout, Training
+from grpo.models import GPT, GPTConfig
+from grpo.parallel import World
+from grpo.rollout import Trajectory, real_rows
+from grpo.training import PolicyUpdate
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+B, G, T, V = 4, 6, 16, 64
+
+
+class Recorder:
+    """Stands in for the optimizer step: keeps the gradients of each step, never changes the weights."""
+
+    def __init__(self, model):
+        self.model, self.gradients = model, []
+
+    def backward(self, loss):
+        loss.backward()
+
+    def __call__(self):
+        self.gradients.append([parameter.grad.clone() for parameter in self.model.parameters()])
+        self.model.zero_grad()
+        return {}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=V, block_size=T, num_classes=5)).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.3)
+    torch.nn.init.normal_(model.tok_embeddings.weight, std=0.5)
+    return model
+
+
+@pytest.fixture
+def trajectory():
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(V, (B, T), generator=generator)
+    log_probs = -4 + 0.5 * torch.randn(B, G, T, generator=generator)
+    return Trajectory(
+        class_ids=torch.arange(B),
+        context=codes[:, :-1],
+        tokens=torch.randint(V, (B, G, T), generator=generator),
+        old_log_probs=log_probs,
+        ref_log_probs=log_probs + 0.1 * torch.randn(B, G, T, generator=generator),
+        target_tokens=codes,
+        advantages=torch.randn(B, G, generator=generator),
+        completion_ids=torch.arange(B * G).view(B, G),
+    )
+
+
+def gradients(model, trajectory, *, batch_size, accumulation, objective, temperature=1.0, rollout_images=B, **rollout):
+    """Gradients of each optimizer step of the update."""
+    recorder = Recorder(model)
+    update = PolicyUpdate(
+        model,
+        recorder,
+        objective=objective,
+        rollout=Rollout(batch_size=rollout_images, num_generations=G, temperature=temperature, **rollout),
+        training=Training(batch_size=batch_size, gradient_accumulation_steps=accumulation),
+        world=ALONE,
+    )
+    update(trajectory)
+    return recorder.gradients
+
+
+def naive_gradients(model, trajectory, *, on_policy, clip, kl_coef, aux_ce_weight, temperature):
+    """The reference algorithm: every completion runs its own forward on a copy of the context, logits in full."""
+
+    def repeated(tensor):
+        return tensor.repeat_interleave(G, dim=0)
+
+    logits = model(repeated(trajectory.context), repeated(trajectory.class_ids))  # [B*G, T, V]
+    tokens, advantages = trajectory.tokens.flatten(0, 1), trajectory.advantages.flatten()[:, None]
+    new = torch.log_softmax(logits / temperature, dim=-1).gather(-1, tokens[..., None])[..., 0]
+    old = new.detach() if on_policy else trajectory.old_log_probs.flatten(0, 1)
+    ratio = torch.exp(new - old)
+    per_token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    difference = trajectory.ref_log_probs.flatten(0, 1) - new
+    per_token = per_token + kl_coef * (difference.exp() - difference - 1)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), repeated(trajectory.target_tokens).flatten())
+    loss = per_token.mean(dim=1).mean() + aux_ce_weight * cross_entropy
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def relative_difference(ours, theirs):
+    """Norm of the difference of two lists of gradients over the norm of the second."""
+    difference = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return (torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm(theirs)).item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_gradient_equals_the_naive_algorithm(model, trajectory, on_policy, temperature, monkeypatch):
+    settings = {"kl_coef": 0.05, "aux_ce_weight": 0.1}
+    # Off-policy, old log-probs are scored before the first step; the test's are those of an earlier policy.
+    monkeypatch.setattr(PolicyUpdate, "score", lambda self, model, trajectory: trajectory.old_log_probs)
+    (ours,) = gradients(
+        model,
+        trajectory,
+        batch_size=B * G,
+        accumulation=1,
+        objective=Objective(clip_range=0.2, kl="k3", **settings),
+        temperature=temperature,
+        rollout_images=B if on_policy else 2 * B,
+    )
+    theirs = naive_gradients(model, trajectory, on_policy=on_policy, clip=0.2, temperature=temperature, **settings)
+    assert relative_difference(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+def test_gradient_does_not_depend_on_the_micro_batch(model, trajectory, loss, batch_size):
+    objective = Objective(
+        loss=loss, clip_range=0.2, kl="k3", kl_coef=0.05, aux_ce_weight=0.1, entropy_weight=0.01, use_token_dropout=True
+    )
+    (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
+    (cut,) = gradients(model, trajectory, batch_size=batch_size, accumulation=B * G // batch_size, objective=objective)
+    assert relative_difference(cut, whole) < 1e-5
+
+
+def test_parts_of_a_rollout_add_up_to_one_step(model, trajectory):
+    """A teacher-forced rollout may come in parts, each with its own forward."""
+    objective = Objective(clip_range=0.2, kl="k3", aux_ce_weight=0.1)
+    (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
+    recorder = Recorder(model)
+    update = PolicyUpdate(
+        model,
+        recorder,
+        objective=objective,
+        rollout=Rollout(batch_size=B, num_generations=G),
+        training=Training(batch_size=2, gradient_accumulation_steps=B * G // 2),
+        world=ALONE,
+    )
+    assert update.shares_forward
+    for part in trajectory.split(1):
+        update(replace(part, hidden=model.hidden(part.context, part.class_ids)))
+    assert relative_difference(recorder.gradients[0], whole) < 1e-5
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "steps"), [(2, 1, 12), (3, 2, 4), (6, 2, 2)])
+def test_several_optimizer_steps_of_a_rollout(model, trajectory, batch_size, accumulation, steps):
+    """Weights stay as they are here, so the steps' gradients average to that of the whole rollout."""
+    objective = Objective(clip_range=0.2, aux_ce_weight=0.1)
+    (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
+    several = gradients(model, trajectory, batch_size=batch_size, accumulation=accumulation, objective=objective)
+    assert len(several) == steps
+    mean = [torch.stack(tensors).mean(dim=0) for tensors in zip(*several, strict=True)]
+    assert relative_difference(mean, whole) < 1e-5
+
+
+def test_real_images_beside_autoregressive_completions(model, trajectory):
+    """Rows without completions add exactly aux_ce_weight times the mean cross-entropy on their codes."""
+    tokens = trajectory.tokens.flatten(0, 1)
+    completions = Trajectory(
+        class_ids=trajectory.class_ids.repeat_interleave(G),
+        context=tokens[:, :-1],
+        tokens=tokens[:, None],
+        old_log_probs=trajectory.old_log_probs.flatten(0, 1)[:, None],
+        advantages=trajectory.advantages.flatten()[:, None],
+        real=real_rows(trajectory.class_ids, trajectory.target_tokens),
+    )
+    arguments = {"batch_size": 4, "accumulation": 6, "mode": "autoregressive"}
+    (without,) = gradients(model, completions, objective=Objective(aux_ce_weight=0.0), **arguments)
+    (with_real,) = gradients(model, completions, objective=Objective(aux_ce_weight=0.3), **arguments)
+    logits = model(trajectory.context, trajectory.class_ids)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), trajectory.target_tokens.flatten())
+    expected = torch.autograd.grad(0.3 * cross_entropy, list(model.parameters()))
+    added = [a - b for a, b in zip(with_real, without, strict=True)]
+    assert relative_difference(added, expected) < 1e-5
+
+
+def test_token_dropout_keeps_the_stated_share(model, trajectory):
+    objective = Objective(use_token_dropout=True, token_dropout=0.75)
+    update = PolicyUpdate(
+        model,
+        Recorder(model),
+        objective=objective,
+        rollout=Rollout(batch_size=B, num_generations=G),
+        training=Training(batch_size=B * G),
+        world=ALONE,
+    )
+    many = replace(trajectory, completion_ids=torch.arange(B * G).view(B, G) * 1000)
+    keep = update._kept_tokens(many)
+    assert keep.shape == (B, G, T)
+    assert keep.float().mean().item() == pytest.approx(0.25, abs=0.08)
+    assert keep.any(dim=-1).all()
