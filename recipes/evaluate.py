@@ -158,7 +158,14 @@ def describe_reference(recipe: EvaluateRecipe, reference: ImageSource) -> dict[s
     """What it was measured against."""
     path = recipe.evaluation.reference
     if path is not None:
-        return {"source": fingerprint(path), "resize": "none", **describe_classes(reference)}
+        published = reference.inception_statistics is not None
+        statistics = "mu and sigma of the file (Inception only)" if published else "of the images"
+        return {
+            "source": fingerprint(path),
+            "resize": "none",
+            "statistics": statistics,
+            **describe_classes(reference),
+        }
     data = recipe.data.model_dump(include={"name", "path", "split"})
     return {"source": data, "resize": f"centre crop to {recipe.data.image_size}", **describe_classes(reference)}
 

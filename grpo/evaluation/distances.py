@@ -14,12 +14,10 @@ class FeatureStatistics(NamedTuple):
     Attributes:
         mean: [D] fp64.
         covariance: [D, D] fp64, unbiased.
-        count: number of vectors.
     """
 
     mean: Tensor
     covariance: Tensor
-    count: int
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
@@ -29,7 +27,7 @@ class FeatureStatistics(NamedTuple):
         features = features.double()
         mean = features.mean(dim=0)
         centered = features - mean
-        return cls(mean, centered.T @ centered / (len(features) - 1), len(features))
+        return cls(mean, centered.T @ centered / (len(features) - 1))
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:

@@ -19,9 +19,11 @@ class Judge(Protocol):
 
     Attributes:
         names_classes: whether logit k is the generator's class k, so that an accuracy makes sense.
+        is_inception: whether the features are those of the published FID, so that published statistics apply.
     """
 
     names_classes: bool
+    is_inception: bool
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -30,6 +32,7 @@ class ClassifierJudge:
     """A classifier of images in [-1, 1] with `features(images) -> [B, D]` and `head(features) -> logits [B, K]`."""
 
     names_classes = True
+    is_inception = False
 
     def __init__(self, classifier: nn.Module) -> None:
         self.classifier = classifier.eval()
@@ -52,6 +55,7 @@ class InceptionJudge:
     """
 
     names_classes = False
+    is_inception = True
 
     def __init__(self, path: str | Path, *, device: torch.device) -> None:
         if find_spec("torch_fidelity") is None:

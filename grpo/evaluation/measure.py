@@ -32,6 +32,7 @@ class Measured(NamedTuple):
         rewards: [N] fp32, log p(class | image) under the rewarding classifier, or None without one.
         class_ids: [N] int64, the class of each image if it is known and one of the judge's classes.
         size: (height, width) of the images, pixels.
+        statistics: of the features of a larger set that the images stand for; None takes those of `features`.
     """
 
     features: Tensor
@@ -39,6 +40,7 @@ class Measured(NamedTuple):
     rewards: Tensor | None
     class_ids: Tensor | None
     size: tuple[int, int]
+    statistics: FeatureStatistics | None = None
 
 
 def measure_images(
@@ -86,8 +88,14 @@ def measure_images(
         layout = [column.shape[1] for column in columns], tuple(pixels.shape[-2:])
     seen, (widths, size) = _on_every_rank(batches, layout, length=len(source))
     features, probabilities, *rewards = seen.split(widths, dim=1)
-    known = class_ids if judge.names_classes else None
-    return Measured(features, probabilities, rewards[0][:, 0] if rewards else None, known, size)
+    return Measured(
+        features,
+        probabilities,
+        rewards=rewards[0][:, 0] if rewards else None,
+        class_ids=class_ids if judge.names_classes else None,
+        size=size,
+        statistics=source.inception_statistics if judge.is_inception else None,
+    )
 
 
 def _check_classes(class_ids: Tensor | None, *, num_classes: int) -> None:
@@ -130,7 +138,7 @@ def compare(
     """
     _check_comparable(images, reference, at_least=nearest_k + 1)
     features, reference_features = images.features.to(device), reference.features.to(device)
-    metrics = {"fid": frechet_distance(*map(FeatureStatistics.of, (features, reference_features)))}
+    metrics = {"fid": frechet_distance(*(_statistics(side, device) for side in (images, reference)))}
     metrics["kid"], metrics["kid_std"] = kernel_distance(
         features, reference_features, subset_size=kid_subset_size, subsets=kid_subsets
     )
@@ -176,6 +184,12 @@ def evaluate_images(
         device=device,
     )
     return broadcast_object(metrics) if dist.is_initialized() else metrics
+
+
+def _statistics(measured: Measured, device: torch.device | str) -> FeatureStatistics:
+    if measured.statistics is None:
+        return FeatureStatistics.of(measured.features.to(device))
+    return FeatureStatistics(*(moment.to(device) for moment in measured.statistics))
 
 
 def _check_comparable(images: Measured, reference: Measured, *, at_least: int) -> None:

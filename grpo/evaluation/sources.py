@@ -13,6 +13,7 @@ from torch import Tensor
 from grpo.config import UserError
 from grpo.data import ImageDataset
 from grpo.data.images import to_pixels, to_rgb
+from grpo.evaluation.distances import FeatureStatistics
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -22,9 +23,12 @@ class ImageSource(Protocol):
 
     Attributes:
         class_ids: [N] int64, the class of each image, or None if they are not known.
+        inception_statistics: of Inception's features over a set that the images stand for, if they come with the
+            images; None has them computed from the images.
     """
 
     class_ids: Tensor | None
+    inception_statistics: FeatureStatistics | None
 
     def __len__(self) -> int: ...
 
@@ -35,6 +39,11 @@ class ImageSource(Protocol):
 class NpzImages:
     """Images of an .npz: `arr_0` [N, H, W, 3] uint8 and, if there, the classes `arr_1` [N].
 
+    Attributes:
+        inception_statistics: `mu` [2048] and `sigma` [2048, 2048] if the file has them, as ADM's reference batches do:
+            Inception's features over the whole data set, of which the images are a part. None if fewer images than the
+            file's are taken.
+
     Raises:
         UserError: no such file, not an npz, or not such arrays.
     """
@@ -44,6 +53,7 @@ class NpzImages:
             with np.load(path, allow_pickle=False) as arrays:
                 images = arrays["arr_0"]
                 class_ids = arrays.get("arr_1")
+                moments = [arrays.get(name) for name in ("mu", "sigma")]
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist: give an .npz or a folder of images") from error
         except (BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
@@ -54,6 +64,10 @@ class NpzImages:
             raise UserError(f"{path}: arr_1 has shape {list(class_ids.shape)}, expected {[len(images)]}")
         count = min(limit or len(images), len(images))
         self._images = images[:count]
+        whole = count == len(images) and all(moment is not None for moment in moments)
+        self.inception_statistics = (
+            FeatureStatistics(*(torch.from_numpy(m).double() for m in moments)) if whole else None
+        )
         self.class_ids = None if class_ids is None else torch.from_numpy(class_ids[:count].astype(np.int64))
 
     def __len__(self) -> int:
@@ -72,6 +86,8 @@ class FolderImages:
         UserError: no images there, or, on reading, an image that is damaged or of another size.
     """
 
+    inception_statistics = None
+
     def __init__(self, path: str | Path, *, limit: int = 0) -> None:
         root = Path(path)
         files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
@@ -83,6 +99,7 @@ class FolderImages:
         if len(folders) == len(files):
             self.class_ids = torch.tensor([names[folder] for folder in folders][: limit or None])
         self._files = files[: limit or None]
+        self._size: tuple[int, int] | None = None
         self._size = self._open(self._files[0]).size
 
     def __len__(self) -> int:
@@ -97,15 +114,16 @@ class FolderImages:
                 picture = to_rgb(image)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{file} cannot be read as an image: repair or remove it") from error
-        expected = getattr(self, "_size", picture.size)
-        if picture.size != expected:
-            sizes = f"{picture.size[0]}x{picture.size[1]}, the first image {expected[0]}x{expected[1]}"
+        if self._size not in (None, picture.size):
+            sizes = "{}x{}, the first image {}x{}".format(*picture.size, *self._size)
             raise UserError(f"{file} is {sizes}: images of one evaluation have one size")
         return picture
 
 
 class DatasetImages:
     """The cropped images of a data set, all or the first `limit`."""
+
+    inception_statistics = None
 
     def __init__(self, dataset: ImageDataset, *, limit: int = 0) -> None:
         self._dataset = dataset
@@ -126,6 +144,8 @@ class DrawnImages:
         draw: (class_ids [B], row_ids [B]) -> images [B, 3, H, W] uint8 on any device; an image may depend on its class
             and its row id, which is its number, and on nothing else.
     """
+
+    inception_statistics = None
 
     def __init__(self, class_ids: Tensor, draw: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.class_ids = class_ids

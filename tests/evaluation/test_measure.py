@@ -5,6 +5,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,8 +15,10 @@ from grpo.config import UserError
 from grpo.evaluation import (
     ClassifierJudge,
     DrawnImages,
+    FeatureStatistics,
     FolderImages,
     InceptionJudge,
+    NpzImages,
     compare,
     evaluate_images,
     measure_images,
@@ -129,6 +132,13 @@ def test_inception_weights_are_read_safely_and_given_to_torch_fidelity(tmp_path,
     assert_close(judge.network.weights["fc.bias"], torch.ones(3))
     measured = measure_images(colored(CLASS_IDS, noise=60), judge, batch_size=60)
     assert measured.class_ids is None  # Inception's classes are not the generator's
+    np.savez(tmp_path / "adm.npz", arr_0=np.zeros((5, 4, 4, 3), np.uint8), mu=np.ones(3), sigma=np.eye(3))
+    reference = measure_images(NpzImages(tmp_path / "adm.npz"), judge, batch_size=5)
+    assert_close(reference.statistics.mean, torch.ones(3).double())
+    at_one = measured._replace(statistics=FeatureStatistics(torch.ones(3).double() * 3, torch.eye(3).double()))
+    assert compare(at_one, reference)["fid"] == pytest.approx(3 * 2**2)
+    assert measure_images(NpzImages(tmp_path / "adm.npz"), JUDGE, batch_size=5).statistics is None
+    assert measure_images(NpzImages(tmp_path / "adm.npz", limit=4), judge, batch_size=5).statistics is None
     with pytest.raises(UserError, match="does not hold torch-fidelity's Inception"):
         InceptionJudge(tmp_path / "other.pth", device=torch.device("cpu"))
 
