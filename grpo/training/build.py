@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from grpo.config import GRPORecipe, PretrainRecipe
+from grpo.config import GRPORecipe, PretrainRecipe, UserError
 from grpo.config import Tokenizer as TokenizerConfig
 from grpo.models import GPT, GPTConfig, VQModel, get_model_spec, get_tokenizer_spec, load_gpt, load_vq
 from grpo.parallel import World, load_full_state_dict, parallelize
@@ -33,10 +33,11 @@ def build_gpt(
     Rank 0 alone holds the whole model, on its CPU; the others get their shards by broadcast.
     """
     config = gpt_config(recipe)
+    bare = recipe.model.from_fsdp and checkpoint == recipe.model.checkpoint
     weights: Mapping[str, Tensor] | None = None
     if world.is_main:
         if checkpoint is not None:
-            weights = load_gpt(checkpoint, config, bare=recipe.model.from_fsdp).state_dict()
+            weights = load_gpt(checkpoint, config, bare=bare).state_dict()
         else:
             torch.manual_seed(recipe.training.seed)
             weights = GPT(config).state_dict()
@@ -58,6 +59,11 @@ def build_tokenizer(config: TokenizerConfig, *, device: torch.device, seed: int 
     """The frozen tokenizer of a recipe, whole on every rank; random weights when it names no checkpoint."""
     spec = get_tokenizer_spec(config.name)
     sizes = spec.config(codebook_size=config.codebook_size, codebook_embed_dim=config.codebook_embed_dim)
+    if sizes.downsample_size != config.downsample_size:
+        raise UserError(
+            f"tokenizer.downsample_size: {config.name} has {sizes.downsample_size} pixels a code, not "
+            f"{config.downsample_size}; set it to {sizes.downsample_size} or choose another tokenizer.name"
+        )
     if config.checkpoint is None:
         torch.manual_seed(seed)
         model = VQModel(sizes)

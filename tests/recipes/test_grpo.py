@@ -127,6 +127,7 @@ def test_reference_command_line_equals_the_recipe(tmp_path, published):
         (["--num-classes", "9"], "label"),
         (["--codebook-size", "128"], "tokenizer.codebook_size"),
         (["--image-size", "34"], "data.image_size"),
+        (["--downsample-size", "8"], "tokenizer.downsample_size"),
         (["--train-batch-size", "5"], "training.batch_size"),
         (["--lrr", "1"], "--lr"),
     ],
