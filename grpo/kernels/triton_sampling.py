@@ -34,7 +34,8 @@ def _total(tile):
 
 @triton.jit
 def _count(mask):
-    return _total(mask.to(tl.int32))
+    """Number of true entries. Sums of fp32 are exact here; LLVM packs those of booleans through local memory."""
+    return _total(tl.where(mask, 1.0, 0.0)).to(tl.int32)
 
 
 @triton.jit
@@ -52,6 +53,13 @@ def _gumbel(bits):
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     series = u * (1 + u * (0.5 + u * (0.33333334 + u * 0.25)))
     return -tl.log(tl.where(u < 0.015625, series, -tl.log(1 - u)))
+
+
+@triton.jit
+def _mass(scores, keep, peak):
+    """exp(scores - peak) where `keep`, else 0. Selecting before the exponential keeps a compiler from hoisting it out of
+    a loop, which would hold the row in registers twice."""
+    return tl.exp(tl.where(keep, scores, float("-inf")) - peak)
 
 
 @triton.jit
@@ -74,7 +82,7 @@ def _top_p_threshold(scores, peak, low, limit):
     high = _order_key(peak)
     while low < high:
         middle = low + ((high - low).to(tl.uint32, bitcast=True) >> 1).to(tl.int32, bitcast=True)
-        above = _total(tl.where(scores > _from_key(middle), tl.exp(scores - peak), 0.0))
+        above = _total(_mass(scores, scores > _from_key(middle), peak))
         high = tl.where(above <= limit, middle, high)
         low = tl.where(above <= limit, low, middle + 1)
     return _from_key(low)
@@ -169,9 +177,9 @@ def sample_kernel(
     if HAS_TOP_K:
         threshold = _top_k_threshold(scores, peak, top_k)
     if HAS_TOP_P:
-        limit = top_p * _total(tl.where(scores >= threshold, tl.exp(scores - peak), 0.0))
+        limit = top_p * _total(_mass(scores, scores >= threshold, peak))
         threshold = _top_p_threshold(scores, peak, threshold, limit)
-        above = _total(tl.where(scores > threshold, tl.exp(scores - peak), 0.0))
+        above = _total(_mass(scores, scores > threshold, peak))
         ties = _count(scores == threshold)
         each = tl.exp(threshold - peak)
         room = tl.where(each > 0, tl.minimum(tl.floor((limit - above) / each) + 1, ties.to(tl.float32)), ties)
@@ -180,7 +188,7 @@ def sample_kernel(
             last_tie = _last_tie(scores, columns, threshold, room, V)
     kept = (scores > threshold) | ((scores == threshold) & (columns <= last_tie))
     if HAS_TOP_K or HAS_TOP_P:
-        mass = tl.sum(tl.where(kept, tl.exp(scores - peak), 0.0), axis=1)
+        mass = tl.sum(_mass(scores, kept, peak), axis=1)
     kept_total = tl.sum(mass, axis=0)
     tl.store(kept_mass_ptr + row, kept_total / total + flag)
 
