@@ -1,7 +1,8 @@
 """Turn a single-device model into a parallel one."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,8 @@ def parallelize(
     policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
     if mesh.size() == 1 and policy.param_dtype is None:
         return model  # nothing to shard or cast, and sharded tensors double the time of a small model's step
-    model.reshards_blocks = parallel.data_parallel != "sdp"
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=model.reshards_blocks)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.data_parallel != "sdp")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for name in _FORWARD_METHODS:
         if hasattr(model, name):
@@ -67,23 +67,21 @@ def gradient_sync(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Keep all parameters gathered during the block, e.g. while a rollout calls the model hundreds of times.
+    """Make the model a plain one during the block, e.g. while a rollout calls it hundreds of times.
 
-    Every rank must enter and leave together. The parameters are read-only inside, and calls run without gradients
-    under `torch.no_grad` (not `inference_mode`, whose tensors training could not use).
+    All parameters are gathered once, in the dtype of the computation, and calls skip FSDP's hooks: they would cost
+    more time than a small decode step, and their stream switches cannot be captured in a CUDA graph. There are no
+    gradients inside. Every rank must enter and leave together.
     """
-    if not isinstance(model, FSDPModule):
-        yield
-        return
-    model.unshard()
-    for block in model.layers:
-        block.unshard()
-        block.set_reshard_after_forward(False)
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.unshard()
     try:
-        yield
+        with ExitStack() as stack, torch.no_grad():
+            for module in shards:
+                stack.enter_context(_without_hooks(module))
+            yield
     finally:
-        for block in model.layers:
-            block.set_reshard_after_forward(model.reshards_blocks)
         reshard(model)
 
 
@@ -106,3 +104,16 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
         norm = norm.full_tensor()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Call a module, and the methods that `register_fsdp_forward_method` wrapped, as if they had no hooks."""
+    hooks = module._forward_pre_hooks, module._forward_hooks
+    wrapped = {name: vars(module).pop(name) for name in _FORWARD_METHODS if name in vars(module)}
+    module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks, module._forward_hooks = hooks
+        vars(module).update(wrapped)
