@@ -178,26 +178,28 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.heads = (config.n_head, config.kv_heads, config.kv_heads)
+        self.heads = (config.n_head, config.kv_heads)
+        self.head_dim = config.head_dim
         self.wqkv = nn.Linear(config.dim, config.qkv_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.rotary = Rotary(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        queries, keys, values = self.wqkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        n_head, n_kv_head = self.heads
+        turned, values = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split([n_head + n_kv_head, n_kv_head], dim=2)
         row, mask = (None, None) if cache is None else (cache.row, cache.mask)
-        queries = self.rotary(queries, row).transpose(1, 2)  # [B, n_head, S, head_dim]
-        keys = self.rotary(keys, row).transpose(1, 2)
-        values = values.transpose(1, 2)
+        turned, values = self.rotary(turned, row).transpose(1, 2), values.transpose(1, 2)  # [B, heads, S, head_dim]
+        queries, keys = turned.split(self.heads, dim=1)
         if cache is not None:
             keys = cache.keys.index_copy_(2, row, keys)
             values = cache.values.index_copy_(2, row, values)
-        grouped = self.heads[0] != self.heads[1]
+        elif x.device.type == "cpu":  # where the backward of bf16 attention takes four times as long as that of fp32
+            queries, keys, values = queries.float(), keys.float(), values.float()
         attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=n_head != n_kv_head
         )
-        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
+        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2).type_as(x)))
 
 
 class Block(nn.Module):
