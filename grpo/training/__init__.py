@@ -5,13 +5,16 @@ from grpo.training.codebook import Codebook
 from grpo.training.convolutional import autocast, build_classifier, build_trainable_tokenizer
 from grpo.training.metrics import MetricSums
 from grpo.training.optimizer import OptimizerStep, learning_rate
-from grpo.training.run import TrainingRun
+from grpo.training.phases import Phase, run_phases
+from grpo.training.run import EXPORT_NAME, TrainingRun
 from grpo.training.update import PolicyUpdate, optimizer_steps
 
 __all__ = [
+    "EXPORT_NAME",
     "Codebook",
     "MetricSums",
     "OptimizerStep",
+    "Phase",
     "PolicyUpdate",
     "TrainingRun",
     "autocast",
@@ -22,4 +25,5 @@ __all__ = [
     "gpt_config",
     "learning_rate",
     "optimizer_steps",
+    "run_phases",
 ]

@@ -9,8 +9,9 @@ from grpo.config import Tokenizer as TokenizerConfig
 from grpo.models import VQModel, get_model_spec, load_gpt
 from grpo.observe import to_uint8
 from grpo.parallel import compute_dtype, set_matmul_precision
-from grpo.rollout import generate
+from grpo.rollout import decode
 from grpo.training.build import build_tokenizer
+from grpo.training.metrics import MetricSums
 
 
 class ImageSampler:
@@ -25,6 +26,7 @@ class ImageSampler:
 
     def __init__(self, model: nn.Module, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> None:
         self.model, self.tokenizer, self.sampling, self.device = model, tokenizer, sampling, device
+        self._drawn = MetricSums()
 
     @torch.no_grad()
     def __call__(self, class_ids: Tensor, row_ids: Tensor) -> Tensor:
@@ -33,9 +35,16 @@ class ImageSampler:
         batches = zip(class_ids.to(self.device).split(size), row_ids.to(self.device).split(size), strict=True)
         return torch.cat([self._draw(*batch) for batch in batches])
 
+    def entropy(self) -> float:
+        """Estimate of the policy's entropy, nats a token: the mean of -log p of what all ranks have drawn. Collective.
+
+        Starts anew with each call. Where top-k or top-p truncate the draw it is too low.
+        """
+        return self._drawn.means()["entropy"]
+
     def _draw(self, class_ids: Tensor, row_ids: Tensor) -> Tensor:
         sampling = self.sampling
-        codes = generate(
+        drawn = decode(
             self.model,
             class_ids,
             row_ids=row_ids,
@@ -47,7 +56,8 @@ class ImageSampler:
             seed=sampling.seed,
             impl=sampling.kernels,
         )
-        images = self.tokenizer.decode(codes).float().clamp(-1, 1)
+        self._drawn.add("entropy", -drawn.log_probs.sum(), drawn.log_probs.numel())
+        images = self.tokenizer.decode(drawn.tokens).float().clamp(-1, 1)
         if sampling.resize_to is not None:
             images = F.interpolate(images, size=(sampling.resize_to,) * 2, mode="bicubic", antialias=True)
         return to_uint8(images)

@@ -1,0 +1,92 @@
+"""Jobs that build on each other: each is done once, and again only when what it depends on has changed."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo.config import Recipe, UserError
+from grpo.parallel import World, barrier, broadcast_object
+
+MARKER = "phase.json"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One job among others.
+
+    Attributes:
+        title: what it does, for people.
+        recipe: resolved, with the products of its inputs filled in.
+        job: does it, on every rank.
+        product: the file that it leaves behind, in a folder of its own.
+        inputs: names of the phases whose products it reads.
+    """
+
+    title: str
+    recipe: Recipe
+    job: Callable[[Recipe, World], None]
+    product: Path
+    inputs: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.product.parent.name
+
+
+def run_phases(phases: Sequence[Phase], world: World, *, say: Callable[[str], None]) -> None:
+    """Do the phases in their order. Collective.
+
+    A finished phase whose recipe and inputs are the same as then is left as it is. What another recipe left in a
+    phase's folder is moved to `previous/` beside it. An interrupted phase is done again; a training job then goes on
+    from its newest checkpoint.
+
+    Args:
+        say: shows a line to the user.
+    """
+    keys: dict[str, str] = {}
+    for number, phase in enumerate(phases, 1):
+        key = keys[phase.name] = _key(phase, keys)
+        say(f"[{number}/{len(phases)}] {phase.title}")
+        if broadcast_object(_prepare(phase, key) if world.is_main else None):
+            say("      finished before, not done again")
+            continue
+        started = time.perf_counter()
+        phase.job(phase.recipe, world)
+        barrier()
+        seconds = time.perf_counter() - started
+        if world.is_main:
+            _mark(phase, key=key, finished=True, seconds=round(seconds, 1))
+        say(f"      {seconds:.0f} s")
+
+
+def _key(phase: Phase, keys: dict[str, str]) -> str:
+    """Fingerprint of all that the product depends on: the recipe and the keys of the inputs."""
+    parts = [phase.recipe.to_toml(), *(keys[name] for name in phase.inputs)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _prepare(phase: Phase, key: str) -> bool:
+    """Whether the phase is finished; if not, its folder is made ready."""
+    folder = phase.product.parent
+    marker = folder / MARKER
+    try:
+        before = json.loads(marker.read_text()) if marker.exists() else {"key": None}
+        if before == {**before, "key": key, "finished": True} and phase.product.exists():
+            return True
+        if folder.exists() and before["key"] != key:
+            aside = folder.parent / "previous" / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            aside.parent.mkdir(exist_ok=True)
+            folder.rename(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        _mark(phase, key=key, finished=False)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from error
+    return False
+
+
+def _mark(phase: Phase, **state: object) -> None:
+    (phase.product.parent / MARKER).write_text(json.dumps(state) + "\n")
