@@ -1,0 +1,262 @@
+"""Triton kernels of `linear_token_log_probs`.
+
+Forward, bf16 and fp16: tiles of logits live in registers only. A program walks over one split of the vocabulary for
+one tile of rows and leaves the split's maximum, sum of exponentials and first moment; a second kernel merges the splits
+in order and adds the logits of the tokens. Splits depend on V alone, so a row's result does not depend on how many rows
+come with it.
+
+Backward, and the forward pass of fp32: chunks of rows. The library's matrix product writes fp32 logits, the row kernels
+of `triton_log_probs.py` turn them in place into log-probs or gradients, two more products use the gradients. At V=16384
+another forward product is cheaper than the traffic of kept logits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo.kernels import triton_log_probs
+from grpo.kernels.row_math import new_outputs, row_chunks
+
+_SPLIT = 2048
+_CHUNK_ELEMENTS = 1 << 25  # fp32 logits held at once: 128 MiB
+
+
+@triton.jit
+def split_kernel(
+    hidden_ptr,
+    weight_ptr,
+    peak_ptr,
+    total_ptr,
+    moment_ptr,
+    N,
+    stride_hidden,
+    stride_weight,
+    inverse_temperature,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_V: tl.constexpr,
+    TILE_D: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+):
+    rows = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    split = tl.program_id(1)
+    features = tl.arange(0, TILE_D)
+    hidden_rows = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hidden
+    peak = tl.full((TILE_N,), -3.4e38, tl.float32)
+    total = tl.zeros((TILE_N,), tl.float32)
+    moment = tl.zeros((TILE_N,), tl.float32)
+    for tile in range(0, SPLIT, TILE_V):
+        columns = split * SPLIT + tile + tl.arange(0, TILE_V)
+        weight_rows = weight_ptr + columns.to(tl.int64)[None, :] * stride_weight
+        scores = tl.zeros((TILE_N, TILE_V), tl.float32)
+        for start in range(0, D, TILE_D):
+            feature = start + features
+            hidden = tl.load(
+                hidden_rows + feature[None, :], mask=(rows[:, None] < N) & (feature[None, :] < D), other=0.0
+            )
+            weight = tl.load(
+                weight_rows + feature[:, None], mask=(columns[None, :] < V) & (feature[:, None] < D), other=0.0
+            )
+            scores = tl.dot(hidden, weight, scores)
+        scores = tl.where(columns[None, :] < V, scores * inverse_temperature, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        scores -= new_peak[:, None]
+        shrink = tl.exp(peak - new_peak)
+        if WITH_ENTROPY:
+            weights = tl.exp(scores)
+            moment = shrink * (moment + total * (peak - new_peak))
+            moment += tl.sum(tl.where(weights > 0, weights * scores, 0.0), axis=1)
+            total = total * shrink + tl.sum(weights, axis=1)
+        else:
+            total = total * shrink + tl.sum(tl.exp(scores), axis=1)
+        peak = new_peak
+    partial = split.to(tl.int64) * N + rows
+    tl.store(peak_ptr + partial, peak, mask=rows < N)
+    tl.store(total_ptr + partial, total, mask=rows < N)
+    if WITH_ENTROPY:
+        tl.store(moment_ptr + partial, moment, mask=rows < N)
+
+
+@triton.jit
+def merge_kernel(
+    hidden_ptr,
+    weight_ptr,
+    tokens_ptr,
+    peak_ptr,
+    total_ptr,
+    moment_ptr,
+    log_probs_ptr,
+    lse_ptr,
+    entropy_ptr,
+    N,
+    stride_hidden,
+    stride_weight,
+    inverse_temperature,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_SPLITS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_D: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, TILE_SPLITS)
+    partial = splits.to(tl.int64) * N + row
+    peaks = tl.load(peak_ptr + partial, mask=splits < SPLITS, other=-3.4e38)
+    peak = tl.max(peaks, axis=0)
+    shrink = tl.exp(peaks - peak)
+    totals = tl.load(total_ptr + partial, mask=splits < SPLITS, other=0.0)
+    total = tl.sum(totals * shrink, axis=0)
+    lse = peak + tl.log(total)
+    tl.store(lse_ptr + row, lse)
+    if WITH_ENTROPY:
+        moments = tl.load(moment_ptr + partial, mask=splits < SPLITS, other=0.0)
+        # Not 0 * -inf where a split holds nothing but -inf.
+        moved = tl.where(totals > 0, totals * (peaks - peak), 0.0)
+        moment = tl.sum(shrink * (moments + moved), axis=0)
+        tl.store(entropy_ptr + row, tl.log(total) - moment / total)
+
+    m = tl.arange(0, TILE_M)
+    tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=0)
+    products = tl.zeros((TILE_M, TILE_D), tl.float32)
+    for start in range(0, D, TILE_D):
+        feature = start + tl.arange(0, TILE_D)
+        hidden = tl.load(hidden_ptr + row * stride_hidden + feature, mask=feature < D, other=0.0).to(tl.float32)
+        chosen = tl.load(
+            weight_ptr + tokens[:, None] * stride_weight + feature[None, :],
+            mask=(m[:, None] < M) & (feature[None, :] < D),
+            other=0.0,
+        )
+        products += hidden[None, :] * chosen.to(tl.float32)
+    scores = tl.sum(products, axis=1) * inverse_temperature
+    tl.store(log_probs_ptr + row * M + m, scores - lse, mask=m < M)
+
+
+def launch_forward(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log-probs [N, M], lse [N] and entropy [N] (or [0]) of hidden [N, D] and weight [V, D]."""
+    log_probs, lse, entropy = new_outputs(tokens, with_entropy, hidden)
+    N, D = hidden.shape
+    V, M = weight.shape[0], tokens.shape[1]
+    if N == 0:
+        return log_probs, lse, entropy
+    if hidden.dtype == torch.float32:
+        for rows, logits in _logit_chunks(hidden, weight):
+            outputs = triton_log_probs.launch_forward(logits, tokens[rows], temperature, with_entropy)
+            for whole, part in zip((log_probs, lse, entropy), outputs, strict=True):
+                whole[rows] = part
+        return log_probs, lse, entropy
+    options = split_options(V, D, with_entropy)
+    splits = triton.cdiv(V, _SPLIT)
+    partials = hidden.new_empty(3, splits, N, dtype=torch.float32)
+    split_kernel[(triton.cdiv(N, options["TILE_N"]), splits)](
+        hidden,
+        weight,
+        *partials,
+        N,
+        hidden.stride(0),
+        weight.stride(0),
+        1 / temperature,
+        **options,
+    )
+    merge_kernel[(N,)](
+        hidden,
+        weight,
+        tokens.contiguous(),
+        *partials,
+        log_probs,
+        lse,
+        entropy,
+        N,
+        hidden.stride(0),
+        weight.stride(0),
+        1 / temperature,
+        **merge_options(V, D, M, with_entropy),
+    )
+    return log_probs, lse, entropy
+
+
+def launch_backward(
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden [N, D] and weight [V, D], empty where not needed."""
+    grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
+    grad_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=torch.float32)
+    for rows, logits in _logit_chunks(hidden, weight):
+        # The gradient takes the place of the logits, in the type of the products that follow.
+        gradient = logits.view(hidden.dtype)[:, : weight.shape[0]]
+        grad_h = None if grad_entropy is None else grad_entropy[rows]
+        triton_log_probs.launch_backward(
+            grad_log_probs[rows], grad_h, logits, tokens[rows], lse[rows], entropy[rows], temperature, gradient
+        )
+        if needs_hidden:
+            torch.mm(gradient, weight, out=grad_hidden[rows])
+        if needs_weight:
+            _add_product(grad_weight, gradient.t(), hidden[rows])
+    return grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows and their logits in fp32, in one buffer that every chunk overwrites."""
+    V = weight.shape[0]
+    size = max(1, min(hidden.shape[0], _CHUNK_ELEMENTS // V))
+    buffer = hidden.new_empty(size, V, dtype=torch.float32)
+    for rows in row_chunks(hidden.shape[0], size):
+        logits = buffer[: rows.stop - rows.start]
+        if _mixed_products(hidden):
+            torch.mm(hidden[rows], weight.t(), out_dtype=torch.float32, out=logits)
+        else:
+            torch.mm(hidden[rows].float(), weight.t().float(), out=logits)
+        yield rows, logits
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, accumulated in fp32."""
+    if _mixed_products(a):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def _mixed_products(operand: Tensor) -> bool:
+    """Whether the library multiplies these half-precision operands into an fp32 result; cuBLAS does."""
+    return operand.dtype != torch.float32 and operand.is_cuda and torch.version.hip is None
+
+
+def split_options(V: int, D: int, with_entropy: bool) -> dict:
+    """Compile-time options of `split_kernel`, as the launcher and the compile tests use them."""
+    tiles = {"TILE_N": 128, "TILE_V": 128, "TILE_D": min(64, max(16, triton.next_power_of_2(D)))}
+    launch = {"num_warps": 8, "num_stages": 2 if torch.version.hip else 3}
+    return {"V": V, "D": D, "SPLIT": _SPLIT, "WITH_ENTROPY": with_entropy, **tiles, **launch}
+
+
+def merge_options(V: int, D: int, M: int, with_entropy: bool) -> dict:
+    """Compile-time options of `merge_kernel`, as the launcher and the compile tests use them."""
+    splits = triton.cdiv(V, _SPLIT)
+    tile_m = triton.next_power_of_2(M)
+    return {
+        "D": D,
+        "M": M,
+        "SPLITS": splits,
+        "TILE_SPLITS": triton.next_power_of_2(splits),
+        "TILE_M": tile_m,
+        "TILE_D": max(32, min(triton.next_power_of_2(D), 4096 // tile_m)),
+        "WITH_ENTROPY": with_entropy,
+        "num_warps": 4,
+    }

@@ -1,0 +1,184 @@
+"""Triton kernels of `token_log_probs`: one program for each row, the row read once in tiles, and once written back."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo.kernels.row_math import new_outputs
+
+_MAX_TILE = 16384
+
+
+@triton.jit
+def forward_kernel(
+    logits_ptr,
+    tokens_ptr,
+    log_probs_ptr,
+    lse_ptr,
+    entropy_ptr,
+    stride_row,
+    inverse_temperature,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    columns = tl.arange(0, TILE)
+    # Floored, so that a tile of -inf alone gives weights of 0 and not NaN.
+    peak = tl.full((), -3.4e38, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    moment = tl.full((), 0.0, tl.float32)  # sum of weight * (score - peak)
+    for start in range(0, V, TILE):
+        logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
+        scores = logits * inverse_temperature
+        new_peak = tl.maximum(peak, tl.max(scores, axis=0))
+        relative = scores - new_peak
+        weights = tl.exp(relative)
+        shrink = tl.exp(peak - new_peak)
+        if WITH_ENTROPY:
+            moment = shrink * (moment + total * (peak - new_peak))
+            moment += tl.sum(tl.where(weights > 0, weights * relative, 0.0), axis=0)
+        total = total * shrink + tl.sum(weights, axis=0)
+        peak = new_peak
+    lse = peak + tl.log(total)
+    tl.store(lse_ptr + row, lse)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + row, tl.log(total) - moment / total)
+    m = tl.arange(0, TILE_M)
+    tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=0)
+    chosen = tl.load(row_ptr + tokens).to(tl.float32) * inverse_temperature
+    tl.store(log_probs_ptr + row * M + m, chosen - lse, mask=m < M)
+
+
+@triton.jit
+def _row_gradient(logits, lse, entropy, grad_sum, grad_entropy, inverse_temperature, WITH_ENTROPY: tl.constexpr):
+    """d loss / d logits but for the tokens' own terms; derivatives as in `row_math.py`."""
+    log_p = logits * inverse_temperature - lse
+    p = tl.exp(log_p)
+    if WITH_ENTROPY:
+        slope = tl.where(p > 0, grad_entropy * (log_p + entropy), 0.0) + grad_sum
+    else:
+        slope = grad_sum
+    return -(p * slope) * inverse_temperature
+
+
+@triton.jit
+def backward_kernel(
+    grad_log_probs_ptr,
+    grad_entropy_ptr,
+    logits_ptr,
+    tokens_ptr,
+    lse_ptr,
+    entropy_ptr,
+    grad_logits_ptr,
+    stride_row,
+    stride_grad_row,
+    inverse_temperature,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+):
+    """`grad_logits` may lie over `logits`, with elements of the same size or half of it and rows at the same addresses.
+
+    A tile is then read whole before it is written, and what is written never reaches a tile that is still to be read.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    grad_row_ptr = grad_logits_ptr + row * stride_grad_row
+    lse = tl.load(lse_ptr + row)
+    entropy = lse
+    grad_entropy = lse
+    if WITH_ENTROPY:
+        entropy = tl.load(entropy_ptr + row)
+        grad_entropy = tl.load(grad_entropy_ptr + row)
+    m = tl.arange(0, TILE_M)
+    tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=-1)
+    grads = tl.load(grad_log_probs_ptr + row * M + m, mask=m < M, other=0.0)
+    grad_sum = tl.sum(grads, axis=0)
+    chosen = tl.load(row_ptr + tokens, mask=m < M, other=0.0).to(tl.float32)
+
+    columns = tl.arange(0, TILE)
+    for start in range(0, V, TILE):
+        mask = start + columns < V
+        logits = tl.load(row_ptr + start + columns, mask=mask, other=float("-inf")).to(tl.float32)
+        gradient = _row_gradient(logits, lse, entropy, grad_sum, grad_entropy, inverse_temperature, WITH_ENTROPY)
+        tl.debug_barrier()
+        tl.store(grad_row_ptr + start + columns, gradient.to(grad_logits_ptr.dtype.element_ty), mask=mask)
+
+    # The tokens' own terms afterwards: M stores, instead of M comparisons for every column. A token that occurs twice
+    # is stored twice, with the same value.
+    same = tokens[:, None] == tokens[None, :]
+    own = tl.sum(tl.where(same, grads[None, :], 0.0), axis=1) * inverse_temperature
+    own += _row_gradient(chosen, lse, entropy, grad_sum, grad_entropy, inverse_temperature, WITH_ENTROPY)
+    tl.debug_barrier()
+    tl.store(grad_row_ptr + tokens, own.to(grad_logits_ptr.dtype.element_ty), mask=m < M)
+
+
+def launch_forward(
+    logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log-probs [N, M], lse [N] and entropy [N] (or [0]) of logits [N, V]."""
+    log_probs, lse, entropy = new_outputs(tokens, with_entropy, logits)
+    N, V = logits.shape
+    if N:
+        forward_kernel[(N,)](
+            logits,
+            tokens.contiguous(),
+            log_probs,
+            lse,
+            entropy,
+            logits.stride(0),
+            1 / temperature,
+            **kernel_options(V, tokens.shape[1], with_entropy),
+        )
+    return log_probs, lse, entropy
+
+
+def launch_backward(
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    tokens: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    grad_logits: Tensor | None = None,
+) -> Tensor:
+    """Gradient with respect to logits [N, V], written into `grad_logits` if given."""
+    N, V = logits.shape
+    if grad_logits is None:
+        grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if N:
+        backward_kernel[(N,)](
+            grad_log_probs.contiguous(),
+            lse if grad_entropy is None else grad_entropy.contiguous(),
+            logits,
+            tokens.contiguous(),
+            lse,
+            entropy,
+            grad_logits,
+            logits.stride(0),
+            grad_logits.stride(0),
+            1 / temperature,
+            **kernel_options(V, tokens.shape[1], grad_entropy is not None),
+        )
+    return grad_logits
+
+
+def kernel_options(V: int, M: int, with_entropy: bool) -> dict:
+    """Compile-time options of both kernels, as the launchers and the compile tests use them."""
+    tile = min(triton.next_power_of_2(V), _MAX_TILE)
+    return {
+        "V": V,
+        "M": M,
+        "TILE_M": triton.next_power_of_2(M),
+        "TILE": tile,
+        "WITH_ENTROPY": with_entropy,
+        "num_warps": 16 if tile > 8192 else 8 if tile > 2048 else 4,
+    }
