@@ -3,7 +3,7 @@
 #   make test                  lint, format check, all tests
 # Both create .venv and install into it when needed. PYTHON=/path/to/python uses an existing environment as it is.
 
-RECIPE ?= digits
+RECIPE ?= class
 QUICKSTART_FLAGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
