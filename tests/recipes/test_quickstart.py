@@ -1,0 +1,138 @@
+"""recipes/quickstart.py in miniature: every phase, under torchrun with two processes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+import tomli_w
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "train_configs" / "quickstart"
+
+SMALL = {
+    "tokenizer": {
+        "tokenizer": {"name": "VQ-tiny", "codebook_size": 32},
+        "tokenizer_loss": {"unquantised_steps": 2},
+        "training": {"steps": 4, "batch_size": 8},
+    },
+    "classifier_reward": {"classifier": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
+    "classifier_judge": {"classifier": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
+    "pretrain": {"training": {"steps": 3, "batch_size": 4}},
+    "grpo": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
+    "grpo_vapi": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
+    "evaluate": {
+        "evaluation": {"num_images": 40, "batch_size": 20},
+        "sampling": {"batch_size": 20, "mixed_precision": "fp32"},
+    },
+}
+MODELS = {"model": {"name": "GPT-tiny"}, "tokenizer": {"name": "VQ-tiny", "codebook_size": 32}}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """The quickstart's own recipes with small numbers."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name, changes in SMALL.items():
+        recipe = tomli.loads((CONFIGS / f"{name}.toml").read_text())
+        if "model" in recipe:
+            changes = {**MODELS, **changes}
+        if "training" in recipe:
+            changes = {**changes, "training": {**changes["training"], "mixed_precision": "fp32"}}
+        for section, values in changes.items():
+            recipe.setdefault(section, {}).update(values)
+        (folder / f"{name}.toml").write_text(tomli_w.dumps(recipe))
+    return folder
+
+
+def run(*arguments, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "recipes/quickstart.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def first_run(configs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    result = run("--configs", configs, "--run-dir", folder, processes=2)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def done(stdout):
+    """Phase titles -> whether the phase was done in this run."""
+    lines = [line.strip() for line in stdout.splitlines()]
+    titles = [(i, match[1]) for i, line in enumerate(lines) if (match := re.fullmatch(r"\[\d/\d\] (.*)", line))]
+    following = {title: next(line for line in lines[i + 1 :] if re.fullmatch(r"\d+ s|finished before.*", line))
+                 for i, title in titles}  # fmt: skip
+    return {title: not line.startswith("finished") for title, line in following.items()}
+
+
+def test_every_phase_runs_on_two_processes_and_ends_in_a_table_and_a_report(first_run):
+    folder, stdout = first_run
+    assert len(done(stdout)) == 8
+    assert all(done(stdout).values())
+    for name in ("base", "base, guidance 1.5", "after GRPO"):
+        row = next(line for line in stdout.splitlines() if re.match(rf"\W*{name}\s*[│┃]", line))
+        assert len(re.findall(r"-?\d+\.\d{3}", row)) == 7, row
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64") >= 3
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page), "the report needs another file"
+    assert "after GRPO" in page
+    assert "Next:" in stdout
+
+
+def test_samples_before_and_after_are_measured_on_the_same_scale(first_run):
+    folder, _ = first_run
+    results = [json.loads((folder / name / "result.json").read_text()) for name in ("evaluate_base", "evaluate_grpo")]
+    for metrics in results:
+        assert 0 <= metrics["accuracy"] <= 1
+        assert 0 < metrics["entropy"] < 3.5  # at most log 32
+        assert metrics["fid"] > 0
+    assert results[0] != results[1]
+
+
+def test_second_run_reuses_all_but_what_a_changed_recipe_concerns(first_run, configs, tmp_path):
+    folder, _ = first_run
+    again = run("--configs", configs, "--run-dir", folder)
+    assert again.returncode == 0, again.stderr
+    assert not any(done(again.stdout).values())
+
+    changed = tmp_path / "configs"
+    shutil.copytree(configs, changed)
+    recipe = tomli.loads((changed / "grpo.toml").read_text())
+    recipe["optimizer"]["lr"] = 1e-3
+    (changed / "grpo.toml").write_text(tomli_w.dumps(recipe))
+    before = (folder / "grpo" / "metrics.jsonl").read_text()
+    result = run("--configs", changed, "--run-dir", folder)
+    assert result.returncode == 0, result.stderr
+    assert [title for title, was_done in done(result.stdout).items() if was_done] == [
+        "Generator: GRPO",
+        "Evaluation: after GRPO",
+    ]
+    (kept,) = (folder / "previous").glob("grpo-*")
+    assert (kept / "metrics.jsonl").read_text() == before
+
+
+def test_teacher_forced_recipe_shares_the_base_model(first_run, configs):
+    folder, _ = first_run
+    result = run("--recipe", "vapi", "--configs", configs, "--run-dir", folder)
+    assert result.returncode == 0, result.stderr
+    assert [title for title, was_done in done(result.stdout).items() if was_done] == [
+        "Generator: GRPO",
+        "Evaluation: after GRPO",
+    ]
+    assert (folder / "grpo_vapi" / "model.safetensors").exists()
+
+
+def test_missing_recipes_are_named_in_one_line(tmp_path):
+    result = run("--configs", tmp_path / "nowhere", "--run-dir", tmp_path / "runs")
+    assert result.returncode == 2
+    assert re.fullmatch(r"--config .*/nowhere/tokenizer.toml: cannot be read: .*\n", result.stderr)
+    assert not (tmp_path / "runs").exists()
