@@ -5,7 +5,7 @@ import pickle
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ class CheckpointManager:
         self.model_config = model_config
         self._group = dist.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._pending: Future[None] | None = None
 
     def save(
@@ -104,8 +103,8 @@ class CheckpointManager:
         if not self.async_save:
             self._write(snapshot)
             return
-        staged = _Snapshot(step, *self._stager.stage([snapshot.tensors, snapshot.run_state, snapshot.rank_state]))
-        self._pending = self._executor.submit(self._write, staged)
+        copy = replace(snapshot, tensors=_copy_to_cpu(snapshot.tensors), rank_state=_copy_to_cpu(snapshot.rank_state))
+        self._pending = self._executor.submit(self._write, copy)
 
     def wait(self) -> None:
         """Return when no checkpoint is being written.
@@ -121,7 +120,6 @@ class CheckpointManager:
         """Finish what is being written and free the background writer."""
         self.wait()
         self._executor.shutdown()
-        self._stager.close()
         dist.destroy_process_group(self._group)
 
     def latest(self) -> Path | None:
@@ -213,6 +211,13 @@ class CheckpointManager:
         raise UserError(
             f"The checkpoint of step {step} could not be written to {self.folder} (rank {first[0]}): {first[1]}."
         )
+
+
+def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    options = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+    )
+    return DefaultStager(options).stage(state)
 
 
 def _rank_file_name(rank: int) -> str:

@@ -98,6 +98,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     Returns:
         The norm before, a 0-dim local tensor that is the same on every rank (non-finite if any gradient is).
     """
+    reshard(model)  # a forward without backward may have come between, and left parameters gathered
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if isinstance(norm, DTensor):

@@ -34,6 +34,9 @@ def load_full_state_dict(
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Gather all weights on rank 0, on its CPU; other ranks take part and get an empty dict."""
+    """Gather all weights on rank 0, on its CPU; other ranks take part and get an empty dict.
+
+    Weights that are already whole and on the CPU are not copied.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)
