@@ -19,6 +19,7 @@ from types import MappingProxyType
 if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the package grpo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -55,7 +56,7 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "entropy": "entropy",
-    "classifier gap": "classifier_gap",
+    "gap": "classifier_gap",
 }
 """Columns of the final table and the metrics in them."""
 
@@ -64,7 +65,7 @@ NOTES = [
     "other digits: accuracy, FID, precision and recall in its features, against the digits of the split "
     "{split!r}, which no phase and no choice of settings has used.",
     "FID here is not the FID of the literature, whose features are Inception's; compare it within this table only.",
-    "entropy: of the drawn codes, nats a code. classifier gap: how much surer of the class the rewarding classifier is "
+    "entropy: of the drawn codes, nats a code. gap: how much surer of the class the rewarding classifier is "
     "than the judging one, nats; it grows when the reward is deceived.",
     "Base with guidance is a control: it costs nothing to train and two forward passes to sample.",
 ]
@@ -194,9 +195,10 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
     evaluations = [phase for phase in phases if phase.job is evaluate]
     names = [phase.title.removeprefix("Evaluation: ") for phase in evaluations]
     results = [json.loads(phase.product.read_text()) for phase in evaluations]
-    table = Table(title=f"{evaluations[0].recipe.evaluation.num_images} samples each")
-    for heading in ("", *COLUMNS):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = Table(box=SIMPLE_HEAD, title=f"{evaluations[0].recipe.evaluation.num_images} samples each")
+    table.add_column(no_wrap=True)
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, metrics in zip(names, results, strict=True):
         table.add_row(name, *(f"{metrics[key]:.3f}" for key in COLUMNS.values()))
     data = evaluations[0].recipe.data

@@ -79,7 +79,7 @@ def test_every_phase_runs_on_two_processes_and_ends_in_a_table_and_a_report(firs
     assert len(done(stdout)) == 8
     assert all(done(stdout).values())
     for name in ("base", "base, guidance 1.5", "after GRPO"):
-        row = next(line for line in stdout.splitlines() if re.match(rf"\W*{name}\s*[│┃]", line))
+        row = next(line for line in stdout.splitlines() if re.match(rf"\W*{name}\s+-?\d", line))
         assert len(re.findall(r"-?\d+\.\d{3}", row)) == 7, row
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64") >= 3
