@@ -214,9 +214,7 @@ class CheckpointManager:
 
 
 def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    options = StagingOptions(
-        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-    )
+    options = StagingOptions(False, False, False, False)  # not pinned, shared, staged in the background, or unblocking
     return DefaultStager(options).stage(state)
 
 
