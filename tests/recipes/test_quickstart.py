@@ -18,7 +18,7 @@ CONFIGS = ROOT / "train_configs" / "quickstart"
 SMALL = {
     "tokenizer": {
         "tokenizer": {"name": "VQ-tiny", "codebook_size": 32},
-        "tokenizer_loss": {"unquantised_steps": 2},
+        "tokenizer_loss": {"unquantised_steps": 2, "codebook_ema": 0.1, "restart_threshold": 2.0},
         "training": {"steps": 4, "batch_size": 8},
     },
     "classifier_reward": {"classifier": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
@@ -86,6 +86,14 @@ def test_every_phase_runs_on_two_processes_and_ends_in_a_table_and_a_report(firs
     assert not re.search(r"(src|href)=\"(?!data:|#)", page), "the report needs another file"
     assert "after GRPO" in page
     assert "Next:" in stdout
+
+
+def test_codes_are_restarted_together_on_two_processes(first_run):
+    folder, _ = first_run
+    lines = [json.loads(line) for line in (folder / "tokenizer" / "metrics.jsonl").read_text().splitlines()]
+    moved = [line["codes_restarted"] for line in lines]  # the mean over ranks
+    assert moved[-1] > 0
+    assert all(count == int(count) for count in moved)
 
 
 def test_samples_before_and_after_are_measured_on_the_same_scale(first_run):
