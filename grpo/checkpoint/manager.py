@@ -44,7 +44,6 @@ class CheckpointManager:
         sharded: write shards only; otherwise `consolidated.pth` too, {"model": weights} as LlamaGen loads them.
         keep_last: newest checkpoints to keep; 0 keeps all.
         async_save: copy the state and write it in the background.
-        model_config: sizes of the model, written along as plain JSON.
     """
 
     def __init__(
@@ -55,11 +54,9 @@ class CheckpointManager:
         sharded: bool,
         keep_last: int,
         async_save: bool,
-        model_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.world = Path(folder), world
         self.sharded, self.keep_last, self.async_save = sharded, keep_last, async_save
-        self.model_config = model_config
         self._group = dist.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -93,7 +90,6 @@ class CheckpointManager:
                     "step": step,
                     "world_size": self.world.size,
                     "torch": torch.__version__,
-                    "model_config": self.model_config,
                     "run": run_state,
                 },
                 indent=1,

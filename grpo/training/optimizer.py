@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from grpo.config import Optimizer as OptimizerConfig
-from grpo.config import UserError
 from grpo.parallel import clip_grad_norm
 
 
@@ -86,9 +85,6 @@ class OptimizerStep:
         Returns:
             {"grad_norm", "lr", "skipped_steps"}: the norm before clipping (the same on all ranks), the rate that was
             used, and how many steps the run has skipped.
-
-        Raises:
-            UserError: too many steps in a row had a non-finite gradient.
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -108,14 +104,10 @@ class OptimizerStep:
         self.steps += 1
         return {"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped)}
 
-    def check(self) -> None:
-        """Raise when too many steps in a row were skipped; called after the step has been written down and saved."""
-        if self.skipped_in_a_row >= self.max_skipped_steps:
-            raise UserError(
-                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient and were skipped; "
-                "the weights are those before them. Lower optimizer.lr, look at the rewards in metrics.jsonl, or raise "
-                "training.max_skipped_steps"
-            )
+    @property
+    def stuck(self) -> bool:
+        """Whether so many steps in a row were skipped that the run should stop; the same on all ranks."""
+        return self.skipped_in_a_row >= self.max_skipped_steps
 
     def state_dict(self) -> dict:
         """Counters and loss scale; the optimizer's tensors are saved with the model's."""

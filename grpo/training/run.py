@@ -64,7 +64,7 @@ class TrainingRun:
             UserError: the checkpoint belongs to another run or to a recipe that differs in a way that matters.
         """
         self._model, self._step, self._stream = model, step, stream
-        torch.manual_seed(self.recipe.training.seed * self.world.size + self.world.rank)
+        self._seed(0)
         notes = self.recipe.notes()
         path = self._resume_path()
         if path is not None:
@@ -97,6 +97,9 @@ class TrainingRun:
         Args:
             metrics: means over all ranks.
             images: images that all ranks together trained on in this step, for the rate.
+
+        Raises:
+            UserError: too many optimizer steps in a row were skipped; there is a checkpoint of this step.
         """
         times = self.timer.read()
         rate = {"images_per_second": images / times["seconds/step"]}
@@ -104,10 +107,17 @@ class TrainingRun:
         config, last = self.recipe.checkpoint, step == self.total_steps
         if last and config.save_final and not config.sharded:
             self._export()
-        if (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
+        stopping = self._step.stuck
+        if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
                 self.save(step)
-        self._step.check()
+        if stopping:
+            self.checkpoints.wait()
+            raise UserError(
+                f"stopped at step {step}: {self._step.skipped_in_a_row} optimizer steps in a row had a non-finite loss "
+                f"or gradient and were skipped; the weights before them are in {self.recipe.checkpoint_dir}. Lower "
+                "optimizer.lr, look at the rewards in metrics.jsonl, or raise training.max_skipped_steps"
+            )
 
     def save(self, step: int) -> None:
         """Write a checkpoint, in the background if the recipe says so."""
@@ -178,9 +188,17 @@ class TrainingRun:
         self._step.load_state_dict(state["optimizer_step"])
         self._stream.load_state_dict(state["stream"])
         self._first_step = state["step"]
+        notes = [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
         if rank_state is not None:
             _set_rng_state(rank_state, self.world.device)
-        return [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
+        else:
+            self._seed(self._first_step)
+            notes.append("the number of ranks has changed: dropout, if any, goes on with new random numbers")
+        return notes
+
+    def _seed(self, step: int) -> None:
+        """Seed this rank's own generator (dropout; everything else is counter-based) anew from a step on."""
+        torch.manual_seed(hash((self.recipe.training.seed, step, self.world.size, self.world.rank)))
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:

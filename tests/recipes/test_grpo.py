@@ -160,3 +160,12 @@ def test_a_mistake_ends_the_program_with_its_line_only(processes):
     assert 'recipes/grpo.py", line' not in result.stderr  # torchrun has a traceback of its own, we have none
     if processes == 1:
         assert result.stderr.splitlines() == lines
+
+
+def test_a_run_that_has_diverged_stops_with_a_checkpoint(tmp_path):
+    arguments = [*DEBUG, "--optimizer.lr", "1e38", "--training.max_skipped_steps", "2", "--checkpoint.interval", "0"]
+    with pytest.raises(UserError, match="2 optimizer steps in a row") as error:
+        main([*arguments, "--metrics.run_dir", str(tmp_path)])
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert f"stopped at step {int(checkpoint.name[-6:])}:" in str(error.value)
+    assert [line["grad_norm"] for line in metrics(tmp_path)][-2:] == [None, None]
