@@ -242,7 +242,7 @@ def _mixed_products(operand: Tensor) -> bool:
 def split_options(V: int, D: int, with_entropy: bool) -> dict:
     """Compile-time options of `split_kernel`, as the launcher and the compile tests use them."""
     tiles = {"TILE_N": 128, "TILE_V": 128, "TILE_D": min(64, max(16, triton.next_power_of_2(D)))}
-    launch = {"num_warps": 8, "num_stages": 2 if torch.version.hip else 3}
+    launch = {"num_warps": 8, "num_stages": 2 if torch.version.hip else 3, "enable_fp_fusion": True}
     return {"V": V, "D": D, "SPLIT": _SPLIT, "WITH_ENTROPY": with_entropy, **tiles, **launch}
 
 
@@ -259,4 +259,5 @@ def merge_options(V: int, D: int, M: int, with_entropy: bool) -> dict:
         "TILE_D": max(32, min(triton.next_power_of_2(D), 4096 // tile_m)),
         "WITH_ENTROPY": with_entropy,
         "num_warps": 4,
+        "enable_fp_fusion": True,
     }

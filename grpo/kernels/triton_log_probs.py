@@ -59,10 +59,9 @@ def _row_gradient(logits, lse, entropy, grad_sum, grad_entropy, inverse_temperat
     """d loss / d logits but for the tokens' own terms; derivatives as in `row_math.py`."""
     log_p = logits * inverse_temperature - lse
     p = tl.exp(log_p)
+    slope = grad_sum
     if WITH_ENTROPY:
-        slope = tl.where(p > 0, grad_entropy * (log_p + entropy), 0.0) + grad_sum
-    else:
-        slope = grad_sum
+        slope += tl.where(p > 0, grad_entropy * (log_p + entropy), 0.0)
     return -(p * slope) * inverse_temperature
 
 
@@ -181,4 +180,5 @@ def kernel_options(V: int, M: int, with_entropy: bool) -> dict:
         "TILE": tile,
         "WITH_ENTROPY": with_entropy,
         "num_warps": 16 if tile > 8192 else 8 if tile > 2048 else 4,
+        "enable_fp_fusion": True,
     }

@@ -137,4 +137,5 @@ def launch(
 
 def kernel_options(kl: str, has_ref: bool, surrogate: str) -> dict:
     """Compile-time options of the kernel, as the launcher and the compile tests use them."""
-    return {"KL": kl, "HAS_REF": has_ref, "CLIP": surrogate == "clip", "TILE": _TILE, "num_warps": 4}
+    constants = {"KL": kl, "HAS_REF": has_ref, "CLIP": surrogate == "clip", "TILE": _TILE}
+    return {**constants, "num_warps": 4, "enable_fp_fusion": False}

@@ -39,11 +39,17 @@ def _count(mask):
 
 
 @triton.jit
-def _temper(logits, temperature, HAS_TEMPERATURE: tl.constexpr):
-    """logits / temperature in fp32, -inf for NaN and +inf."""
+def _temper(logits, temperature, HEAT: tl.constexpr):
+    """logits / temperature in fp32."""
     scores = logits.to(tl.float32)
-    if HAS_TEMPERATURE:
+    if HEAT:
         scores = tl.div_rn(scores, temperature)
+    return scores
+
+
+@triton.jit
+def _drawable(scores):
+    """scores with -inf for NaN and +inf."""
     return tl.where(scores < float("inf"), scores, float("-inf"))
 
 
@@ -57,8 +63,11 @@ def _gumbel(bits):
 
 @triton.jit
 def _mass(scores, keep, peak):
-    """exp(scores - peak) where `keep`, else 0. Selecting before the exponential keeps a compiler from hoisting it out of
-    a loop, which would hold the row in registers twice."""
+    """exp(scores - peak) where `keep`, else 0.
+
+    Selecting before the exponential keeps the compiler from hoisting it out of a loop, and the row from being held in
+    registers twice.
+    """
     return tl.exp(tl.where(keep, scores, float("-inf")) - peak)
 
 
@@ -102,16 +111,47 @@ def _last_tie(scores, columns, threshold, room, V):
 
 
 @triton.jit
+def _truncation(scores, columns, peak, top_k, top_p, V, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr):
+    """(threshold, last_tie): kept are the scores above the threshold, and those equal to it up to column last_tie."""
+    threshold = peak * 0 + float("-inf")
+    last_tie = tl.full((), V, tl.int32)
+    if HAS_TOP_K:
+        threshold = _top_k_threshold(scores, peak, top_k)
+    if HAS_TOP_P:
+        limit = top_p * _total(_mass(scores, scores >= threshold, peak))
+        threshold = _top_p_threshold(scores, peak, threshold, limit)
+        above = _total(_mass(scores, scores > threshold, peak))
+        ties = _count(scores == threshold)
+        each = tl.exp(threshold - peak)
+        room = tl.where(each > 0, tl.minimum(tl.floor((limit - above) / each) + 1, ties.to(tl.float32)), ties)
+        room = tl.maximum(room.to(tl.int32), 1)
+        if room < ties:
+            last_tie = _last_tie(scores, columns, threshold, room, V)
+    return threshold, last_tie
+
+
+@triton.jit
+def _draw_flat(scores, columns, kept, noise_ptr, tokens_ptr, V: tl.constexpr, NUM_SAMPLES: tl.constexpr):
+    """argmax(scores + noise) over the kept columns, one sample after the other."""
+    for sample in range(NUM_SAMPLES):
+        noise = tl.load(noise_ptr + sample * V + columns, mask=columns < V, other=0.0)
+        noisy = tl.where(kept & (columns < V), scores + noise, float("-inf"))
+        best = tl.max(tl.max(noisy, axis=1), axis=0)
+        first = tl.where((noisy == best) & (columns < V), columns, V)
+        tl.store(tokens_ptr + sample, tl.min(tl.min(first, axis=1), axis=0).to(tl.int64))
+
+
+@triton.jit
 def _argmax4(s0, s1, s2, s3, lane_stride):
     """Lowest index of the maximum along axis 1 of four tiles; tile i holds the indices from i * lane_stride on."""
     best = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), axis=1)[:, None]
     index = tl.arange(0, s0.shape[1])[None, :]
     far = 0x7FFFFFFF
-    first = tl.minimum(
-        tl.minimum(tl.where(s0 == best, index, far), tl.where(s1 == best, index + lane_stride, far)),
-        tl.minimum(tl.where(s2 == best, index + 2 * lane_stride, far), tl.where(s3 == best, index + 3 * lane_stride, far)),
-    )
-    return tl.min(first, axis=1)
+    i0 = tl.where(s0 == best, index, far)
+    i1 = tl.where(s1 == best, index + lane_stride, far)
+    i2 = tl.where(s2 == best, index + 2 * lane_stride, far)
+    i3 = tl.where(s3 == best, index + 3 * lane_stride, far)
+    return tl.min(tl.minimum(tl.minimum(i0, i1), tl.minimum(i2, i3)), axis=1)
 
 
 @triton.jit
@@ -122,12 +162,56 @@ def _block_score(mass_ptr, bits, group, lane, groups, num_blocks):
 
 
 @triton.jit
-def _column_score(row_ptr, bits, column, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE: tl.constexpr):
+def _column_score(row_ptr, bits, column, temperature, least_first, threshold, last_tie, V, HEAT: tl.constexpr):
     logits = tl.load(row_ptr + column, mask=column < V, other=float("-inf"))
-    scores = _temper(logits, temperature, HAS_TEMPERATURE)
+    scores = _drawable(_temper(logits, temperature, HEAT))
     scores = tl.where(column == 0, tl.maximum(scores, least_first), scores)
     kept = (scores > threshold) | ((scores == threshold) & (column <= last_tie))
     return tl.where(kept, scores + _gumbel(bits), float("-inf"))
+
+
+@triton.jit
+def _draw_two_level(
+    row_ptr,
+    mass_ptr,
+    seed_ptr,
+    step_ptr,
+    row_id_ptr,
+    temperature,
+    least_first,
+    threshold,
+    last_tie,
+    V: tl.constexpr,
+    TILE_SAMPLES: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    HEAT: tl.constexpr,
+):
+    """Tokens [TILE_SAMPLES] of the row: a block by its kept mass, then a kept column of it."""
+    sample = tl.arange(0, TILE_SAMPLES)[:, None]
+    seed = tl.load(seed_ptr)
+    step = tl.load(step_ptr).to(tl.uint32)
+    row_id = tl.load(row_id_ptr)
+    row_low, row_high = row_id.to(tl.uint32), (row_id >> 32).to(tl.uint32)
+
+    num_blocks: tl.constexpr = (V + _BLOCK - 1) // _BLOCK
+    groups: tl.constexpr = (num_blocks + 3) // 4
+    group = tl.arange(0, TILE_GROUPS)[None, :]
+    b0, b1, b2, b3 = tl.philox(seed, (sample << 20) | (group + _GROUPS), step, row_low, row_high)
+    s0 = _block_score(mass_ptr, b0, group, 0, groups, num_blocks)
+    s1 = _block_score(mass_ptr, b1, group, 1, groups, num_blocks)
+    s2 = _block_score(mass_ptr, b2, group, 2, groups, num_blocks)
+    s3 = _block_score(mass_ptr, b3, group, 3, groups, num_blocks)
+    first = _argmax4(s0, s1, s2, s3, groups) * _BLOCK
+
+    group = tl.arange(0, _GROUPS)[None, :]
+    b0, b1, b2, b3 = tl.philox(seed, (sample << 20) | group, step, row_low, row_high)
+    c0 = first[:, None] + group
+    c1, c2, c3 = c0 + _GROUPS, c0 + 2 * _GROUPS, c0 + 3 * _GROUPS
+    s0 = _column_score(row_ptr, b0, c0, temperature, least_first, threshold, last_tie, V, HEAT)
+    s1 = _column_score(row_ptr, b1, c1, temperature, least_first, threshold, last_tie, V, HEAT)
+    s2 = _column_score(row_ptr, b2, c2, temperature, least_first, threshold, last_tie, V, HEAT)
+    s3 = _column_score(row_ptr, b3, c3, temperature, least_first, threshold, last_tie, V, HEAT)
+    return first + _argmax4(s0, s1, s2, s3, _GROUPS)
 
 
 @triton.jit
@@ -151,18 +235,17 @@ def sample_kernel(
     TILE_BLOCKS: tl.constexpr,
     TILE_SAMPLES: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
+    HEAT: tl.constexpr,
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     HAS_NOISE: tl.constexpr,
 ):
-    NUM_BLOCKS: tl.constexpr = (V + _BLOCK - 1) // _BLOCK
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     columns = tl.arange(0, TILE_BLOCKS)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    logits = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-    flagged = _count((logits != logits) | (logits == float("inf"))) > 0
-    scores = _temper(logits, temperature, HAS_TEMPERATURE)
+    scores = _temper(tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")), temperature, HEAT)
+    flagged = _count(scores < float("inf")) < TILE_BLOCKS * _BLOCK
+    scores = _drawable(scores)
     peak = tl.max(tl.max(scores, axis=1), axis=0)
     empty = peak == float("-inf")
     least_first = tl.where(empty, 0.0, float("-inf"))  # a row without any finite score draws its first column
@@ -172,85 +255,38 @@ def sample_kernel(
 
     mass = tl.sum(tl.exp(scores - peak), axis=1)
     total = tl.sum(mass, axis=0)
-    threshold = peak * 0 + float("-inf")
-    last_tie = tl.full((), V, tl.int32)
-    if HAS_TOP_K:
-        threshold = _top_k_threshold(scores, peak, top_k)
-    if HAS_TOP_P:
-        limit = top_p * _total(_mass(scores, scores >= threshold, peak))
-        threshold = _top_p_threshold(scores, peak, threshold, limit)
-        above = _total(_mass(scores, scores > threshold, peak))
-        ties = _count(scores == threshold)
-        each = tl.exp(threshold - peak)
-        room = tl.where(each > 0, tl.minimum(tl.floor((limit - above) / each) + 1, ties.to(tl.float32)), ties)
-        room = tl.maximum(room.to(tl.int32), 1)
-        if room < ties:
-            last_tie = _last_tie(scores, columns, threshold, room, V)
+    threshold, last_tie = _truncation(scores, columns, peak, top_k, top_p, V, HAS_TOP_K, HAS_TOP_P)
     kept = (scores > threshold) | ((scores == threshold) & (columns <= last_tie))
     if HAS_TOP_K or HAS_TOP_P:
         mass = tl.sum(_mass(scores, kept, peak), axis=1)
     kept_total = tl.sum(mass, axis=0)
     tl.store(kept_mass_ptr + row, kept_total / total + flag)
 
-    outputs = row * NUM_SAMPLES
-    if HAS_NOISE:
-        for sample in range(NUM_SAMPLES):
-            noise_row = noise_ptr + (outputs + sample) * V
-            noise = tl.load(noise_row + columns, mask=columns < V, other=0.0)
-            noisy = tl.where(kept & (columns < V), scores + noise, float("-inf"))
-            best = tl.max(tl.max(noisy, axis=1), axis=0)
-            first = tl.where((noisy == best) & (columns < V), columns, V)
-            tl.store(tokens_ptr + outputs + sample, tl.min(tl.min(first, axis=1), axis=0).to(tl.int64))
-        tl.debug_barrier()
-    else:
-        # Every thread of the row needs the mass of any block: through memory, where the cache holds it.
-        blocks = tl.arange(0, TILE_BLOCKS)
-        mass_row = block_mass_ptr + row * NUM_BLOCKS
-        tl.store(mass_row + blocks, mass, mask=blocks < NUM_BLOCKS)
-        tl.debug_barrier()
-        draw = tl.arange(0, TILE_SAMPLES)[:, None]
-        seed = tl.load(seed_ptr)
-        step = tl.load(step_ptr).to(tl.uint32)
-        row_id = tl.load(row_ids_ptr + row)
-        row_low, row_high = row_id.to(tl.uint32), (row_id >> 32).to(tl.uint32)
-
-        QUARTER: tl.constexpr = (NUM_BLOCKS + 3) // 4
-        group = tl.arange(0, TILE_GROUPS)[None, :]
-        b0, b1, b2, b3 = tl.philox(seed, (draw << 20) | (group + _GROUPS), step, row_low, row_high)
-        block = _argmax4(
-            _block_score(mass_row, b0, group, 0, QUARTER, NUM_BLOCKS),
-            _block_score(mass_row, b1, group, 1, QUARTER, NUM_BLOCKS),
-            _block_score(mass_row, b2, group, 2, QUARTER, NUM_BLOCKS),
-            _block_score(mass_row, b3, group, 3, QUARTER, NUM_BLOCKS),
-            QUARTER,
-        )
-
-        group = tl.arange(0, _GROUPS)[None, :]
-        b0, b1, b2, b3 = tl.philox(seed, (draw << 20) | group, step, row_low, row_high)
-        first = block[:, None] * _BLOCK
-        column = first + group
-        offset = _argmax4(
-            _column_score(row_ptr, b0, column, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE),
-            _column_score(row_ptr, b1, column + _GROUPS, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE),
-            _column_score(
-                row_ptr, b2, column + 2 * _GROUPS, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE
-            ),
-            _column_score(
-                row_ptr, b3, column + 3 * _GROUPS, temperature, least_first, threshold, last_tie, V, HAS_TEMPERATURE
-            ),
-            _GROUPS,
-        )
-        samples = tl.arange(0, TILE_SAMPLES)
-        tl.store(tokens_ptr + outputs + samples, (block * _BLOCK + offset).to(tl.int64), mask=samples < NUM_SAMPLES)
-        tl.debug_barrier()
-
     samples = tl.arange(0, TILE_SAMPLES)
     valid = samples < NUM_SAMPLES
-    tokens = tl.load(tokens_ptr + outputs + samples, mask=valid, other=0)
-    chosen = _temper(tl.load(row_ptr + tokens), temperature, HAS_TEMPERATURE)
+    outputs = row * NUM_SAMPLES + samples
+    if HAS_NOISE:
+        first = row * NUM_SAMPLES
+        _draw_flat(scores, columns, kept, noise_ptr + first * V, tokens_ptr + first, V, NUM_SAMPLES)
+        tl.debug_barrier()
+        tokens = tl.load(tokens_ptr + outputs, mask=valid, other=0)
+    else:
+        # Every thread needs the mass of every block: handed over in memory, where the cache holds it.
+        num_blocks: tl.constexpr = (V + _BLOCK - 1) // _BLOCK
+        blocks = tl.arange(0, TILE_BLOCKS)
+        mass_ptr = block_mass_ptr + row * num_blocks
+        tl.store(mass_ptr + blocks, mass, mask=blocks < num_blocks)
+        tl.debug_barrier()
+        tokens = _draw_two_level(
+            row_ptr, mass_ptr, seed_ptr, step_ptr, row_ids_ptr + row, temperature, least_first, threshold, last_tie,
+            V, TILE_SAMPLES, TILE_GROUPS, HEAT,
+        )  # fmt: skip
+        tl.store(tokens_ptr + outputs, tokens.to(tl.int64), mask=valid)
+
+    chosen = _drawable(_temper(tl.load(row_ptr + tokens), temperature, HEAT))
     relative = tl.maximum(chosen, least_first) - peak + flag
-    tl.store(log_probs_ptr + outputs + samples, relative - tl.log(total), mask=valid)
-    tl.store(kept_log_probs_ptr + outputs + samples, relative - tl.log(kept_total), mask=valid)
+    tl.store(log_probs_ptr + outputs, relative - tl.log(total), mask=valid)
+    tl.store(kept_log_probs_ptr + outputs, relative - tl.log(kept_total), mask=valid)
 
 
 def launch(
@@ -304,7 +340,7 @@ def kernel_options(V: int, num_samples: int, temperature: float, top_k: int, top
         "TILE_BLOCKS": tile_blocks,
         "TILE_SAMPLES": triton.next_power_of_2(num_samples),
         "TILE_GROUPS": triton.next_power_of_2(triton.cdiv(triton.cdiv(V, BLOCK), 4)),
-        "HAS_TEMPERATURE": temperature != 1,
+        "HEAT": temperature != 1,
         "HAS_TOP_K": top_k > 0,
         "HAS_TOP_P": top_p < 1,
         "num_warps": 16 if tile_blocks > 64 else 8 if tile_blocks > 16 else 4,
