@@ -3,6 +3,7 @@
 from grpo.parallel.apply import clip_grad_norm, gathered, gradient_sync, parallelize, reshard
 from grpo.parallel.distributed import World, all_reduce_sums, barrier, broadcast_object, distributed
 from grpo.parallel.launcher import run_main
+from grpo.parallel.memory import free_memory, read_peak_memory
 from grpo.parallel.mesh import build_mesh
 from grpo.parallel.precision import compute_dtype, grad_scaler, mixed_precision_policy, set_matmul_precision
 from grpo.parallel.weights import full_state_dict, load_full_state_dict
@@ -16,6 +17,7 @@ __all__ = [
     "clip_grad_norm",
     "compute_dtype",
     "distributed",
+    "free_memory",
     "full_state_dict",
     "gathered",
     "grad_scaler",
@@ -23,6 +25,7 @@ __all__ = [
     "load_full_state_dict",
     "mixed_precision_policy",
     "parallelize",
+    "read_peak_memory",
     "reshard",
     "run_main",
     "set_matmul_precision",

@@ -1,7 +1,8 @@
 """Rollouts: conditions -> Trajectory."""
 
-from grpo.rollout.autoregressive import AutoregressiveRollout, Decoded, decode, generate
+from grpo.rollout.autoregressive import AutoregressiveRollout, decode, generate
 from grpo.rollout.build import build_rollout
+from grpo.rollout.decoder import Decoded
 from grpo.rollout.scoring import Scores, score
 from grpo.rollout.teacher_forced import TeacherForcedRollout
 from grpo.rollout.trajectory import Trajectory, real_rows

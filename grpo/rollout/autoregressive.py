@@ -1,28 +1,22 @@
 """True sampling: one token after the other with a static KV cache."""
 
+import math
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from grpo.config import Rollout
 from grpo.data import ImageBatch
-from grpo.kernels import project_logits, sample_tokens
-from grpo.parallel import gathered
-from grpo.rollout.scoring import guide
+from grpo.kernels import sample_tokens
+from grpo.parallel import free_memory, gathered
+from grpo.rollout.decoder import Decoded, Decoder, Replay, bytes_per_row
 from grpo.rollout.trajectory import Trajectory, real_rows
 
-
-class Decoded(NamedTuple):
-    """Sampled images as codes."""
-
-    tokens: Tensor
-    """[N, T] int64."""
-    log_probs: Tensor
-    """[N, T] fp32, of the full tempered (and guided) distribution."""
-    kept_mass: Tensor
-    """[N, T] fp32, probability of the set that top-k and top-p left to draw from."""
+SEGMENT = {"cuda": 128, "cpu": 16}  # steps that read the same part of the cache; each costs a GPU one capture
+MEMORY_SHARE = 0.8  # of the free memory, for caches and logits
 
 
 @torch.no_grad()
@@ -37,9 +31,13 @@ def decode(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    max_rows: int = 0,
     impl: str = "auto",
 ) -> Decoded:
     """Draw one completion of each condition.
+
+    Cache, buffers and graphs live during this call only, and so do the parameters that FSDP2 gathers, at addresses of
+    their own each time. Capturing anew costs about one step in `SEGMENT`.
 
     Args:
         model: a GPT; under FSDP2 its parameters are gathered once for the whole call.
@@ -48,40 +46,46 @@ def decode(
         cfg_scale: classifier-free guidance, 1 is off.
         cfg_interval: guidance is switched off after this decode step (LlamaGen's `cfg_interval`); -1 keeps it on.
         temperature, top_k, top_p, seed: see `sample_tokens`.
+        max_rows: completions decoded together; 0 is as many as fit into a GPU's memory, and all on a CPU.
     """
-    length = model.config.block_size
-    guided = cfg_scale != 1.0
-    conditions = torch.cat([class_ids, torch.full_like(class_ids, model.config.num_classes)]) if guided else class_ids
-    steps = []
+    draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, impl=impl)
     with gathered(model):
-        weight = model.output.weight
-        cache = model.init_cache(conditions.shape[0], dtype=weight.dtype, device=class_ids.device)
-        positions = torch.arange(length, device=class_ids.device)
-        for position in range(length):
-            if position == 0:
-                hidden = model.prefill(conditions, cache)
-            else:
-                previous = steps[-1].tokens[:, 0]
-                hidden = model.decode(previous.repeat(2) if guided else previous, positions[position], cache)
-            if guided:
-                active = cfg_interval < 0 or position - 1 <= cfg_interval
-                hidden = guide(hidden, cfg_scale if active else 1.0)
-            steps.append(
-                sample_tokens(
-                    project_logits(hidden, weight),
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    seed=seed,
-                    row_ids=row_ids * length + position,
-                    impl=impl,
-                )
-            )
-    return Decoded(
-        torch.stack([step.tokens[:, 0] for step in steps], dim=1),
-        torch.stack([step.log_probs[:, 0] for step in steps], dim=1),
-        torch.stack([step.kept_mass for step in steps], dim=1),
-    )
+        rows, parts = _parts(len(class_ids), max_rows or _rows_in_memory(model, guided=cfg_scale != 1.0))
+        padding = (0, rows * parts - len(class_ids))
+        decoder = Decoder(model, rows, draw=draw, cfg_scale=cfg_scale, cfg_interval=cfg_interval)
+        steps = _steps(decoder)
+        drawn = []
+        for part in zip(*(nn.functional.pad(ids, padding).split(rows) for ids in (class_ids, row_ids)), strict=True):
+            decoder.start(*part)
+            for position in range(1, decoder.length):
+                steps[position // SEGMENT[class_ids.device.type]]()
+            drawn.append(decoder.read())
+    return Decoded(*(torch.cat(values)[: len(class_ids)] for values in zip(*drawn, strict=True)))
+
+
+def _parts(total: int, most: int) -> tuple[int, int]:
+    """(rows of a part, number of parts): the fewest parts of at most `most` rows, of equal size to share buffers."""
+    parts = max(1, math.ceil(total / most))
+    return math.ceil(total / parts), parts
+
+
+def _rows_in_memory(model: nn.Module, *, guided: bool) -> int:
+    """Completions whose caches fit beside what is in the memory of the model's GPU now."""
+    weight = model.output.weight
+    if weight.device.type != "cuda":
+        return sys.maxsize
+    row = bytes_per_row(model.config, dtype=weight.dtype, copies=2 if guided else 1)
+    return max(1, int(free_memory(weight.device) * MEMORY_SHARE) // row)
+
+
+def _steps(decoder: Decoder) -> list[Callable[[], None]]:
+    """The decode steps of each segment; on a GPU they are replayed as CUDA graphs."""
+    device, length = decoder.row.device.type, decoder.length
+    steps = [partial(decoder.step, min(first + SEGMENT[device], length)) for first in range(0, length, SEGMENT[device])]
+    if device != "cuda":
+        return steps
+    pool = torch.cuda.graph_pool_handle()
+    return [Replay(step, pool) for step in steps]
 
 
 def generate(
@@ -146,22 +150,18 @@ class AutoregressiveRollout:
         group = torch.arange(config.num_generations, device=batch.class_ids.device)
         completion_ids = (batch.sample_ids[:, None] * config.num_generations + group).flatten()  # [B*G]
         class_ids = batch.class_ids.repeat_interleave(config.num_generations)
-        chunk = config.max_rows or len(class_ids)
-        parts = [
-            decode(
-                self.model,
-                class_ids[start : start + chunk],
-                row_ids=completion_ids[start : start + chunk],
-                cfg_scale=config.cfg_scale,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                seed=self.seed,
-                impl=self.impl,
-            )
-            for start in range(0, len(class_ids), chunk)
-        ]
-        tokens, log_probs, kept_mass = (torch.cat(part) for part in zip(*parts, strict=True))
+        tokens, log_probs, kept_mass = decode(
+            self.model,
+            class_ids,
+            row_ids=completion_ids,
+            cfg_scale=config.cfg_scale,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=self.seed,
+            max_rows=config.max_rows,
+            impl=self.impl,
+        )
         truncated = config.top_k > 0 or config.top_p < 1.0
         return Trajectory(
             class_ids=class_ids,
