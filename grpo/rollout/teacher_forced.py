@@ -11,7 +11,7 @@ from grpo.kernels import philox_uniform, project_logits, sample_tokens
 from grpo.rollout.trajectory import Trajectory
 
 NOISE_STREAM = 1  # `step` of the generator for context noise; sampling uses 0
-CHUNK_ROWS = 1024  # rows of logits in memory at once
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits in memory at once, by device type
 
 
 class TeacherForcedRollout:
@@ -71,18 +71,19 @@ class TeacherForcedRollout:
         config, (rows, length, _) = self.config, hidden.shape
         flat = hidden.flatten(0, 1)
         row_ids = (sample_ids[:, None] * length + torch.arange(length, device=hidden.device)).flatten()  # [B*T]
+        chunk = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // self.model.config.vocab_size)
         samples = [
             sample_tokens(
-                project_logits(flat[start : start + CHUNK_ROWS], self.model.output.weight),
+                project_logits(flat[start : start + chunk], self.model.output.weight),
                 num_samples=config.num_generations,
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
                 seed=self.seed,
-                row_ids=row_ids[start : start + CHUNK_ROWS],
+                row_ids=row_ids[start : start + chunk],
                 impl=self.impl,
             )
-            for start in range(0, rows * length, CHUNK_ROWS)
+            for start in range(0, rows * length, chunk)
         ]
 
         def stack(parts: list[Tensor]) -> Tensor:
