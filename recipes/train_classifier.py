@@ -11,6 +11,8 @@ from pathlib import Path
 if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the package grpo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from grpo.config import ClassifierRecipe, load_recipe
@@ -59,7 +61,7 @@ def train(recipe: ClassifierRecipe, world: World) -> None:
             for index, batch in enumerate(parts):
                 gradient_sync(classifier, index == len(parts) - 1)
                 with run.timer("forward"), autocast(training, world.device):
-                    logits = classifier(batch.images).float()
+                    logits = classifier(shifted(batch.images, recipe.classifier.shift)).float()
                 loss = F.cross_entropy(logits, batch.class_ids)
                 with run.timer("backward"):
                     step.backward(loss / len(parts))
@@ -68,6 +70,15 @@ def train(recipe: ClassifierRecipe, world: World) -> None:
             for name, value in step().items():
                 metrics.add(name, value)
             run.finish(number, metrics.means(), images=len(images.class_ids) * world.size)
+
+
+def shifted(images: Tensor, limit: int) -> Tensor:
+    """Images [B, 3, H, W] moved together by up to `limit` pixels each way; what enters repeats the border."""
+    if limit == 0:
+        return images
+    top, left = torch.randint(2 * limit + 1, (2,)).tolist()
+    padded = F.pad(images, (limit,) * 4, mode="replicate")
+    return padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
 
 
 if __name__ == "__main__":

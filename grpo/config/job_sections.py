@@ -40,7 +40,7 @@ class TokenizerLoss(Section):
     codebook_ema: ProperFraction = 0.95
     """Decay of that running mean, per optimizer step."""
     restart_threshold: NonNegativeFloat = 0.1
-    """A code whose running count of uses falls below this is moved to an encoder output (ema only); 0 is off."""
+    """A code whose running count of uses a step falls below this is moved to an encoder output (ema only); 0 is off."""
     unquantised_steps: NonNegativeInt = 40
     """First optimizer steps without quantisation, after which the codebook is set from encoded images."""
 
@@ -49,9 +49,11 @@ class Classifier(Section):
     """A small convolutional classifier: a reward, or the judge of an evaluation."""
 
     width: PositiveInt = 32
-    """Channels of the first stage."""
+    """Channels of the first stage, a multiple of 8."""
     num_classes: PositiveInt = 10
     """Number of classes."""
+    shift: NonNegativeInt = 0
+    """Training images are shifted at random by up to this many pixels each way, so that fewer of them suffice."""
 
 
 class Sampling(Section):

@@ -6,6 +6,7 @@ import torch
 from grpo.config import Data, UserError
 from grpo.data import build_dataset
 from grpo.models import load_classifier
+from recipes.train_classifier import shifted
 
 TINY = [
     "--data.name", "digits", "--data.split", "train_a", "--data.image_size", "32", "--data.num_workers", "0",
@@ -44,3 +45,11 @@ def test_width_that_does_not_fit_is_refused(run_here, tmp_path):
 def test_label_beyond_the_classes_is_refused(run_here, tmp_path):
     with pytest.raises(UserError, match=r"label 4 .* outside 0..3"):
         run_here("train_classifier", *TINY, "--classifier.num_classes", 4, "--metrics.run_dir", tmp_path / "run")
+
+
+def test_shift_moves_images_without_tearing_them():
+    columns = torch.arange(6.0).expand(1, 3, 6, 6)
+    torch.manual_seed(0)
+    seen = {tuple(shifted(columns, 1)[0, 0, 0].tolist()) for _ in range(40)}
+    assert seen == {(0, 0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 5)}
+    assert shifted(columns, 0) is columns
