@@ -112,7 +112,8 @@ class Rollout(Section):
     importance_weight_cap: NonNegativeFloat = 0.0
     """Weight tokens by min(p_full / p_truncated, cap) when top-k or top-p truncate the draw; 0 is off."""
     max_rows: NonNegativeInt = 0
-    """Rows decoded together in autoregressive rollouts, to bound the cache; 0 decodes all at once."""
+    """Completions decoded together in autoregressive rollouts, to bound the cache; 0 is what fits into a GPU's memory,
+    and all on a CPU."""
 
     @property
     def context_noise_share(self) -> float:
@@ -131,8 +132,10 @@ class Reward(Section):
     """Weight of log p(class | image) under a classifier."""
     classifier_checkpoint: str | None = None
     """Weights of that classifier, as `recipes/train_classifier.py` writes them."""
-    batch_size: PositiveInt = 64
-    """Completions decoded and scored at once."""
+    batch_size: NonNegativeInt = 64
+    """Completions decoded and scored at once; 0 is what fits into a GPU's memory, and 64 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the decoder and the networks that reward; auto is bf16 on a GPU and fp32 on a CPU."""
     lpips_weight: FiniteFloat = 0.0
     """Weight of minus LPIPS. Not available yet: refused unless 0."""
     discriminator: bool = False
@@ -261,10 +264,10 @@ class Parallel(Section):
 
 
 class Compile(Section):
-    """torch.compile over the GPT blocks."""
+    """torch.compile over the GPT blocks and, in grpo.py, the networks of the rewards."""
 
     enabled: bool = False
-    """Compile each block; identical blocks share one compilation."""
+    """Compile each block, where identical blocks share one compilation, and each network of the rewards."""
 
 
 class ActivationCheckpoint(Section):
@@ -320,3 +323,5 @@ class Debug(Section):
 
     deterministic: bool = False
     """Deterministic algorithms only."""
+    profile: NonNegativeInt = 0
+    """Step of which each rank writes a trace into the run's folder, for Perfetto or chrome://tracing; 0 is none."""

@@ -17,7 +17,8 @@ class Reconstruction:
 
     def __call__(self, completions: Completions) -> Tensor:
         """-> [n] fp32, at most 0."""
-        error = self.distance(completions.images.float(), completions.real_images.float(), reduction="none")
+        real = completions.real_images[completions.image_of]
+        error = self.distance(completions.images.float(), real.float(), reduction="none")
         return -error.mean(dim=(1, 2, 3))
 
 
@@ -31,6 +32,7 @@ class EmbeddingCosine:
 
     def __call__(self, completions: Completions) -> Tensor:
         """-> [n] fp32 in [-2, 0]."""
-        latents = self.tokenizer.encode_latents(completions.real_images).flatten(1).float()
-        codes = self.tokenizer.lookup(completions.tokens).flatten(1).float()
-        return F.cosine_similarity(codes, latents, dim=1) - 1.0
+        latents = self.tokenizer.encode_latents(completions.real_images.to(completions.images.dtype))  # [b, C, h, w]
+        codes = self.tokenizer.lookup(completions.tokens)  # [n, C, h, w]
+        target = latents.flatten(1).float()[completions.image_of]
+        return F.cosine_similarity(codes.flatten(1).float(), target, dim=1) - 1.0

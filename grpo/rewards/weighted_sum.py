@@ -1,16 +1,18 @@
 """Decode completions and add up their rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from grpo.config import Compile, UserError
 from grpo.config import Reward as RewardConfig
-from grpo.config import UserError
 from grpo.models import VQModel, load_classifier
 from grpo.rewards.base import Completions, Reward
 from grpo.rewards.class_log_prob import ClassLogProb
+from grpo.rewards.networks import decode_batch, prepare, reward_dtype
 from grpo.rewards.reconstruction import EmbeddingCosine, Reconstruction
 
 
@@ -29,9 +31,9 @@ class RewardSum:
     """The tokenizer's decoder and K weighted rewards.
 
     Args:
-        tokenizer: frozen.
+        tokenizer: frozen, in the precision of the rewards.
         terms: (reward, weight) pairs.
-        batch_size: completions decoded and scored at once.
+        batch_size: completions decoded and scored at once, at most; 0 is what fits into a GPU's memory, 64 on a CPU.
     """
 
     def __init__(self, tokenizer: VQModel, terms: Sequence[tuple[Reward, float]], *, batch_size: int) -> None:
@@ -45,7 +47,15 @@ class RewardSum:
         return [reward.name for reward in self.rewards]
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, class_ids: Tensor, real_images: Tensor, *, show: int = 0) -> Rewards:
+    def __call__(
+        self,
+        tokens: Tensor,
+        class_ids: Tensor,
+        real_images: Tensor,
+        *,
+        show: int = 0,
+        timer: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> Rewards:
         """Score completions.
 
         Args:
@@ -53,15 +63,17 @@ class RewardSum:
             class_ids: [B] int64.
             real_images: [B, 3, H, W] in [-1, 1].
             show: return the decoded completions of the first `show` images.
+            timer: counts the phase "decode".
         """
         size, group, length = tokens.shape
-        image_of = torch.arange(size, device=tokens.device).repeat_interleave(group)  # [B*G]
         flat = tokens.reshape(size * group, length)
+        batch = self._batch(group, length)
         scores, shown = [], []
-        for start in range(0, size * group, self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            images = self.tokenizer.decode(flat[rows])
-            completions = Completions(images, flat[rows], class_ids[image_of[rows]], real_images[image_of[rows]])
+        for start in range(0, size * group, batch):
+            stop = min(start + batch, size * group)
+            with timer("decode"):
+                images = self.tokenizer.decode(flat[start:stop])
+            completions = _completions(images, flat, class_ids, real_images, start=start, group=group)
             scores.append(torch.stack([reward(completions).float() for reward in self.rewards]))
             if start < show * group:
                 shown.append(images[: show * group - start].float())
@@ -70,24 +82,58 @@ class RewardSum:
         images = torch.cat(shown).view(-1, group, *shown[0].shape[1:]) if shown else components.new_empty(0)
         return Rewards(total, components, images)
 
+    def _batch(self, group: int, length: int) -> int:
+        """Completions of a batch: whole groups where one fits, so that each real image is in one batch only."""
+        weight = self.tokenizer.post_quant_conv.weight
+        config = self.tokenizer.config
+        most = self.batch_size or decode_batch(config, length, dtype=weight.dtype, device=weight.device)
+        return most - most % group if most > group else most
 
-def build_rewards(config: RewardConfig, tokenizer: VQModel, *, num_classes: int, device: torch.device) -> RewardSum:
-    """The rewards of a recipe whose weight is not 0.
+
+def _completions(
+    images: Tensor, tokens: Tensor, class_ids: Tensor, real_images: Tensor, *, start: int, group: int
+) -> Completions:
+    """The completions whose decoded `images` [n, 3, H, W] begin at place `start` of all B*G."""
+    image_of = torch.arange(start, start + len(images), device=tokens.device) // group
+    first, last = start // group, (start + len(images) - 1) // group
+    return Completions(
+        images,
+        tokens[start : start + len(images)],
+        class_ids[image_of],
+        real_images[first : last + 1],
+        image_of - first,
+    )
+
+
+def build_rewards(
+    config: RewardConfig, tokenizer: VQModel, *, num_classes: int, device: torch.device, compile: Compile
+) -> RewardSum:
+    """The rewards of a recipe whose weight is not 0, with networks in its precision.
+
+    In bf16 they have a copy of the tokenizer: the codes of real images are always found by the original.
 
     Raises:
         UserError: the classifier's number of classes is not the model's.
     """
+    dtype = reward_dtype(config.precision, device)
+    tokenizer = prepare(tokenizer, dtype)
+    networks: list[nn.Module] = [tokenizer.decoder]
     terms: list[tuple[Reward, float]] = []
     if config.reconstruction_weight:
         terms.append((Reconstruction(config.reconstruction), config.reconstruction_weight))
     if config.class_log_prob_weight:
-        classifier = load_classifier(config.classifier_checkpoint).to(device).requires_grad_(False)
+        classifier = prepare(load_classifier(config.classifier_checkpoint).to(device).requires_grad_(False), dtype)
         if classifier.config.num_classes != num_classes:
             raise UserError(
                 f"reward.classifier_checkpoint: {config.classifier_checkpoint} knows {classifier.config.num_classes} "
                 f"classes, model.num_classes is {num_classes}; give a classifier of the same classes"
             )
         terms.append((ClassLogProb(classifier), config.class_log_prob_weight))
+        networks.append(classifier)
     if config.embedding_cosine and config.embedding_cosine_weight:
         terms.append((EmbeddingCosine(tokenizer), config.embedding_cosine_weight))
+        networks.append(tokenizer.encoder)
+    if compile.enabled:
+        for network in networks:
+            network.compile()
     return RewardSum(tokenizer, terms, batch_size=config.batch_size)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo.config import Reward, UserError
+from grpo.config import Compile, Reward, UserError
 from grpo.models import TOKENIZER_SPECS, Classifier, ClassifierConfig, VQModel, save_weights
 from grpo.rewards import ClassLogProb, Completions, EmbeddingCosine, Reconstruction, RewardSum, build_rewards
 
@@ -19,7 +19,8 @@ def tokenizer():
 @pytest.fixture
 def completions(tokenizer):
     tokens = torch.randint(32, (3, 16), generator=torch.Generator().manual_seed(0))
-    return Completions(torch.full((3, 3, 16, 16), 0.5), tokens, torch.tensor([0, 1, 2]), torch.zeros(3, 3, 16, 16))
+    images, real = torch.full((3, 3, 16, 16), 0.5), torch.zeros(3, 3, 16, 16)
+    return Completions(images, tokens, torch.tensor([0, 1, 2]), real, torch.arange(3))
 
 
 def test_reconstruction_by_hand(completions):
@@ -38,8 +39,8 @@ def test_embedding_cosine_is_zero_for_the_real_codes_own_vectors(tokenizer):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     tokens = tokenizer.encode(images)
     reward = EmbeddingCosine(tokenizer)
-    own = reward(Completions(images, tokens, torch.zeros(2), images))
-    other = reward(Completions(images, (tokens + 7) % 32, torch.zeros(2), images))
+    own = reward(Completions(images, tokens, torch.zeros(2), images, torch.arange(2)))
+    other = reward(Completions(images, (tokens + 7) % 32, torch.zeros(2), images, torch.arange(2)))
     latents, vectors = tokenizer.encode_latents(images).flatten(1), tokenizer.lookup(tokens).flatten(1)
     cosine = (latents * vectors).sum(1) / (latents.norm(dim=1) * vectors.norm(dim=1))
     torch.testing.assert_close(own, cosine - 1, rtol=1e-5, atol=1e-6)
@@ -64,7 +65,7 @@ def test_weighted_sum_over_any_batches(tokenizer, batch_size):
 def test_built_from_a_recipe(tokenizer, tmp_path):
     save_weights(tmp_path / "c.safetensors", Classifier(ClassifierConfig(width=8, num_classes=4)).state_dict())
     config = Reward(class_log_prob_weight=0.5, classifier_checkpoint=str(tmp_path / "c.safetensors"))
-    rewards = build_rewards(config, tokenizer, num_classes=4, device=CPU)
+    rewards = build_rewards(config, tokenizer, num_classes=4, device=CPU, compile=Compile())
     assert (rewards.names, rewards.weights) == (["reconstruction", "class_log_prob"], [1.0, 0.5])
     with pytest.raises(UserError, match="knows 4 classes"):
-        build_rewards(config, tokenizer, num_classes=10, device=CPU)
+        build_rewards(config, tokenizer, num_classes=10, device=CPU, compile=Compile())

@@ -1,0 +1,45 @@
+"""Frozen networks of the rewards in the precision and memory layout in which they are fastest."""
+
+import copy
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from grpo.models import VQConfig
+from grpo.parallel import free_memory
+
+Network = TypeVar("Network", bound=nn.Module)
+
+CPU_BATCH = 64
+MEMORY_SHARE = 0.5  # of the free memory, for the decoder's activations
+FEATURE_MAPS = 6  # of full resolution that a decoder holds at once, with those that a convolution works in
+MAX_ELEMENTS = 2**31 - 1  # of one tensor; beyond, convolutions leave their fast 32-bit indexing
+
+
+def reward_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+    """The dtype of the rewards' networks; auto is bf16 on a GPU and fp32 elsewhere."""
+    low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if low else torch.float32
+
+
+def prepare(network: Network, dtype: torch.dtype) -> Network:
+    """The network as it is for fp32, else a copy in that dtype, with the channels-last layout of tensor cores."""
+    if dtype == torch.float32:
+        return network
+    return copy.deepcopy(network).to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def decode_batch(config: VQConfig, num_codes: int, *, dtype: torch.dtype, device: torch.device) -> int:
+    """Completions that a tokenizer can decode at once in the memory that is free now; 64 on a CPU.
+
+    Args:
+        config: of the tokenizer.
+        num_codes: T of one image.
+    """
+    if device.type != "cuda":
+        return CPU_BATCH
+    pixels = num_codes * (config.downsample_size // config.patch_size) ** 2
+    elements = pixels * config.ch * config.ch_mult[0]  # of the decoder's largest feature map
+    in_memory = int(free_memory(device) * MEMORY_SHARE) // (elements * FEATURE_MAPS * dtype.itemsize)
+    return max(1, min(in_memory, MAX_ELEMENTS // elements))
