@@ -25,6 +25,7 @@ from grpo.training import (
     TrainingRun,
     build_gpt,
     build_tokenizer,
+    grpo_flops,
     optimizer_steps,
 )
 
@@ -71,19 +72,26 @@ def train(recipe: GRPORecipe, world: World) -> None:
         scaler=grad_scaler(training.mixed_precision, world.device),
     )
     update = PolicyUpdate(policy, step, objective=objective, rollout=recipe.rollout, training=training, world=world)
-    rollout = build_rollout(
-        policy,
-        codes,
-        recipe.rollout,
-        seed=training.seed,
-        impl=training.kernels,
-        keep_graph=update.shares_forward,
-        with_real=objective.aux_ce_weight > 0,
+    reward = build_rewards(
+        recipe.reward,
+        tokenizer,
+        num_classes=recipe.model.num_classes,
+        device=world.device,
+        compile=recipe.compile,
     )
-    reward = build_rewards(recipe.reward, tokenizer, num_classes=recipe.model.num_classes, device=world.device)
     images_per_part = training.batch_size if update.shares_forward else recipe.rollout.batch_size
+    flops = grpo_flops(recipe, policy.config, shares_forward=update.shares_forward)
 
     with TrainingRun(recipe, world, title="GRPO") as run:
+        rollout = build_rollout(
+            policy,
+            run.timer("encode")(codes),
+            recipe.rollout,
+            seed=training.seed,
+            impl=training.kernels,
+            keep_graph=update.shares_forward,
+            with_real=objective.aux_ce_weight > 0,
+        )
         run.start(model=policy, step=step, stream=stream)
         for number in run.steps():
             shown: list[SampleRow] = []
@@ -95,7 +103,8 @@ def train(recipe: GRPORecipe, world: World) -> None:
                     trajectory = rollout(batch)  # tokens [R, M, T]
                 with run.timer("reward"):
                     groups = trajectory.tokens.view(len(batch.class_ids), -1, trajectory.tokens.shape[-1])
-                    rewards = reward(groups, batch.class_ids, batch.images, show=min(show, len(groups)) * (not shown))
+                    wanted = min(show, len(groups)) * (not shown)
+                    rewards = reward(groups, batch.class_ids, batch.images, show=wanted, timer=run.timer)
                     credit(trajectory, rewards, reward, recipe=recipe, metrics=update.metrics)
                 with run.timer("update"):
                     if reference is not None:
@@ -110,6 +119,8 @@ def train(recipe: GRPORecipe, world: World) -> None:
                 number,
                 update.metrics.means(),
                 images=world.size * recipe.rollout.batch_size * recipe.rollout.num_generations,
+                codes=policy.config.block_size,
+                flops=flops,
             )
 
 

@@ -15,7 +15,7 @@ from grpo.parallel import free_memory, gathered
 from grpo.rollout.decoder import Decoded, Decoder, Replay, bytes_per_row
 from grpo.rollout.trajectory import Trajectory, real_rows
 
-SEGMENT = {"cuda": 128, "cpu": 16}  # steps that read the same part of the cache; each costs a GPU one capture
+SEGMENT = 128  # steps that read the same part of the cache; each segment costs a GPU one capture
 MEMORY_SHARE = 0.8  # of the free memory, for caches and logits
 
 
@@ -58,7 +58,7 @@ def decode(
         for part in zip(*(nn.functional.pad(ids, padding).split(rows) for ids in (class_ids, row_ids)), strict=True):
             decoder.start(*part)
             for position in range(1, decoder.length):
-                steps[position // SEGMENT[class_ids.device.type]]()
+                steps[position // SEGMENT]()
             drawn.append(decoder.read())
     return Decoded(*(torch.cat(values)[: len(class_ids)] for values in zip(*drawn, strict=True)))
 
@@ -80,9 +80,9 @@ def _rows_in_memory(model: nn.Module, *, guided: bool) -> int:
 
 def _steps(decoder: Decoder) -> list[Callable[[], None]]:
     """The decode steps of each segment; on a GPU they are replayed as CUDA graphs."""
-    device, length = decoder.row.device.type, decoder.length
-    steps = [partial(decoder.step, min(first + SEGMENT[device], length)) for first in range(0, length, SEGMENT[device])]
-    if device != "cuda":
+    length = decoder.length
+    steps = [partial(decoder.step, min(first + SEGMENT, length)) for first in range(0, length, SEGMENT)]
+    if not decoder.row.is_cuda:
         return steps
     pool = torch.cuda.graph_pool_handle()
     return [Replay(step, pool) for step in steps]

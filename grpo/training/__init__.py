@@ -7,6 +7,7 @@ from grpo.training.metrics import MetricSums
 from grpo.training.optimizer import OptimizerStep, learning_rate
 from grpo.training.phases import Phase, run_phases
 from grpo.training.run import EXPORT_NAME, TrainingRun
+from grpo.training.throughput import grpo_flops
 from grpo.training.update import PolicyUpdate, optimizer_steps
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "build_tokenizer",
     "build_trainable_tokenizer",
     "gpt_config",
+    "grpo_flops",
     "learning_rate",
     "optimizer_steps",
     "run_phases",

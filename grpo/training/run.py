@@ -1,7 +1,8 @@
 """What every training job has: a folder, an observer, checkpoints and a step counter."""
 
 from collections.abc import Iterator, Mapping
-from types import TracebackType
+from contextlib import contextmanager
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import torch
@@ -14,6 +15,7 @@ from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import World, full_state_dict
 from grpo.training.optimizer import OptimizerStep
+from grpo.training.throughput import throughput
 
 EXPORT_NAME = "model.safetensors"
 
@@ -89,21 +91,32 @@ class TrainingRun:
                 "training.steps to go on, or give another metrics.run_dir to start anew"
             )
         self.timer.read()  # do not count the set-up
-        yield from range(self._first_step + 1, self.total_steps + 1)
+        for step in range(self._first_step + 1, self.total_steps + 1):
+            with self._traced(step):
+                yield step
 
-    def finish(self, step: int, metrics: Mapping[str, float], *, images: int) -> None:
+    def finish(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        images: int,
+        codes: int = 0,
+        flops: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Write a step down, and a checkpoint when it is due.
 
         Args:
             metrics: means over all ranks.
             images: images that all ranks together trained on in this step, for the rate.
+            codes, flops: of one image, and of this rank's step by phase, where the job has them; see `throughput`.
 
         Raises:
             UserError: too many optimizer steps in a row were skipped; there is a checkpoint of this step.
         """
         times = self.timer.read()
-        rate = {"images_per_second": images / times["seconds/step"]}
-        self.observer.log(step, {**metrics, **rate, **times})
+        rates = throughput(times, images=images, codes=codes, flops=flops, device=self.world.device)
+        self.observer.log(step, {**metrics, **rates, **times})
         config, last = self.recipe.checkpoint, step == self.total_steps
         if last and config.save_final and not config.sharded:
             self._export()
@@ -145,6 +158,19 @@ class TrainingRun:
             self.checkpoints.close()
         if hasattr(self, "observer"):
             self.observer.__exit__(kind, error, traceback)
+
+    @contextmanager
+    def _traced(self, step: int) -> Iterator[None]:
+        """Record the step if it is the one that the recipe wants a trace of."""
+        if step != self.recipe.debug.profile:
+            yield
+            return
+        with torch.profiler.profile() as profiler:
+            yield
+        path = self.recipe.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
+        profiler.export_chrome_trace(str(path))
+        self.observer.message(f"trace of step {step}: {path}")
 
     def _export(self) -> None:
         """Write the final weights under a name that does not change with the number of steps, for the next job."""
