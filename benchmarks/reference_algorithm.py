@@ -51,3 +51,42 @@ def update(model: nn.Module, trajectory: Trajectory, *, batch_size: int, clip: f
         cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets[part].flatten())
         loss = surrogate.mean(dim=1).mean() + aux_ce_weight * cross_entropy
         (loss * len(ratio) / (rows * completions)).backward()
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, class_ids: Tensor, *, cfg_scale: float, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    """Codes [B, T] as LlamaGen's own sampler draws them.
+
+    Two sets of logits combined by guidance, filters by a sort of every row, softmax and multinomial, one Python step a
+    token; the cache is read in full.
+    """
+    length = model.config.block_size
+    conditions = torch.cat([class_ids, torch.full_like(class_ids, model.config.num_classes)])
+    dtype, device = model.output.weight.dtype, class_ids.device
+    cache = model.init_cache(len(conditions), dtype=dtype, device=device)
+    tokens: list[Tensor] = []
+    for position in range(length):
+        if position == 0:
+            hidden = model.prefill(conditions, cache)
+        else:
+            hidden = model.decode(tokens[-1].repeat(2), torch.tensor(position, device=device), cache)
+        conditional, unconditional = model.output(hidden).float().chunk(2)
+        logits = filtered((unconditional + cfg_scale * (conditional - unconditional)) / temperature, top_k, top_p)
+        tokens.append(torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)[:, 0])
+    return torch.stack(tokens, dim=1)
+
+
+def filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits [N, V] with -inf where top-k, then top-p leave a column out."""
+    if top_k:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = torch.softmax(ordered, dim=-1).cumsum(dim=-1) - torch.softmax(ordered, dim=-1)
+        logits = logits.masked_fill(
+            torch.zeros_like(order, dtype=torch.bool).scatter(1, order, before > top_p), -torch.inf
+        )
+    return logits
