@@ -112,7 +112,8 @@ class Replay:
             try:
                 self.replay = capture(self.function, self.pool)
             except RuntimeError as error:
-                _log_fallback(str(error).partition("\n")[0])
+                cause = error.__context__ or error  # ending the capture fails too, and says less
+                _log_fallback(str(cause).partition("\n")[0])
                 self.replay = self.function
         self.replay()
 

@@ -85,3 +85,20 @@ def test_phases_add_up_and_start_anew(monkeypatch):
     assert timer.read() == {"seconds/rollout": 3.0, "seconds/update": 4.0, "seconds/step": 7.5}
     now += 1.0
     assert timer.read() == {"seconds/step": 1.0}
+
+
+def test_a_phase_inside_another_is_counted_once(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    timer = PhaseTimer()
+
+    def encode(seconds):
+        nonlocal now
+        now += seconds
+
+    for _ in range(2):
+        with timer("rollout"):
+            now += 1.0
+            timer("encode")(encode)(0.25)  # a phase can also wrap a function
+            now += 1.0
+    assert timer.read() == {"seconds/encode": 0.5, "seconds/rollout": 4.0, "seconds/step": 4.5}

@@ -1,0 +1,156 @@
+"""FLOPs by hand and by torch's own counter, rates of a step, the trace of a step."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from grpo.config import GRPORecipe, load_recipe
+from grpo.models import GPT, GPTConfig
+from grpo.parallel import free_memory, read_peak_memory
+from grpo.training import throughput as module
+from grpo.training.throughput import blocks_flops, grpo_flops, peak_flops, projection_flops, throughput
+from recipes.grpo import main
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SECONDS = {"seconds/rollout": 2.0, "seconds/update": 4.0, "seconds/step": 8.0}
+
+
+@pytest.fixture
+def config():
+    """2 blocks, D = 32, Q = 64 (one key and value head for two queries'), F = 48, T = 16, V = 64."""
+    return GPTConfig(
+        dim=32, n_layer=2, n_head=2, n_kv_head=1, vocab_size=64, block_size=16, num_classes=5, multiple_of=16,
+        ffn_dim_multiplier=0.5,
+    )  # fmt: skip
+
+
+def test_flops_by_hand(config):
+    assert (config.qkv_dim, config.ffn_dim) == (64, 48)
+    products = 32 * 64 + 32 * 32 + 3 * 32 * 48
+    assert blocks_flops(config) == 2 * (2 * 16 * products + 4 * 16 * 16 * 32)
+    assert blocks_flops(config, 3, rows=5) == 3 * 2 * (2 * 5 * products + 4 * 5 * 5 * 32)
+    assert projection_flops(config, 10) == 2 * 10 * 32 * 64
+
+
+def test_flops_are_those_that_torch_counts(config):
+    """Forward and backward, which takes twice as many, of three sequences."""
+    model = GPT(config)
+    tokens, class_ids = torch.zeros(3, 15, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    forward = blocks_flops(config, 3) + projection_flops(config, 3 * 16)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = model(tokens, class_ids).sum()
+        assert counter.get_total_flops() == forward
+        loss.backward()
+    assert counter.get_total_flops() == 3 * forward
+
+
+def recipe(**changes):
+    """8 images x 4 completions, 32 of them a step."""
+    settings = {"rollout.batch_size": 8, "rollout.num_generations": 4, "training.batch_size": 32} | changes
+    flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return load_recipe(GRPORecipe, ["--config", "train_configs/debug.toml", *flags])
+
+
+CONDITIONAL = {"rollout.cfg_scale": 2, "rollout.guidance_in_loss": "conditional"}
+AUTOREGRESSIVE = {
+    "rollout.mode": "autoregressive", "reward.reconstruction_weight": 0, "reward.class_log_prob_weight": 1,
+    "reward.classifier_checkpoint": "c", "objective.aux_ce_weight": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared", "rollout", "update"),
+    [
+        ({}, True, (8, 8), (16, 24)),  # one forward of 8 contexts serves both
+        ({}, False, (8, 8), (24, 24)),
+        ({"training.batch_size": 16}, False, (8, 8), (32, 32)),  # two steps: old log-probs are scored
+        ({"training.batch_size": 2}, False, (8, 8), (56, 56)),  # half a group a step: twice through the model
+        ({"objective.kl": "k3"}, False, (8, 8), (32, 32)),
+        (AUTOREGRESSIVE, False, (32, 32), (96, 96)),
+        (AUTOREGRESSIVE | {"objective.aux_ce_weight": 1}, False, (32, 32), (120, 120)),
+        (AUTOREGRESSIVE | {"rollout.cfg_scale": 2}, False, (64, 32), (192, 96)),
+        (
+            AUTOREGRESSIVE | {"rollout.cfg_scale": 2, "rollout.guidance_in_loss": "conditional"},
+            False,
+            (64, 32),
+            (96, 96),
+        ),
+    ],
+)
+def test_work_of_a_step(config, changes, shared, rollout, update):
+    """In forwards of one sequence through the blocks, and of its rows through the projection."""
+    flops = grpo_flops(recipe(**changes), config, shares_forward=shared)
+    for phase, (blocks, projections) in (("rollout", rollout), ("update", update)):
+        assert flops[phase] == blocks * blocks_flops(config) + projections * projection_flops(config, 16), phase
+
+
+def test_rates_of_a_step(monkeypatch):
+    flops = {"rollout": 1e12, "update": 8e12}
+    metrics = throughput(SECONDS, images=40, codes=256, flops=flops, device=CPU)
+    assert (metrics["images_per_second"], metrics["tokens_per_second"]) == (5.0, 1280.0)
+    assert 0.05 < metrics["memory/peak_gb"] < 1000
+    assert not any(name.startswith("mfu") for name in metrics)
+    monkeypatch.setattr(module, "peak_flops", lambda device: 1e13)
+    metrics = throughput(SECONDS, images=40, codes=0, flops=flops, device=CPU)
+    assert metrics["mfu"] == pytest.approx(9e12 / 8 / 1e13)
+    assert metrics["mfu/rollout"] == pytest.approx(0.05)
+    assert metrics["mfu/update"] == pytest.approx(0.2)
+    assert "tokens_per_second" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_of_known_devices(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(CUDA) == peak
+    assert peak_flops(CPU) is None
+
+
+def test_memory_of_a_gpu(monkeypatch):
+    """Free is what the driver has and what torch keeps without using it; the peak starts anew with each read."""
+    readings = {
+        "mem_get_info": (10, 99),
+        "memory_reserved": 7,
+        "memory_allocated": 4,
+        "max_memory_allocated": 3 * 2**30,
+    }
+    for name, value in readings.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    resets = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    assert free_memory(CUDA) == 13
+    assert read_peak_memory(CUDA) == 2.0
+    assert resets == [CUDA]
+
+
+def test_a_trace_of_one_step_changes_nothing_else(tmp_path):
+    flags = ["--config", "train_configs/debug.toml", "--training.steps", "3", "--metrics.image_interval", "0"]
+    flags += ["--checkpoint.interval", "0", "--checkpoint.save_final", "false"]
+    for name, profile in (("plain", "0"), ("traced", "2")):
+        main([*flags, "--metrics.run_dir", str(tmp_path / name), "--debug.profile", profile])
+    (trace,) = tmp_path.rglob("trace-*")
+    assert trace == tmp_path / "traced" / "trace-step-000002-rank-0.json"
+    names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert any(name.startswith("grpo::") for name in names)
+    plain, traced = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "traced")
+    )
+    for before, after in zip(plain, traced, strict=True):
+        assert before.keys() == after.keys()
+        for name in ("loss", "grad_norm", "reward_mean", "entropy"):
+            assert before[name] == after[name], name
+    assert {f"seconds/{phase}" for phase in ("data", "encode", "rollout", "decode", "reward", "update")} < plain[
+        0
+    ].keys()
