@@ -112,8 +112,8 @@ class Replay:
             try:
                 self.replay = capture(self.function, self.pool)
             except RuntimeError as error:
-                cause = error.__context__ or error  # ending the capture fails too, and says less
-                _log_fallback(str(cause).partition("\n")[0])
+                # Ending the capture fails too and says less. No name may keep the cause: it would keep the cache.
+                _log_fallback(str(error.__context__ or error).partition("\n")[0])
                 self.replay = self.function
         self.replay()
 
