@@ -1,13 +1,12 @@
 """Log-probs of chosen tokens under rows of logits, and the entropy of the rows."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from grpo.kernels.dispatch import use_triton
-from grpo.kernels.row_math import check_arguments, new_outputs, row_chunks, score_rows, score_rows_backward
-
-# Elements of logits worked on at once: about the second-level cache of a CPU core, and enough to fill a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+from grpo.kernels.row_math import cached_rows, check_arguments, new_outputs, row_chunks, score_rows, score_rows_backward
 
 
 def token_log_probs(
@@ -33,8 +32,7 @@ def _forward(
 
         return launch_forward(logits, tokens, temperature, with_entropy)
     log_probs, lse, entropy = new_outputs(tokens, with_entropy, logits)
-    for rows in _chunks(logits):
-        scores = logits[rows].to(lse.dtype, copy=True).div_(temperature)
+    for rows, scores in _tempered_chunks(logits, temperature, lse.dtype):
         score_rows(scores, tokens[rows], log_probs[rows], lse[rows], entropy[rows])
     return log_probs, lse, entropy
 
@@ -62,8 +60,7 @@ def _backward(
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad_log_probs = grad_log_probs / temperature
     grad_entropy = None if grad_entropy is None else grad_entropy / temperature
-    for rows in _chunks(logits):
-        scores = logits[rows].to(lse.dtype, copy=True).div_(temperature)
+    for rows, scores in _tempered_chunks(logits, temperature, lse.dtype):
         grad_h = None if grad_entropy is None else grad_entropy[rows]
         score_rows_backward(scores, tokens[rows], lse[rows], entropy[rows], grad_log_probs[rows], grad_h)
         grad_logits[rows] = scores
@@ -96,8 +93,13 @@ def _autograd(ctx, grad_log_probs, grad_lse, grad_entropy):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _chunks(logits: Tensor):
-    return row_chunks(logits.shape[0], max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // logits.shape[1]))
+def _tempered_chunks(logits: Tensor, temperature: float, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows and logits / temperature in `dtype`, in one buffer that every chunk overwrites."""
+    size = min(max(1, logits.shape[0]), cached_rows(logits))
+    buffer = logits.new_empty(size, logits.shape[1], dtype=dtype)
+    for rows in row_chunks(logits.shape[0], size):
+        scores = buffer[: rows.stop - rows.start].copy_(logits[rows])
+        yield rows, scores if temperature == 1 else scores.div_(temperature)
 
 
 def _obstacle(logits: Tensor) -> str | None:

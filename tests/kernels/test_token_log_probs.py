@@ -5,8 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from grpo.kernels import linear_log_probs as linear
-from grpo.kernels import linear_token_log_probs, log_probs, token_log_probs
+from grpo.kernels import linear_log_probs, linear_token_log_probs, row_math, token_log_probs
 
 N, V, D, M = 5, 40, 4, 3
 
@@ -29,8 +28,8 @@ def expected(logits, tokens, temperature):
 @pytest.fixture(params=[1, 3])
 def chunk_rows(request, monkeypatch):
     """Rows of a chunk: one at a time, and with a last chunk that is shorter."""
-    for module in (log_probs, linear):
-        monkeypatch.setitem(module._CHUNK_ELEMENTS, "cpu", request.param * V)
+    monkeypatch.setattr(row_math, "_CPU_ELEMENTS", request.param * V / torch.get_num_threads())
+    monkeypatch.setitem(linear_log_probs._CHUNK_ELEMENTS, "cpu", request.param * V)
 
 
 @pytest.mark.usefixtures("chunk_rows")

@@ -1,0 +1,81 @@
+"""Sampling: G draws and their log-probs from rows of logits, against the reference trainer's way.
+
+    python benchmarks/bench_sampling.py [--json results.json]
+
+"eager" redoes softmax, filter (LlamaGen's top-k and top-p) and multinomial for every draw, as the reference trainer
+does.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import DEVICE, Case, main
+from grpo.kernels import sample_tokens
+
+N, V = (512, 16384) if DEVICE.type == "cuda" else (128, 16384)
+
+
+def filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits with -inf where top-k, then top-p, cut, written with a sort as LlamaGen's filter works."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        descending, order = logits.sort(dim=-1, descending=True)
+        before = descending.softmax(-1).cumsum(-1) - descending.softmax(-1)
+        logits = logits.scatter(-1, order, descending.masked_fill(before > top_p, -torch.inf))
+    return logits
+
+
+def eager(logits: Tensor, num_samples: int, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Tokens and their log-probs under the full distribution, one draw after the other."""
+    tokens, log_probs = [], []
+    for _ in range(num_samples):
+        drawn = torch.multinomial(filtered(logits, top_k, top_p).softmax(-1), num_samples=1)
+        tokens.append(drawn)
+        log_probs.append(logits.log_softmax(-1).gather(1, drawn))
+    return torch.cat(tokens, dim=1), torch.cat(log_probs, dim=1)
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """One and eight draws; no truncation, top-k, top-p, both."""
+    logits = 2 * torch.randn(N, V, device=DEVICE)  # entropy about 7.7 nats
+    fast = torch.compile(eager, dynamic=False)
+    return [
+        case(logits, fast, options, num_samples, top_k, top_p)
+        for num_samples, top_k, top_p in ((8, 0, 1.0), (1, 0, 1.0), (8, 1000, 1.0), (8, 0, 0.9), (8, 1000, 0.9))
+    ]
+
+
+def case(logits, fast, options, num_samples: int, top_k: int, top_p: float) -> Case:
+    def ours():
+        return sample_tokens(logits, num_samples=num_samples, top_k=top_k, top_p=top_p, seed=0)
+
+    sample = ours()
+    truth = logits.double().log_softmax(-1)
+    kept = filtered(logits, top_k, top_p).isfinite()
+    errors = {
+        "log_probs": (sample.log_probs - truth.gather(1, sample.tokens)).abs().max().item(),
+        "kept_mass": (sample.kept_mass - (truth.exp() * kept).sum(1)).abs().max().item(),
+        "draws_outside_the_kept_set": (~kept.gather(1, sample.tokens)).sum().item(),
+    }
+    sides = {"eager": lambda: eager(logits, num_samples, top_k, top_p), "ours": ours}
+    if not options.no_compile:
+        sides["compile"] = lambda: fast(logits, num_samples, top_k, top_p)
+    return Case(
+        name=f"G={num_samples}" + f" top-k {top_k}" * (top_k > 0) + f" top-p {top_p}" * (top_p < 1),
+        sizes={"N": N, "V": V, "num_samples": num_samples, "top_k": top_k, "top_p": top_p},
+        sides=sides,
+        error=errors,
+        bytes=logits.numel() * logits.element_size(),
+    )
+
+
+if __name__ == "__main__":
+    main(__doc__, cases)

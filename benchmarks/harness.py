@@ -1,0 +1,221 @@
+"""What the kernel benchmarks share: timing, peak memory, the device's own rates, results as JSON, a plot.
+
+A benchmark makes a list of `Case`: sizes, named sides that do the same work, the bytes and FLOP that the work needs at
+least, and an error measured on the spot. The side named "ours" is compared with the side named "eager".
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from grpo.observe import environment
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NO_GPU = "Measured on a CPU, where ours is the torch reference path; no Triton kernel was timed on a GPU."
+
+
+@dataclass
+class Case:
+    """One piece of work and the ways to do it."""
+
+    name: str
+    sizes: dict[str, int | float | str]
+    sides: dict[str, Callable[[], object]]
+    error: dict[str, float]
+    """Largest differences from the fp64 truth, or between sides, by what was compared."""
+    bytes: int = 0
+    """Memory traffic that no implementation can avoid."""
+    flop: int = 0
+    """Floating-point operations of the matrix products that no implementation can avoid."""
+
+
+@dataclass
+class Result:
+    """What was measured of one case."""
+
+    name: str
+    sizes: dict[str, int | float | str]
+    error: dict[str, float]
+    sides: dict[str, dict[str, float]]
+    speedup: float
+    memory_ratio: float
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of ours: share of the measured copy bandwidth and matrix rate."""
+
+
+def main(description: str, cases: Callable[[argparse.Namespace], list[Case]]) -> None:
+    """The command line of a kernel benchmark: measure `cases(options)`, print them, write what was asked for."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="file for the results; a plot goes beside it where matplotlib is")
+    parser.add_argument("--repeats", type=int, default=100 if DEVICE.type == "cuda" else 7, help="runs of each side")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile's side")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rates = device_rates()
+    print(", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()))
+    results = []
+    for case in cases(options):
+        results.append(measure(case, rates, repeats=options.repeats))
+        show(results[-1])
+    if options.json:
+        write(options.json, results, rates)
+
+
+def measure(case: Case, rates: dict[str, float], *, repeats: int) -> Result:
+    """Median seconds and peak memory of every side, the sides in turn so that a slow spell meets all of them."""
+    seconds: dict[str, list[float]] = {side: [] for side in case.sides}
+    peaks = {}
+    for side, run in case.sides.items():
+        run()  # compiles, warms up
+        peaks[side] = peak_bytes(run)
+    for _ in range(repeats):
+        for side, run in case.sides.items():
+            seconds[side].append(timed(run))
+    sides = {
+        side: {"seconds": statistics.median(times), "fastest_seconds": min(times), "peak_bytes": peaks[side]}
+        for side, times in seconds.items()
+    }
+    ours, eager = sides["ours"], sides["eager"]
+    shares = {}
+    if case.bytes:
+        shares["copy_bandwidth"] = case.bytes / ours["seconds"] / rates["copy_bytes_per_second"]
+    if case.flop:
+        shares["matrix_rate"] = case.flop / ours["seconds"] / rates["matrix_flop_per_second"]
+    return Result(
+        name=case.name,
+        sizes=case.sizes,
+        error=case.error,
+        sides=sides,
+        speedup=eager["seconds"] / ours["seconds"],
+        memory_ratio=ours["peak_bytes"] / eager["peak_bytes"],
+        shares=shares,
+    )
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one run; on a GPU by events, with a second-level cache that holds nothing of the inputs."""
+    if DEVICE.type == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    torch.empty(1 << 28, dtype=torch.int8, device=DEVICE).zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Memory that a run takes above what is allocated before it: of the GPU, or of the process (Linux)."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier run has freed is used again unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
+    before = _resident_peak()
+    run()
+    return _resident_peak() - before
+
+
+def _resident_peak() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def device_rates() -> dict[str, float]:
+    """What this device reaches on a plain copy and on a plain matrix product, the yardsticks of the shares."""
+    elements, size, dtype = (1 << 28, 8192, torch.bfloat16) if DEVICE.type == "cuda" else (1 << 24, 1024, torch.float32)
+    source, target = torch.ones(elements, device=DEVICE), torch.empty(elements, device=DEVICE)
+    matrix = torch.ones(size, size, device=DEVICE, dtype=dtype)
+    copies, products = (lambda: target.copy_(source)), (lambda: matrix @ matrix)
+    copies(), products()
+    return {
+        "copy_bytes_per_second": 8 * elements / min(timed(copies) for _ in range(5)),
+        "matrix_flop_per_second": 2 * size**3 / min(timed(products) for _ in range(5)),
+    }
+
+
+def compiled(run: Callable, options: argparse.Namespace) -> dict[str, Callable]:
+    """{"compile": torch.compile of `run`}, or nothing where it was left out."""
+    return {} if options.no_compile else {"compile": torch.compile(run)}
+
+
+def peers(**functions: Callable[[], Callable]) -> dict[str, Callable]:
+    """The peers that can run here: on a GPU, with their package (`liger_kernel=...`) installed.
+
+    Each value imports its peer and returns the function to time.
+    """
+    if DEVICE.type != "cuda":
+        return {}
+    return {name: make() for name, make in functions.items() if importlib.util.find_spec(name)}
+
+
+def show(result: Result) -> None:
+    """A few lines on the console."""
+    print(f"\n{result.name} {result.sizes}")
+    for side, numbers in result.sides.items():
+        print(f"  {side:20} {numbers['seconds'] * 1e3:10.3f} ms {numbers['peak_bytes'] / 2**20:10.1f} MiB")
+    shares = ", ".join(f"{share:.0%} of {name}" for name, share in result.shares.items())
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in result.error.items())
+    print(f"  ours: {result.speedup:.2f}x eager, memory {result.memory_ratio:.2f}x; {shares}; errors: {errors}")
+
+
+def write(file: Path, results: list[Result], rates: dict[str, float]) -> None:
+    """The results as JSON, with hardware, versions and date; speedup and memory_ratio are those of the first case."""
+    content = {
+        **environment(),
+        "date": date.today().isoformat(),
+        "threads": torch.get_num_threads(),
+        "note": NO_GPU if DEVICE.type == "cpu" else "",
+        "rates": rates,
+        "speedup": results[0].speedup,
+        "memory_ratio": results[0].memory_ratio,
+        "cases": [asdict(result) for result in results],
+    }
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        plot(results, file.with_suffix(".png"))
+    else:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+
+
+def plot(results: list[Result], file: Path) -> None:
+    """Bars of time and peak memory, one group for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sides = list(dict.fromkeys(side for result in results for side in result.sides))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.32 * len(results) * len(sides)), layout="constrained")
+    for axis, quantity, unit, label in ((axes[0], "seconds", 1e3, "ms"), (axes[1], "peak_bytes", 2**-20, "MiB")):
+        for i, side in enumerate(sides):
+            shown = [
+                (j, result.sides[side][quantity] * unit) for j, result in enumerate(results) if side in result.sides
+            ]
+            places = [j + (i - (len(sides) - 1) / 2) * 0.8 / len(sides) for j, _ in shown]
+            bars = axis.barh(places, [height for _, height in shown], height=0.75 / len(sides), label=side)
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        axis.set(xlabel=label, yticks=range(len(results)), yticklabels=[result.name for result in results])
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+    axes[0].legend()
+    figure.suptitle(" / ".join(environment()["hardware"].values()))
+    figure.savefig(file, dpi=110)
+    print(f"wrote {file}")
