@@ -165,7 +165,10 @@ class TrainingRun:
         if step != self.recipe.debug.profile:
             yield
             return
-        with torch.profiler.profile() as profiler:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.world.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profiler:
             yield
         path = self.recipe.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
