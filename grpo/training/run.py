@@ -165,10 +165,7 @@ class TrainingRun:
         if step != self.recipe.debug.profile:
             yield
             return
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.world.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile() as profiler:
             yield
         path = self.recipe.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
