@@ -5,29 +5,23 @@ torchrun --nproc_per_node=8 recipes/grpo.py --config train_configs/vapi_xxl_384.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":  # this file is named like the package that it imports
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from torch import nn
+
 from grpo.config import GRPORecipe, load_recipe
-from grpo.data import CodeCache, ImageBatch, build_dataset, build_stream
+from grpo.data import CodeCache, ImageBatch, ImageStream, build_dataset, build_stream
 from grpo.objectives import group_advantages, spreadless_groups
-from grpo.observe import SampleRow
-from grpo.parallel import World, build_mesh, distributed, grad_scaler, run_main, set_matmul_precision
+from grpo.observe import PhaseTimer, SampleRow
+from grpo.parallel import World, build_mesh, distributed, run_main, set_matmul_precision
 from grpo.rewards import Rewards, RewardSum, build_rewards
 from grpo.rollout import Trajectory, build_rollout
-from grpo.training import (
-    MetricSums,
-    OptimizerStep,
-    PolicyUpdate,
-    TrainingRun,
-    build_gpt,
-    build_tokenizer,
-    grpo_flops,
-    optimizer_steps,
-)
+from grpo.training import MetricSums, PolicyUpdate, TrainingRun, build_gpt, build_tokenizer, build_update, grpo_flops
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -39,6 +33,53 @@ def main(arguments: Sequence[str]) -> None:
 
 def train(recipe: GRPORecipe, world: World) -> None:
     """The whole job on this rank."""
+    with TrainingRun(recipe, world, title="GRPO") as run:
+        job = build(recipe, world, run.timer)
+        run.start(model=job.policy, step=job.update.step, stream=job.stream)
+        for number in run.steps():
+            shown: list[SampleRow] = []
+            show = recipe.metrics.image_groups if run.observer.wants_images(number) else 0
+            with run.timer("data"):
+                images = next(job.stream).to(world.device)  # [B]
+            for batch in images.parts(job.update.images_per_part):
+                with run.timer("rollout"):
+                    trajectory = job.rollout(batch)  # tokens [R, M, T]
+                with run.timer("reward"):
+                    groups = trajectory.tokens.view(len(batch.class_ids), -1, trajectory.tokens.shape[-1])  # [B, G, T]
+                    wanted = 0 if shown else min(show, len(groups))
+                    rewards = job.reward(groups, batch.class_ids, batch.images, show=wanted, timer=run.timer)
+                    credit(trajectory, rewards, job.reward, recipe=recipe, metrics=job.update.metrics)
+                with run.timer("update"):
+                    if job.reference is not None:
+                        trajectory.ref_log_probs = job.update.score(job.reference, trajectory)
+                    job.update(trajectory)
+                if wanted:
+                    real = recipe.rollout.mode == "teacher_forced"
+                    shown = sample_rows(batch, rewards, job.stream.dataset.class_names, real=real)
+            run.observer.images(number, shown)
+            run.finish(
+                number,
+                job.update.metrics.means(),
+                images=world.size * recipe.rollout.batch_size * recipe.rollout.num_generations,
+                codes=job.policy.config.block_size,
+                flops=job.flops,
+            )
+
+
+class Job(NamedTuple):
+    """What a GRPO run works with."""
+
+    stream: ImageStream
+    policy: nn.Module
+    reference: nn.Module | None
+    rollout: Callable[[ImageBatch], Trajectory]
+    reward: RewardSum
+    update: PolicyUpdate
+    flops: Mapping[str, float]
+
+
+def build(recipe: GRPORecipe, world: World, timer: PhaseTimer) -> Job:
+    """Data, models, rollout, rewards and update of a recipe."""
     training, objective = recipe.training, recipe.objective
     set_matmul_precision(training.mixed_precision)
     mesh = build_mesh(recipe.parallel, world)
@@ -63,15 +104,6 @@ def train(recipe: GRPORecipe, world: World) -> None:
     if objective.kl_estimator != "none":
         checkpoint = objective.reference_checkpoint or recipe.model.checkpoint
         reference = build_gpt(recipe, checkpoint=checkpoint, mesh=mesh, world=world).eval().requires_grad_(False)
-    _, steps_per_rollout = optimizer_steps(recipe.rollout, training)
-    step = OptimizerStep(
-        policy,
-        recipe.optimizer,
-        total_steps=training.steps * steps_per_rollout,
-        max_skipped_steps=training.max_skipped_steps,
-        scaler=grad_scaler(training.mixed_precision, world.device),
-    )
-    update = PolicyUpdate(policy, step, objective=objective, rollout=recipe.rollout, training=training, world=world)
     reward = build_rewards(
         recipe.reward,
         tokenizer,
@@ -79,49 +111,18 @@ def train(recipe: GRPORecipe, world: World) -> None:
         device=world.device,
         compile=recipe.compile,
     )
-    images_per_part = training.batch_size if update.shares_forward else recipe.rollout.batch_size
+    update = build_update(recipe, policy, world)
+    rollout = build_rollout(
+        policy,
+        timer("encode")(codes),
+        recipe.rollout,
+        seed=training.seed,
+        impl=training.kernels,
+        keep_graph=update.shares_forward,
+        with_real=objective.aux_ce_weight > 0,
+    )
     flops = grpo_flops(recipe, policy.config, shares_forward=update.shares_forward)
-
-    with TrainingRun(recipe, world, title="GRPO") as run:
-        rollout = build_rollout(
-            policy,
-            run.timer("encode")(codes),
-            recipe.rollout,
-            seed=training.seed,
-            impl=training.kernels,
-            keep_graph=update.shares_forward,
-            with_real=objective.aux_ce_weight > 0,
-        )
-        run.start(model=policy, step=step, stream=stream)
-        for number in run.steps():
-            shown: list[SampleRow] = []
-            show = recipe.metrics.image_groups if run.observer.wants_images(number) else 0
-            with run.timer("data"):
-                images = next(stream).to(world.device)  # [B]
-            for batch in images.parts(images_per_part):
-                with run.timer("rollout"):
-                    trajectory = rollout(batch)  # tokens [R, M, T]
-                with run.timer("reward"):
-                    groups = trajectory.tokens.view(len(batch.class_ids), -1, trajectory.tokens.shape[-1])
-                    wanted = min(show, len(groups)) * (not shown)
-                    rewards = reward(groups, batch.class_ids, batch.images, show=wanted, timer=run.timer)
-                    credit(trajectory, rewards, reward, recipe=recipe, metrics=update.metrics)
-                with run.timer("update"):
-                    if reference is not None:
-                        trajectory.ref_log_probs = update.score(reference, trajectory)
-                    update(trajectory)
-                if show and not shown:
-                    shown = sample_rows(
-                        batch, rewards, dataset.class_names, real=recipe.rollout.mode == "teacher_forced"
-                    )
-            run.observer.images(number, shown)
-            run.finish(
-                number,
-                update.metrics.means(),
-                images=world.size * recipe.rollout.batch_size * recipe.rollout.num_generations,
-                codes=policy.config.block_size,
-                flops=flops,
-            )
+    return Job(stream, policy, reference, rollout, reward, update, flops)
 
 
 def credit(

@@ -8,7 +8,7 @@ from grpo.training.optimizer import OptimizerStep, learning_rate
 from grpo.training.phases import Phase, run_phases
 from grpo.training.run import EXPORT_NAME, TrainingRun
 from grpo.training.throughput import grpo_flops
-from grpo.training.update import PolicyUpdate, optimizer_steps
+from grpo.training.update import PolicyUpdate, build_update, optimizer_steps
 
 __all__ = [
     "EXPORT_NAME",
@@ -23,6 +23,7 @@ __all__ = [
     "build_gpt",
     "build_tokenizer",
     "build_trainable_tokenizer",
+    "build_update",
     "gpt_config",
     "grpo_flops",
     "learning_rate",

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from grpo.config import Objective, Rollout, Training
+from grpo.config import GRPORecipe, Objective, Rollout, Training
 from grpo.kernels import philox_uniform
 from grpo.objectives import policy_loss, token_weights
-from grpo.parallel import World, gradient_sync
+from grpo.parallel import World, grad_scaler, gradient_sync
 from grpo.rollout import Scores, Trajectory, score
 from grpo.training.metrics import MetricSums
 from grpo.training.optimizer import OptimizerStep
@@ -54,6 +54,11 @@ class PolicyUpdate:
         A scale over the whole batch needs all rewards before the first backward.
         """
         return self.on_policy and self.rollout.mode == "teacher_forced" and self.objective.advantage != "batch_std"
+
+    @property
+    def images_per_part(self) -> int:
+        """Images of one rollout call: a micro-batch when its forward is trained on, else the whole rollout."""
+        return self.micro_batch if self.shares_forward else self.rollout.batch_size
 
     def __call__(self, trajectory: Trajectory) -> None:
         """Backward of a rollout or a part of one, with every optimizer step that this completes.
@@ -194,6 +199,21 @@ class _Share:
     """Contexts of the whole optimizer step on this rank."""
     target_rows: int
     """Contexts with targets of the whole optimizer step on this rank."""
+
+
+def build_update(recipe: GRPORecipe, policy: nn.Module, world: World) -> PolicyUpdate:
+    """The update of a recipe, with its optimizer."""
+    _, steps_per_rollout = optimizer_steps(recipe.rollout, recipe.training)
+    step = OptimizerStep(
+        policy,
+        recipe.optimizer,
+        total_steps=recipe.training.steps * steps_per_rollout,
+        max_skipped_steps=recipe.training.max_skipped_steps,
+        scaler=grad_scaler(recipe.training.mixed_precision, world.device),
+    )
+    return PolicyUpdate(
+        policy, step, objective=recipe.objective, rollout=recipe.rollout, training=recipe.training, world=world
+    )
 
 
 def optimizer_steps(rollout: Rollout, training: Training) -> tuple[int, int]:
