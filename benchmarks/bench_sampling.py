@@ -59,7 +59,7 @@ def case(logits, fast, options, num_samples: int, top_k: int, top_p: float) -> C
 
     sample = ours()
     truth = logits.double().log_softmax(-1)
-    kept = filtered(logits, top_k, top_p).isfinite()
+    kept = filtered(logits.double(), top_k, top_p).isfinite()
     errors = {
         "log_probs": (sample.log_probs - truth.gather(1, sample.tokens)).abs().max().item(),
         "kept_mass": (sample.kept_mass - (truth.exp() * kept).sum(1)).abs().max().item(),
