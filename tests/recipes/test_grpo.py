@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DEBUG = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0"]
 
 
-def run(*arguments, processes=1, check=True):
+def run(*arguments, processes=1, check=True, **variables):
     """Run the recipe; several processes are started by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "recipes/grpo.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     if check:
         assert result.returncode == 0, result.stderr
@@ -169,3 +169,16 @@ def test_a_run_that_has_diverged_stops_with_a_checkpoint(tmp_path):
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert f"stopped at step {int(checkpoint.name[-6:])}:" in str(error.value)
     assert [line["grad_norm"] for line in metrics(tmp_path)][-2:] == [None, None]
+
+
+def test_triton_kernels_give_the_training_curve_of_the_reference(tmp_path):
+    """The whole recipe on Triton's interpreter (or on the GPU): the same tokens, the same losses within rounding."""
+    common = [*DEBUG, "--training.steps", 3, "--checkpoint.save_final", "false", "--checkpoint.interval", 0]
+    common += ["--rollout.batch_size", 1, "--rollout.num_generations", 2, "--training.batch_size", 2]
+    common += ["--rollout.top_k", 50, "--objective.kl", "k3"]
+    for kernels in ("reference", "triton"):
+        run(*common, "--training.kernels", kernels, "--metrics.run_dir", tmp_path / kernels, TRITON_INTERPRET="1")
+    for ours, reference in zip(metrics(tmp_path / "triton"), metrics(tmp_path / "reference"), strict=True):
+        assert ours["reward_mean"] == reference["reward_mean"]  # the same completions
+        for name in ("loss", "grad_norm", "kl", "entropy", "aux_ce", "kept_mass"):
+            assert ours[name] == pytest.approx(reference[name], rel=1e-5, abs=1e-7), name
