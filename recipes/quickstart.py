@@ -23,7 +23,6 @@ if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the 
     # programs use too, spinning made training four times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -199,7 +198,8 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
     evaluations = [phase for phase in phases if phase.job is evaluate]
     names = [phase.title.removeprefix("Evaluation: ") for phase in evaluations]
     results = [json.loads(phase.product.read_text()) for phase in evaluations]
-    table = Table(box=SIMPLE_HEAD, title=f"{evaluations[0].recipe.evaluation.num_images} samples each")
+    count = evaluations[0].recipe.evaluation.num_images
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=f"{count} samples each")
     table.add_column(no_wrap=True)
     for heading in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
