@@ -19,9 +19,14 @@ from types import MappingProxyType
 
 if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the package grpo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    # Must be known before torch starts its threads: waiting ones shall sleep, not spin. On two cores that other
-    # programs use too, spinning made training four times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    if "RANK" not in os.environ and not torch.cuda.is_available() and (os.cpu_count() or 1) >= 2:
+        # On a CPU two ranks of one thread are faster than one rank of two threads, whose small operations mostly wait
+        # for each other; and where other programs use the cores too, such waiting made training ten times slower.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])
 
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +38,7 @@ from grpo.config import (
     PretrainRecipe,
     Recipe,
     TokenizerRecipe,
+    UserError,
     load_recipe,
 )
 from grpo.data import build_dataset
@@ -84,9 +90,9 @@ NEXT = {
 def main(arguments: Sequence[str]) -> None:
     """Read the flags, join the process group, do what is not done yet, report."""
     options = parse(arguments)
-    phases = plan(options)
     started = time.perf_counter()
     with distributed(TIMEOUT_SECONDS) as world:
+        phases = plan(options, ranks=world.size)
         console = Console(quiet=not world.is_main, highlight=False)
         run_phases(phases, world, say=partial(console.print, markup=False))
         if world.is_main:
@@ -113,10 +119,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def plan(options: argparse.Namespace) -> list[Phase]:
+def plan(options: argparse.Namespace, *, ranks: int) -> list[Phase]:
     """The phases in their order, each reading what those before it have written."""
     improved = "grpo" if options.recipe == "class" else "grpo_vapi"
-    make = partial(phase, options.run_dir, options.configs)
+    make = partial(phase, options.run_dir, options.configs, ranks)
     seed = {"training.seed": options.seed}
     tokenizer = {"tokenizer.checkpoint": "tokenizer"}
     base = {**tokenizer, "model.checkpoint": "pretrain"}
@@ -143,6 +149,7 @@ def plan(options: argparse.Namespace) -> list[Phase]:
 def phase(
     run_dir: Path,
     configs: Path,
+    ranks: int,
     name: str,
     title: str,
     recipe_class: type[Recipe],
@@ -154,6 +161,7 @@ def phase(
     """A phase with its recipe read from its file.
 
     Args:
+        ranks: processes that share each batch.
         inputs: key of the recipe that takes weights -> the phase that makes them.
         settings: other keys that are set from here.
     """
@@ -165,9 +173,26 @@ def phase(
         given = {"evaluation.json_path": product}
         title = f"Evaluation: {title}"
     given |= {key: run_dir / maker / EXPORT_NAME for key, maker in inputs.items()} | dict(settings)
-    flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-    recipe = load_recipe(recipe_class, ["--config", str(configs / f"{file}.toml"), *flags])
+    load = partial(load_phase, recipe_class, configs / f"{file}.toml")
+    recipe = load(given)
+    for section in ("training", "rollout"):
+        if hasattr(recipe, section):
+            given[f"{section}.batch_size"] = share(getattr(recipe, section).batch_size, ranks)
+    recipe = load(given)
     return Phase(title, recipe, job, product, tuple(inputs.values()))
+
+
+def load_phase(recipe_class: type[Recipe], file: Path, given: Mapping[str, object]) -> Recipe:
+    """The recipe of a file with some keys set."""
+    flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    return load_recipe(recipe_class, ["--config", str(file), *flags])
+
+
+def share(batch_size: int, ranks: int) -> int:
+    """Each rank's part of a batch: the recipes of the quickstart state the batch of the whole job."""
+    if batch_size % ranks:
+        raise UserError(f"the quickstart's batches of {batch_size} cannot be shared by {ranks} ranks; start 1, 2 or 4")
+    return batch_size // ranks
 
 
 def evaluate(recipe: EvaluateRecipe, world: World) -> None:
