@@ -21,7 +21,8 @@ if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import torch
 
-    if "RANK" not in os.environ and not torch.cuda.is_available() and (os.cpu_count() or 1) >= 2:
+    alone = "RANK" not in os.environ and not {"-h", "--help"} & set(sys.argv)
+    if alone and not torch.cuda.is_available() and (os.cpu_count() or 1) >= 2:
         # On a CPU two ranks of one thread are faster than one rank of two threads, whose small operations mostly wait
         # for each other; and where other programs use the cores too, such waiting made training ten times slower.
         os.environ["OMP_NUM_THREADS"] = "1"
