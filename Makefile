@@ -21,8 +21,9 @@ endif
 quickstart: $(READY)
 	$(RUN) recipes/quickstart.py --recipe $(RECIPE) $(QUICKSTART_FLAGS)
 
+# One thread: tests are small, and threads that wait for each other on busy cores take most of the time.
 test: lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 lint: $(READY)
 	$(RUN) -m ruff check .
