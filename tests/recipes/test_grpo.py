@@ -171,15 +171,11 @@ def test_a_run_that_has_diverged_stops_with_a_checkpoint(tmp_path):
     assert [line["grad_norm"] for line in metrics(tmp_path)][-2:] == [None, None]
 
 
-@pytest.mark.parametrize("mode", ["teacher_forced", "autoregressive"])
-def test_triton_kernels_give_the_training_curve_of_the_reference(tmp_path, classifier, mode):
+def test_triton_kernels_give_the_training_curve_of_the_reference(tmp_path):
     """The whole recipe on Triton's interpreter (or on the GPU): the same tokens, the same losses within rounding."""
     common = [*DEBUG, "--training.steps", 3, "--checkpoint.save_final", "false", "--checkpoint.interval", 0]
     common += ["--rollout.batch_size", 1, "--rollout.num_generations", 2, "--training.batch_size", 2]
     common += ["--rollout.top_k", 50, "--objective.kl", "k3"]
-    if mode == "autoregressive":  # as in the quickstart
-        common += ["--rollout.mode", mode, "--reward.reconstruction_weight", 0]
-        common += ["--reward.class_log_prob_weight", 1, "--reward.classifier_checkpoint", classifier]
     for kernels in ("reference", "triton"):
         run(*common, "--training.kernels", kernels, "--metrics.run_dir", tmp_path / kernels, TRITON_INTERPRET="1")
     for ours, reference in zip(metrics(tmp_path / "triton"), metrics(tmp_path / "reference"), strict=True):
