@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python >= 3.11 and make:
-#   make quickstart            train and improve a small image generator on real digits, about five minutes
+#   make quickstart            train and improve a small image generator on real digits, six to nine minutes
 #   make test                  lint, format check, all tests
 # Both create .venv and install into it when needed. PYTHON=/path/to/python uses an existing environment as it is.
 

@@ -73,7 +73,7 @@ COLUMNS = {
 NOTES = [
     "reward: mean log p(class | image) under the classifier that rewarded. All else is seen by a second classifier of "
     "other digits: accuracy, FID, precision and recall in its features, against the digits of the split "
-    "{split!r}, which no phase and no choice of settings has used.",
+    "{split!r}, on which no phase was trained.",
     "FID here is not the FID of the literature, whose features are Inception's; compare it within this table only.",
     "entropy: of the drawn codes, nats a code. gap: how much surer of the class the rewarding classifier is "
     "than the judging one, nats; it grows when the reward is deceived.",
