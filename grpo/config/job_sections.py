@@ -80,7 +80,7 @@ class Sampling(Section):
     batch_size: PositiveInt = 32
     """Images drawn together on each rank."""
     mixed_precision: Precision = "bf16"
-    """Precision of the generator and of the tokenizer."""
+    """Precision of the generator and of the tokenizer; auto as in `training.mixed_precision`."""
     kernels: KernelBackend = "auto"
     """Backend of sampling: Triton on a GPU and plain torch elsewhere, or one of them always."""
 

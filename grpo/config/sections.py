@@ -19,7 +19,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
 TopP = Annotated[float, Gt(0), Le(1)]
 GuidanceScale = Annotated[FiniteFloat, Ge(1)]
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 KernelBackend = Literal["auto", "triton", "reference"]
 
 
@@ -240,7 +240,8 @@ class Training(Section):
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of one optimizer step. In grpo.py an optimizer step takes batch_size * this many completions."""
     mixed_precision: Precision = "bf16"
-    """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling."""
+    """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling. auto: bf16 where the
+    device multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32."""
     grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
