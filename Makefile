@@ -21,9 +21,10 @@ endif
 quickstart: $(READY)
 	$(RUN) recipes/quickstart.py --recipe $(RECIPE) $(QUICKSTART_FLAGS)
 
-# One thread: tests are small, and threads that wait for each other on busy cores take most of the time.
+# Two tests at a time, each on one thread: tests are small, and threads that wait for each other on busy cores take most
+# of the time. Tests of one file stay together, which keeps what they share.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -260,6 +260,9 @@ class Parallel(Section):
     within groups of ranks and replicate across them."""
     shard_size: Annotated[int, Ge(-1)] = -1
     """Ranks of one shard group in hsdp; -1 is the ranks of one host."""
+    shard_blocks: bool = True
+    """Gather and reduce each block apart. false: the model as a whole, for models so small that the latency of a
+    collective counts more than its bytes."""
     timeout: PositiveInt = 600
     """Seconds after which a collective that a rank does not join ends the run."""
 

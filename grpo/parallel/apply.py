@@ -47,7 +47,7 @@ def parallelize(
     policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
     if mesh.size() == 1 and policy.param_dtype is None:
         return model  # nothing to shard or cast, and sharded tensors double the time of a small model's step
-    for block in model.layers:
+    for block in model.layers if parallel.shard_blocks else ():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.data_parallel != "sdp")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for name in _FORWARD_METHODS:

@@ -56,7 +56,7 @@ def multiplies_bf16() -> bool:
 
     A CPU without such instructions takes several times longer for bf16 than for fp32.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell: fp32 is the safe guess
+    capabilities = torch.cpu.get_capabilities()
     return torch.cuda.is_available() or any(capabilities.get(name) for name in _BF16_INSTRUCTIONS)
 
 
