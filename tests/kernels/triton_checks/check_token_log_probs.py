@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from grpo.kernels import linear_token_log_probs, token_log_probs, triton_linear_log_probs, triton_log_probs
+from grpo.kernels import linear_token_log_probs, token_log_probs, triton_log_probs
+from grpo.kernels.linear_chunks import CHUNK_ELEMENTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter gets it wrong
@@ -70,7 +71,7 @@ def check_projection(N, V, D, M, dtype, entropy):
 
 
 def check_projection_in_chunks_and_with_a_frozen_head(monkeypatch):
-    monkeypatch.setattr(triton_linear_log_probs, "_CHUNK_ELEMENTS", 2 * 300)
+    monkeypatch.setitem(CHUNK_ELEMENTS, DEVICE, 2 * 300)
     hidden, weight, tokens = random(5, 40), random(300, 40, seed=1), tokens_of(5, 2, 300)
     assert_as_good_as_torch(linear_token_log_probs, [hidden, weight], tokens, True)
     hidden.requires_grad_()
