@@ -67,7 +67,8 @@ def split_kernel(
         shrink = tl.exp(peak - new_peak)
         if WITH_ENTROPY:
             weights = tl.exp(scores)
-            moment = shrink * (moment + total * (peak - new_peak))
+            moved = tl.where(total > 0, total * (peak - new_peak), 0.0)  # not 0 * -inf before the first tile
+            moment = shrink * (moment + moved)
             moment += tl.sum(tl.where(weights > 0, weights * scores, 0.0), axis=1)
             total = total * shrink + tl.sum(weights, axis=1)
         else:

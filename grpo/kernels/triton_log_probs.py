@@ -40,7 +40,8 @@ def forward_kernel(
         weights = tl.exp(relative)
         shrink = tl.exp(peak - new_peak)
         if WITH_ENTROPY:
-            moment = shrink * (moment + total * (peak - new_peak))
+            moved = tl.where(total > 0, total * (peak - new_peak), 0.0)  # not 0 * -inf before the first tile
+            moment = shrink * (moment + moved)
             moment += tl.sum(tl.where(weights > 0, weights * relative, 0.0), axis=0)
         total = total * shrink + tl.sum(weights, axis=0)
         peak = new_peak
