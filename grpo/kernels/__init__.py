@@ -6,6 +6,7 @@ support the inputs, "triton" insists on them, "reference" never uses them.
 """
 
 from grpo.kernels.linear_log_probs import linear_token_log_probs
+from grpo.kernels.linear_loss import fused_linear_loss
 from grpo.kernels.log_probs import token_log_probs
 from grpo.kernels.projection import project_logits
 from grpo.kernels.ratio_loss import clipped_ratio_loss
@@ -15,6 +16,7 @@ from grpo.kernels.uniform import philox_uniform
 __all__ = [
     "Sample",
     "clipped_ratio_loss",
+    "fused_linear_loss",
     "linear_token_log_probs",
     "philox_uniform",
     "project_logits",

@@ -5,7 +5,8 @@ import torch
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from grpo.kernels import linear_log_probs, linear_token_log_probs, row_math, token_log_probs
+from grpo.kernels import linear_token_log_probs, row_math, token_log_probs
+from grpo.kernels.linear_chunks import CHUNK_ELEMENTS
 
 N, V, D, M = 5, 40, 4, 3
 
@@ -29,7 +30,7 @@ def expected(logits, tokens, temperature):
 def chunk_rows(request, monkeypatch):
     """Rows of a chunk: one at a time, and with a last chunk that is shorter."""
     monkeypatch.setattr(row_math, "_CPU_ELEMENTS", request.param * V / torch.get_num_threads())
-    monkeypatch.setitem(linear_log_probs._CHUNK_ELEMENTS, "cpu", request.param * V)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", request.param * V)
 
 
 @pytest.mark.usefixtures("chunk_rows")
