@@ -50,7 +50,7 @@ def grpo_flops(recipe: GRPORecipe, config: GPTConfig, *, shares_forward: bool) -
     """FLOPs of the GPT in one step on one rank, in the phases "rollout" and "update".
 
     Args:
-        shares_forward: the rollout's forward is the update's (`PolicyUpdate.shares_forward`).
+        shares_forward: the rollout's forward is the update's (`PolicyUpdate.shares_forward`) and counted to it alone.
     """
     rollout, objective, length = recipe.rollout, recipe.objective, config.block_size
     images, group = rollout.batch_size, rollout.num_generations
@@ -67,7 +67,7 @@ def grpo_flops(recipe: GRPORecipe, config: GPTConfig, *, shares_forward: bool) -
     scored = int(steps > 1) + int(objective.kl_estimator != "none")  # old policy, reference
     update += scored * (guided_update * forward + project)
     if shares_forward:
-        update -= forward
+        update -= forward + project
     if not forced and objective.aux_ce_weight > 0:
         update += 3 * (blocks_flops(config, images) + projection_flops(config, images * length))
     return {"rollout": guided * forward + project, "update": update}

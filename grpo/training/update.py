@@ -21,7 +21,7 @@ class PolicyUpdate:
 
     An optimizer step takes `training.batch_size * gradient_accumulation_steps` completions of this rank. When that is
     the whole rollout, the policy that sampled is the policy that is trained: old log-probs are the new ones, detached,
-    and a teacher-forced rollout may hand over its own forward (`shares_forward`). Otherwise the rollout is cut into
+    and a teacher-forced rollout may hand over its own scores (`shares_forward`). Otherwise the rollout is cut into
     several optimizer steps, and old log-probs are scored first, by the same function as the new ones.
 
     The loss of one optimizer step is divided by global counts, so neither the number of ranks nor the micro-batch size
@@ -83,7 +83,7 @@ class PolicyUpdate:
     @torch.no_grad()
     def score(self, model: nn.Module, trajectory: Trajectory) -> Tensor:
         """Log-probs [R, M, T] of a trajectory under any model, by the definition and batch size of the update."""
-        bare = replace(trajectory, hidden=None, target_tokens=None)
+        bare = replace(trajectory, scores=None, target_tokens=None)
         return torch.cat([self._score(model, part).log_probs for part in bare.split(self.micro_batch)])
 
     def _score(self, model: nn.Module, part: Trajectory) -> Scores:
@@ -117,13 +117,14 @@ class PolicyUpdate:
 
     def _loss(self, part: Trajectory, share: "_Share") -> Tensor:
         """This micro-batch's part of the optimizer step's loss, already divided by the step's global counts."""
-        scores = self._score(self.policy, part)
+        scores = self._score(self.policy, part) if part.scores is None else part.scores
         length = part.tokens.shape[-1]
         loss = scores.log_probs.new_zeros(())
         if part.completions:
             loss = loss + self._policy_loss(part, scores.log_probs)
-            entropy = scores.entropy.sum() / (share.rows * length * self.world.size)
-            loss = loss - self.objective.entropy_weight * entropy
+            if self.objective.entropy_weight:  # a weight of 0 would still cost a pass over the logits
+                entropy = scores.entropy.sum() / (share.rows * length * self.world.size)
+                loss = loss - self.objective.entropy_weight * entropy
             self.metrics.add("entropy", scores.entropy.sum(), scores.entropy.numel())
         if scores.target_log_probs is not None:
             cross_entropy = -scores.target_log_probs.sum()

@@ -64,7 +64,7 @@ AUTOREGRESSIVE = {
 @pytest.mark.parametrize(
     ("changes", "shared", "rollout", "update"),
     [
-        ({}, True, (8, 8), (16, 24)),  # one forward of 8 contexts serves both
+        ({}, True, (8, 8), (16, 16)),  # one forward of 8 contexts serves both
         ({}, False, (8, 8), (24, 24)),
         ({"training.batch_size": 16}, False, (8, 8), (32, 32)),  # two steps: old log-probs are scored
         ({"training.batch_size": 2}, False, (8, 8), (56, 56)),  # half a group a step: twice through the model

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from grpo.config import Objective, Rollout, Training
 from grpo.models import GPT, GPTConfig
 from grpo.parallel import World
-from grpo.rollout import Trajectory, real_rows
+from grpo.rollout import Trajectory, real_rows, score
 from grpo.training import PolicyUpdate
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -97,6 +97,13 @@ def relative_difference(ours, theirs):
     return (torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm(theirs)).item()
 
 
+def count_forwards(model):
+    """A list that grows with every forward of the first block."""
+    calls = []
+    model.layers[0].register_forward_hook(lambda *_: calls.append(None))
+    return calls
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_gradient_equals_the_naive_algorithm(model, trajectory, on_policy, temperature, monkeypatch):
@@ -128,7 +135,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(model, trajectory, loss, ba
 
 
 def test_parts_of_a_rollout_add_up_to_one_step(model, trajectory):
-    """A teacher-forced rollout may come in parts, each with its own forward."""
+    """A teacher-forced rollout may come in parts, each with scores of its own."""
     objective = Objective(clip_range=0.2, kl="k3", aux_ce_weight=0.1)
     (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
     recorder = Recorder(model)
@@ -141,9 +148,11 @@ def test_parts_of_a_rollout_add_up_to_one_step(model, trajectory):
         world=ALONE,
     )
     assert update.shares_forward
+    forwards = count_forwards(model)
     for part in trajectory.split(1):
-        update(replace(part, hidden=model.hidden(part.context, part.class_ids)))
+        update(replace(part, scores=score(model, part, temperature=1.0)))
     assert relative_difference(recorder.gradients[0], whole) < 1e-5
+    assert len(forwards) == B  # those of the parts; the update had none of its own
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "steps"), [(2, 1, 12), (3, 2, 4), (6, 2, 2)])
