@@ -124,8 +124,7 @@ class _SampleAndScore(torch.autograd.Function):
                 ctx.temperature, needs_hidden, needs_weight, ctx.impl,
             )  # fmt: skip
             grad_hidden, grad_weight = (
-                value if needed else None
-                for value, needed in zip(gradients, (needs_hidden, needs_weight), strict=True)
+                value if needed else None for value, needed in zip(gradients, (needs_hidden, needs_weight), strict=True)
             )
         else:
             for rows, logits in zip(_chunks(hidden, weight), kept, strict=True):

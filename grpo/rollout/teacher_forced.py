@@ -67,7 +67,9 @@ class TeacherForcedRollout:
             scores=scores,
         )
 
-    def _sample(self, hidden: Tensor, sample_ids: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Scores | None]:
+    def _sample(
+        self, hidden: Tensor, sample_ids: Tensor, codes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Scores | None]:
         """hidden [B*T, D] -> tokens and log-probs [B, G, T], kept mass [B, T], scores with the graph of `hidden`."""
         config, weight, (rows, length) = self.config, self.model.output.weight, codes.shape
         settings = {

@@ -20,9 +20,7 @@ class Scores(NamedTuple):
     def select(self, rows: slice, completions: slice) -> "Scores":
         """The given rows and, of each, the given completions."""
         targets = self.target_log_probs
-        return Scores(
-            self.log_probs[rows, completions], self.entropy[rows], None if targets is None else targets[rows]
-        )
+        return Scores(self.log_probs[rows, completions], self.entropy[rows], None if targets is None else targets[rows])
 
 
 @dataclass
