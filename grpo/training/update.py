@@ -109,10 +109,10 @@ class PolicyUpdate:
         rows = max(1, self.completions_per_step // per_row)
         shares = [_Share(cut.split(self.micro_batch), rows=rows, target_rows=rows) for cut in cuts]
         if real is not None:
-            for share, indices in zip(shares, torch.arange(real.rows).tensor_split(len(shares)), strict=True):
-                share.target_rows = len(indices)
-                if len(indices):
-                    share.parts += real.select(slice(int(indices[0]), int(indices[-1]) + 1)).split(self.micro_batch)
+            bounds = [index * real.rows // len(shares) for index in range(len(shares) + 1)]
+            for share, start, stop in zip(shares, bounds, bounds[1:], strict=False):
+                share.target_rows = stop - start
+                share.parts += real.select(slice(start, stop)).split(self.micro_batch)
         return shares
 
     def _loss(self, part: Trajectory, share: "_Share") -> Tensor:

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from grpo.config import Objective, Rollout, Training
+from grpo.data import ImageBatch
 from grpo.models import GPT, GPTConfig
+from grpo.objectives import group_advantages
 from grpo.parallel import World
-from grpo.rollout import Trajectory, real_rows, score
+from grpo.rollout import Trajectory, build_rollout, real_rows, score
 from grpo.training import PolicyUpdate
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -202,3 +205,33 @@ def test_token_dropout_keeps_the_stated_share(model, trajectory):
     assert keep.shape == (B, G, T)
     assert keep.float().mean().item() == pytest.approx(0.25, abs=0.08)
     assert keep.any(dim=-1).all()
+
+
+@pytest.mark.parametrize("mode", ["teacher_forced", "autoregressive"])
+def test_nothing_waits_for_the_device_before_the_optimizer_step(mode):
+    """Rollout, advantages and update on tensors without values: whoever asks for one fails."""
+    batch_size, accumulation = (2, B * G // 2) if mode == "teacher_forced" else (B * G, 1)
+    rollout = Rollout(batch_size=B, num_generations=G, mode=mode, top_k=8, importance_weight_cap=1.0)
+    objective = Objective(aux_ce_weight=0.1, entropy_weight=0.01, use_token_dropout=True)
+    with FakeTensorMode():
+        model = GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=V, block_size=T, num_classes=5)).eval()
+        update = PolicyUpdate(
+            model,
+            Recorder(model),
+            objective=objective,
+            rollout=rollout,
+            training=Training(batch_size=batch_size, gradient_accumulation_steps=accumulation),
+            world=ALONE,
+        )
+        codes = torch.zeros(B, T, dtype=torch.int64)
+        draw = build_rollout(
+            model, lambda batch: codes[: len(batch.class_ids)], rollout,
+            seed=0, impl="auto", keep_graph=update.shares_forward, with_real=True,
+        )  # fmt: skip
+        batch = ImageBatch(torch.zeros(B, 0), *(torch.zeros(B, dtype=torch.int64) for _ in range(3)))
+        for part in batch.parts(update.images_per_part):
+            trajectory = draw(part)
+            rewards = torch.zeros(len(part.class_ids), G)
+            trajectory.advantages = group_advantages(rewards).view(trajectory.tokens.shape[:2])
+            update(trajectory)
+        assert len(update.step.gradients) == 1
