@@ -44,14 +44,14 @@ def train(recipe: GRPORecipe, world: World) -> None:
             for batch in images.parts(job.update.images_per_part):
                 with run.timer("rollout"):
                     trajectory = job.rollout(batch)  # tokens [R, M, T]
-                with run.timer("reward"):
-                    groups = trajectory.tokens.view(len(batch.class_ids), -1, trajectory.tokens.shape[-1])  # [B, G, T]
-                    wanted = 0 if shown else min(show, len(groups))
-                    rewards = job.reward(groups, batch.class_ids, batch.images, show=wanted, timer=run.timer)
-                    credit(trajectory, rewards, job.reward, recipe=recipe, metrics=job.update.metrics)
+                groups = trajectory.tokens.view(len(batch.class_ids), -1, trajectory.tokens.shape[-1])  # [B, G, T]
+                wanted = 0 if shown else min(show, len(groups))
+                decoded = job.reward.start(groups, batch.class_ids, batch.images, show=wanted, timer=run.timer)
                 with run.timer("update"):
-                    if job.reference is not None:
-                        trajectory.ref_log_probs = job.update.score(job.reference, trajectory)
+                    job.update.prepare(trajectory, job.reference)  # a GPU does this beside decoding
+                rewards = decoded()
+                credit(trajectory, rewards, job.reward, recipe=recipe, metrics=job.update.metrics)
+                with run.timer("update"):
                     job.update(trajectory)
                 if wanted:
                     real = recipe.rollout.mode == "teacher_forced"
@@ -104,14 +104,15 @@ def build(recipe: GRPORecipe, world: World, timer: PhaseTimer) -> Job:
     if objective.kl_estimator != "none":
         checkpoint = objective.reference_checkpoint or recipe.model.checkpoint
         reference = build_gpt(recipe, checkpoint=checkpoint, mesh=mesh, world=world).eval().requires_grad_(False)
+    update = build_update(recipe, policy, world)
     reward = build_rewards(
         recipe.reward,
         tokenizer,
         num_classes=recipe.model.num_classes,
         device=world.device,
         compile=recipe.compile,
+        other_work=reference is not None or not update.on_policy,
     )
-    update = build_update(recipe, policy, world)
     rollout = build_rollout(
         policy,
         timer("encode")(codes),

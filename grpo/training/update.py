@@ -60,11 +60,23 @@ class PolicyUpdate:
         """Images of one rollout call: a micro-batch when its forward is trained on, else the whole rollout."""
         return self.micro_batch if self.shares_forward else self.rollout.batch_size
 
+    def prepare(self, trajectory: Trajectory, reference: nn.Module | None) -> None:
+        """Fill in the log-probs that the loss needs and that do not depend on rewards: those before the first step.
+
+        Args:
+            trajectory: of a rollout or a part of one.
+            reference: the frozen reference where there is a KL term.
+        """
+        if reference is not None:
+            trajectory.ref_log_probs = self.score(reference, trajectory)
+        if not self.on_policy:
+            trajectory.old_log_probs = self.score(self.policy, trajectory)
+
     def __call__(self, trajectory: Trajectory) -> None:
         """Backward of a rollout or a part of one, with every optimizer step that this completes.
 
         Args:
-            trajectory: with advantages, and ref_log_probs if there is a KL term.
+            trajectory: prepared, and with advantages.
         """
         for share in self._plan(trajectory):
             self._pending += sum(part.completions for part in share.parts)
@@ -96,16 +108,14 @@ class PolicyUpdate:
             trajectory = replace(trajectory, target_tokens=None)  # scoring it would cost a pass, only to be logged
         if self.on_policy:
             cuts = [trajectory]
+        elif self.completions_per_step >= per_row:
+            cuts = trajectory.split(self.completions_per_step // per_row)
         else:
-            trajectory = replace(trajectory, old_log_probs=self.score(self.policy, trajectory))
-            if self.completions_per_step >= per_row:
-                cuts = trajectory.split(self.completions_per_step // per_row)
-            else:
-                cuts = [
-                    row.select(slice(None), slice(start, start + self.completions_per_step))
-                    for row in trajectory.split(1)
-                    for start in range(0, per_row, self.completions_per_step)
-                ]
+            cuts = [
+                row.select(slice(None), slice(start, start + self.completions_per_step))
+                for row in trajectory.split(1)
+                for start in range(0, per_row, self.completions_per_step)
+            ]
         rows = max(1, self.completions_per_step // per_row)
         shares = [_Share(cut.split(self.micro_batch), rows=rows, target_rows=rows) for cut in cuts]
         if real is not None:
