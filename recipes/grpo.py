@@ -5,7 +5,7 @@ torchrun --nproc_per_node=8 recipes/grpo.py --config train_configs/vapi_xxl_384.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,16 @@ from grpo.observe import PhaseTimer, SampleRow
 from grpo.parallel import World, build_mesh, distributed, run_main, set_matmul_precision
 from grpo.rewards import Rewards, RewardSum, build_rewards
 from grpo.rollout import Trajectory, build_rollout
-from grpo.training import MetricSums, PolicyUpdate, TrainingRun, build_gpt, build_tokenizer, build_update, grpo_flops
+from grpo.training import (
+    MetricSums,
+    PolicyUpdate,
+    TrainingRun,
+    Work,
+    build_gpt,
+    build_tokenizer,
+    build_update,
+    grpo_work,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -62,7 +71,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
                 job.update.metrics.means(),
                 images=world.size * recipe.rollout.batch_size * recipe.rollout.num_generations,
                 codes=job.policy.config.block_size,
-                flops=job.flops,
+                work=job.work,
             )
 
 
@@ -75,7 +84,7 @@ class Job(NamedTuple):
     rollout: Callable[[ImageBatch], Trajectory]
     reward: RewardSum
     update: PolicyUpdate
-    flops: Mapping[str, float]
+    work: Work
 
 
 def build(recipe: GRPORecipe, world: World, timer: PhaseTimer) -> Job:
@@ -122,8 +131,8 @@ def build(recipe: GRPORecipe, world: World, timer: PhaseTimer) -> Job:
         keep_graph=update.shares_forward,
         with_real=objective.aux_ce_weight > 0,
     )
-    flops = grpo_flops(recipe, policy.config, shares_forward=update.shares_forward)
-    return Job(stream, policy, reference, rollout, reward, update, flops)
+    work = grpo_work(recipe, policy.config, shares_forward=update.shares_forward)
+    return Job(stream, policy, reference, rollout, reward, update, work)
 
 
 def credit(
