@@ -11,6 +11,7 @@ where they do not. Wall times need a quiet machine; beside other programs compar
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -140,7 +141,8 @@ def sweep(sizes: Sizes) -> dict[str, list[dict]]:
     for name, values in SWEEPS.items():
         results[name] = []
         for value in values:
-            point = {name: value, **compare(replace(base, **{name: value}), brief)}
+            setting = replace(base, **{name: value})
+            point = {name: value, "sizes": asdict(setting), **compare(setting, brief)}
             print(f"{name} {value}: speedup {point['speedup']:.1f}x, memory {point['memory_ratio']:.2f}x", flush=True)
             results[name].append(point)
     return results
@@ -312,8 +314,11 @@ def memory(*, reset: bool = False) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def plot(sweeps: dict[str, list[dict]], file: Path) -> None:
+def plot(sweeps: dict[str, list[dict]], file: Path, *, seconds_of: str = "step") -> None:
     """Time and memory of both sides over each size."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -325,7 +330,9 @@ def plot(sweeps: dict[str, list[dict]], file: Path) -> None:
             for side in ("reference", "ours"):
                 heights = [point["sides"][side][quantity] / unit for point in points]
                 axis.plot([point[name] for point in points], heights, marker="o", label=side)
-            axis.set(xlabel=name, ylabel="seconds a step" if unit == 1.0 else "GiB above the model", ylim=(0, None))
+            axis.set(
+                xlabel=name, ylabel=f"seconds a {seconds_of}" if unit == 1.0 else "GiB above the model", ylim=(0, None)
+            )
             axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.savefig(file, dpi=110)
