@@ -30,8 +30,10 @@ def build_rollout(
         seed: of the run.
         impl: backend of sampling.
         keep_graph: a teacher-forced forward is trained on directly (`PolicyUpdate.shares_forward`).
-        with_real: autoregressive rollouts also yield the real images, for the auxiliary cross-entropy.
+        with_real: the auxiliary cross-entropy is on: real images must be scored too.
     """
     if config.mode == "teacher_forced":
-        return TeacherForcedRollout(model, encode, config, seed=seed, keep_graph=keep_graph, impl=impl)
+        return TeacherForcedRollout(
+            model, encode, config, seed=seed, keep_graph=keep_graph, with_targets=with_real, impl=impl
+        )
     return AutoregressiveRollout(model, encode if with_real else None, config, seed=seed, impl=impl)
