@@ -49,6 +49,15 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
     return builder.build()
 
 
+def job_of_file(path: str) -> str | None:
+    """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
+    try:
+        job = tomli.loads(Path(path).read_text(encoding="utf-8")).get("job")
+    except (OSError, ValueError):  # of decoding text and TOML
+        return None
+    return job if job in tuple(RECIPES) else None
+
+
 def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "recipe") -> RecipeT:
     """The recipe that a TOML text describes, such as the one saved with a run.
 

@@ -226,6 +226,9 @@ class Optimizer(Section):
     cosine to zero)."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up (constant and cosine)."""
+    cpu_offload: bool = False
+    """Keep both moments in the memory of the host and bring them to the GPU, one parameter after the other, for each
+    step: the same numbers, 8 bytes less on the GPU for each parameter of a rank, 16 bytes more over the bus."""
 
 
 class Training(Section):
@@ -259,7 +262,16 @@ class Parallel(Section):
     """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
     within groups of ranks and replicate across them."""
     shard_size: Annotated[int, Ge(-1)] = -1
-    """Ranks of one shard group in hsdp; -1 is the ranks of one host."""
+    """Ranks of one shard group in hsdp. -1 fills in: the ranks of one host, or all ranks / replicate_size where that is
+    set."""
+    replicate_size: Annotated[int, Ge(-1)] = -1
+    """Shard groups in hsdp, each with the whole model. -1 fills in: all ranks / shard_size."""
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    """Free the gathered parameters of a block after its forward and gather them again for its backward. always saves
+    memory, never saves a gather; auto is never in sdp and always otherwise."""
+    defer_gradient_sync: bool = True
+    """Reduce gradients over ranks once an optimizer step, in the backward of its last micro-batch. Until then each rank
+    holds the gradient of the whole model; without it every micro-batch reduces, and ranks hold their shards only."""
     shard_blocks: bool = True
     """Gather and reduce each block apart. false: the model as a whole, for models so small that the latency of a
     collective counts more than its bytes."""

@@ -53,7 +53,7 @@ class PolicyUpdate:
 
         A scale over the whole batch needs all rewards before the first backward.
         """
-        return self.on_policy and self.rollout.mode == "teacher_forced" and self.objective.advantage != "batch_std"
+        return self.on_policy and can_share_forward(self.objective, self.rollout)
 
     @property
     def images_per_part(self) -> int:
@@ -225,6 +225,11 @@ def build_update(recipe: GRPORecipe, policy: nn.Module, world: World) -> PolicyU
     return PolicyUpdate(
         policy, step, objective=recipe.objective, rollout=recipe.rollout, training=recipe.training, world=world
     )
+
+
+def can_share_forward(objective: Objective, rollout: Rollout) -> bool:
+    """Whether a rollout that feeds one optimizer step can hand over its own forward, see `shares_forward`."""
+    return rollout.mode == "teacher_forced" and objective.advantage != "batch_std"
 
 
 def optimizer_steps(rollout: Rollout, training: Training) -> tuple[int, int]:
