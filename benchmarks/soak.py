@@ -61,6 +61,7 @@ class Soak:
         self.job, self.options = job, options
         self.random = random.Random(options.seed)
         self.faults: list[Fault] = []
+        self._bag: list[str] = []
         self.begun = time.monotonic()
 
     def run(self) -> None:
@@ -71,8 +72,14 @@ class Soak:
         while time.monotonic() < deadline and len(self.faults) < self.options.faults:
             time.sleep(min(self.random.uniform(0, 2 * self.options.gap), max(0.0, deadline - time.monotonic())))
             if time.monotonic() < deadline:
-                self.disturb(self.random.choice(self.options.kinds))
+                self.disturb(self._next_kind())
         self.job.stop()
+
+    def _next_kind(self) -> str:
+        """Kinds in random order, each as often as the others."""
+        if not self._bag:
+            self._bag = self.random.sample(self.options.kinds, len(self.options.kinds))
+        return self._bag.pop()
 
     def disturb(self, kind: str) -> None:
         """Do one fault and wait until the run goes on."""
