@@ -1,7 +1,8 @@
-# Two commands do everything on a machine with Python >= 3.11 and make:
+# These commands do everything on a machine with Python >= 3.11 and make:
 #   make quickstart            train and improve a small image generator on real digits, six to nine minutes
-#   make test                  lint, format check, all tests
-# Both create .venv and install into it when needed. PYTHON=/path/to/python uses an existing environment as it is.
+#   make test                  lint, format check, all tests but the next ones
+#   make test-faults           the tests that kill, stop, fill and damage things
+# They create .venv and install into it when needed. PYTHON=/path/to/python uses an existing environment as it is.
 
 RECIPE ?= class
 QUICKSTART_FLAGS ?=
@@ -16,7 +17,7 @@ RUN := $(VENV)/bin/python
 READY := $(INSTALLED)
 endif
 
-.PHONY: quickstart test lint format install clean
+.PHONY: quickstart test test-faults lint format install clean
 
 quickstart: $(READY)
 	$(RUN) recipes/quickstart.py --recipe $(RECIPE) $(QUICKSTART_FLAGS)
@@ -25,6 +26,9 @@ quickstart: $(READY)
 # of the time. Tests of one file stay together, which keeps what they share.
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+test-faults: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -3,9 +3,10 @@
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
+from grpo.checkpoint.manifest import MANIFEST_NAME, FileSum, damaged_files, file_sums, manifest_text, read_manifest
 from grpo.checkpoint.state import load_training_tensors, training_tensors
-from grpo.config import UserError
+from grpo.config import Checkpoint, UserError
+from grpo.models import save_weights
 from grpo.parallel import World, broadcast_object
-from grpo.parallel.safe_checkpoint import SafeFileSystemReader, read_tensors
+from grpo.parallel.safe_checkpoint import METADATA_NAME, SafeFileSystemReader, read_tensors
 
 
 @dataclass(frozen=True)
@@ -36,28 +39,19 @@ class CheckpointManager:
     """The checkpoints of one run: `<folder>/step-000100/` and so on. Every rank makes the same calls together.
 
     A checkpoint is written into a hidden folder, synced to disk, and renamed once every rank has finished, so that a
-    folder with a checkpoint's name is a whole one. Background writing has its own process group, so that training may
-    go on with its collectives meanwhile; one checkpoint is written at a time.
+    folder with a checkpoint's name is a whole one. `manifest.json` in it has the size and checksum of every file.
+    Background writing has its own process group, so that training may go on with its collectives meanwhile; one
+    checkpoint is written at a time.
 
     Args:
         folder: created with the first checkpoint.
-        sharded: write shards only; otherwise `consolidated.pth` too, {"model": weights} as LlamaGen loads them.
-        keep_last: newest checkpoints to keep; 0 keeps all.
-        async_save: copy the state and write it in the background.
+        config: what to write and what to keep.
+        timeout_seconds: how long a rank waits for another one's part of a checkpoint.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        world: World,
-        sharded: bool,
-        keep_last: int,
-        async_save: bool,
-    ) -> None:
-        self.folder, self.world = Path(folder), world
-        self.sharded, self.keep_last, self.async_save = sharded, keep_last, async_save
-        self._group = dist.new_group(backend="gloo")
+    def __init__(self, folder: str | Path, *, world: World, config: Checkpoint, timeout_seconds: int) -> None:
+        self.folder, self.world, self.config = Path(folder), world, config
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -69,19 +63,21 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer,
         run_state: Mapping[str, Any],
         rank_state: Mapping[str, Any],
+        score: float | None = None,
     ) -> None:
         """Write the checkpoint of a step.
 
         Args:
             run_state: what is the same on every rank: counters, data position, schedule; JSON types only.
             rank_state: what each rank has of its own, e.g. RNG states: tensors, numbers, strings and their containers.
+            score: what `checkpoint.keep_best` ranks it by.
 
         Raises:
             UserError: there is one of this step already, or it (or, in the background, the one before) could not be
                 written.
         """
         self.wait()
-        self._raise_together(self._start(step), step)
+        self._together(step, lambda: self._start(step))
         snapshot = _Snapshot(
             step=step,
             tensors=training_tensors(model, optimizer),
@@ -90,13 +86,14 @@ class CheckpointManager:
                     "step": step,
                     "world_size": self.world.size,
                     "torch": torch.__version__,
+                    "score": score,
                     "run": run_state,
                 },
                 indent=1,
             ),
             rank_state=dict(rank_state),
         )
-        if not self.async_save:
+        if not self.config.async_save:
             self._write(snapshot)
             return
         copy = replace(snapshot, tensors=_copy_to_cpu(snapshot.tensors), rank_state=_copy_to_cpu(snapshot.rank_state))
@@ -118,10 +115,63 @@ class CheckpointManager:
         self._executor.shutdown()
         dist.destroy_process_group(self._group)
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint in the folder, as rank 0 sees it."""
+    def failed(self) -> bool:
+        """Whether background writing has failed on this rank; `wait` then raises why."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def exist(self) -> bool:
+        """Whether the folder holds a checkpoint, damaged or not. Collective."""
+        return broadcast_object(bool(folders.by_step(self.folder)) if self.world.is_main else None)
+
+    def check_writable(self) -> None:
+        """Find out now, not at the first checkpoint, that nothing can be written. Collective.
+
+        Raises:
+            UserError: rank 0 cannot write into the folder.
+        """
+        problem = broadcast_object(folders.write_probe(self.folder) if self.world.is_main else None)
+        if problem is not None:
+            raise UserError(
+                f"checkpoints cannot be written to {self.folder}: {problem}; make it writable, or choose another "
+                "checkpoint.dir or metrics.run_dir"
+            )
+
+    def resume_point(
+        self, tell: Callable[[str], None] = lambda line: None, *, accept: Callable[[Path], bool] = lambda path: True
+    ) -> Path | None:
+        """The newest checkpoint of the folder that is whole and undamaged; None if there is none. Collective.
+
+        Every file is read and compared with its checksum, each rank reading its share. A folder that fails is renamed
+        to `step-000100.damaged`, so that the run can write that step anew.
+
+        Args:
+            tell: gets a line about each checkpoint that was passed over, on every rank.
+            accept: takes no checkpoint for which rank 0 says no.
+        """
         self.wait()
-        return broadcast_object(folders.newest_complete(self.folder) if self.world.is_main else None)
+        paths = [path for path in folders.by_step(self.folder) if accept(path)] if self.world.is_main else []
+        for path in broadcast_object(paths):
+            problem = self.damage(path)
+            if problem is None:
+                return path
+            tell(f"{problem}; {broadcast_object(_set_aside(path) if self.world.is_main else None)}")
+        return None
+
+    def damage(self, path: str | Path) -> str | None:
+        """What is wrong with a checkpoint's files, the same on every rank; None if nothing is. Collective."""
+        path = Path(path)
+        problem = broadcast_object(folders.incompleteness(path) if self.world.is_main else None)
+        if problem is not None:
+            return problem
+        try:
+            damaged = damaged_files(path, read_manifest(path), part=self.world.rank, parts=self.world.size)
+            problem = f"{path} is damaged: {', '.join(damaged)} changed since it was written" if damaged else None
+        except (OSError, UserError) as error:
+            problem = f"{path} cannot be read on rank {self.world.rank}: {error}"
+        problems: list[str | None] = [None] * self.world.size
+        dist.all_gather_object(problems, problem, group=self._group)
+        return next((text for text in problems if text is not None), None)
 
     def read_run_state(self, path: str | Path) -> dict[str, Any]:
         """The `run_state` of a checkpoint.
@@ -144,69 +194,95 @@ class CheckpointManager:
         load_training_tensors(model, optimizer, SafeFileSystemReader(path))
         return _read_rank_file(path, self.world.rank) if world_size == self.world.size else None
 
-    def _start(self, step: int) -> str | None:
-        """Make room for a checkpoint on rank 0; the reason why not."""
+    def _start(self, step: int) -> None:
+        """Make room for a checkpoint on rank 0."""
         if not self.world.is_main:
-            return None
+            return
         final = folders.step_folder(self.folder, step)
         if final.exists():
-            return f"{final} exists and is not overwritten: resume from it, remove it, or choose another checkpoint.dir"
-        try:
-            folders.start_partial(self.folder, step)
-        except OSError as error:
-            return _reason(error)
-        return None
+            raise UserError(
+                f"{final} exists and is not overwritten: resume from it, remove it, or choose another checkpoint.dir"
+            )
+        folders.start_partial(self.folder, step)
 
     def _write(self, snapshot: _Snapshot) -> None:
         partial = folders.partial_folder(self.folder, snapshot.step)
-        self._raise_together(self._write_files(partial, snapshot), snapshot.step)
-        self._raise_together(self._publish(partial, snapshot.step), snapshot.step)
+        shares = self._together(snapshot.step, lambda: self._write_share(partial, snapshot))
+        self._together(snapshot.step, lambda: self._publish(partial, snapshot, shares))
 
-    def _write_files(self, partial: Path, snapshot: _Snapshot) -> str | None:
-        """Write this rank's part; the reason why not."""
-        try:
-            dcp.save(snapshot.tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
-            rank_file = partial / _rank_file_name(self.world.rank)
-            torch.save(snapshot.rank_state, rank_file)
-            folders.sync(rank_file)
-            if self.world.is_main:
-                self._write_main_files(partial, snapshot)
-        except (dcp.api.CheckpointException, UserError, OSError, RuntimeError) as error:
-            return _reason(error)
-        return None
+    def _write_share(self, partial: Path, snapshot: _Snapshot) -> dict[str, FileSum]:
+        """Write this rank's files; their checksums."""
+        dcp.save(snapshot.tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
+        rank_file = partial / _rank_file_name(self.world.rank)
+        torch.save(snapshot.rank_state, rank_file)
+        folders.sync(rank_file)
+        return file_sums([rank_file, *partial.glob(f"__{self.world.rank}_*.distcp")])
 
-    def _write_main_files(self, partial: Path, snapshot: _Snapshot) -> None:
-        if not self.sharded:
-            weights = partial / folders.CONSOLIDATED_NAME
-            torch.save({"model": read_tensors(partial, prefix="model.")}, weights)
-            folders.sync(weights)
-        folders.write_synced(partial / folders.RUN_STATE_NAME, snapshot.run_state)
-        folders.write_synced(partial / folders.STEP_NAME, f"{snapshot.step}\n")
-        folders.write_synced(partial / folders.STATE_TYPE_NAME, "sharded\n" if self.sharded else "full\n")
-
-    def _publish(self, partial: Path, step: int) -> str | None:
+    def _publish(self, partial: Path, snapshot: _Snapshot, shares: list[dict[str, FileSum]]) -> None:
+        """Write what belongs to no rank in particular, and make the checkpoint visible; on rank 0."""
         if not self.world.is_main:
-            return None
-        final = folders.step_folder(self.folder, step)
-        try:
-            folders.publish(partial, final)
-            folders.remove_old(self.folder, keep=self.keep_last, newest=final)
-        except OSError as error:
-            return _reason(error)
-        return None
-
-    def _raise_together(self, problem: str | None, step: int) -> None:
-        """Wait for all ranks; if any of them has a problem, all raise the first one, and what was written goes."""
-        problems: list[str | None] = [None] * self.world.size
-        dist.all_gather_object(problems, problem, group=self._group)
-        first = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
-        if first is None:
             return
+        written = [partial / METADATA_NAME, *self._write_consolidated(partial)]
+        for name, text in (
+            (folders.RUN_STATE_NAME, snapshot.run_state),
+            (folders.STEP_NAME, f"{snapshot.step}\n"),
+            (folders.STATE_TYPE_NAME, "sharded\n" if self.config.sharded else "full\n"),
+        ):
+            folders.write_synced(partial / name, text)
+            written.append(partial / name)
+        sums = file_sums(written)
+        for share in shares:
+            sums |= share
+        folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
+        final = folders.step_folder(self.folder, snapshot.step)
+        folders.publish(partial, final)
+        folders.remove_old(
+            self.folder,
+            keep_last=self.config.keep_last,
+            keep_best=self.config.keep_best,
+            best_is=self.config.best_is,
+            newest=final,
+        )
+
+    def _write_consolidated(self, partial: Path) -> list[Path]:
+        """The weights in one file, in the formats that the recipe asks for."""
+        formats = ((folders.CONSOLIDATED_NAME, not self.config.sharded),
+                   (folders.SAFETENSORS_NAME, self.config.safetensors))  # fmt: skip
+        paths = [partial / name for name, wanted in formats if wanted]
+        weights = read_tensors(partial, prefix="model.") if paths else {}
+        for path in paths:
+            save_weights(path, weights)
+            folders.sync(path)
+        return paths
+
+    def _together(self, step: int, work: Callable[[], Any]) -> list[Any]:
+        """Do this rank's part and wait for all; if one fails, all raise its reason and what was written goes.
+
+        Returns:
+            The results of all ranks.
+        """
+        problem, result = None, None
+        try:
+            result = work()
+        except (dcp.api.CheckpointException, UserError, OSError, RuntimeError) as error:
+            problem = _reason(error)
+        outcomes: list[Any] = [None] * self.world.size
+        dist.all_gather_object(outcomes, (problem, result), group=self._group)
+        first = next(((rank, text) for rank, (text, _) in enumerate(outcomes) if text is not None), None)
+        if first is None:
+            return [result for _, result in outcomes]
         if self.world.is_main:
             shutil.rmtree(folders.partial_folder(self.folder, step), ignore_errors=True)
         raise UserError(
             f"The checkpoint of step {step} could not be written to {self.folder} (rank {first[0]}): {first[1]}."
         )
+
+
+def _set_aside(path: Path) -> str:
+    try:
+        return f"renamed to {folders.set_aside(path).name}, looking for the one before"
+    except OSError as error:
+        return f"it could not be renamed ({error.strerror}), looking for the one before"
 
 
 def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
@@ -241,6 +317,8 @@ def _read_rank_file(path: str | Path, rank: int) -> dict[str, Any]:
 
 def _reason(error: BaseException) -> str:
     """Why a write failed, in a few words, with what to do where that is known."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]

@@ -16,6 +16,10 @@ def training_notes(recipe: TrainingRecipe) -> list[str]:
     idle = []
     if optimizer.schedule == "one_cycle" and optimizer.warmup_steps:
         idle.append(("optimizer.warmup_steps", "one_cycle has its own warm-up"))
+    if checkpoint.keep_best and not checkpoint.keep_last:
+        idle.append(("checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"))
+    if not checkpoint.keep_best:
+        idle += [(f"checkpoint.{key}", "checkpoint.keep_best is 0") for key in changed(checkpoint) if "best_" in key]
     if not metrics.wandb:
         idle += [(f"metrics.{key}", "metrics.wandb is off") for key in changed(metrics) if key.startswith("wandb_")]
     notes = _without_effect(idle)

@@ -276,7 +276,8 @@ class Parallel(Section):
     """Gather and reduce each block apart. false: the model as a whole, for models so small that the latency of a
     collective counts more than its bytes."""
     timeout: PositiveInt = 600
-    """Seconds after which a collective that a rank does not join ends the run."""
+    """Seconds after which a collective, or a checkpoint in the making, that a rank does not join ends the run. It is
+    also how long a start waits for another process that still writes into the run's folder."""
 
 
 class Compile(Section):
@@ -303,10 +304,18 @@ class Checkpoint(Section):
     path of its own."""
     sharded: bool = False
     """Write shards only; otherwise also `consolidated.pth`, the weights in one file that LlamaGen loads."""
+    safetensors: bool = False
+    """Write `consolidated.safetensors` too, the weights in one file that everyone can read without risk."""
     resume: str = "auto"
     """auto: the newest complete checkpoint of this run, if any; none: start anew; or the path of a checkpoint."""
     keep_last: NonNegativeInt = 0
     """Checkpoints to keep, the newest ones; 0 keeps all."""
+    keep_best: NonNegativeInt = 0
+    """Checkpoints to keep besides those: the best ones by best_metric."""
+    best_metric: str = "reward_mean"
+    """Metric of metrics.jsonl that keep_best ranks by, as its mean over the steps since the checkpoint before."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which values of best_metric are good."""
     save_final: bool = True
     """Write a checkpoint after the last step."""
     async_save: bool = True

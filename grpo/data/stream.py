@@ -8,6 +8,7 @@ from a count of consumed samples goes on exactly, on any number of ranks and wor
 import itertools
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -129,8 +130,20 @@ def _as_is(fetched: _Fetched) -> _Fetched:
 
 
 def _init_worker(worker_id: int) -> None:
-    """Ctrl-C reaches the whole process group: only the parent answers it, and ends the workers."""
+    """Let only the parent end this worker.
+
+    Ctrl-C, and the SIGTERM by which torchrun or a cluster asks a run to stop, reach the whole process group. A rank
+    that still has to finish its step needs its workers for that.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_parent_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _available_cores() -> int:

@@ -1,7 +1,7 @@
 """Processes, meshes and precision: how a single-device model runs on many devices."""
 
 from grpo.parallel.apply import clip_grad_norm, gathered, gradient_sync, parallelize, reshard
-from grpo.parallel.distributed import World, all_reduce_sums, barrier, broadcast_object, distributed
+from grpo.parallel.distributed import World, all_reduce_max, all_reduce_sums, barrier, broadcast_object, distributed
 from grpo.parallel.launcher import run_main
 from grpo.parallel.memory import free_memory, read_peak_memory
 from grpo.parallel.mesh import build_mesh
@@ -10,6 +10,7 @@ from grpo.parallel.weights import full_state_dict, load_full_state_dict
 
 __all__ = [
     "World",
+    "all_reduce_max",
     "all_reduce_sums",
     "barrier",
     "broadcast_object",

@@ -108,6 +108,13 @@ def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     return dict(zip(names, totals.tolist(), strict=True))
 
 
+def all_reduce_max(value: int) -> int:
+    """The largest `value` of all ranks. Goes over the CPU's backend, so that no GPU is waited for."""
+    box = torch.tensor(value)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     dist.barrier()

@@ -1,5 +1,6 @@
 """From `python recipes/x.py` to an exit code: who reports an error, how the process ends."""
 
+import errno
 import os
 import sys
 import traceback
@@ -8,6 +9,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from grpo.config import UserError
 from grpo.parallel.distributed import environment_rank, run_store
@@ -15,14 +17,20 @@ from grpo.parallel.distributed import environment_rank, run_store
 _REPORTED = "error-reported"
 _PRINTED = "error-printed"
 _PRINT_TIMEOUT = timedelta(seconds=5)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_LOST_CONTACT = (
+    "Rank {rank} lost another rank in a collective: that one was killed, has failed (it says why itself), or did not "
+    "come within parallel.timeout. Nothing before the newest checkpoint is lost: torchrun --max-restarts, or the same "
+    "command once more, goes on from it."
+)
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a recipe and end the process.
 
-    Exit codes: 0 done; 2 a user's mistake, or memory that ran out, told in plain lines by exactly one rank; 130
-    interrupted; 1 anything else, with its traceback. A process that fails leaves at once, without waiting for other
-    ranks: they see its connections close, or torchrun ends them.
+    Exit codes: 0 done; 2 a user's mistake, or memory or disk space that ran out, told in plain lines by exactly one
+    rank; 130 interrupted; 143 stopped by SIGTERM, with a checkpoint; 1 anything else, with its traceback. A process
+    that fails leaves at once, without waiting for other ranks: they see its connections close, or torchrun ends them.
 
     Args:
         main: the recipe; gets the command line without the program's name.
@@ -41,10 +49,15 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if _ran_out_of_memory(error):
             _report([_memory_advice(error)])
             code = 2
+        elif _cannot_write(error):
+            _report([_disk_advice(error)])
+            code = 2
         elif _another_rank_reported():  # this rank only lost its partner in a collective
             code = 2
         else:
             traceback.print_exc()
+            if _lost_contact(error):
+                print(_LOST_CONTACT.format(rank=environment_rank()), file=sys.stderr)
             code = 1
     sys.stdout.flush()
     sys.stderr.flush()
@@ -85,6 +98,26 @@ def _another_rank_reported() -> bool:
 def _ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _cannot_write(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _CANNOT_WRITE
+
+
+def _disk_advice(error: OSError) -> str:
+    where = error.filename or "a file of the run"
+    return (
+        f"Rank {environment_rank()} could not write {where} ({error.strerror}): make room there and start again; the "
+        "run goes on from its newest checkpoint."
+    )
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank. Neither gloo nor torch has an exception for it alone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("Connection closed by peer" in text or "gloo" in text)
     )
 
 

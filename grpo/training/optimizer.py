@@ -77,7 +77,8 @@ class OptimizerStep:
         return learning_rate(self.config, step=self.steps, total_steps=self.total_steps)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss`."""
+        """Add the gradient of `loss`. A loss that is not finite makes the gradient so too, on all ranks."""
+        loss = loss * (1 + 0 * loss.detach())  # times exactly 1, or NaN: its gradient alone may well be finite
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def __call__(self) -> dict[str, float]:

@@ -1,28 +1,37 @@
 """What every training job has: a folder, an observer, checkpoints and a step counter."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 from torch import nn
 
 from grpo.checkpoint import CheckpointManager
-from grpo.config import TrainingRecipe, UserError, differences, recipe_from_toml
+from grpo.config import TrainingRecipe, UserError
 from grpo.data import ImageStream
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
-from grpo.parallel import World, full_state_dict
+from grpo.parallel import World, all_reduce_max, broadcast_object, full_state_dict
 from grpo.training.optimizer import OptimizerStep
+from grpo.training.resume import find_checkpoint, read_run_state
+from grpo.training.run_lock import RunLock
+from grpo.training.stop_request import StopRequest
 from grpo.training.throughput import Work, device_peaks, throughput
 
 EXPORT_NAME = "model.safetensors"
 
-# Sections and keys that a resumed run may change: they move work around, they do not change it.
-FREE_SECTIONS = ("parallel.", "compile.", "activation_checkpoint.", "checkpoint.", "metrics.", "debug.")
-FREE_KEYS = ("training.steps", "training.max_skipped_steps", "data.num_workers", "data.cache_codes",
-             "data.max_bad_images", "reward.batch_size", "rollout.max_rows")  # fmt: skip
+_GO_ON, _STOP, _SAVE_FAILED = range(3)  # what a rank votes for after a step; the highest vote wins
+
+
+class Terminated(SystemExit):
+    """The run was asked to stop and has done so, with a checkpoint. The exit code is that of SIGTERM, 128 + 15."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
 
 
 class TrainingRun:
@@ -46,10 +55,14 @@ class TrainingRun:
         self.checkpoints = CheckpointManager(
             recipe.checkpoint_dir,
             world=world,
-            sharded=recipe.checkpoint.sharded,
-            keep_last=recipe.checkpoint.keep_last,
-            async_save=recipe.checkpoint.async_save,
+            config=recipe.checkpoint,
+            timeout_seconds=recipe.parallel.timeout,
         )
+        self._stop_request = StopRequest()
+        self._lock: RunLock | None = None
+        self._best_values: list[float] = []
+        self._resumed_from: str | None = None
+        self._skipped_before = 0
         if recipe.debug.deterministic:
             torch.use_deterministic_algorithms(True)
         self._first_step = 0
@@ -66,11 +79,13 @@ class TrainingRun:
             UserError: the checkpoint belongs to another run or to a recipe that differs in a way that matters.
         """
         self._model, self._step, self._stream = model, step, stream
+        self._stop_request.listen()
+        self._take_folder()
         self._seed(0)
         notes = self.recipe.notes()
-        path = self._resume_path()
+        path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
-            notes += self._resume(path)
+            notes += self._resume(path, named=named)
         self.observer = RunObserver(
             self.recipe.run_dir,
             self.recipe.metrics,
@@ -118,20 +133,42 @@ class TrainingRun:
         times = self.timer.read()
         rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
         self.observer.log(step, {**metrics, **rates, **times})
+        self._note_skipped(step, metrics)
+        self._note_best(metrics)
         config, last = self.recipe.checkpoint, step == self.total_steps
+        vote = all_reduce_max(self._vote())
+        if vote == _SAVE_FAILED:
+            self.checkpoints.wait()  # raises
         if last and config.save_final and not config.sharded:
             self._export()
-        stopping = self._step.stuck
+        stopping = self._step.stuck or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
                 self.save(step)
         if stopping:
             self.checkpoints.wait()
+            self._stop(step)
+
+    def _vote(self) -> int:
+        if self.checkpoints.failed():
+            return _SAVE_FAILED
+        return _GO_ON if self._stop_request.reason is None else _STOP
+
+    def _stop(self, step: int) -> NoReturn:
+        """End the run after its checkpoint of this step."""
+        if self._step.stuck:
             raise UserError(
-                f"stopped at step {step}: {self._step.skipped_in_a_row} optimizer steps in a row had a non-finite loss "
-                f"or gradient and were skipped; the weights before them are in {self.recipe.checkpoint_dir}. Lower "
-                "optimizer.lr, look at the rewards in metrics.jsonl, or raise training.max_skipped_steps"
+                f"stopped at step {step}: {self._step.skipped_in_a_row} optimizer steps in a row had a non-finite "
+                f"reward, loss or gradient and were skipped; the weights before them are in "
+                f"{self.recipe.checkpoint_dir}. Lower optimizer.lr, look at the rewards in metrics.jsonl, or raise "
+                "training.max_skipped_steps"
             )
+        reason = self._stop_request.reason or "another rank was asked to"
+        self.observer.message(
+            f"stopped at step {step} ({reason}): its checkpoint is in {self.recipe.checkpoint_dir}, and the same "
+            "command goes on from there"
+        )
+        raise Terminated
 
     def save(self, step: int) -> None:
         """Write a checkpoint, in the background if the recipe says so."""
@@ -145,9 +182,12 @@ class TrainingRun:
                 "optimizer_step": self._step.state_dict(),
                 "recipe": self.recipe.to_toml(),
                 "run_dir": str(self.recipe.run_dir),
+                "resumed_from": self._resumed_from,
             },
             rank_state=_rng_state(self.world.device),
+            score=sum(self._best_values) / len(self._best_values) if self._best_values else None,
         )
+        self._best_values = []
 
     def __enter__(self) -> Self:
         return self
@@ -159,6 +199,41 @@ class TrainingRun:
             self.checkpoints.close()
         if hasattr(self, "observer"):
             self.observer.__exit__(kind, error, traceback)
+        self._stop_request.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_folder(self) -> None:
+        """Make sure that this run can write, and that it is the only one that does."""
+        if self.world.is_main:
+            self._lock = RunLock(self.recipe.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
+        broadcast_object(None)  # nobody looks for a checkpoint before the folder is ours
+        if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
+            self.checkpoints.check_writable()
+
+    def _note_skipped(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Say that an optimizer step was skipped and what was not finite."""
+        if self._step.skipped == self._skipped_before:
+            return
+        self._skipped_before = self._step.skipped
+        names = ("reward_mean", "loss", "grad_norm")
+        culprits = [name for name in names if not math.isfinite(metrics.get(name, 0.0))]
+        self.observer.message(
+            f"step {step}: {culprits[0] if culprits else 'a gradient'} is not finite, the optimizer step was skipped "
+            f"({self._step.skipped} so far, {self._step.skipped_in_a_row} in a row)"
+        )
+
+    def _note_best(self, metrics: Mapping[str, float]) -> None:
+        config = self.recipe.checkpoint
+        if not config.keep_best:
+            return
+        if config.best_metric not in metrics:
+            raise UserError(
+                f"checkpoint.best_metric: this job has no metric {config.best_metric!r}; it has "
+                f"{', '.join(sorted(metrics))}"
+            )
+        if math.isfinite(value := metrics[config.best_metric]):
+            self._best_values.append(value)
 
     @contextmanager
     def _traced(self, step: int) -> Iterator[None]:
@@ -179,42 +254,15 @@ class TrainingRun:
         if self.world.is_main:
             save_weights(self.recipe.run_dir / EXPORT_NAME, weights)
 
-    def _resume_path(self) -> str | None:
-        """The checkpoint to go on from, None to start anew."""
-        resume = self.recipe.checkpoint.resume
-        if resume not in ("auto", "none"):
-            return resume
-        latest = self.checkpoints.latest()
-        if latest is not None and resume == "none":
-            raise UserError(
-                f"checkpoint.resume = none: {self.recipe.checkpoint_dir} already holds checkpoints, which a new run "
-                "would overwrite; give another metrics.run_dir or checkpoint.dir, or remove them"
-            )
-        return None if latest is None else str(latest)
-
-    def _resume(self, path: str) -> list[str]:
-        state = self.checkpoints.read_run_state(path)
-        explicit = self.recipe.checkpoint.resume == path
-        inside = self.recipe.checkpoint_dir.parent == self.recipe.run_dir
-        if not explicit and not inside and state["run_dir"] != str(self.recipe.run_dir):
-            raise UserError(
-                f"{self.recipe.checkpoint_dir} holds checkpoints of the run {state['run_dir']}: give this run another "
-                f"checkpoint.dir, or go on from it with checkpoint.resume = {path}"
-            )
-        changes = [
-            line
-            for line in differences(recipe_from_toml(type(self.recipe), state["recipe"]), self.recipe)
-            if not line.startswith((*FREE_SECTIONS, *FREE_KEYS))
-        ]
-        if changes and not explicit:
-            raise UserError(
-                [f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "
-                 "metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:", *changes]
-            )  # fmt: skip
+    def _resume(self, path: Path, *, named: bool) -> list[str]:
+        """Take over a checkpoint; what to tell the user about it."""
+        state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
         rank_state = self.checkpoints.load(path, model=self._model, optimizer=self._step.optimizer)
         self._step.load_state_dict(state["optimizer_step"])
         self._stream.load_state_dict(state["stream"])
         self._first_step = state["step"]
+        self._skipped_before = self._step.skipped
+        self._resumed_from = str(path) if named else state.get("resumed_from")
         notes = [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
         if rank_state is not None:
             _set_rng_state(rank_state, self.world.device)

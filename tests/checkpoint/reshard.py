@@ -17,7 +17,7 @@ def main(folder: Path) -> None:
     with distributed(60) as world:
         training = start(world)
         with managed(folder / "one", world) as manager:
-            assert manager.load(manager.latest(), model=training[0], optimizer=training[1]) is None
+            assert manager.load(manager.resume_point(), model=training[0], optimizer=training[1]) is None
         state = whole_state(training)
         if world.is_main:
             assert same(state, torch.load(folder / "one.pth"))
@@ -29,14 +29,14 @@ def main(folder: Path) -> None:
                 state, random = whole_state(training), torch.get_rng_state()
                 norms = train(world, training, range(step + 1, step + 3))  # while it is being written
             again = start(world, data_parallel="hsdp", shard_size=1)
-            rank_state = manager.load(manager.latest(), model=again[0], optimizer=again[1])
+            rank_state = manager.load(manager.resume_point(), model=again[0], optimizer=again[1])
             assert torch.equal(rank_state["random"], random)
             loaded = whole_state(again)
             if world.is_main:
                 assert same(loaded, state)
                 torch.save(state, folder / "two.pth")
             same_layout = start(world)
-            manager.load(manager.latest(), model=same_layout[0], optimizer=same_layout[1])
+            manager.load(manager.resume_point(), model=same_layout[0], optimizer=same_layout[1])
             torch.set_rng_state(random)
             assert train(world, same_layout, range(6, 8)) == norms
 

@@ -1,11 +1,14 @@
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from grpo.checkpoint import folders
@@ -34,7 +37,7 @@ def test_continued_run_is_bit_equal(world, tmp_path, async_save, mixed_precision
 
         torch.manual_seed(2)
         again = start(world, mixed_precision=mixed_precision)
-        path = manager.latest()
+        path = manager.resume_point()
         assert manager.read_run_state(path) == {"step": 3, "thirds": [1.0]}
         torch.set_rng_state(manager.load(path, model=again[0], optimizer=again[1])["random"])
     assert train(world, again, range(3, 6)) == norms
@@ -52,7 +55,7 @@ def test_saving_before_the_first_step_changes_nothing(world, tmp_path):
         train(world, training, range(2))
         assert same(whole_state(training), whole_state(expected))
         again = start(world)
-        torch.set_rng_state(manager.load(manager.latest(), model=again[0], optimizer=again[1])["random"])
+        torch.set_rng_state(manager.load(manager.resume_point(), model=again[0], optimizer=again[1])["random"])
         train(world, again, range(2))
         assert same(whole_state(again), whole_state(expected))
 
@@ -68,7 +71,7 @@ def test_number_of_ranks_may_change(world, tmp_path):
     assert result.returncode == 0, result.stderr
 
     with managed(tmp_path / "two", world) as manager:
-        path = manager.latest()
+        path = manager.resume_point()
         assert manager.load(path, model=training[0], optimizer=training[1]) is None
     expected = torch.load(tmp_path / "two.pth")
     assert same(whole_state(training), expected)
@@ -83,6 +86,7 @@ def test_files(world, tmp_path, sharded, state_type):
     path = tmp_path / "step-000100"
     assert [*tmp_path.iterdir()] == [path]
     names = {".metadata", "__0_0.distcp", "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt"}
+    names.add("manifest.json")
     assert {file.name for file in path.iterdir()} == names | (set() if sharded else {"consolidated.pth"})
     assert (path / "state_type.txt").read_text().strip() == state_type
     assert (path / "resume_step.txt").read_text().strip() == "100"
@@ -91,18 +95,75 @@ def test_files(world, tmp_path, sharded, state_type):
 def test_only_complete_folders_count(world, tmp_path):
     training = start(world)
     with managed(tmp_path, world) as manager:
-        assert manager.latest() is None
+        assert manager.resume_point() is None
         for step in (1, 2, 3, 4):
             save(manager, training, step)
         (tmp_path / "step-000004" / ".metadata").unlink()
-        shard = tmp_path / "step-000003" / "__0_0.distcp"
-        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        cut_short(tmp_path / "step-000003" / "__0_0.distcp")
         (tmp_path / "step-000005").mkdir()
         (tmp_path / "step-latest").mkdir()
         shutil.copytree(tmp_path / "step-000001", folders.partial_folder(tmp_path, 6))
-        assert manager.latest() == tmp_path / "step-000002"
         with pytest.raises(UserError, match=r"step-000003 is incomplete: __0_0\.distcp"):
             manager.load(tmp_path / "step-000003", model=training[0], optimizer=training[1])
+        lines = []
+        assert manager.resume_point(lines.append) == tmp_path / "step-000002"
+    assert [line.partition(" ")[0] for line in lines] == [str(tmp_path / f"step-00000{step}") for step in (5, 4, 3)]
+    assert "manifest.json: No such file" in lines[0]
+    assert ".metadata missing or cut short; renamed to step-000004.damaged" in lines[1]
+    assert "__0_0.distcp missing or cut short" in lines[2]
+
+
+FILES = (".metadata", "__0_0.distcp", "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt",
+         "consolidated.pth", "manifest.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", ["flip_bit", "cut_short", "remove"])
+@pytest.mark.parametrize("name", FILES)
+def test_any_damage_is_found_and_the_one_before_taken(saved_three, tmp_path, world, name, harm):
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(saved_three, copy)
+    {"flip_bit": flip_bit, "cut_short": cut_short, "remove": Path.unlink}[harm](copy / "step-000003" / name)
+    lines = []
+    with managed(copy, world) as manager:
+        assert manager.damage(copy / "step-000003") is not None
+        assert manager.resume_point(lines.append) == copy / "step-000002"
+        (line,) = lines
+        assert str(copy / "step-000003") in line
+        assert name in line or (name, harm) == ("manifest.json", "flip_bit")  # which then wrongs another file
+        training = start(world)
+        save(manager, training, 3)  # its place is free again
+        assert manager.resume_point() == copy / "step-000003"
+    assert {path.name for path in copy.iterdir()} == {f"step-00000{n}" for n in (1, 2, 3)} | {"step-000003.damaged"}
+
+
+@pytest.fixture(scope="module")
+def saved_three(world, tmp_path_factory):
+    """A folder with the checkpoints of steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with managed(folder, world, sharded=False) as manager:
+        for step in (1, 2, 3):
+            save(manager, start(world), step)
+    return folder
+
+
+def flip_bit(path):
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def test_a_manifest_that_names_files_elsewhere_is_not_trusted(saved_three, tmp_path, world):
+    copy = tmp_path / "step-000001"
+    shutil.copytree(saved_three / "step-000001", copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for name in ("../../secret", "/etc/passwd", ".."):
+        (copy / "manifest.json").write_text(json.dumps({**manifest, name: {"size": 1, "sha256": "0"}}))
+        with managed(tmp_path, world) as manager:
+            assert "do not trust" in manager.damage(copy)
 
 
 def test_keeps_the_newest(world, tmp_path):
@@ -110,8 +171,39 @@ def test_keeps_the_newest(world, tmp_path):
     with managed(tmp_path, world, keep_last=2) as manager:
         for step in (1, 2, 9, 3):  # a run that went back to step 2 keeps what it writes
             save(manager, training, step)
-            assert manager.latest() is not None
+            assert manager.resume_point() is not None
     assert {path.name for path in tmp_path.iterdir()} == {"step-000009", "step-000003"}
+
+
+@pytest.mark.parametrize(("best_is", "kept"), [("highest", {2, 4, 6, 7}), ("lowest", {1, 3, 6, 7})])
+def test_keeps_the_best_besides_the_newest(world, tmp_path, best_is, kept):
+    training = start(world)
+    scores = {1: 0.1, 2: 0.9, 3: -0.5, 4: 0.8, 5: None, 6: 0.7, 7: float("nan")}
+    with managed(tmp_path, world, keep_last=2, keep_best=2, best_is=best_is) as manager:
+        for step, score in scores.items():
+            save(manager, training, step, score)
+    assert {int(path.name[-6:]) for path in tmp_path.iterdir()} == kept
+
+
+def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(world, tmp_path):
+    training = start(world)
+    with managed(tmp_path, world) as manager:
+        for step in (1, 2):
+            save(manager, training, step)
+    how = {"keep_last": 1, "keep_best": 0, "best_is": "highest", "newest": tmp_path / "step-000002"}
+    cut_short(tmp_path / "step-000002" / ".metadata")
+    folders.remove_old(tmp_path, **how)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
+
+
+def test_weights_in_one_file_of_either_format(world, tmp_path):
+    model, optimizer = start(world)
+    with managed(tmp_path, world, sharded=False, safetensors=True) as manager:
+        save(manager, (model, optimizer), 1)
+    folder = tmp_path / "step-000001"
+    expected = {name: tensor.cpu() for name, tensor in whole_state((model, optimizer)).items() if name[:6] != "state."}
+    assert same(torch.load(folder / "consolidated.pth", weights_only=True)["model"], expected)
+    assert same(safetensors.torch.load_file(folder / "consolidated.safetensors"), expected)
 
 
 def test_an_existing_checkpoint_is_not_overwritten(world, tmp_path):
@@ -142,7 +234,7 @@ def test_full_disk(world, tmp_path, monkeypatch, async_save):
                 save_and_wait(manager, 2)
         assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
         save_and_wait(manager, 2)  # once there is space again
-        assert manager.latest() == tmp_path / "step-000002"
+        assert manager.resume_point() == tmp_path / "step-000002"
 
 
 def test_a_killed_writer_leaves_nothing_that_counts(world, tmp_path):
@@ -151,7 +243,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(world, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", ".step-000002.partial"}
     training = start(world)
     with managed(tmp_path, world) as manager:
-        assert manager.latest() == tmp_path / "step-000001"
+        assert manager.resume_point() == tmp_path / "step-000001"
         save(manager, training, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from grpo.checkpoint import CheckpointManager
+from grpo.config import Checkpoint
 from grpo.parallel import World, clip_grad_norm, full_state_dict
 from tests.parallel.toy import loss_sum, make_batch, make_parallel
 
@@ -35,10 +36,16 @@ def train(world: World, training: Training, steps: range) -> list[float]:
     return norms
 
 
-def save(manager: CheckpointManager, training: Training, step: int) -> None:
+def save(manager: CheckpointManager, training: Training, step: int, score: float | None = None) -> None:
     model, optimizer = training
-    state = {"step": step, "thirds": [step / 3]}
-    manager.save(step, model=model, optimizer=optimizer, run_state=state, rank_state={"random": torch.get_rng_state()})
+    manager.save(
+        step,
+        model=model,
+        optimizer=optimizer,
+        run_state={"step": step, "thirds": [step / 3]},
+        rank_state={"random": torch.get_rng_state()},
+        score=score,
+    )
 
 
 def whole_state(training: Training) -> dict[str, Tensor]:
@@ -56,7 +63,9 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @contextmanager
-def managed(folder: Path, world: World, *, sharded: bool = True, keep_last: int = 0, async_save: bool = False):
-    manager = CheckpointManager(folder, world=world, sharded=sharded, keep_last=keep_last, async_save=async_save)
+def managed(folder: Path, world: World, **config):
+    """A checkpoint manager; shards only, all kept and written at once unless `config` says otherwise."""
+    config = Checkpoint(**{"sharded": True, "async_save": False, **config})
+    manager = CheckpointManager(folder, world=world, config=config, timeout_seconds=60)
     yield manager
     manager.close()

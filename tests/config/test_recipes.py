@@ -156,6 +156,8 @@ def test_a_recipe_object_is_valid() -> None:
         ({"reward": {"classifier_checkpoint": "c.pth"}}, "reward.classifier_checkpoint"),
         ({"optimizer": {"schedule": "one_cycle", "warmup_steps": 3}}, "optimizer.warmup_steps"),
         ({"metrics": {"wandb_entity": "team"}}, "metrics.wandb_entity"),
+        ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best"),
+        ({"checkpoint": {"best_metric": "loss"}}, "checkpoint.best_metric"),
         ({"checkpoint": {"save_final": False}}, "checkpoint.interval = 0 and checkpoint.save_final = false"),
     ],
 )

@@ -1,0 +1,74 @@
+"""manifest.json: every file of a checkpoint with its size and checksum, so that damage is found before it is used."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from grpo.config import UserError
+
+MANIFEST_NAME = "manifest.json"
+
+
+class FileSum(NamedTuple):
+    """What a file held when it was written."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+def file_sums(files: Iterable[Path]) -> dict[str, FileSum]:
+    """Size and SHA-256 of files as they are read back from the file system, by name."""
+    sums = {}
+    for path in files:
+        with path.open("rb") as file:
+            sums[path.name] = FileSum(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return sums
+
+
+def manifest_text(sums: Mapping[str, FileSum]) -> str:
+    """The contents of manifest.json."""
+    return json.dumps({name: sums[name]._asdict() for name in sorted(sums)}, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> dict[str, FileSum]:
+    """The files that a checkpoint is made of.
+
+    Raises:
+        UserError: no manifest, a damaged one, or one that names files elsewhere.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        entries = json.loads(path.read_text())
+        sums = {name: FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except OSError as error:
+        raise UserError(
+            f"{folder} is not a whole checkpoint of a run: {MANIFEST_NAME}: {error.strerror}; take another checkpoint"
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}): take another checkpoint") from error
+    elsewhere = next((name for name in sums if name in ("", ".", "..") or Path(name).name != name), None)
+    if elsewhere is not None:
+        raise UserError(f"{path} names {elsewhere!r}, which is not a file of this folder: do not trust it")
+    return sums
+
+
+def missing_files(folder: Path, sums: Mapping[str, FileSum]) -> list[str]:
+    """Names of the files that are absent or not as long as they were written, without reading them."""
+    return [name for name, known in sums.items() if not _has_size(folder / name, known.size)]
+
+
+def damaged_files(folder: Path, sums: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> list[str]:
+    """Names of the files with other contents than were written; reads them.
+
+    Args:
+        part, parts: look at every `parts`-th file only, from the `part`-th on, in the order of descending size.
+    """
+    share = sorted(sums, key=lambda name: (-sums[name].size, name))[part::parts]
+    return [name for name in share if file_sums([folder / name])[name] != sums[name]]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size

@@ -1,0 +1,90 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo.checkpoint import CheckpointManager
+from grpo.config import TrainingRecipe, UserError, differences, recipe_from_toml
+
+# Sections and keys that a resumed run may change: they move work around, they do not change it.
+FREE_SECTIONS = ("parallel.", "compile.", "activation_checkpoint.", "checkpoint.", "metrics.", "debug.")
+FREE_KEYS = ("training.steps", "training.max_skipped_steps", "data.num_workers", "data.cache_codes",
+             "data.max_bad_images", "reward.batch_size", "rollout.max_rows")  # fmt: skip
+
+
+def find_checkpoint(
+    recipe: TrainingRecipe, checkpoints: CheckpointManager, tell: Callable[[str], None]
+) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, None to start anew; and whether the user has named it. Collective.
+
+    When torchrun starts the ranks again after a fault, the command line is the one of the first start. What
+    `checkpoint.resume` = none or a path meant has been done then, and the run goes on from what it has written since.
+
+    Args:
+        tell: gets a line about each checkpoint that was passed over.
+
+    Raises:
+        UserError: `none`, and there are checkpoints; or the one that was named is damaged.
+    """
+    resume = recipe.checkpoint.resume
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if resume == "auto" or (resume == "none" and restarted):
+        return checkpoints.resume_point(tell), False
+    if resume == "none":
+        if checkpoints.exist():
+            raise UserError(
+                f"checkpoint.resume = none: {recipe.checkpoint_dir} already holds checkpoints, which a new run would "
+                "overwrite; give another metrics.run_dir or checkpoint.dir, or remove them"
+            )
+        return None, False
+    if restarted:
+        own = checkpoints.resume_point(tell, accept=lambda path: _continues(checkpoints, path, resume))
+        if own is not None:
+            return own, False
+    problem = checkpoints.damage(resume)
+    if problem is not None:
+        raise UserError(f"checkpoint.resume: {problem}")
+    return Path(resume), True
+
+
+def read_run_state(
+    recipe: TrainingRecipe, checkpoints: CheckpointManager, path: Path, *, named: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The state of the run in a checkpoint, and how the recipe has changed since in ways that matter.
+
+    Args:
+        named: whether the user has named the checkpoint, and thereby accepts the changes.
+
+    Raises:
+        UserError: the checkpoint is of another run, of a recipe that differs, or not one of a training run.
+    """
+    state = checkpoints.read_run_state(path)
+    try:
+        run_dir, before = str(state["run_dir"]), recipe_from_toml(type(recipe), state["recipe"])
+        int(state["step"]), dict(state["stream"]), dict(state["optimizer_step"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: run_state.json is not that of a training run: take another checkpoint") from error
+    inside = recipe.checkpoint_dir.parent == recipe.run_dir
+    if not named and not inside and run_dir != str(recipe.run_dir):
+        raise UserError(
+            f"{recipe.checkpoint_dir} holds checkpoints of the run {run_dir}: give this run another checkpoint.dir, "
+            f"or go on from it with checkpoint.resume = {path}"
+        )
+    changes = [line for line in differences(before, recipe) if not line.startswith((*FREE_SECTIONS, *FREE_KEYS))]
+    if changes and not named:
+        raise UserError(
+            [f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "
+             "metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:", *changes]
+        )  # fmt: skip
+    return state, changes
+
+
+def _continues(checkpoints: CheckpointManager, path: Path, start: str) -> bool:
+    """Whether a checkpoint was written by a run that had gone on from the checkpoint `start`."""
+    try:
+        state: Mapping[str, Any] = checkpoints.read_run_state(path)
+        return state.get("resumed_from") == start
+    except (UserError, AttributeError):
+        return False

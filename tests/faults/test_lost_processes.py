@@ -1,0 +1,56 @@
+"""Ranks, data workers and launchers that die or hang; the run goes on and ends as if nothing had happened."""
+
+import pytest
+
+from tests.faults.runs import assert_same_run, run, starts
+
+pytestmark = pytest.mark.faults
+
+
+def test_killed_in_rollout_update_and_save(tmp_path, quiet):
+    faults = [
+        {"start": 0, "rank": 1, "at": "rollout", "step": 2, "do": "kill"},
+        {"start": 1, "rank": 0, "at": "update", "step": 5, "do": "kill", "after": "step-000003"},
+        {"start": 2, "rank": 1, "at": "share", "step": 6, "do": "kill"},
+        {"start": 3, "rank": 0, "at": "publish", "step": 6, "do": "kill"},
+        {"start": 4, "rank": 1, "at": "rollout", "step": 8, "do": "kill_worker", "after": "step-000006"},
+    ]
+    result = run(tmp_path, faults=faults, restarts=len(faults))
+    assert result.returncode == 0, result.stderr
+    assert starts(tmp_path) == [0, 0, 3, 3, 3, 6]
+    assert "Rank 0 lost another rank in a collective" in result.stderr
+    assert "DataLoader worker" in result.stderr
+    assert not list((tmp_path / "checkpoints").glob(".step-*"))  # what the killed writers had begun
+    assert_same_run(tmp_path, quiet)
+
+
+def test_a_rank_that_hangs(tmp_path, quiet):
+    faults = [{"rank": 1, "at": "rollout", "step": 5, "do": "hang", "after": "step-000003"}]
+    result = run(tmp_path, "--parallel.timeout", 10, faults=faults, restarts=1)
+    assert result.returncode == 0, result.stderr
+    assert starts(tmp_path) == [0, 3]
+    assert "did not come within parallel.timeout" in result.stderr
+    assert_same_run(tmp_path, quiet)
+
+
+def test_terminated_and_without_a_launcher(tmp_path, quiet):
+    """SIGTERM to one rank, to torchrun, and torchrun killed: always a checkpoint of the step at hand."""
+    faults = [
+        {"start": 0, "rank": 1, "at": "rollout", "step": 4, "do": "terminate"},
+        {"start": 1, "rank": 0, "at": "rollout", "step": 7, "do": "terminate_launcher"},
+    ]
+    result = run(tmp_path, faults=faults, restarts=1)
+    assert result.returncode == 1  # torchrun's own way to end after SIGTERM
+    assert "recipes/grpo.py" not in result.stderr  # no traceback of ours
+    log = (tmp_path / "log.txt").read_text()
+    assert "stopped at step 4 (another rank was asked to)" in log
+    assert "stopped at step 7 (SIGTERM)" in log
+
+    result = run(tmp_path, faults=[{"at": "rollout", "step": 10, "do": "kill_launcher"}])
+    assert result.returncode == -9
+    # The ranks are still there, and stop after their step; the next start waits for them.
+    result = run(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert starts(tmp_path) == [0, 4, 7, 10]
+    assert "stopped at step 10 (the launcher is gone)" in (tmp_path / "log.txt").read_text()
+    assert_same_run(tmp_path, quiet)

@@ -1,0 +1,85 @@
+"""Steps that are not finite are skipped and counted; after too many in a row the run stops with a checkpoint."""
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import recipes.grpo
+from grpo.config import UserError
+from grpo.parallel.safe_checkpoint import read_tensors
+
+FLAGS = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0", "--training.max_skipped_steps", "3"]
+
+
+class SpoiltReward:
+    """A reward that is not a number for one completion of each image."""
+
+    def __init__(self, reward, bad: Callable[[], bool]) -> None:
+        self.names, self.weights, self._reward, self._bad = reward.names, reward.weights, reward, bad
+
+    def __call__(self, *arguments, **named):
+        rewards = self._reward(*arguments, **named)
+        where = torch.tensor([0])
+        return rewards._replace(total=rewards.total.index_fill(1, where, torch.nan)) if self._bad() else rewards
+
+
+def reward_mean(job, bad):
+    return job._replace(reward=SpoiltReward(job.reward, bad))
+
+
+def loss(job, bad):
+    """An infinite loss whose gradient is finite."""
+    part_of_loss = job.update._loss
+    job.update._loss = lambda part, share: part_of_loss(part, share) + (torch.inf if bad() else 0)
+    return job
+
+
+def grad_norm(job, bad):
+    """A gradient that is not a number, of a finite loss."""
+    job.policy.output.weight.register_hook(lambda gradient: gradient * torch.nan if bad() else gradient)
+    return job
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(spoil, bad_steps): the debugging recipe with those steps spoilt; its lines of metrics and its log."""
+
+    def start(spoil, bad_steps):
+        original = recipes.grpo.build
+
+        def build(recipe, world, timer):
+            job = original(recipe, world, timer)
+            return spoil(job, lambda: job.update.step.steps + 1 in bad_steps)
+
+        monkeypatch.setattr(recipes.grpo, "build", build)
+        flags = ["--checkpoint.interval", "1", "--checkpoint.keep_last", "0", "--metrics.run_dir", str(tmp_path)]
+        recipes.grpo.main([*FLAGS, *flags])
+
+    return start
+
+
+@pytest.mark.parametrize("spoil", [reward_mean, loss, grad_norm])
+def test_a_spoilt_step_changes_nothing_and_is_told(run, tmp_path, spoil):
+    run(spoil, {3, 5})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 2, 2]
+    spoilt = [line[spoil.__name__] is None for line in lines]
+    assert spoilt == [False, False, True, False, True, False]
+    log = (tmp_path / "log.txt").read_text()
+    assert f"step 3: {spoil.__name__} is not finite, the optimizer step was skipped (1 so far, 1 in a row)" in log
+    states = [read_tensors(tmp_path / f"checkpoints/step-00000{step}") for step in range(1, 7)]
+    for step, spoilt_here in enumerate(spoilt[1:], 1):
+        same = all(torch.equal(states[step][name], states[step - 1][name]) for name in states[0])
+        assert same == spoilt_here
+    assert all(math.isfinite(float(tensor.sum())) for state in states for tensor in state.values())
+
+
+@pytest.mark.parametrize("spoil", [loss])
+def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(run, tmp_path, spoil):
+    with pytest.raises(UserError, match="stopped at step 5: 3 optimizer steps in a row"):
+        run(spoil, range(3, 100))
+    before, last = (read_tensors(tmp_path / f"checkpoints/step-00000{step}") for step in (2, 5))
+    assert all(torch.equal(before[name], last[name]) for name in before)
