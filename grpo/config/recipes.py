@@ -86,7 +86,7 @@ class TrainingRecipe(Recipe):
     @property
     def checkpoint_dir(self) -> Path:
         """Folder of the checkpoints: inside the run's folder unless `checkpoint.dir` was moved."""
-        moved = self.checkpoint.dir != Checkpoint().dir
+        moved = self.checkpoint.dir.rstrip("/") != Checkpoint().dir
         return Path(self.checkpoint.dir) if moved else self.run_dir / self.checkpoint.dir
 
 

@@ -11,8 +11,12 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
+LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
+LARGEST_SEED = 2**63 - 1
+
+PositiveInt = Annotated[int, Gt(0), Le(LARGEST_INT)]
+NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_INT)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
 PositiveFloat = Annotated[FiniteFloat, Gt(0)]
 NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
@@ -24,9 +28,9 @@ KernelBackend = Literal["auto", "triton", "reference"]
 
 
 class Section(BaseModel):
-    """Base of all sections: strict about names, immutable, documented by attribute docstrings."""
+    """Base of all sections: strict about names, immutable, documented by attribute docstrings; no text is empty."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, str_min_length=1)
 
 
 class Model(Section):
@@ -90,7 +94,7 @@ class Rollout(Section):
 
     mode: Literal["teacher_forced", "autoregressive"] = "teacher_forced"
     """teacher_forced: all positions at once under the codes of a real image; autoregressive: true sampling."""
-    num_generations: PositiveInt = 8
+    num_generations: Annotated[int, Gt(0), Le(4096)] = 8
     """Completions of each image (G)."""
     batch_size: PositiveInt = 32
     """Images of one rollout on each rank (B)."""
@@ -236,7 +240,7 @@ class Training(Section):
 
     steps: PositiveInt = 100
     """Steps of the run: rollouts with their updates in grpo.py, optimizer steps elsewhere."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initial weights, data order and sampling."""
     batch_size: PositiveInt = 8
     """Sequences in one forward and backward on each rank."""
@@ -261,10 +265,10 @@ class Parallel(Section):
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
     """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
     within groups of ranks and replicate across them."""
-    shard_size: Annotated[int, Ge(-1)] = -1
+    shard_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
     """Ranks of one shard group in hsdp. -1 fills in: the ranks of one host, or all ranks / replicate_size where that is
     set."""
-    replicate_size: Annotated[int, Ge(-1)] = -1
+    replicate_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
     """Shard groups in hsdp, each with the whole model. -1 fills in: all ranks / shard_size."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     """Free the gathered parameters of a block after its forward and gather them again for its backward. always saves
