@@ -106,7 +106,7 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
         "training, parallel, compile, activation_checkpoint, checkpoint, metrics, debug",
         f"{path}: training.steps must be a whole number > 0, not 2.5",
         f"{path}: training.batch_size must be a whole number > 0, not true",
-        f'{path}: training.mixed_precision must be one of fp32, tf32, bf16, fp16, not "int8"',
+        f'{path}: training.mixed_precision must be one of auto, fp32, tf32, bf16, fp16, not "int8"',
         "--lr abc: optimizer.lr must be a number >= 0",
         "--top-p 1.5: rollout.top_p must be a number > 0 and <= 1",
         f"{path}: data.image_size = 250 must be a multiple of tokenizer.downsample_size = 16",
