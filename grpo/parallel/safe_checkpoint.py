@@ -6,6 +6,7 @@ writer puts there, every entry through `weights_only=True`, and file names canno
 """
 
 import io
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from grpo.config import UserError
@@ -60,13 +61,15 @@ def read_metadata(folder: str | Path) -> Metadata:
     """The contents of a checkpoint folder: names, shapes, and where in which file each piece is.
 
     Raises:
-        UserError: no such file, damaged, asking for anything but checkpoint metadata, or naming files elsewhere.
+        UserError: no such file, damaged, asking for anything but checkpoint metadata, naming files elsewhere, or
+            promising tensors that its files do not hold.
     """
     path = Path(folder) / METADATA_NAME
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         _check_files_inside(metadata)
+        _check_tensors(metadata)
     except OSError as error:
         raise UserError(f"{folder} is not a readable checkpoint folder: {METADATA_NAME}: {error.strerror}.") from None
     except _RefusedError as error:
@@ -165,3 +168,22 @@ def _check_files_inside(metadata: Metadata) -> None:
             raise _RefusedError(f"a file at {info.relative_path!r}")
         if info.offset < 0 or info.length < 0 or getattr(info, "transform_descriptors", None):
             raise pickle.UnpicklingError("impossible piece")
+
+
+def _check_tensors(metadata: Metadata) -> None:
+    """Every tensor is stored once and whole: nothing is read that was not written, nothing larger than its file."""
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        covered = 0
+        for chunk in entry.chunks:
+            places = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            if not all(offset >= 0 and size >= 0 and offset + size <= length for offset, size, length in places):
+                raise pickle.UnpicklingError(f"impossible piece of {name}")
+            elements = math.prod(chunk.sizes)
+            stored = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if elements and (stored is None or stored.length < elements * entry.properties.dtype.itemsize):
+                raise pickle.UnpicklingError(f"{name} is not stored")
+            covered += elements
+        if covered != math.prod(entry.size):
+            raise pickle.UnpicklingError(f"{name} is not stored whole")

@@ -1,3 +1,5 @@
+import dataclasses
+import io
 import os
 import pickle
 
@@ -79,6 +81,60 @@ def test_files_elsewhere_are_refused(folder, name):
     change_metadata(folder, point_elsewhere)
     with pytest.raises(UserError, match="do not trust"):
         read_metadata(folder)
+
+
+def enlarge(entry):
+    entry.size = torch.Size([10**12, 3])
+
+
+def leave_a_gap(entry):
+    entry.chunks[0] = dataclasses.replace(entry.chunks[0], sizes=torch.Size([1, 3]))
+
+
+def lose_the_chunks(entry):
+    entry.chunks = []
+
+
+def promise_more_than_is_stored(entry):
+    entry.size = torch.Size([10**12, 3])
+    entry.chunks[0] = dataclasses.replace(entry.chunks[0], sizes=entry.size)
+
+
+def reach_outside(entry):
+    entry.chunks[0] = dataclasses.replace(entry.chunks[0], offsets=torch.Size([-1, 0]))
+
+
+@pytest.mark.parametrize(
+    "craft",
+    [enlarge, leave_a_gap, lose_the_chunks, promise_more_than_is_stored, reach_outside],
+    ids=lambda f: f.__name__,
+)
+def test_tensors_that_the_files_do_not_hold_are_refused(folder, craft):
+    """Else memory that nobody wrote would be taken for weights, or all of it be asked for."""
+    change_metadata(folder, lambda metadata: craft(metadata.state_dict_metadata["model.a"]))
+    with pytest.raises(UserError, match="is damaged"):
+        read_tensors(folder)
+
+
+def test_crafted_tensor_in_a_shard_is_refused_before_it_runs(folder, tmp_path):
+    """The piece of a tensor, replaced by a pickle that runs code."""
+    info = next(info for index, info in read_metadata(folder).storage_data.items() if index.fqn == "model.a")
+    payload = io.BytesIO()
+    torch.save(Attack(tmp_path / "ran"), payload)
+    shard = folder / info.relative_path
+    contents = bytearray(shard.read_bytes())
+    offset = len(contents)
+    shard.write_bytes(contents + payload.getvalue())
+
+    def point_at_it(metadata):
+        for index, place in metadata.storage_data.items():
+            if index.fqn == "model.a":
+                place.offset, place.length = offset, len(payload.getvalue())
+
+    change_metadata(folder, point_at_it)
+    with pytest.raises(UserError, match="Cannot load"):
+        read_tensors(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_damage_is_named(folder):
