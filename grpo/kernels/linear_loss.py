@@ -33,8 +33,8 @@ def fused_linear_loss(
     The backward pass of `linear_token_log_probs` does not know the gradients of its outputs before it runs, and
     computes the logits again: four matrix products in all. Here each chunk's loss is differentiated while its logits
     are there, which makes three, and the forward pass leaves nothing but the gradients of `hidden` and `weight`.
-    In fp16 multiply the loss scale inside `loss`: it is too late outside. Runs eagerly, also inside `torch.compile`.
-    Raises ValueError for shapes or values out of range.
+    The backward pass gives these away and runs once. In fp16 multiply the loss scale inside `loss`: it is too late
+    outside. Runs eagerly, also inside `torch.compile`. Raises ValueError for shapes or values out of range.
     """
     check_projection(hidden, weight, tokens, temperature)
     if group < 1 or hidden.shape[0] % group:
@@ -63,16 +63,20 @@ class _FusedLinearLoss(torch.autograd.Function):
                 value = _chunk_loss(chunks, rows, logits, tokens[rows], loss, with_entropy, any(needs))
                 total = value if total is None else total + value
         ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.save_for_backward(chunks.grad_hidden, chunks.grad_weight)
+        ctx.gradients = chunks.grad_hidden, chunks.grad_weight
         return hidden.new_zeros((), dtype=torch.float32) if total is None else total
 
     @staticmethod
     def backward(ctx, grad_loss):
-        gradients = (
-            None if gradient is None else (grad_loss * gradient).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("fused_linear_loss: backward has run already and used the gradients up")
+        # In place: they are as large as what they are returned as, and are not needed again.
+        scaled = (
+            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *gradients, *[None] * 7
+        return *scaled, *[None] * 7
 
 
 def _chunk_loss(

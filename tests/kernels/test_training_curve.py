@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("torchdata", reason="the recipe needs its data loader")
+
 from grpo.models import GPT, MODEL_SPECS, TOKENIZER_SPECS, Classifier, ClassifierConfig, VQModel, save_weights
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,8 +16,8 @@ def batch(shape=(3, 2, 350)):  # more than one program, the last one partly fill
     ref[0, 0, 3:6] = log_probs[0, 0, 3:6] - torch.tensor([500.0, -500.0, 21.0])
     weights = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.3)
     old[0, 1, weights[0, 1] == 0] = torch.nan
-    advantages = torch.randn(3, 2, generator=generator)
-    advantages[2, 0] = 0
+    advantages = torch.randn(shape[:2], generator=generator)
+    advantages[-1, 0] = 0
     return [tensor.to(DEVICE) for tensor in (log_probs, old, advantages, weights, ref)]
 
 
@@ -44,7 +44,7 @@ def check_any_layout():
     """As the update hands them over: log-probs [R, T, M + 1] seen as [R, M, T], weights in order."""
     log_probs, old, advantages, weights, ref = batch((2, 4, 300))
     log_probs = log_probs.transpose(1, 2)[..., :2].transpose(1, 2)
-    old, ref = (tensor[:, 1:3] for tensor in (old, ref))
+    old, ref = old.nan_to_num()[:, 1:3], ref[:, 1:3]
     weights, advantages = weights[:1, :2].expand(2, 2, 300), advantages.t().contiguous().t()[:, :2]
     ours, reference = both(log_probs, old, advantages, weights, ref)
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)

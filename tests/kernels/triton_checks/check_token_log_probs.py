@@ -67,9 +67,10 @@ def check_strided_rows_ties_and_minus_infinity():
     assert token_log_probs(logits[::2, :300], tokens, impl="triton")[1, 1] == -torch.inf
 
 
-@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "V", "D", "M"), [(5, 300, 40, 3), (130, 2100, 64, 2)])
+@pytest.mark.parametrize(
+    ("N", "V", "D", "M", "entropy"), [(5, 300, 40, 3, False), (5, 300, 40, 3, True), (130, 2100, 32, 2, True)]
+)
 def check_projection(N, V, D, M, dtype, entropy):
     """Ragged in rows, columns and features; the second case spans two tiles of rows and two splits of columns."""
     inputs = [random(N, D, dtype=dtype), random(V, D, dtype=dtype, seed=1) / 4]
@@ -106,12 +107,11 @@ def check_a_loss_fused_with_the_projection(dtype, monkeypatch):
         def loss(rows, log_probs, entropy):
             return (factors[rows] * log_probs).sum() - entropy.sum()
 
-        return fused_linear_loss(
-            hidden, weight, tokens, loss, temperature=temperature, with_entropy=return_entropy, group=2, impl=impl
-        )[None], torch.zeros(1, device=DEVICE)
+        options = {"temperature": temperature, "with_entropy": True, "group": 2, "impl": impl}
+        return fused_linear_loss(hidden, weight, tokens, loss, **options)[None]
 
     inputs = [random(6, 40, dtype=dtype), random(300, 40, dtype=dtype, seed=1) / 4]
-    assert_as_good_as_torch(fused, inputs, tokens_of(6, 2, 300), True)
+    assert_as_good_as_torch(fused, inputs, tokens_of(6, 2, 300), False)
 
 
 def check_a_token_out_of_range_is_seen_and_touches_nothing():
@@ -136,8 +136,9 @@ def check_a_token_out_of_range_is_seen_and_touches_nothing():
 
 def check_rows_without_tokens_have_an_entropy():
     logits, tokens = random(3, 40), torch.zeros(3, 0, dtype=torch.int64, device=DEVICE)
-    assert_as_good_as_torch(token_log_probs, [logits], tokens, True)
-    assert_as_good_as_torch(linear_token_log_probs, [logits, random(50, 40)], tokens, True)
+    for op, inputs in ((token_log_probs, [logits]), (linear_token_log_probs, [logits, random(50, 40)])):
+        results = [run(op, inputs, tokens, impl, True) for impl in ("triton", "reference")]
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
