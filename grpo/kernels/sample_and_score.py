@@ -116,6 +116,8 @@ class _SampleAndScore(torch.autograd.Function):
         hidden, weight, tokens, lse, entropy = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros(tokens.shape, dtype=lse.dtype, device=lse.device)
+        grad_log_probs = grad_log_probs.contiguous()  # that of a sum is one number, expanded
+        grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         kept, ctx.kept = ctx.kept, None
         if kept is None:
