@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.kernels.dispatch import accumulation_dtype
 from grpo.kernels.projection import project_logits
 from grpo.kernels.row_math import row_chunks, score_rows_backward
 from grpo.kernels.sampling import sample_tokens
@@ -143,8 +142,7 @@ def _products(
     grad_logits: list[Tensor], hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `hidden` and `weight` from those of the logits, chunk by chunk, summed in fp32."""
-    dtype = accumulation_dtype(hidden, weight)
-    wide_hidden, wide_weight = hidden.to(dtype), weight.to(dtype)
+    wide_hidden, wide_weight = hidden.to(grad_logits[0].dtype), weight.to(grad_logits[0].dtype)
     grad_hidden = wide_hidden.new_empty(hidden.shape) if needs_hidden else None
     grad_weight = None
     for rows, chunk in zip(_chunks(hidden, weight), grad_logits, strict=True):
