@@ -1,5 +1,6 @@
 """Draws from a projection of hidden states and their differentiable log-probs, from one product per chunk of rows."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,7 @@ from grpo.kernels.sampling import sample_tokens
 # Logits worked on at once, by device type.
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
-# The one place that decides whether logits outlive the forward pass. A CPU keeps those of a few chunks for the backward
-# pass, since another product costs it more than reading them (64 MB at most). A GPU never keeps any: at a vocabulary of
-# 16384 its product is about as cheap as the traffic, and [N, V] is what it has no memory for.
-_KEPT_ELEMENTS = {"cpu": 1 << 24}
+_KEPT_ELEMENTS = {"cpu": 1 << 24}  # see `_keeps_logits`
 
 
 class ScoredSample(NamedTuple):
@@ -82,7 +80,18 @@ def sample_projection(
     return tokens, log_probs, kept_mass
 
 
-def _chunks(hidden: Tensor, weight: Tensor):
+def _keeps_logits(hidden: Tensor, weight: Tensor, impl: str) -> bool:
+    """The one place that decides whether logits outlive the forward pass.
+
+    A CPU keeps those of a few chunks for the backward pass, 64 MB at most, since another product costs it more than
+    reading them. A GPU never does: [N, V] is what it has no memory for, and at a vocabulary of 16384 its product is
+    about as cheap as the traffic. Neither do the Triton kernels where they are interpreted: they stand for a GPU.
+    """
+    return impl != "triton" and len(hidden) * len(weight) <= _KEPT_ELEMENTS.get(hidden.device.type, 0)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """The rows of each chunk of logits."""
     return row_chunks(len(hidden), max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // len(weight)))
 
 
@@ -92,7 +101,7 @@ class _SampleAndScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, row_ids, draw, impl):
         ctx.temperature, ctx.impl = draw["temperature"], impl
-        keep = len(hidden) * len(weight) <= _KEPT_ELEMENTS.get(hidden.device.type, 0)
+        keep = _keeps_logits(hidden, weight, impl)
         ctx.kept = [] if keep else None
         parts = []
         for rows in _chunks(hidden, weight):
