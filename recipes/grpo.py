@@ -130,6 +130,7 @@ def build(recipe: GRPORecipe, world: World, timer: PhaseTimer) -> Job:
         impl=training.kernels,
         keep_graph=update.shares_forward,
         with_real=objective.aux_ce_weight > 0,
+        rollouts=training.steps,
     )
     work = grpo_work(recipe, policy.config, shares_forward=update.shares_forward)
     return Job(stream, policy, reference, rollout, reward, update, work)

@@ -1,11 +1,11 @@
 """Draws from a projection of hidden states and their differentiable log-probs, from one product per chunk of rows."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo.kernels.dispatch import accumulation_dtype
 from grpo.kernels.projection import project_logits
 from grpo.kernels.row_math import row_chunks, score_rows_backward
 from grpo.kernels.sampling import sample_tokens
@@ -13,10 +13,7 @@ from grpo.kernels.sampling import sample_tokens
 # Logits worked on at once, by device type.
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
-# The one place that decides whether logits outlive the forward pass. A CPU keeps those of a few chunks for the backward
-# pass, since another product costs it more than reading them (64 MB at most). A GPU never keeps any: at a vocabulary of
-# 16384 its product is about as cheap as the traffic, and [N, V] is what it has no memory for.
-_KEPT_ELEMENTS = {"cpu": 1 << 24}
+_KEPT_ELEMENTS = {"cpu": 1 << 24}  # see `_keeps_logits`
 
 
 class ScoredSample(NamedTuple):
@@ -83,7 +80,18 @@ def sample_projection(
     return tokens, log_probs, kept_mass
 
 
-def _chunks(hidden: Tensor, weight: Tensor):
+def _keeps_logits(hidden: Tensor, weight: Tensor, impl: str) -> bool:
+    """The one place that decides whether logits outlive the forward pass.
+
+    A CPU keeps those of a few chunks for the backward pass, 64 MB at most, since another product costs it more than
+    reading them. A GPU never does: [N, V] is what it has no memory for, and at a vocabulary of 16384 its product is
+    about as cheap as the traffic. Neither do the Triton kernels where they are interpreted: they stand for a GPU.
+    """
+    return impl != "triton" and len(hidden) * len(weight) <= _KEPT_ELEMENTS.get(hidden.device.type, 0)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """The rows of each chunk of logits."""
     return row_chunks(len(hidden), max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // len(weight)))
 
 
@@ -93,7 +101,7 @@ class _SampleAndScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, row_ids, draw, impl):
         ctx.temperature, ctx.impl = draw["temperature"], impl
-        keep = len(hidden) * len(weight) <= _KEPT_ELEMENTS.get(hidden.device.type, 0)
+        keep = _keeps_logits(hidden, weight, impl)
         ctx.kept = [] if keep else None
         parts = []
         for rows in _chunks(hidden, weight):
@@ -116,6 +124,8 @@ class _SampleAndScore(torch.autograd.Function):
         hidden, weight, tokens, lse, entropy = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros(tokens.shape, dtype=lse.dtype, device=lse.device)
+        grad_log_probs = grad_log_probs.contiguous()  # that of a sum is one number, expanded
+        grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         kept, ctx.kept = ctx.kept, None
         if kept is None:
@@ -141,8 +151,7 @@ def _products(
     grad_logits: list[Tensor], hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `hidden` and `weight` from those of the logits, chunk by chunk, summed in fp32."""
-    dtype = accumulation_dtype(hidden, weight)
-    wide_hidden, wide_weight = hidden.to(dtype), weight.to(dtype)
+    wide_hidden, wide_weight = hidden.to(grad_logits[0].dtype), weight.to(grad_logits[0].dtype)
     grad_hidden = wide_hidden.new_empty(hidden.shape) if needs_hidden else None
     grad_weight = None
     for rows, chunk in zip(_chunks(hidden, weight), grad_logits, strict=True):
