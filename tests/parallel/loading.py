@@ -1,8 +1,8 @@
 """Run by torchrun: the peak of each rank's host memory while `build_gpt` loads a model.
 
 Arguments: weights ("none" for random ones), data_parallel, folder of the outcomes. Each rank writes `rank.<rank>.json`
-with bytes: "model", the whole model's fp32 weights; "shard", what this rank keeps; "peak", what its resident memory grew
-by at most while the model was built.
+with bytes: "model", the whole model's fp32 weights; "shard", what this rank keeps; "peak", by how much its resident
+memory grew at most while the model was built.
 """
 
 import json

@@ -72,7 +72,7 @@ def test_the_program_prints_a_table(capsys):
     main(flags)
     text = capsys.readouterr().out
     assert text.startswith("GPT-tiny, 4 GPUs on 2 host(s), GiB on one GPU\n")
-    assert len([line for line in text.splitlines() if line.startswith("peak")][0].split()) == 4
+    assert len(next(line for line in text.splitlines() if line.startswith("peak")).split()) == 4
     main([*flags, "--all-sizes"])
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| model | fsdp | sdp | hsdp |"
