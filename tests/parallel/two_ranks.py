@@ -101,8 +101,8 @@ def bf16_computes_in_bf16(world: World) -> None:
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def overflow_is_noticed_by_all(world: World, **how) -> None:
-    """An infinite gradient in one shard of one rank makes every rank skip the step and halve the scale."""
+def overflow_is_noticed_by_all(world: World, *, in_loss: bool = False, **how) -> None:
+    """An infinite loss, or gradient in one shard, of one rank makes every rank skip the step and halve the scale."""
     model = make_parallel(world, mixed_precision="fp16", **how)
     scaler = grad_scaler("fp16", world.device)
     step = OptimizerStep(model, Optimizer(lr=1e-3), total_steps=9, max_skipped_steps=3, scaler=scaler)
@@ -110,8 +110,9 @@ def overflow_is_noticed_by_all(world: World, **how) -> None:
     before = full_state_dict(model)
     before = {name: value.clone() for name, value in before.items()}
     for overflows in (True, False):
-        step.backward(loss_sum(model, tokens, class_ids) / tokens.numel() / 1e5)
-        if overflows and world.is_main:
+        factor = torch.inf if overflows and world.is_main and in_loss else 1e-5
+        step.backward(loss_sum(model, tokens, class_ids) / tokens.numel() * factor)
+        if overflows and world.is_main and not in_loss:
             model.output.weight.grad.to_local()[0, 0] = torch.inf
         step()
         assert (step.skipped, scaler.get_scale()) == (1, 2.0**15)
@@ -169,7 +170,10 @@ CHECKS = {
     "weights": loads_from_rank_zero_into_meta,
     "bf16": bf16_computes_in_bf16,
     "fp16 overflow": overflow_is_noticed_by_all,
-    "fp16 overflow, hsdp": lambda world: overflow_is_noticed_by_all(world, data_parallel="hsdp", shard_size=1),
+    "fp16 overflow, hsdp 1x2": lambda world: overflow_is_noticed_by_all(world, data_parallel="hsdp"),
+    "fp16 overflow, hsdp 2x1": lambda world: overflow_is_noticed_by_all(
+        world, in_loss=True, data_parallel="hsdp", shard_size=1
+    ),
     "moments on the host": moments_on_the_host_are_checkpointed,
     "sums": sums_are_global,
 }
