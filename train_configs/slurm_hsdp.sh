@@ -31,9 +31,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 
 # `--requeue` covers the loss of a host, and of the first one in particular, which has the rendezvous: SLURM starts the
-# job again, and it goes on from its newest checkpoint. `--max-restarts` covers the loss of a process. No
-# `--kill-on-bad-exit`: an agent that fails is restarted with its host, not the others with it.
-exec srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+# job again, and it goes on from its newest checkpoint. `--max-restarts` covers the loss of a process. An agent that has
+# given up ends the whole job, because the others would wait for it.
+exec srun --kill-on-bad-exit=1 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}" \

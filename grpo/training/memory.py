@@ -100,7 +100,7 @@ def activation_bytes(config: GPTConfig, rows: int, *, dtype: torch.dtype, mode: 
     }[mode]
     again = 0 if mode == "none" else whole - (kept if mode == "selective" else 0)  # of the block that is recomputed
     final = _FP32 * width + _FP32 + 2 * element * width
-    moving = element * (3 * config.ffn_dim + 2 * width)  # gradients inside of a block
+    moving = element * 2 * (config.ffn_dim + width)  # gradients inside of a block
     return rows * (config.n_layer * kept + again + final + moving)
 
 

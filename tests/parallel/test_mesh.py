@@ -46,7 +46,7 @@ def test_one_size_fills_in_the_other(shard_size, replicate_size, shape):
     [
         ("hsdp", -1, 3, "replicate_size = 3"),
         ("hsdp", 4, 4, "replicate_size = 4 x shard_size = 4"),
-        ("hsdp", 0, 2, "shard_size = 0"),
+        ("hsdp", 0, 2, "replicate_size = 2 x shard_size = 0"),
         ("fsdp", -1, 2, "replicate_size = 2"),
     ],
 )
