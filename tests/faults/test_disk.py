@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.runs import assert_same_run, run, starts
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 import pytest
 
+from grpo.observe import read_metrics
 from tests.faults.runs import assert_same_run, run, starts
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 def test_killed_in_rollout_update_and_save(tmp_path, quiet):
@@ -54,3 +55,11 @@ def test_terminated_and_without_a_launcher(tmp_path, quiet):
     assert starts(tmp_path) == [0, 4, 7, 10]
     assert "stopped at step 10 (the launcher is gone)" in (tmp_path / "log.txt").read_text()
     assert_same_run(tmp_path, quiet)
+
+
+def test_a_loss_of_one_rank_that_is_not_a_number_is_skipped_by_all(tmp_path):
+    result = run(tmp_path, "--training.steps", 3, faults=[{"rank": 1, "at": "", "step": 2, "do": "not_a_number"}])
+    assert result.returncode == 0, result.stderr
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
+    assert [line["grad_norm"] is None for line in lines] == [False, True, False]
