@@ -154,7 +154,8 @@ def credit(
         metrics.add_values(f"reward/{name}", values)
     spreadless = spreadless_groups(rewards.total)
     metrics.add("zero_spread", spreadless.sum(), spreadless.numel())
-    metrics.add("group_std", rewards.total.std(dim=1).sum(), len(rewards.total))
+    if rewards.total.shape[1] > 1:
+        metrics.add("group_std", rewards.total.std(dim=1).sum(), len(rewards.total))
 
 
 def sample_rows(batch: ImageBatch, rewards: Rewards, class_names: Sequence[str], *, real: bool) -> list[SampleRow]:
