@@ -1,5 +1,5 @@
 # These commands do everything on a machine with Python >= 3.11 and make:
-#   make quickstart            train and improve a small image generator on real digits, six to nine minutes
+#   make quickstart            train and improve a small image generator on real digits, about five minutes
 #   make test                  lint, format check, all tests but the next ones
 #   make test-faults           the tests that kill, stop, fill and damage things
 # They create .venv and install into it when needed. PYTHON=/path/to/python uses an existing environment as it is.
