@@ -51,7 +51,11 @@ def _load(arguments: Sequence[str]) -> GRPORecipe | PretrainRecipe:
     job = job_of_file(parser.parse_known_args(list(arguments))[0].config) or GRPORecipe.job
     if job not in (GRPORecipe.job, PretrainRecipe.job):
         raise UserError(f"--config: is a recipe of recipes/{job}.py; the estimate knows recipes of grpo and pretrain")
-    return load_recipe(RECIPES[job], arguments)
+    recipe = load_recipe(RECIPES[job], arguments)
+    if recipe.training.mixed_precision != "auto":
+        return recipe
+    on_a_gpu = recipe.training.model_copy(update={"mixed_precision": "bf16"})  # not what it would be on this machine
+    return recipe.model_copy(update={"training": on_a_gpu})
 
 
 def _estimate(recipe: GRPORecipe | PretrainRecipe, mode: str, own: argparse.Namespace) -> RecipeMemory:
