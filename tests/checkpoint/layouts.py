@@ -2,8 +2,8 @@
 
     layouts.py FOLDER SUFFIX NAME...
 
-`<folder>/<name>.pth` is the whole state that must come out of `<folder>/<name>/`, element by element. The state of the
-first name is then trained for a step and saved in two layouts, as `fsdp<suffix>` and `hsdp<suffix>`, each with its .pth.
+`<folder>/<name>.pth` is the whole state that must come out of `<folder>/<name>/`, element by element. The state of
+the first name is then trained for a step and saved in two layouts, `fsdp<suffix>` and `hsdp<suffix>`, with their .pth.
 """
 
 import itertools
