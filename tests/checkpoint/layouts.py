@@ -1,12 +1,14 @@
-"""Run by torchrun: loads the checkpoint `<folder>/<name>/` in every layout of its ranks, checks each, leaves others.
+"""Run by torchrun: loads checkpoints in every layout of its ranks, checks each, leaves others.
 
-    layouts.py FOLDER NAME [SUFFIX]
+    layouts.py FOLDER SUFFIX NAME...
 
-`<folder>/<name>.pth` is the whole state that must come out, element by element. With a suffix, the state is then
-trained for a step and saved in both layouts, as `fsdp<suffix>` and `hsdp<suffix>`, each with its .pth.
+`<folder>/<name>.pth` is the whole state that must come out of `<folder>/<name>/`, element by element. The state of
+the first name is then trained for a step and saved in two layouts, `fsdp<suffix>` and `hsdp<suffix>`, with their .pth.
 """
 
+import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,17 +20,16 @@ LAYOUTS = {"fsdp": {}, "hsdp": {"data_parallel": "hsdp", "shard_size": 2}, "sdp"
            "replicas": {"data_parallel": "hsdp", "shard_size": 1}}  # fmt: skip
 
 
-def main(folder: Path, name: str, suffix: str | None) -> None:
+def main(folder: Path, suffix: str, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     with distributed(60) as world:
-        expected = torch.load(folder / f"{name}.pth")
-        for layout, how in LAYOUTS.items():
+        for name, (layout, how) in itertools.product(names, LAYOUTS.items()):
             training = start(world, **how)
             with managed(folder / name, world) as manager:
                 manager.load(manager.resume_point(), model=training[0], optimizer=training[1])
             state = whole_state(training)
-            assert not world.is_main or same(state, expected), layout
-            if suffix is None or layout not in ("fsdp", "hsdp"):
+            assert not world.is_main or same(state, torch.load(folder / f"{name}.pth")), (name, layout)
+            if name != names[0] or layout not in ("fsdp", "hsdp"):
                 continue
             train(world, training, range(20, 21))
             with managed(folder / f"{layout}{suffix}", world) as manager:
@@ -39,4 +40,4 @@ def main(folder: Path, name: str, suffix: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
