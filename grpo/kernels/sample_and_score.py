@@ -11,7 +11,7 @@ from grpo.kernels.row_math import row_chunks, score_rows_backward
 from grpo.kernels.sampling import sample_tokens
 
 # Logits worked on at once, by device type.
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 _KEPT_ELEMENTS = {"cpu": 1 << 24}  # see `_keeps_logits`
 
@@ -92,7 +92,7 @@ def _keeps_logits(hidden: Tensor, weight: Tensor, impl: str) -> bool:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """The rows of each chunk of logits."""
-    return row_chunks(len(hidden), max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // len(weight)))
+    return row_chunks(len(hidden), max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // len(weight)))
 
 
 class _SampleAndScore(torch.autograd.Function):

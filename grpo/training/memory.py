@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from grpo.config import GRPORecipe, PretrainRecipe
+from grpo.kernels.sample_and_score import CHUNK_ELEMENTS
 from grpo.models import GPT, GPTConfig, VQConfig, VQModel, get_tokenizer_spec
 from grpo.parallel import compute_dtype
 from grpo.parallel.memory import ShardedBytes, count_parameters, sharded_bytes
 from grpo.rewards.networks import bytes_per_image, reward_dtype
 from grpo.rollout.decoder import bytes_per_row
-from grpo.rollout.teacher_forced import CHUNK_ELEMENTS
 from grpo.training.build import gpt_config
 from grpo.training.update import can_share_forward, optimizer_steps
 
