@@ -1,5 +1,5 @@
 # These commands do everything on a machine with Python >= 3.11 and make:
-#   make quickstart            train and improve a small image generator on real digits, six to nine minutes
+#   make quickstart            train and improve a small image generator on real digits, about five minutes
 #   make test                  lint, format check, all tests but the next ones
 #   make test-faults           the tests that kill, stop, fill and damage things
 # They create .venv and install into it when needed. PYTHON=/path/to/python uses an existing environment as it is.
@@ -22,9 +22,10 @@ endif
 quickstart: $(READY)
 	$(RUN) recipes/quickstart.py --recipe $(RECIPE) $(QUICKSTART_FLAGS)
 
-# One thread: tests are small, and threads that wait for each other on busy cores take most of the time.
+# Two tests at a time, each on one thread: tests are small, and threads that wait for each other on busy cores take most
+# of the time. Tests of one file stay together, which keeps what they share.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults

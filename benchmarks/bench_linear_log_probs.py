@@ -13,8 +13,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case, compiled, main, peers
-from grpo.kernels import linear_token_log_probs
+from benchmarks.harness import DEVICE, Case, Result, Target, compiled, main, peers
+from grpo.kernels import fused_linear_loss, linear_token_log_probs
 
 ON_GPU = DEVICE.type == "cuda"
 N, V, DTYPE = (65536, 16384, torch.bfloat16) if ON_GPU else (1024, 16384, torch.float32)
@@ -44,6 +44,9 @@ def fla():
     return lambda hidden, weight, tokens: -fused_linear_cross_entropy_loss(hidden, tokens[:, 0], weight)
 
 
+PEERS = {"cut_cross_entropy": cut_cross_entropy, "liger_kernel": liger, "fla": fla}
+
+
 def with_gradients(log_probs_of, inputs: tuple[Tensor, Tensor], tokens: Tensor):
     """A run of forward and backward. Some peers return the mean: the gradient of the mean is taken of all."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -54,8 +57,23 @@ def with_gradients(log_probs_of, inputs: tuple[Tensor, Tensor], tokens: Tensor):
     return run
 
 
+def fused(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    """The mean log-prob by the op that takes the gradients in its forward pass."""
+    return fused_linear_loss(hidden, weight, tokens, lambda rows, log_probs, _: log_probs.sum() / tokens.numel())
+
+
+def products(hidden: Tensor, weight: Tensor, number: int):
+    """A run of the matrix products alone: logits; and their use in both gradients."""
+
+    def run():
+        logits = hidden @ weight.t()
+        return logits if number == 1 else (logits @ weight, logits.t() @ hidden)
+
+    return run
+
+
 def cases(options: argparse.Namespace) -> list[Case]:
-    """M = 8 and M = 1, forward alone and with both gradients. Peers take one token a row."""
+    """M = 8 and (on a GPU, for the peers) M = 1, forward alone and with both gradients."""
     result = []
     for D in WIDTHS:
         hidden = torch.randn(N, D, device=DEVICE).to(DTYPE)
@@ -67,18 +85,54 @@ def cases(options: argparse.Namespace) -> list[Case]:
             side: (op(hidden[rows], weight, tokens[rows]) - truth).abs().max().item()
             for side, op in {"ours": linear_token_log_probs, "eager": eager}.items()
         }
-        for M in (8, 1):
+        for M in (8, 1) if ON_GPU else (8,):  # the peers of M = 1 need a GPU
             ops = {"eager": eager, "ours": linear_token_log_probs, **compiled(eager, options)}
             if M == 1:
-                ops |= peers(cut_cross_entropy=cut_cross_entropy, liger_kernel=liger, fla=fla)
+                ops |= peers(**PEERS)
             chosen = tokens[:, :M].contiguous()
             sizes = {"N": N, "V": V, "D": D, "M": M, "dtype": str(DTYPE)}
             forward = {side: (lambda op=op, a=hidden, b=weight, c=chosen: op(a, b, c)) for side, op in ops.items()}
             both = {side: with_gradients(op, (hidden, weight), chosen) for side, op in ops.items()}
-            result.append(Case(f"D={D} forward M={M}", sizes, forward, error, flop=2 * N * V * D))
-            result.append(Case(f"D={D} forward + backward M={M}", sizes, both, error, flop=6 * N * V * D))
+            both["ours, fused loss"] = with_gradients(fused, (hidden, weight), chosen)
+            forward["matrix product"] = products(hidden, weight, 1)
+            both["matrix products"] = products(hidden, weight, 3)
+            gradients = (N + V) * D * hidden.element_size()
+            gap = difference(both["ours, fused loss"](), both["ours"]())
+            forward = Case(f"D={D} forward M={M}", sizes, forward, error, flop=2 * N * V * D)
+            both = Case(
+                f"D={D} forward + backward M={M}", sizes, both, error | {"fused gradients, relative": gap},
+                flop=6 * N * V * D, output_bytes=gradients,
+            )  # fmt: skip
+            result += [forward, both]
     return result
 
 
+def difference(gradients: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
+    """The largest, relative to the largest entry."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(gradients, others, strict=True))
+
+
+def targets(results: dict[str, Result]) -> list[Target]:
+    """Of issue 3, N=65536, D=1536. Scratch memory is held against fp32 logits, which eager makes beside its own."""
+    wanted, logits = [], 4 * N * V
+    for M in (8, 1):
+        forward, both = results[f"D=1536 forward M={M}"], results[f"D=1536 forward + backward M={M}"]
+        wanted += [
+            Target(f"forward M={M}, time of a matrix product", forward.ratio("ours", "matrix product"), 1.35, True),
+            Target(f"both M={M}, time of three products", both.ratio("ours", "matrix products"), 1.4, True),
+            Target(
+                f"fused M={M}, time of three products", both.ratio("ours, fused loss", "matrix products"), 1.4, True
+            ),
+        ]
+        for side in ("ours", "ours, fused loss"):
+            scratch = both.sides[side]["peak_bytes"] - both.output_bytes
+            wanted.append(Target(f"{side} M={M}, scratch as share of fp32 logits", scratch / logits, 0.05, True))
+    for name in ("forward", "forward + backward"):
+        result = results[f"D=1536 {name} M=1"]
+        rivals = [side for side in result.sides if side in PEERS]
+        wanted += [Target(f"{name}, speed of {side}", result.ratio(side), 1) for side in rivals]
+    return wanted
+
+
 if __name__ == "__main__":
-    main(__doc__, cases)
+    main(__doc__, cases, targets)

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case, compiled, main
+from benchmarks.harness import DEVICE, Case, Result, Target, compiled, launches, main
 from grpo.kernels import clipped_ratio_loss
 
 R, M, T = (16, 8, 512) if DEVICE.type == "cuda" else (64, 8, 576)
@@ -67,8 +67,26 @@ def cases(options: argparse.Namespace) -> list[Case]:
     losses = {"eager": eager, "ours": ours, **compiled(eager, options)}
     sides = {side: (lambda loss_of=loss_of: run(loss_of)) for side, loss_of in losses.items()}
     sizes = {"R": R, "M": M, "T": T}
-    return [Case("forward + backward", sizes, sides, error, bytes=5 * 4 * log_probs.numel())]
+    size = {"bytes": 5 * 4 * log_probs.numel(), "short": True}
+    result = [Case("forward + backward", sizes, sides, error, **size)]
+    if DEVICE.type == "cuda":
+        sizes = sizes | {
+            "launches": launches(lambda: ours(log_probs, *rest)),
+            "launches_eager": launches(lambda: eager(log_probs, *rest)),
+        }
+        sides = {side: (lambda loss_of=loss_of: loss_of(log_probs, *rest)) for side, loss_of in losses.items()}
+        result.append(Case("forward", sizes, sides, error, **size))
+    return result
+
+
+def targets(results: dict[str, Result]) -> list[Target]:
+    """Of issue 3, 65536 tokens."""
+    forward, both = results["forward"], results["forward + backward"]
+    return [
+        Target("launches of loss, metrics and gradient", forward.sizes["launches"], 1, at_most=True),
+        Target("loss and gradient, speed of eager", both.ratio("eager"), 8),
+    ]
 
 
 if __name__ == "__main__":
-    main(__doc__, cases)
+    main(__doc__, cases, targets)

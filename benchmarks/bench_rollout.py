@@ -1,6 +1,7 @@
 """Autoregressive sampling with guidance: ours against LlamaGen's sampler, and against the bandwidth of the memory.
 
-python benchmarks/bench_rollout.py                          # CPU, small
+python benchmarks/bench_rollout.py                          # CPU, small: a minute
+python benchmarks/bench_rollout.py --json out.json --sweep    # and three more
 python benchmarks/bench_rollout.py --preset xxl-384 --json out.json   # one GPU
 
 The floor is the time to read what a step cannot avoid: all weights of the blocks and the projection once, and the part
@@ -11,8 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -22,7 +22,8 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks import reference_algorithm
-from benchmarks.bench_update import memory, now
+from benchmarks.bench_update import now, plot
+from benchmarks.harness import peak_bytes
 from grpo.models import GPT, GPTConfig
 from grpo.observe import environment
 from grpo.rollout import generate
@@ -46,6 +47,7 @@ PRESETS = {
     "b-256": Sizes(dim=768, n_layer=12, n_head=12, T=256, batches=(8, 256)),
     "xxl-384": Sizes(dim=1536, n_layer=48, n_head=24, T=576, batches=(8, 256)),
 }
+SWEEPS = {"images": [2, 8, 32], "T": [16, 64, 144], "V": [1024, 4096, 16384], "n_layer": [2, 6, 12]}
 SAMPLING = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -54,25 +56,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="measured calls of each side, in turn, after one warm-up"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="measured calls of each side, in turn, after a warm-up")
+    parser.add_argument("--sweep", action="store_true", help="also how both grow with each size; plots beside --json")
     options = parser.parse_args()
     sizes = PRESETS[options.preset]
     model = build(sizes)
     bandwidth = copy_bandwidth(model.output.weight.device)
     rows = [measure(model, sizes, images, bandwidth=bandwidth, repeats=options.repeats) for images in sizes.batches]
-    for row in rows:
-        seconds = {side: f"{row[side]['seconds']:.2f} s" for side in ("ours", "reference")}
-        print(
-            f"{row['images']} images: ours {seconds['ours']}, reference {seconds['reference']}, {row['speedup']:.1f}x; "
-            f"floor {row['floor_seconds']:.2f} s, {row['share_of_bandwidth']:.0%} of bandwidth"
-        )
+    result = {**environment(), "date": date.today().isoformat(), "threads": torch.get_num_threads()}
+    result |= {"preset": options.preset, "sizes": asdict(sizes), "sampling": SAMPLING, "copy_bandwidth": bandwidth}
+    result |= {name: rows[-1][name] for name in ("sides", "speedup", "memory_ratio")} | {"batches": rows}
+    if options.sweep:
+        del model
+        result["sweeps"] = sweep(sizes, bandwidth)
     if options.json:
-        result = {**environment(), "date": date.today().isoformat(), "preset": options.preset, "sizes": asdict(sizes)}
-        result |= {"sampling": SAMPLING, "copy_bandwidth": bandwidth, "sides": rows}
-        result |= {"speedup": rows[-1]["speedup"], "memory_ratio": rows[-1]["memory_ratio"]}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+        if options.sweep:
+            plot(result["sweeps"], options.json.with_suffix(".png"), seconds_of="rollout")
+
+
+def sweep(sizes: Sizes, bandwidth: float) -> dict[str, list[dict]]:
+    """Both sides at several values of each size, the others as in the preset with its fewest images."""
+    results = {}
+    for name, values in SWEEPS.items():
+        results[name] = []
+        for value in values:
+            setting = sizes if name == "images" else replace(sizes, **{name: value})
+            images = value if name == "images" else sizes.batches[0]
+            print(f"{name} {value}: ", end="")
+            results[name].append(
+                {name: value, **measure(build(setting), setting, images, bandwidth=bandwidth, repeats=1)}
+            )
+    return results
 
 
 def build(sizes: Sizes) -> GPT:
@@ -89,36 +104,37 @@ def build(sizes: Sizes) -> GPT:
 def measure(model: GPT, sizes: Sizes, images: int, *, bandwidth: float, repeats: int) -> dict:
     """Both sides in turn for one number of images."""
     class_ids = torch.arange(images, device=model.output.weight.device) % 1000
-    sides = {
-        "ours": lambda: generate(model, class_ids, **SAMPLING),
+    runs = {
         "reference": lambda: reference_algorithm.generate(model, class_ids, **SAMPLING),
+        "ours": lambda: generate(model, class_ids, **SAMPLING),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    peaks = dict.fromkeys(sides, 0)
-    for index in range(repeats + 1):
-        for name, side in sides.items():
-            elapsed, peak = timed(side)
-            if index:
-                seconds[name].append(elapsed)
-                peaks[name] = max(peaks[name], peak)
-    result = {name: {"seconds": statistics.median(seconds[name]), "peak_bytes": peaks[name]} for name in sides}
+    if not class_ids.is_cuda:  # the memory of libraries that are used for the first time is not a side's
+        for run in runs.values():
+            run()
+    peaks = {name: peak_bytes(run) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = now()
+            run()
+            seconds[name].append(now() - start)
+    sides = {name: {"seconds": statistics.median(seconds[name]), "peak_bytes": peaks[name]} for name in runs}
     floor = floor_bytes(model, sizes, images) / bandwidth
-    return {
+    result = {
         "images": images,
-        **result,
-        "speedup": result["reference"]["seconds"] / result["ours"]["seconds"],
+        "sides": sides,
+        "speedup": sides["reference"]["seconds"] / sides["ours"]["seconds"],
         "memory_ratio": peaks["ours"] / max(peaks["reference"], 1),
         "floor_seconds": floor,
-        "share_of_bandwidth": floor / result["ours"]["seconds"],
+        "share_of_bandwidth": floor / sides["ours"]["seconds"],
     }
-
-
-def timed(side: Callable[[], torch.Tensor]) -> tuple[float, int]:
-    """Seconds of one call, and peak bytes above what there was before it."""
-    before = memory(reset=True)
-    start = now()
-    side()
-    return now() - start, memory() - before
+    print(
+        f"{images} images: ours {sides['ours']['seconds']:.2f} s, reference {sides['reference']['seconds']:.2f} s, "
+        f"{result['speedup']:.1f}x; memory {result['memory_ratio']:.2f}x; floor {floor:.2f} s, "
+        f"{result['share_of_bandwidth']:.0%} of bandwidth",
+        flush=True,
+    )
+    return result
 
 
 def floor_bytes(model: GPT, sizes: Sizes, images: int) -> int:

@@ -1,12 +1,14 @@
 """A whole GRPO run, phase by phase: a few steps of recipes/grpo.py against the reference algorithm, extrapolated.
 
 python benchmarks/bench_run.py                                   # CPU, tiny: a minute
+python benchmarks/bench_run.py --json out.json --sweep             # and three more
 python benchmarks/bench_run.py --preset vapi-xxl-384 --json out.json   # one H200
 
 The published run of the reference trainer (VA-π, arXiv 2512.19680: GPT-XXL, 384 px, 102,400 completions) took 25
 minutes on eight A100s. The preset runs its settings on one device with random weights and random images, which cost
 what real ones cost: 128 images and 1,024 completions a step, 100 steps. The reference algorithm's step is measured on
-a few images (`--reference-images`) with the same models and scaled up, since a whole one would take minutes.
+a few images (`--reference-images`) with the same models and scaled up, since a whole one would take minutes. Its memory
+is that of those few images; both sides' is the peak above the loaded models, and holds an optimizer's state.
 """
 
 import argparse
@@ -14,9 +16,11 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -25,7 +29,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import reference_algorithm
-from benchmarks.bench_update import now
+from benchmarks.bench_update import now, plot
+from benchmarks.harness import peak_bytes
 from grpo.config import GRPORecipe, load_recipe
 from grpo.models import GPT, VQModel
 from grpo.observe import environment, read_metrics
@@ -35,9 +40,10 @@ from grpo.training.build import build_tokenizer
 from recipes.grpo import train
 
 ROOT = Path(__file__).resolve().parents[1]
-SYNTHETIC = ["--data.name", "synthetic", "--data.path", "none", "--model.checkpoint", "none", "--data.num_workers", "4"]
-SYNTHETIC += ["--tokenizer.checkpoint", "none", "--checkpoint.save_final", "false", "--checkpoint.interval", "0"]
-SYNTHETIC += ["--metrics.image_interval", "0", "--metrics.interval", "1"]
+SYNTHETIC = (
+    "--data.name synthetic --data.path none --model.checkpoint none --tokenizer.checkpoint none "
+    "--checkpoint.save_final false --checkpoint.interval 0 --metrics.image_interval 0 --metrics.interval 1"
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,32 @@ class Preset:
 
 
 PRESETS = {
-    "debug": Preset("train_configs/debug.toml", "--data.num_workers 0", 100),
+    "cpu": Preset(
+        "train_configs/debug.toml",
+        "--data.num_workers 0 --data.image_size 64 --tokenizer.codebook_size 4096 --rollout.batch_size 4 "
+        "--rollout.num_generations 8 --training.batch_size 1 --training.gradient_accumulation_steps 32",
+        100,
+    ),
     "vapi-xxl-384": Preset(
         "train_configs/vapi_xxl_384.toml",
         "--rollout.batch_size 128 --training.batch_size 16 --training.gradient_accumulation_steps 64 "
-        "--activation_checkpoint.mode none --compile.enabled true --data.cache_codes false --reward.batch_size 128",
+        "--data.num_workers 4 --data.cache_codes false --activation_checkpoint.mode none --compile.enabled true "
+        "--reward.batch_size 128",
         100,
     ),
+}
+# Of the cpu preset: 4 images of 64 pixels (256 codes), 8 completions, V = 4096, a model of 2 blocks.
+SWEEPS: dict[str, dict[Any, str]] = {
+    "G": {
+        value: f"--rollout.num_generations {value} --training.gradient_accumulation_steps {4 * value}"
+        for value in (2, 4, 8)
+    },
+    "images": {
+        value: f"--rollout.batch_size {value} --training.gradient_accumulation_steps {8 * value}" for value in (2, 4, 8)
+    },
+    "pixels": {value: f"--data.image_size {value}" for value in (32, 64, 96)},
+    "V": {value: f"--tokenizer.codebook_size {value}" for value in (256, 4096, 16384)},
+    "model": {name: f"--model.name {name}" for name in ("GPT-tiny", "GPT-digits")},
 }
 
 
@@ -64,54 +89,97 @@ def main() -> None:
     """Measure, extrapolate, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--preset", choices=PRESETS, default="debug")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, default=4, help="measured steps, after one warm-up")
+    parser.add_argument("--sweep", action="store_true", help="also how both grow with each size; plots beside --json")
     parser.add_argument("--reference-images", type=int, default=2, help="images of the reference algorithm's part")
     options, flags = parser.parse_known_args()
     preset = PRESETS[options.preset]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = ["--config", str(ROOT / preset.recipe), *SYNTHETIC, *preset.flags.split()]
-        arguments += ["--training.steps", str(options.steps + 1), "--metrics.run_dir", folder, *flags]
-        recipe = load_recipe(GRPORecipe, arguments)
-        ours = our_steps(recipe)
-    reference = reference_step(recipe, images=options.reference_images)
-    minutes = {
-        "ours": ours["seconds"]["step"] * preset.run_steps / 60,
-        "reference": reference["step"] * preset.run_steps / 60,
-    }
     result = {
         **environment(),
         "date": date.today().isoformat(),
+        "threads": torch.get_num_threads(),
         "preset": options.preset,
-        "sizes": {"images": recipe.rollout.batch_size, "G": recipe.rollout.num_generations, "steps": preset.run_steps},
-        "sides": {"ours": ours, "reference": reference},
-        "run_minutes": minutes,
-        "speedup": minutes["reference"] / minutes["ours"],
+        **measure(preset, flags, options),
     }
-    phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in ours["seconds"].items())
-    print(f"ours, seconds a step: {phases}; peak memory {ours['peak_gb']:.1f} GB")
-    print(f"reference, seconds a step: {', '.join(f'{phase} {seconds:.2f}' for phase, seconds in reference.items())}")
-    print(
-        f"whole run: {minutes['ours']:.1f} minutes, reference algorithm {minutes['reference']:.1f} on the same device"
-    )
+    if options.sweep:
+        result["sweeps"] = {
+            name: [
+                {name: value, **measure(preset, [*flags, *change.split()], options)} for value, change in points.items()
+            ]
+            for name, points in SWEEPS.items()
+        }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+        if options.sweep:
+            plot(result["sweeps"], options.json.with_suffix(".png"))
+
+
+def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -> dict:
+    """Both sides for a preset with changes."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def recipe_of(steps: int, name: str) -> GRPORecipe:
+            pairs = [*SYNTHETIC.split(), *preset.flags.split(), *flags]
+            pairs += ["--training.steps", str(steps), "--metrics.run_dir", str(Path(folder, name))]
+            latest = dict(zip(pairs[::2], pairs[1::2], strict=True))  # a flag may not be given twice
+            rest = [text for pair in latest.items() for text in pair]
+            return load_recipe(GRPORecipe, ["--config", str(ROOT / preset.recipe), *rest])
+
+        recipe = recipe_of(options.steps + 1, "run")
+        if not torch.cuda.is_available():  # the memory of libraries that are used for the first time is not the step's
+            run_recipe(recipe_of(1, "warm-up"))
+        ours = our_steps(recipe)
+    sides = {"ours": ours, "reference": reference_step(recipe, images=options.reference_images)}
+    minutes = {side: numbers["seconds"] * preset.run_steps / 60 for side, numbers in sides.items()}
+    for side, numbers in sides.items():
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in numbers["phases"].items())
+        print(f"{side}, seconds a step: {phases}; in all {numbers['seconds']:.2f}", end="")
+        print(f"; {numbers['peak_bytes'] / 2**30:.2f} GiB above the models; whole run {minutes[side]:.1f} minutes")
+    return {
+        "sizes": {
+            "images": recipe.rollout.batch_size,
+            "G": recipe.rollout.num_generations,
+            "T": gpt_config(recipe).block_size,
+            "V": recipe.tokenizer.codebook_size,
+            "steps": preset.run_steps,
+            "reference_images": options.reference_images,
+        },
+        "sides": sides,
+        "run_minutes": minutes,
+        "speedup": minutes["reference"] / minutes["ours"],
+        "memory_ratio": ours["peak_bytes"] / sides["reference"]["peak_bytes"],
+    }
+
+
+def run_recipe(recipe: GRPORecipe) -> None:
+    """The training job."""
+    with distributed(recipe.parallel.timeout) as world:
+        train(recipe, world)
 
 
 def our_steps(recipe: GRPORecipe) -> dict:
-    """Medians over the measured steps of the recipe as it is trained."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with distributed(recipe.parallel.timeout) as world:
-        train(recipe, world)
+    """Medians over the measured steps of the recipe as it is trained. Phases that overlap count in full."""
+    peak = peak_bytes(lambda: run_recipe(recipe))  # from before the models are there
     lines = read_metrics(recipe.run_dir / "metrics.jsonl")[1:]
-    phases = [name for name in lines[0] if name.startswith("seconds/")]
-    seconds = {name.removeprefix("seconds/"): statistics.median(line[name] for line in lines) for name in phases}
-    return {"seconds": seconds, "peak_gb": lines[-1]["memory/peak_gb"], "mfu": lines[-1].get("mfu")}
+    if torch.cuda.is_available():  # every step's peak is read, and starts anew
+        peak = int(max(line["memory/peak_gb"] for line in lines) * 2**30)
+    medians = {
+        name: statistics.median(line[name] for line in lines) for name in lines[0] if "/" in name or name == "mfu"
+    }
+    phases = {name.removeprefix("seconds/"): value for name, value in medians.items() if name.startswith("seconds/")}
+    with torch.device("meta"):
+        models = (GPT(gpt_config(recipe)), build_tokenizer(recipe.tokenizer, device=torch.device("meta")))
+    return {
+        "seconds": phases.pop("step"),
+        "phases": phases,
+        "shares": {name: value for name, value in medians.items() if name.startswith(("mfu", "bandwidth"))},
+        "peak_bytes": peak - sum(parameter.numel() * 4 for model in models for parameter in model.parameters()),
+    }
 
 
-def reference_step(recipe: GRPORecipe, *, images: int) -> dict[str, float]:
-    """Seconds that a step takes by the reference algorithm: a part of it is measured and scaled up."""
+def reference_step(recipe: GRPORecipe, *, images: int) -> dict:
+    """What a step takes by the reference algorithm: a part of it is measured, and its time scaled up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = GPT(gpt_config(recipe)).eval().to(device, compute_dtype(recipe.training.mixed_precision))
@@ -122,9 +190,11 @@ def reference_step(recipe: GRPORecipe, *, images: int) -> dict[str, float]:
         torch.arange(images, device=device),
         torch.rand(images, 3, *[recipe.data.image_size] * 2, device=device),
     )
-    seconds = dict.fromkeys(("encode", "rollout", "reward", "update"), 0.0)
-    for _ in range(2):  # the first round warms up
-        marks = [now()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    marks: list[float] = []
+
+    def step() -> None:
+        marks[:] = [now()]
         codes = tokenizer.encode(real)
         marks.append(now())
         trajectory = reference_algorithm.sample(model, class_ids, codes, num_generations=G)
@@ -133,11 +203,16 @@ def reference_step(recipe: GRPORecipe, *, images: int) -> dict[str, float]:
         marks.append(now())
         trajectory.advantages = torch.randn(images, G, device=device)
         reference_algorithm.update(model, trajectory, batch_size=8, clip=0.2, aux_ce_weight=0.1)
+        optimizer.step()
         model.zero_grad()
         marks.append(now())
-        seconds = {name: end - start for name, start, end in zip(seconds, marks, marks[1:], strict=False)}
+
+    peak = peak_bytes(step)  # of the first step, which also warms up and makes the optimizer's state
+    step()
+    names = ("encode", "rollout", "reward", "update")
+    seconds = {name: end - start for name, start, end in zip(names, marks, marks[1:], strict=False)}
     scaled = {name: value * recipe.rollout.batch_size / images for name, value in seconds.items()}
-    return {**scaled, "step": sum(scaled.values())}
+    return {"seconds": sum(scaled.values()), "phases": scaled, "peak_bytes": peak}
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case, main
+from benchmarks.harness import DEVICE, Case, Result, Target, main
 from grpo.kernels import sample_tokens
 
 N, V = (512, 16384) if DEVICE.type == "cuda" else (128, 16384)
@@ -74,8 +74,22 @@ def case(logits, fast, options, num_samples: int, top_k: int, top_p: float) -> C
         sides=sides,
         error=errors,
         bytes=logits.numel() * logits.element_size(),
+        short=True,
     )
 
 
+def targets(results: dict[str, Result]) -> list[Target]:
+    """Of issue 3, N=512, V=16384 on one H200."""
+    one, eight, both = results["G=1"], results["G=8"], results["G=8 top-k 1000 top-p 0.9"]
+    wanted = [
+        Target("one draw, speed of eager", one.ratio("eager"), 3),
+        Target("top-k and top-p, speed of eager", both.ratio("eager"), 8),
+        Target("8 draws, time of one", eight.seconds("ours") / one.seconds("ours"), 1.6, at_most=True),
+    ]
+    if "compile" in one.sides:
+        wanted.append(Target("one draw, speed of compile", one.ratio("compile"), 2))
+    return wanted
+
+
 if __name__ == "__main__":
-    main(__doc__, cases)
+    main(__doc__, cases, targets)

@@ -1,15 +1,17 @@
 """Sampling and update of one teacher-forced GRPO step: ours against the reference algorithm.
 
-python benchmarks/bench_update.py                       # CPU, small: minutes
-python benchmarks/bench_update.py --json out.json --sweep
+python benchmarks/bench_update.py                       # CPU, small: about five minutes on two cores
+python benchmarks/bench_update.py --json out.json --sweep     # and ten more
 python benchmarks/bench_update.py --preset xxl-384      # one large GPU
 
 Both sides train the same GPT on the same images with the same number of completions; tokenizer and rewards are left
 out, advantages are given. Each measurement is a process of its own, the two sides in turn; memory is the peak above the
-process with the loaded model. The same run checks that both give the same gradient for the same completions.
+process with the loaded model. The same run checks that both give the same gradient for the same completions, and fails
+where they do not. Wall times need a quiet machine; beside other programs compare `cpu_seconds` with OMP_NUM_THREADS=1.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -50,8 +52,8 @@ class Sizes:
     G: int = 8
     reference_batch: int = 8
     """Completions in one forward of the reference algorithm (the published recipe's)."""
-    contexts: int = 4
-    """Contexts in one forward of ours."""
+    contexts: int = 1
+    """Contexts in one forward of ours. On a CPU one is as fast as many, and their activations take less memory."""
     dtype: str = "float32"
 
 
@@ -60,7 +62,16 @@ PRESETS = {
     "b-256": Sizes(dim=768, n_layer=12, n_head=12, B=16, contexts=16, dtype="bfloat16"),
     "xxl-384": Sizes(dim=1536, n_layer=48, n_head=24, T=576, B=16, contexts=8, dtype="bfloat16"),
 }
-SWEEPS = {"G": [2, 4, 8, 16], "B": [2, 4, 8], "T": [64, 144, 256], "V": [1024, 4096, 16384], "n_layer": [2, 6, 12]}
+MAX_GRADIENT_DIFFERENCE = 1e-5
+# Around the preset, on a CPU with 64 tokens instead of 256, or it would take an hour.
+SWEEPS = {
+    "G": [2, 4, 8, 16],
+    "B": [2, 4, 8],
+    "T": [64, 144, 256],
+    "V": [1024, 4096, 16384],
+    "n_layer": [2, 6, 12],
+    "dim": [128, 256, 512],
+}
 
 
 def main() -> None:
@@ -73,6 +84,8 @@ def main() -> None:
     result = {
         **environment(),
         "date": date.today().isoformat(),
+        "threads": torch.get_num_threads(),
+        "preset": options.preset,
         "sizes": asdict(sizes),
         "gradient_difference": check(sizes),
         **compare(sizes, options),
@@ -83,14 +96,13 @@ def main() -> None:
         f"G=2 {result['growth_G2_to_G8']:.2f}, relative gradient difference {result['gradient_difference']:.1e}"
     )
     if options.sweep:
-        result["sweeps"] = {
-            name: [{name: value, **compare(replace(sizes, **{name: value}), options)} for value in values]
-            for name, values in SWEEPS.items()
-        }
+        result["sweeps"] = sweep(sizes)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
         if options.sweep:
             plot(result["sweeps"], options.json.with_suffix(".png"))
+    if result["gradient_difference"] > MAX_GRADIENT_DIFFERENCE:
+        sys.exit(f"the gradients differ by more than {MAX_GRADIENT_DIFFERENCE}")
 
 
 def parse() -> argparse.Namespace:
@@ -121,6 +133,21 @@ def compare(sizes: Sizes, options: argparse.Namespace) -> dict:
     }
 
 
+def sweep(sizes: Sizes) -> dict[str, list[dict]]:
+    """Both sides at several values of each size, the others as they are; one process of each, two measured steps."""
+    brief = argparse.Namespace(rounds=1, repeats=2)
+    base = replace(sizes, T=64) if not torch.cuda.is_available() else sizes
+    results = {}
+    for name, values in SWEEPS.items():
+        results[name] = []
+        for value in values:
+            setting = replace(base, **{name: value})
+            point = {name: value, "sizes": asdict(setting), **compare(setting, brief)}
+            print(f"{name} {value}: speedup {point['speedup']:.1f}x, memory {point['memory_ratio']:.2f}x", flush=True)
+            results[name].append(point)
+    return results
+
+
 def ours_growth(sizes: Sizes, options: argparse.Namespace) -> float:
     """Time of ours with 8 completions over its time with 2, in turn."""
     runs: dict[int, list[dict]] = {2: [], 8: []}
@@ -136,6 +163,7 @@ def summary(runs: list[dict]) -> dict:
     return {
         "seconds": statistics.median(seconds),
         "seconds_all": seconds,
+        "cpu_seconds": statistics.median(value for run in runs for value in run["cpu_seconds"]),
         "sampling_seconds": statistics.median(value for run in runs for value in run["sampling_seconds"]),
         "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
     }
@@ -232,12 +260,18 @@ def measure(side: str, sizes: Sizes, *, repeats: int) -> dict:
     step = (our_step if side == "ours" else reference_step)(sizes)
     loaded = memory(reset=True)
     step()
-    seconds, sampling = [], []
+    seconds, sampling, cpu_seconds = [], [], []
     for _ in range(repeats):
-        start = now()
+        start, start_cpu = now(), time.process_time()
         sampling.append(step())
         seconds.append(now() - start)
-    return {"seconds": seconds, "sampling_seconds": sampling, "peak_bytes": memory() - loaded}
+        cpu_seconds.append(time.process_time() - start_cpu)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "sampling_seconds": sampling,
+        "peak_bytes": memory() - loaded,
+    }
 
 
 def check(sizes: Sizes) -> float:
@@ -280,8 +314,11 @@ def memory(*, reset: bool = False) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def plot(sweeps: dict[str, list[dict]], file: Path) -> None:
+def plot(sweeps: dict[str, list[dict]], file: Path, *, seconds_of: str = "step") -> None:
     """Time and memory of both sides over each size."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,7 +330,9 @@ def plot(sweeps: dict[str, list[dict]], file: Path) -> None:
             for side in ("reference", "ours"):
                 heights = [point["sides"][side][quantity] / unit for point in points]
                 axis.plot([point[name] for point in points], heights, marker="o", label=side)
-            axis.set(xlabel=name, ylabel="seconds a step" if unit == 1.0 else "GiB above the model", ylim=(0, None))
+            axis.set(
+                xlabel=name, ylabel=f"seconds a {seconds_of}" if unit == 1.0 else "GiB above the model", ylim=(0, None)
+            )
             axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.savefig(file, dpi=110)

@@ -1,7 +1,8 @@
 """What the kernel benchmarks share: timing, peak memory, the device's own rates, results as JSON, a plot.
 
 A benchmark makes a list of `Case`: sizes, named sides that do the same work, the bytes and FLOP that the work needs at
-least, and an error measured on the spot. The side named "ours" is compared with the side named "eager".
+least, and an error measured on the spot. The side named "ours" is compared with the side named "eager". On a GPU the
+results are held against `Target`s.
 """
 
 import argparse
@@ -38,6 +39,28 @@ class Case:
     """Memory traffic that no implementation can avoid."""
     flop: int = 0
     """Floating-point operations of the matrix products that no implementation can avoid."""
+    output_bytes: int = 0
+    """Memory of what a run returns: the peak above it is scratch."""
+    short: bool = False
+    """Whether the host may take longer than the GPU: then each side is also timed as the replay of a CUDA graph."""
+
+
+@dataclass
+class Target:
+    """A figure that the project wants to reach on an H200."""
+
+    what: str
+    figure: float
+    limit: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.figure <= self.limit if self.at_most else self.figure >= self.limit
+
+    def __str__(self) -> str:
+        bound = "at most" if self.at_most else "at least"
+        return f"{'pass' if self.met else 'MISS'}  {self.what}: {self.figure:.3g}, wanted {bound} {self.limit:.3g}"
 
 
 @dataclass
@@ -52,10 +75,25 @@ class Result:
     memory_ratio: float
     shares: dict[str, float] = field(default_factory=dict)
     """Of ours: share of the measured copy bandwidth and matrix rate."""
+    output_bytes: int = 0
+
+    def seconds(self, side: str) -> float:
+        """Median of a side: of its graph where one was timed, so that the host does not count."""
+        return self.sides[side].get("graph_seconds", self.sides[side]["seconds"])
+
+    def ratio(self, side: str, other: str = "ours") -> float:
+        """How many times the time of `other` a side takes."""
+        return self.seconds(side) / self.seconds(other)
 
 
-def main(description: str, cases: Callable[[argparse.Namespace], list[Case]]) -> None:
-    """The command line of a kernel benchmark: measure `cases(options)`, print them, write what was asked for."""
+Targets = Callable[[dict[str, Result]], list[Target]]
+
+
+def main(description: str, cases: Callable[[argparse.Namespace], list[Case]], targets: Targets) -> None:
+    """The command line of a kernel benchmark: measure `cases(options)`, print them, write what was asked for.
+
+    `targets(results by case name)` is asked on a GPU only: on a CPU the kernels do not run.
+    """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file for the results; a plot goes beside it where matplotlib is")
     parser.add_argument("--repeats", type=int, default=100 if DEVICE.type == "cuda" else 7, help="runs of each side")
@@ -68,17 +106,21 @@ def main(description: str, cases: Callable[[argparse.Namespace], list[Case]]) ->
     for case in cases(options):
         results.append(measure(case, rates, repeats=options.repeats))
         show(results[-1])
+    reached = targets({result.name: result for result in results}) if DEVICE.type == "cuda" else []
+    print(*reached, sep="\n")
     if options.json:
-        write(options.json, results, rates)
+        write(options.json, results, rates, reached)
 
 
 def measure(case: Case, rates: dict[str, float], *, repeats: int) -> Result:
     """Median seconds and peak memory of every side, the sides in turn so that a slow spell meets all of them."""
     seconds: dict[str, list[float]] = {side: [] for side in case.sides}
-    peaks = {}
+    peaks, graphs = {}, {}
     for side, run in case.sides.items():
         run()  # compiles, warms up
         peaks[side] = peak_bytes(run)
+        if case.short and DEVICE.type == "cuda" and (replay := graph_of(run)):
+            graphs[side] = replay
     for _ in range(repeats):
         for side, run in case.sides.items():
             seconds[side].append(timed(run))
@@ -86,6 +128,8 @@ def measure(case: Case, rates: dict[str, float], *, repeats: int) -> Result:
         side: {"seconds": statistics.median(times), "fastest_seconds": min(times), "peak_bytes": peaks[side]}
         for side, times in seconds.items()
     }
+    for side, replay in graphs.items():
+        sides[side]["graph_seconds"] = statistics.median(timed(replay) for _ in range(repeats))
     ours, eager = sides["ours"], sides["eager"]
     shares = {}
     if case.bytes:
@@ -100,7 +144,29 @@ def measure(case: Case, rates: dict[str, float], *, repeats: int) -> Result:
         speedup=eager["seconds"] / ours["seconds"],
         memory_ratio=ours["peak_bytes"] / eager["peak_bytes"],
         shares=shares,
+        output_bytes=case.output_bytes,
     )
+
+
+def graph_of(run: Callable[[], object]) -> Callable[[], None] | None:
+    """A CUDA graph of the kernels that a run launches; None where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            graph.kept = run()  # what a replay writes must stay allocated
+    except RuntimeError as error:
+        print(f"  not captured as a graph: {str(error).splitlines()[0]}")
+        return None
+    return graph.replay
+
+
+def launches(run: Callable[[], object]) -> int:
+    """Kernels that a run launches on the GPU."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -153,7 +219,7 @@ def device_rates() -> dict[str, float]:
 
 def compiled(run: Callable, options: argparse.Namespace) -> dict[str, Callable]:
     """{"compile": torch.compile of `run`}, or nothing where it was left out."""
-    return {} if options.no_compile else {"compile": torch.compile(run)}
+    return {} if options.no_compile else {"compile": torch.compile(run, dynamic=False)}
 
 
 def peers(**functions: Callable[[], Callable]) -> dict[str, Callable]:
@@ -170,13 +236,14 @@ def show(result: Result) -> None:
     """A few lines on the console."""
     print(f"\n{result.name} {result.sizes}")
     for side, numbers in result.sides.items():
-        print(f"  {side:20} {numbers['seconds'] * 1e3:10.3f} ms {numbers['peak_bytes'] / 2**20:10.1f} MiB")
+        graph = f", as a graph {numbers['graph_seconds'] * 1e3:.4f} ms" if "graph_seconds" in numbers else ""
+        print(f"  {side:20} {numbers['seconds'] * 1e3:10.3f} ms {numbers['peak_bytes'] / 2**20:10.1f} MiB{graph}")
     shares = ", ".join(f"{share:.0%} of {name}" for name, share in result.shares.items())
     errors = ", ".join(f"{name} {error:.1e}" for name, error in result.error.items())
     print(f"  ours: {result.speedup:.2f}x eager, memory {result.memory_ratio:.2f}x; {shares}; errors: {errors}")
 
 
-def write(file: Path, results: list[Result], rates: dict[str, float]) -> None:
+def write(file: Path, results: list[Result], rates: dict[str, float], targets: list[Target]) -> None:
     """The results as JSON, with hardware, versions and date; speedup and memory_ratio are those of the first case."""
     content = {
         **environment(),
@@ -186,6 +253,9 @@ def write(file: Path, results: list[Result], rates: dict[str, float]) -> None:
         "rates": rates,
         "speedup": results[0].speedup,
         "memory_ratio": results[0].memory_ratio,
+        "targets": [{**asdict(target), "met": target.met} for target in targets],
+        "sizes": results[0].sizes,
+        "sides": results[0].sides,
         "cases": [asdict(result) for result in results],
     }
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -21,7 +21,10 @@ def main(arguments: Sequence[str]) -> None:
     if Path(convert.output).exists():
         raise UserError(f"convert.output: {convert.output} exists and is not overwritten; give another name")
     weights = read_weights(convert.input)
-    save_weights(convert.output, weights, layout=convert.format)
+    try:
+        save_weights(convert.output, weights, layout=convert.format)
+    except OSError as error:
+        raise UserError(f"convert.output: {convert.output} cannot be written: {error.strerror}") from error
     parameters = sum(tensor.numel() for tensor in weights.values())
     print(f"{convert.output}: {len(weights)} tensors, {parameters:,} numbers")
 

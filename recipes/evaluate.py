@@ -28,6 +28,7 @@ from grpo.evaluation import (
     describe_classes,
     evaluate_images,
     fingerprint,
+    make_writable,
     open_images,
 )
 from grpo.models import load_classifier
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str]) -> None:
 def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     """The whole job on this rank; the numbers do not depend on the number of ranks."""
     config = recipe.evaluation
+    if config.json_path is not None and world.is_main:
+        make_writable(config.json_path, key="evaluation.json_path")
     judges = build_judges(config, world)
     reward = None
     if config.reward_checkpoint is not None:
@@ -132,7 +135,6 @@ def report(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **environment(),
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {path}")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo.config import GenerateRecipe, Output, UserError, load_recipe
-from grpo.evaluation import DrawnImages, NpzWriter, batches_in_order, classes_in_turn, save_pngs
+from grpo.evaluation import DrawnImages, NpzWriter, batches_in_order, classes_in_turn, make_writable, save_pngs
 from grpo.observe import image_grid, progress
 from grpo.parallel import World, barrier, distributed, run_main
 from grpo.training.image_sampler import load_sampler
@@ -71,12 +71,12 @@ def prepare(output: Output) -> None:
         folder = Path(output.folder)
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"output.folder {folder} is not empty: empty it or give another one")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_writable(folder, key="output.folder", folder=True)
     for key, path, suffix in (("grid", output.grid, ".png"), ("npz", output.npz, ".npz")):
-        if path is not None and Path(path).suffix != suffix:
+        if path is not None and not path.endswith(suffix):
             raise UserError(f"output.{key} {path} must end in {suffix}")
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            make_writable(path, key=f"output.{key}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ torchrun --nproc_per_node=8 recipes/grpo.py --config train_configs/vapi_xxl_384.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,16 @@ from grpo.observe import PhaseTimer, SampleRow
 from grpo.parallel import World, build_mesh, distributed, run_main, set_matmul_precision
 from grpo.rewards import Rewards, RewardSum, build_rewards
 from grpo.rollout import Trajectory, build_rollout
-from grpo.training import MetricSums, PolicyUpdate, TrainingRun, build_gpt, build_tokenizer, build_update, grpo_flops
+from grpo.training import (
+    MetricSums,
+    PolicyUpdate,
+    TrainingRun,
+    Work,
+    build_gpt,
+    build_tokenizer,
+    build_update,
+    grpo_work,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,14 +53,14 @@ def train(recipe: GRPORecipe, world: World) -> None:
             for batch in images.parts(job.update.images_per_part):
                 with run.timer("rollout"):
                     trajectory = job.rollout(batch)  # tokens [R, M, T]
-                with run.timer("reward"):
-                    groups = trajectory.tokens.view(len(batch.class_ids), -1, trajectory.tokens.shape[-1])  # [B, G, T]
-                    wanted = 0 if shown else min(show, len(groups))
-                    rewards = job.reward(groups, batch.class_ids, batch.images, show=wanted, timer=run.timer)
-                    credit(trajectory, rewards, job.reward, recipe=recipe, metrics=job.update.metrics)
+                groups = trajectory.tokens.view(len(batch.class_ids), -1, trajectory.tokens.shape[-1])  # [B, G, T]
+                wanted = 0 if shown else min(show, len(groups))
+                decoded = job.reward.start(groups, batch.class_ids, batch.images, show=wanted, timer=run.timer)
                 with run.timer("update"):
-                    if job.reference is not None:
-                        trajectory.ref_log_probs = job.update.score(job.reference, trajectory)
+                    job.update.prepare(trajectory, job.reference)  # a GPU does this beside decoding
+                rewards = decoded()
+                credit(trajectory, rewards, job.reward, recipe=recipe, metrics=job.update.metrics)
+                with run.timer("update"):
                     job.update(trajectory)
                 if wanted:
                     real = recipe.rollout.mode == "teacher_forced"
@@ -62,7 +71,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
                 job.update.metrics.means(),
                 images=world.size * recipe.rollout.batch_size * recipe.rollout.num_generations,
                 codes=job.policy.config.block_size,
-                flops=job.flops,
+                work=job.work,
             )
 
 
@@ -75,7 +84,7 @@ class Job(NamedTuple):
     rollout: Callable[[ImageBatch], Trajectory]
     reward: RewardSum
     update: PolicyUpdate
-    flops: Mapping[str, float]
+    work: Work
 
 
 def build(recipe: GRPORecipe, world: World, timer: PhaseTimer) -> Job:
@@ -104,14 +113,15 @@ def build(recipe: GRPORecipe, world: World, timer: PhaseTimer) -> Job:
     if objective.kl_estimator != "none":
         checkpoint = objective.reference_checkpoint or recipe.model.checkpoint
         reference = build_gpt(recipe, checkpoint=checkpoint, mesh=mesh, world=world).eval().requires_grad_(False)
+    update = build_update(recipe, policy, world)
     reward = build_rewards(
         recipe.reward,
         tokenizer,
         num_classes=recipe.model.num_classes,
         device=world.device,
         compile=recipe.compile,
+        other_work=reference is not None or not update.on_policy,
     )
-    update = build_update(recipe, policy, world)
     rollout = build_rollout(
         policy,
         timer("encode")(codes),
@@ -120,9 +130,10 @@ def build(recipe: GRPORecipe, world: World, timer: PhaseTimer) -> Job:
         impl=training.kernels,
         keep_graph=update.shares_forward,
         with_real=objective.aux_ce_weight > 0,
+        rollouts=training.steps,
     )
-    flops = grpo_flops(recipe, policy.config, shares_forward=update.shares_forward)
-    return Job(stream, policy, reference, rollout, reward, update, flops)
+    work = grpo_work(recipe, policy.config, shares_forward=update.shares_forward)
+    return Job(stream, policy, reference, rollout, reward, update, work)
 
 
 def credit(
@@ -143,7 +154,8 @@ def credit(
         metrics.add_values(f"reward/{name}", values)
     spreadless = spreadless_groups(rewards.total)
     metrics.add("zero_spread", spreadless.sum(), spreadless.numel())
-    metrics.add("group_std", rewards.total.std(dim=1).sum(), len(rewards.total))
+    if rewards.total.shape[1] > 1:
+        metrics.add("group_std", rewards.total.std(dim=1).sum(), len(rewards.total))
 
 
 def sample_rows(batch: ImageBatch, rewards: Rewards, class_names: Sequence[str], *, real: bool) -> list[SampleRow]:

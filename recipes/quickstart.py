@@ -16,19 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import NoReturn
 
 if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the package grpo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import torch
 
-    alone = "RANK" not in os.environ and not {"-h", "--help"} & set(sys.argv)
-    if alone and not torch.cuda.is_available() and (os.cpu_count() or 1) >= 2:
-        # On a CPU two ranks of one thread are faster than one rank of two threads, whose small operations mostly wait
-        # for each other; and where other programs use the cores too, such waiting made training ten times slower.
-        os.environ["OMP_NUM_THREADS"] = "1"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])
-
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -58,6 +51,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "train_configs" / "quickstart"
 GUIDANCE = 1.5  # of the control row: what sampling alone can do without GRPO
 GRID_NAME, GRID_IMAGES, GRID_COLUMNS = "samples.png", 100, 20
 TIMEOUT_SECONDS = 600
+CPU_RANKS = 2
 
 COLUMNS = {
     "reward": "reward_mean",
@@ -91,6 +85,9 @@ NEXT = {
 def main(arguments: Sequence[str]) -> None:
     """Read the flags, join the process group, do what is not done yet, report."""
     options = parse(arguments)
+    if "RANK" not in os.environ and not torch.cuda.is_available() and (os.cpu_count() or 1) >= CPU_RANKS:
+        plan(options, ranks=CPU_RANKS)  # a mistake in the recipes is told before anything is started
+        start_on_cpu(arguments)
     started = time.perf_counter()
     with distributed(TIMEOUT_SECONDS) as world:
         phases = plan(options, ranks=world.size)
@@ -98,6 +95,18 @@ def main(arguments: Sequence[str]) -> None:
         run_phases(phases, world, say=partial(console.print, markup=False))
         if world.is_main:
             report(options, phases, console, seconds=time.perf_counter() - started)
+
+
+def start_on_cpu(arguments: Sequence[str]) -> NoReturn:
+    """Become the launcher of this script on two ranks of one thread.
+
+    On a CPU they are faster than one rank of two threads, whose small operations mostly wait for each other; and where
+    other programs use the cores too, such waiting made training ten times slower. A rank that is lost costs its phase.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={CPU_RANKS}", "--max-restarts=3"]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, __file__, *arguments])
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 from grpo.config.errors import UserError
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
-from grpo.config.load import load_recipe, recipe_from_toml
+from grpo.config.load import job_of_file, load_recipe, recipe_from_toml
 from grpo.config.recipes import (
     RECIPES,
     ClassifierRecipe,
@@ -68,6 +68,7 @@ __all__ = [
     "TrainingRecipe",
     "UserError",
     "differences",
+    "job_of_file",
     "load_recipe",
     "recipe_from_toml",
 ]

@@ -53,6 +53,15 @@ def data_problems(recipe: TrainingRecipe | EvaluateRecipe) -> list[Problem]:
     return []
 
 
+def parallel_problems(recipe: TrainingRecipe) -> list[Problem]:
+    """sdp is the mode that keeps its parameters gathered."""
+    parallel = recipe.parallel
+    if parallel.data_parallel != "sdp" or parallel.reshard_after_forward != "always":
+        return []
+    text = 'parallel.reshard_after_forward = "always" contradicts data_parallel = "sdp"; set data_parallel = "fsdp"'
+    return [Problem(("parallel.reshard_after_forward", "parallel.data_parallel"), text)]
+
+
 def image_size_problems(recipe: GRPORecipe | PretrainRecipe | TokenizerRecipe) -> list[Problem]:
     """Images are cut into whole codes."""
     return _divisible_image_size("data.image_size", recipe.data.image_size, recipe.tokenizer.downsample_size)

@@ -124,7 +124,7 @@ def parse_flags(recipe_class: type[Recipe], argv: Sequence[str]) -> Flags:
     keys, reference = recipe_keys(recipe_class), reference_flags(recipe_class)
     options = {key: [f"--{key}", reference[key]] if key in reference else [f"--{key}"] for key in (CONFIG, *keys)}
     parser = _build_parser(options, [key.name for key in keys.values() if key.is_switch])
-    parsed, extras = parser.parse_known_args(argv)
+    parsed, extras = parser.parse_known_args(_join_negative_numbers(argv))
     problems, suspects = _unknown_flags(extras, {name: key for key, names in options.items() for name in names})
     values: dict[str, FlagValue] = {}
     for given in parsed.given:
@@ -167,6 +167,29 @@ def _build_parser(options: Mapping[str, Sequence[str]], switches: Collection[str
     for key, names in options.items():  # no value is an error for all but switches, reported with the others
         parser.add_argument(*names, action=_Collect, dest=key, nargs="?", const="true" if key in switches else None)
     return parser
+
+
+def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """`--flag -1e-3` as `--flag=-1e-3`: argparse would take all but plain decimals for another flag."""
+    joined: list[str] = []
+    for argument in argv:
+        if argument.startswith("-") and _is_number(argument) and joined and _is_bare_flag(joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_bare_flag(text: str) -> bool:
+    return text.startswith("--") and "=" not in text
 
 
 def _unknown_flags(extras: Sequence[str], known: Mapping[str, str]) -> tuple[list[str], set[str]]:

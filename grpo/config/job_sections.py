@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import BeforeValidator
 
 from grpo.config.sections import (
+    LARGEST_INT,
     GuidanceScale,
     KernelBackend,
     NonNegativeFloat,
@@ -15,6 +16,7 @@ from grpo.config.sections import (
     Precision,
     ProperFraction,
     Section,
+    Seed,
     TopP,
 )
 
@@ -73,14 +75,14 @@ class Sampling(Section):
     """Draw from the smallest set of codes whose probability exceeds p; 1 is off."""
     cfg_scale: GuidanceScale = 1.0
     """Classifier-free guidance; 1 is off."""
-    cfg_interval: Annotated[int, Ge(-1)] = -1
+    cfg_interval: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
     """Last token position with guidance; -1 guides all positions."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the draws: the same seed gives the same images on any number of ranks."""
     batch_size: PositiveInt = 32
     """Images drawn together on each rank."""
     mixed_precision: Precision = "bf16"
-    """Precision of the generator and of the tokenizer."""
+    """Precision of the generator and of the tokenizer; auto as in `training.mixed_precision`."""
     kernels: KernelBackend = "auto"
     """Backend of sampling: Triton on a GPU and plain torch elsewhere, or one of them always."""
 

@@ -9,8 +9,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from grpo.config.recipes import Recipe
+from grpo.config.sections import LARGEST_INT, LARGEST_SEED
 
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+UNNAMED_BOUNDS = (Le(LARGEST_INT), Le(LARGEST_SEED))  # of no interest until someone exceeds them
 BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
 
 
@@ -77,6 +79,6 @@ def _allowed(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return f"a list, each {_allowed(arguments[0])}"
     if annotation is NoneType:
         return "none"
-    bounds = [BOUNDS[type(item)] + (item,) for item in metadata if type(item) in BOUNDS]
+    bounds = [BOUNDS[type(item)] + (item,) for item in metadata if type(item) in BOUNDS and item not in UNNAMED_BOUNDS]
     limits = " and ".join(f"{sign} {getattr(item, name)}" for name, sign, item in bounds)
     return f"{SCALARS[annotation]} {limits}".rstrip()

@@ -17,6 +17,7 @@ from grpo.config.flags import parse_flags, reference_flags
 from grpo.config.keys import recipe_keys
 from grpo.config.recipes import RECIPES, WITHOUT_CHECKS, Recipe
 from grpo.config.reference import help_text
+from grpo.config.sections import LARGEST_INT, LARGEST_SEED
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
@@ -44,9 +45,18 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
     if flags.config is not None:
         builder.read_file(flags.config)
     for given in flags.values:
-        builder.take(_Setting(given.key, given.text, f"{given.flag} {given.text}", from_file=False))
+        builder.take(_Setting(given.key, given.text, f"{given.flag} {given.text or '(empty)'}", from_file=False))
     builder.name_run(Path(flags.config).stem if flags.config else recipe_class.job)
     return builder.build()
+
+
+def job_of_file(path: str) -> str | None:
+    """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
+    try:
+        job = tomli.loads(Path(path).read_text(encoding="utf-8")).get("job")
+    except (OSError, ValueError):  # of decoding text and TOML
+        return None
+    return job if job in tuple(RECIPES) else None
 
 
 def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "recipe") -> RecipeT:
@@ -101,7 +111,7 @@ class _RecipeBuilder(Generic[RecipeT]):
     def read_file(self, path: str) -> None:
         """Take the settings of a recipe file."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except OSError as error:
             self._give_up(f"--config {path}: cannot be read: {error.strerror}")
         except UnicodeDecodeError as error:
@@ -138,9 +148,9 @@ class _RecipeBuilder(Generic[RecipeT]):
                 value = getattr(section.model_validate({name: setting.value}, strict=True), name)
             else:
                 value = getattr(section.model_validate_strings({name: setting.value}), name)
-        except ValidationError:
+        except ValidationError as error:
             typed = f", not {_quoted(setting.value)}" if setting.from_file else ""
-            self._problems.append(f"{setting.origin}: {key.name} must be {key.allowed}{typed}")
+            self._problems.append(f"{setting.origin}: {key.name} must be {key.allowed}{_broken_limit(error)}{typed}")
             self._suspects.add(key.name)
         else:
             self._values.setdefault(key.section, {})[name] = value
@@ -208,6 +218,14 @@ def _nearest_key(name: str, keys: Iterable[str]) -> list[str]:
 
 def _did_you_mean(nearest: Sequence[str]) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _broken_limit(error: ValidationError) -> str:
+    """A limit that the description of a key does not name: the size of whole numbers, and that text is not empty."""
+    (broken,) = [{**item.get("ctx", {}), "type": item["type"]} for item in error.errors()][:1]
+    if broken["type"] == "less_than_equal" and broken["le"] in (LARGEST_INT, LARGEST_SEED):
+        return f" and <= {broken['le']}"
+    return ", but not empty" if broken["type"] == "string_too_short" else ""
 
 
 def _quoted(value: object) -> str:

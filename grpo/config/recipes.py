@@ -86,7 +86,7 @@ class TrainingRecipe(Recipe):
     @property
     def checkpoint_dir(self) -> Path:
         """Folder of the checkpoints: inside the run's folder unless `checkpoint.dir` was moved."""
-        moved = self.checkpoint.dir != Checkpoint().dir
+        moved = self.checkpoint.dir.rstrip("/") != Checkpoint().dir
         return Path(self.checkpoint.dir) if moved else self.run_dir / self.checkpoint.dir
 
 
@@ -94,7 +94,13 @@ class GRPORecipe(TrainingRecipe):
     """Reinforcement learning of the generator: rollout, reward, advantage, update."""
 
     job = "grpo"
-    problem_checks = (checks.model_problems, checks.data_problems, checks.tokenizer_problems, checks.grpo_problems)
+    problem_checks = (
+        checks.model_problems,
+        checks.data_problems,
+        checks.tokenizer_problems,
+        checks.parallel_problems,
+        checks.grpo_problems,
+    )
     note_checks = (notes.training_notes, notes.grpo_notes)
 
     model: Model = Model()
@@ -117,7 +123,12 @@ class PretrainRecipe(TrainingRecipe):
     """Next-token training of the generator on the codes of real images."""
 
     job = "pretrain"
-    problem_checks = (checks.model_problems, checks.data_problems, checks.tokenizer_problems)
+    problem_checks = (
+        checks.model_problems,
+        checks.data_problems,
+        checks.tokenizer_problems,
+        checks.parallel_problems,
+    )
     note_checks = (notes.training_notes,)
 
     model: Model = Model()
@@ -137,7 +148,7 @@ class TokenizerRecipe(TrainingRecipe):
     """Training of the VQ tokenizer."""
 
     job = "train_tokenizer"
-    problem_checks = (checks.data_problems, checks.image_size_problems)
+    problem_checks = (checks.data_problems, checks.image_size_problems, checks.parallel_problems)
     note_checks = (notes.training_notes, notes.tokenizer_notes)
 
     tokenizer: Tokenizer = Tokenizer()
@@ -156,7 +167,7 @@ class ClassifierRecipe(TrainingRecipe):
     """Training of a small classifier, to reward or to judge."""
 
     job = "train_classifier"
-    problem_checks = (checks.data_problems,)
+    problem_checks = (checks.data_problems, checks.parallel_problems)
     note_checks = (notes.training_notes,)
 
     classifier: Classifier = Classifier()

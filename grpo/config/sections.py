@@ -11,22 +11,26 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
+LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
+LARGEST_SEED = 2**63 - 1
+
+PositiveInt = Annotated[int, Gt(0), Le(LARGEST_INT)]
+NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_INT)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
 PositiveFloat = Annotated[FiniteFloat, Gt(0)]
 NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
 TopP = Annotated[float, Gt(0), Le(1)]
 GuidanceScale = Annotated[FiniteFloat, Ge(1)]
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 KernelBackend = Literal["auto", "triton", "reference"]
 
 
 class Section(BaseModel):
-    """Base of all sections: strict about names, immutable, documented by attribute docstrings."""
+    """Base of all sections: strict about names, immutable, documented by attribute docstrings; no text is empty."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, str_min_length=1)
 
 
 class Model(Section):
@@ -90,7 +94,7 @@ class Rollout(Section):
 
     mode: Literal["teacher_forced", "autoregressive"] = "teacher_forced"
     """teacher_forced: all positions at once under the codes of a real image; autoregressive: true sampling."""
-    num_generations: PositiveInt = 8
+    num_generations: Annotated[int, Gt(0), Le(4096)] = 8
     """Completions of each image (G)."""
     batch_size: PositiveInt = 32
     """Images of one rollout on each rank (B)."""
@@ -226,6 +230,9 @@ class Optimizer(Section):
     cosine to zero)."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up (constant and cosine)."""
+    cpu_offload: bool = False
+    """Keep both moments in the memory of the host and bring them to the GPU, one parameter after the other, for each
+    step: the same numbers, 8 bytes less on the GPU for each parameter of a rank, 16 bytes more over the bus."""
 
 
 class Training(Section):
@@ -233,14 +240,15 @@ class Training(Section):
 
     steps: PositiveInt = 100
     """Steps of the run: rollouts with their updates in grpo.py, optimizer steps elsewhere."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initial weights, data order and sampling."""
     batch_size: PositiveInt = 8
     """Sequences in one forward and backward on each rank."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of one optimizer step. In grpo.py an optimizer step takes batch_size * this many completions."""
     mixed_precision: Precision = "bf16"
-    """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling."""
+    """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling. auto: bf16 where the
+    device multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32."""
     grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
@@ -257,8 +265,20 @@ class Parallel(Section):
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
     """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
     within groups of ranks and replicate across them."""
-    shard_size: Annotated[int, Ge(-1)] = -1
-    """Ranks of one shard group in hsdp; -1 is the ranks of one host."""
+    shard_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
+    """Ranks of one shard group in hsdp. -1 fills in: the ranks of one host, or all ranks / replicate_size where that is
+    set."""
+    replicate_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
+    """Shard groups in hsdp, each with the whole model. -1 fills in: all ranks / shard_size."""
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    """Free the gathered parameters of a block after its forward and gather them again for its backward. always saves
+    memory, never saves a gather; auto is never in sdp and always otherwise."""
+    defer_gradient_sync: bool = True
+    """Reduce gradients over ranks once an optimizer step, in the backward of its last micro-batch. Until then each rank
+    holds the gradient of the whole model; without it every micro-batch reduces, and ranks hold their shards only."""
+    shard_blocks: bool = True
+    """Gather and reduce each block apart. false: the model as a whole, for models so small that the latency of a
+    collective counts more than its bytes."""
     timeout: PositiveInt = 600
     """Seconds after which a collective, or a checkpoint in the making, that a rank does not join ends the run. It is
     also how long a start waits for another process that still writes into the run's folder."""

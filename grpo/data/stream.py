@@ -39,8 +39,8 @@ class ImageBatch(NamedTuple):
     indices: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "ImageBatch":
-        """The same batch on another device."""
-        return ImageBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        """The same batch on another device, except for `indices`: the host reads them, and must not wait for a GPU."""
+        return ImageBatch(*(tensor.to(device) for tensor in self[:3]), self.indices)
 
     def parts(self, size: int) -> list["ImageBatch"]:
         """The batch in parts of at most `size` images."""

@@ -21,7 +21,7 @@ from grpo.evaluation.sources import (
     classes_in_turn,
     open_images,
 )
-from grpo.evaluation.writing import NpzWriter, batches_in_order, save_pngs
+from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_pngs
 
 __all__ = [
     "ClassifierJudge",
@@ -46,6 +46,7 @@ __all__ = [
     "frechet_distance",
     "inception_score",
     "kernel_distance",
+    "make_writable",
     "measure_images",
     "open_images",
     "precision_recall",

@@ -1,5 +1,6 @@
 """Images into files: one .npz, or one PNG an image."""
 
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from grpo.config import UserError
 from grpo.evaluation.sources import ImageSource
 
 
@@ -34,6 +36,23 @@ def batches_in_order(
             batches = [None] * world_size if rank == 0 else None
             dist.gather_object(mine, batches, dst=0)
         yield from (batch for batch in batches or () if batch is not None)
+
+
+def make_writable(path: str | Path, *, key: str, folder: bool = False) -> None:
+    """Make the folder of a file to be written, or `path` itself if it is the folder, before work is spent on it.
+
+    Raises:
+        UserError: nothing can be written there; names `key`.
+    """
+    parent = Path(path) if folder else Path(path).parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key} {path} cannot be written: {error.strerror}; give another path") from error
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{key} {path} cannot be written: its folder is read-only; give another path")
+    if not folder and Path(path).is_dir():
+        raise UserError(f"{key} {path} is a folder: give the name of a file")
 
 
 def save_pngs(folder: str | Path, pixels: Tensor, row_ids: Tensor) -> None:

@@ -43,6 +43,12 @@ def _log_fallback(op: str, obstacle: str) -> None:
     logger.warning("%s uses the torch reference: %s", op, obstacle)
 
 
+def check_temperature(temperature: float) -> None:
+    """Refuses what is not positive, and what logits could not be divided or multiplied by in fp32."""
+    if not 1e-30 <= temperature <= 1e30:
+        raise ValueError(f"temperature is {temperature}; it must be positive, and between 1e-30 and 1e30")
+
+
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """fp32, or fp64 where an input already is: the reference then serves as the truth of the tests."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

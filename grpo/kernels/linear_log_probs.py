@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from grpo.kernels.dispatch import accumulation_dtype, use_triton
-from grpo.kernels.row_math import check_arguments, new_outputs, row_chunks, score_rows, score_rows_backward
-
-# Logits held at once. A chunk too small re-reads the weight too often, one too large leaves the cache.
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
+from grpo.kernels.dispatch import use_triton
+from grpo.kernels.linear_chunks import LogitChunks
+from grpo.kernels.row_math import check_arguments, check_tokens, new_outputs, score_rows
 
 
 def linear_token_log_probs(
@@ -24,30 +22,36 @@ def linear_token_log_probs(
     `hidden` [N, D] and `weight` [V, D] of one or two float types (taken to the wider one). With `return_entropy` also
     the entropy [N] fp32 of each row, in nats. Both have gradients with respect to `hidden` and `weight`; that of an
     input that needs none is not computed. Logits exist in chunks of rows, in fp32, and are computed again in the
-    backward pass; every sum is accumulated in fp32 in a fixed order, the weight gradient included. Raises ValueError
-    for shapes or values out of range.
+    backward pass (`fused_linear_loss` avoids that); every sum is accumulated in fp32 in a fixed order, the weight
+    gradient included. Tokens must lie in 0 .. V-1; see `token_log_probs`. Raises ValueError for shapes or values out of
+    range.
     """
-    check_arguments(hidden, tokens, temperature)
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight must be [V, {hidden.shape[1]}], not {list(weight.shape)}")
+    check_projection(hidden, weight, tokens, temperature)
     log_probs, _, entropy = torch.ops.grpo.linear_token_log_probs(
         hidden, weight, tokens, temperature, return_entropy, impl
     )
     return (log_probs, entropy) if return_entropy else log_probs
 
 
+def check_projection(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> None:
+    """Refuses shapes that do not fit together, and a temperature out of range."""
+    check_arguments(hidden, tokens, temperature)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or not weight.shape[0]:
+        raise ValueError(f"weight must be [V, {hidden.shape[1]}], not {list(weight.shape)}")
+
+
 @torch.library.custom_op("grpo::linear_token_log_probs", mutates_args=())
 def _forward(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if use_triton(impl, op="linear_token_log_probs", device=hidden.device, obstacle=_obstacle(hidden, weight)):
+    check_tokens(tokens, weight.shape[0])
+    if use_triton(impl, op="linear_token_log_probs", device=hidden.device, obstacle=kernel_obstacle(hidden, weight)):
         from grpo.kernels.triton_linear_log_probs import launch_forward
 
-        return launch_forward(hidden, weight, tokens, temperature, with_entropy)
+        with torch.cuda.device_of(hidden):
+            return launch_forward(hidden, weight, tokens, temperature, with_entropy)
     log_probs, lse, entropy = new_outputs(tokens, with_entropy, hidden, weight)
-    hidden, weight = _accumulable(hidden, weight)
-    for rows, buffer in logit_chunks(hidden, weight):
-        scores = torch.addmm(buffer, hidden[rows], weight.t(), beta=0, alpha=1 / temperature, out=buffer)
+    for rows, scores in LogitChunks(hidden, weight, temperature=temperature, needs_hidden=False, needs_weight=False):
         score_rows(scores, tokens[rows], log_probs[rows], lse[rows], entropy[rows])
     return log_probs, lse, entropy
 
@@ -71,26 +75,17 @@ def _backward(
     needs_weight: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (grad_log_probs, grad_entropy, hidden, weight, tokens, lse, entropy, temperature)
-    if use_triton(impl, op="linear_token_log_probs", device=hidden.device, obstacle=_obstacle(hidden, weight)):
-        from grpo.kernels.triton_linear_log_probs import launch_backward
-
-        return launch_backward(*arguments, needs_hidden, needs_weight)
-    dtypes = hidden.dtype, weight.dtype
-    hidden, weight = _accumulable(hidden, weight)
-    grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    grad_weight = weight.new_zeros(weight.shape if needs_weight else 0)
-    grad_log_probs = grad_log_probs / temperature
-    grad_entropy = None if grad_entropy is None else grad_entropy / temperature
-    for rows, buffer in logit_chunks(hidden, weight):
-        scores = torch.addmm(buffer, hidden[rows], weight.t(), beta=0, alpha=1 / temperature, out=buffer)
-        grad_h = None if grad_entropy is None else grad_entropy[rows]
-        score_rows_backward(scores, tokens[rows], lse[rows], entropy[rows], grad_log_probs[rows], grad_h)
-        if needs_hidden:
-            torch.mm(scores, weight, out=grad_hidden[rows])
-        if needs_weight:
-            grad_weight.addmm_(scores.t(), hidden[rows])
-    return grad_hidden.to(dtypes[0]), grad_weight.to(dtypes[1])
+    kind = LogitChunks
+    if use_triton(impl, op="linear_token_log_probs", device=hidden.device, obstacle=kernel_obstacle(hidden, weight)):
+        from grpo.kernels.triton_linear_log_probs import TritonLogitChunks as kind
+    with torch.cuda.device_of(hidden):
+        chunks = kind(hidden, weight, temperature=temperature, needs_hidden=needs_hidden, needs_weight=needs_weight)
+        for rows, scores in chunks:
+            grad_h = None if grad_entropy is None else grad_entropy[rows]
+            part = entropy if grad_h is None else entropy[rows]
+            chunks.backward(rows, scores, tokens[rows], lse[rows], part, grad_log_probs[rows], grad_h)
+    gradients = (chunks.grad_hidden, hidden), (chunks.grad_weight, weight)
+    return tuple(x.new_empty(0) if gradient is None else gradient.to(x.dtype) for gradient, x in gradients)
 
 
 @_backward.register_fake
@@ -143,22 +138,8 @@ def _autograd(ctx, grad_log_probs, grad_lse, grad_entropy):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _accumulable(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in fp32 (fp64 if either is): a product of bf16 or fp16 numbers is exact there."""
-    dtype = accumulation_dtype(hidden, weight)
-    return hidden.to(dtype), weight.to(dtype)
-
-
-def logit_chunks(hidden: Tensor, weight: Tensor):
-    """Chunks of rows, each with a buffer [n, V] of `hidden`'s type for their logits: one allocation for all."""
-    N, V = hidden.shape[0], weight.shape[0]
-    size = max(1, min(N, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // V))
-    buffer = hidden.new_empty(size, V)
-    for rows in row_chunks(N, size):
-        yield rows, buffer[: rows.stop - rows.start]
-
-
-def _obstacle(hidden: Tensor, weight: Tensor) -> str | None:
+def kernel_obstacle(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why the kernels cannot take a projection, or None."""
     if hidden.dtype != weight.dtype:
         return f"hidden is {hidden.dtype} and weight {weight.dtype}"
     if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from grpo.kernels.dispatch import use_triton
-from grpo.kernels.row_math import cached_rows, check_arguments, new_outputs, row_chunks, score_rows, score_rows_backward
+from grpo.kernels.row_math import (
+    cached_rows,
+    check_arguments,
+    check_tokens,
+    new_outputs,
+    row_chunks,
+    score_rows,
+    score_rows_backward,
+)
 
 
 def token_log_probs(
@@ -16,9 +24,13 @@ def token_log_probs(
 
     With `return_entropy` also the entropy [N] fp32 of each row, in nats. Both have gradients. Only the log-sum-exp of a
     row (and its entropy) is kept for the backward pass, which reads and writes each row once. Rows may be strided.
-    Tokens must lie in 0 .. V-1. Raises ValueError for shapes or values out of range.
+    Tokens must lie in 0 .. V-1: others raise ValueError on a CPU; on a GPU, where nobody waits for the answer, the
+    kernels give them a log-prob of NaN, and their row a gradient of NaN. Raises ValueError for shapes or values out of
+    range.
     """
     check_arguments(logits, tokens, temperature)
+    if not logits.shape[1]:
+        raise ValueError(f"logits must be [N, V] with V > 0, not {list(logits.shape)}")
     log_probs, _, entropy = torch.ops.grpo.token_log_probs(logits, tokens, temperature, return_entropy, impl)
     return (log_probs, entropy) if return_entropy else log_probs
 
@@ -27,10 +39,12 @@ def token_log_probs(
 def _forward(
     logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_tokens(tokens, logits.shape[1])
     if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=_obstacle(logits)):
         from grpo.kernels.triton_log_probs import launch_forward
 
-        return launch_forward(logits, tokens, temperature, with_entropy)
+        with torch.cuda.device_of(logits):
+            return launch_forward(logits, tokens, temperature, with_entropy)
     log_probs, lse, entropy = new_outputs(tokens, with_entropy, logits)
     for rows, scores in _tempered_chunks(logits, temperature, lse.dtype):
         score_rows(scores, tokens[rows], log_probs[rows], lse[rows], entropy[rows])
@@ -56,7 +70,8 @@ def _backward(
     if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=_obstacle(logits)):
         from grpo.kernels.triton_log_probs import launch_backward
 
-        return launch_backward(grad_log_probs, grad_entropy, logits, tokens, lse, entropy, temperature)
+        with torch.cuda.device_of(logits):
+            return launch_backward(grad_log_probs, grad_entropy, logits, tokens, lse, entropy, temperature)
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad_log_probs = grad_log_probs / temperature
     grad_entropy = None if grad_entropy is None else grad_entropy / temperature

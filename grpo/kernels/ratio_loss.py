@@ -110,14 +110,15 @@ def _forward(
     if use_triton(impl, op="clipped_ratio_loss", device=log_probs.device, obstacle=_obstacle(*arguments[:5])):
         from grpo.kernels.triton_ratio_loss import launch
 
-        return launch(*arguments, kl, kl_coef, surrogate)
+        with torch.cuda.device_of(log_probs):
+            return launch(*arguments, kl, kl_coef, surrogate)
     return _reference(*arguments, kl, kl_coef, surrogate)
 
 
 @_forward.register_fake
 def _(log_probs, old_log_probs, advantages, weights, ref_log_probs, clip_low, clip_high, kl, kl_coef, surrogate, impl):
     dtype = accumulation_dtype(log_probs)
-    gradient = log_probs.new_empty(log_probs.shape, dtype=dtype)
+    gradient = torch.empty_like(log_probs, dtype=dtype)
     return log_probs.new_empty((), dtype=dtype), log_probs.new_empty(len(METRICS), dtype=dtype), gradient
 
 
@@ -149,6 +150,7 @@ def _reference(
     surrogate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(log_probs)
+    gradient = torch.empty_like(log_probs, dtype=dtype)
     counted = weights != 0
     weights = weights.to(dtype)
     # What a token left out holds must not reach the sums, not even as NaN times 0.
@@ -184,7 +186,8 @@ def _reference(
         below | above,
     )
     sums = torch.stack([policy_loss, kl_loss, *(x.sum(dtype=dtype) for x in per_token)])
-    return policy_loss + kl_loss, sums, weights * (d_policy + kl_coef * d_divergence)
+    torch.mul(weights, d_policy + kl_coef * d_divergence, out=gradient)
+    return policy_loss + kl_loss, sums, gradient
 
 
 def _clamped_exp(exponent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,5 +207,6 @@ def _kl_estimate(difference: Tensor, kl: str) -> tuple[Tensor, Tensor]:
 
 
 def _obstacle(*tensors: Tensor | None) -> str | None:
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    return None if dtypes == {torch.float32} else "not every input is fp32"
+    if {tensor.dtype for tensor in tensors if tensor is not None} != {torch.float32}:
+        return "not every input is fp32"
+    return "2^31 tokens or more" if tensors[0].numel() >= 1 << 31 else None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from grpo.kernels.dispatch import accumulation_dtype
+from grpo.kernels.dispatch import accumulation_dtype, check_temperature
 
 # Elements to pass over at a time. On a CPU, for each thread, about its second-level cache: passes are faster there, and
 # smaller pieces would spend their time on waking the threads.
@@ -22,14 +22,26 @@ _LOG_ZERO = -1e4
 
 
 def check_arguments(rows: Tensor, tokens: Tensor, temperature: float) -> None:
-    """Refuses rows that are not [N, ...], tokens that are not [N, M] int64, a temperature that is not positive."""
+    """Refuses rows that are not [N, ...], tokens that are not [N, M] int64, a temperature out of range."""
     if rows.ndim != 2 or tokens.ndim != 2 or tokens.shape[0] != rows.shape[0] or tokens.dtype != torch.int64:
         raise ValueError(
             f"expected rows [N, ...] and tokens [N, M] int64, not {list(rows.shape)} "
             f"and {list(tokens.shape)} {tokens.dtype}"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
+    check_temperature(temperature)
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Refuses tokens outside 0 .. vocabulary-1 that are on the CPU.
+
+    On a GPU the host would have to wait for the answer. There the kernels give NaN for such a token, in its log-prob
+    and in the gradient of its row, and the torch reference stops the device by an assertion.
+    """
+    if tokens.device.type != "cpu" or not tokens.numel():
+        return
+    low, high = (bound.item() for bound in tokens.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"tokens must lie in 0 .. {vocabulary - 1}; found {low if low < 0 else high}")
 
 
 def new_outputs(tokens: Tensor, with_entropy: bool, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.kernels.dispatch import use_triton
+from grpo.kernels.dispatch import check_temperature, use_triton
 from grpo.kernels.philox import MAX_SAMPLES, MAX_VOCABULARY
 from grpo.kernels.sampling_reference import sample_rows
 
@@ -46,8 +46,8 @@ def sample_tokens(
     The draw is an exact two-level Gumbel-max: over the log-sum-exp of the kept columns of each block of 128, then over
     the columns of the chosen block, the lowest index on a tie. Its noise is a function of (`seed`, `step`, the row's
     entry of `row_ids` [N] int64 (default 0 .. N-1), the sample's index) alone, see `philox.py`; `seed` and `step` are
-    integers or 0-dim int64 tensors on the device, `step` counts modulo 2**32. `noise` [N, num_samples, V] fp32 replaces
-    it by the flat rule argmax(logits / temperature + noise) over the kept columns.
+    integers or 0-dim int64 tensors on the device, the seed modulo 2**64 and the step modulo 2**32. `noise`
+    [N, num_samples, V] fp32 replaces it by the flat rule argmax(logits / temperature + noise) over the kept columns.
 
     A NaN or +inf is never drawn; the log-probs and the kept mass of its row are NaN. So are those of a row without any
     finite logit, whose tokens are 0. Raises ValueError for shapes or values out of range.
@@ -56,8 +56,7 @@ def sample_tokens(
         raise ValueError(f"logits must be [N, V] with 0 < V <= {MAX_VOCABULARY}, not {tuple(logits.shape)}")
     if not 0 < num_samples <= MAX_SAMPLES:
         raise ValueError(f"num_samples is {num_samples}; it must lie in 1 .. {MAX_SAMPLES}")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
+    check_temperature(temperature)
     if not top_p >= 0:
         raise ValueError(f"top_p is {top_p}; it must not be negative")
     N, V = logits.shape
@@ -68,8 +67,8 @@ def sample_tokens(
     top_k = top_k if 0 < top_k < V else 0
     tokens, log_probs, *kept = torch.ops.grpo.sample_tokens(
         logits.detach(),
-        _scalar(seed, logits.device),
-        _scalar(step, logits.device),
+        _scalar("seed", seed, logits.device),
+        _scalar("step", step, logits.device),
         torch.arange(N, device=logits.device) if row_ids is None else row_ids,
         noise,
         num_samples,
@@ -83,9 +82,18 @@ def sample_tokens(
     return Sample(tokens, log_probs, *kept)
 
 
-def _scalar(value: int | Tensor, device: torch.device) -> Tensor:
+def _scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     """A 0-dim int64 tensor, made by a fill and not by a copy, so that a CUDA graph can capture it."""
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=device)
+    if isinstance(value, Tensor):
+        if value.ndim or value.dtype != torch.int64 or value.device != device:
+            found = f"{list(value.shape)} {value.dtype} on {value.device}"
+            raise ValueError(f"{name} must be an integer or a 0-dim int64 tensor on {device}, not {found}")
+        return value
+    if isinstance(value, float):
+        raise ValueError(f"{name} is {value}; it must be an integer")
+    if not -(2**63) <= value < 2**63:
+        value = (value + 2**63) % 2**64 - 2**63
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 @torch.library.custom_op("grpo::sample_tokens", mutates_args=())
@@ -105,7 +113,8 @@ def _sample_tokens(
     if use_triton(impl, op="sample_tokens", device=logits.device, obstacle=_obstacle(logits)):
         from grpo.kernels.triton_sampling import launch
 
-        return launch(*arguments)
+        with torch.cuda.device_of(logits):
+            return launch(*arguments)
     return sample_rows(*arguments)
 
 

@@ -6,11 +6,9 @@ in order and adds the logits of the tokens. Splits depend on V alone, so a row's
 come with it.
 
 Backward, and the forward pass of fp32: chunks of rows. The library's matrix product writes fp32 logits, the row kernels
-of `triton_log_probs.py` turn them in place into log-probs or gradients, two more products use the gradients. At V=16384
-another forward product is cheaper than the traffic of kept logits.
+of `triton_log_probs.py` read log-probs off them and turn them in place into gradients, which two more products use. At
+V=16384 another forward product is cheaper than the traffic of kept logits.
 """
-
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -18,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import triton_log_probs
-from grpo.kernels.row_math import new_outputs, row_chunks
+from grpo.kernels.linear_chunks import LogitChunks
+from grpo.kernels.row_math import new_outputs
 
 _SPLIT = 2048
-_CHUNK_ELEMENTS = 1 << 25  # fp32 logits held at once: 128 MiB
 
 
 @triton.jit
@@ -69,7 +67,8 @@ def split_kernel(
         shrink = tl.exp(peak - new_peak)
         if WITH_ENTROPY:
             weights = tl.exp(scores)
-            moment = shrink * (moment + total * (peak - new_peak))
+            moved = tl.where(total > 0, total * (peak - new_peak), 0.0)  # not 0 * -inf before the first tile
+            moment = shrink * (moment + moved)
             moment += tl.sum(tl.where(weights > 0, weights * scores, 0.0), axis=1)
             total = total * shrink + tl.sum(weights, axis=1)
         else:
@@ -97,6 +96,7 @@ def merge_kernel(
     stride_hidden,
     stride_weight,
     inverse_temperature,
+    V: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -124,17 +124,19 @@ def merge_kernel(
 
     m = tl.arange(0, TILE_M)
     tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=0)
+    inside = (tokens >= 0) & (tokens < V)
     products = tl.zeros((TILE_M, TILE_D), tl.float32)
     for start in range(0, D, TILE_D):
         feature = start + tl.arange(0, TILE_D)
         hidden = tl.load(hidden_ptr + row * stride_hidden + feature, mask=feature < D, other=0.0).to(tl.float32)
         chosen = tl.load(
             weight_ptr + tokens[:, None] * stride_weight + feature[None, :],
-            mask=(m[:, None] < M) & (feature[None, :] < D),
+            mask=inside[:, None] & (feature[None, :] < D),
             other=0.0,
         )
         products += hidden[None, :] * chosen.to(tl.float32)
-    scores = tl.sum(products, axis=1) * inverse_temperature
+    # A token out of range has no log-prob, and reads nothing.
+    scores = tl.where(inside, tl.sum(products, axis=1) * inverse_temperature, float("nan"))
     tl.store(log_probs_ptr + row * M + m, scores - lse, mask=m < M)
 
 
@@ -148,8 +150,9 @@ def launch_forward(
     if N == 0:
         return log_probs, lse, entropy
     if hidden.dtype == torch.float32:
-        for rows, logits in _logit_chunks(hidden, weight):
-            outputs = triton_log_probs.launch_forward(logits, tokens[rows], temperature, with_entropy)
+        chunks = TritonLogitChunks(hidden, weight, temperature=temperature, needs_hidden=False, needs_weight=False)
+        for rows, logits in chunks:
+            outputs = chunks.score(logits, tokens[rows], with_entropy)
             for whole, part in zip((log_probs, lse, entropy), outputs, strict=True):
                 whole[rows] = part
         return log_probs, lse, entropy
@@ -183,47 +186,44 @@ def launch_forward(
     return log_probs, lse, entropy
 
 
-def launch_backward(
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    temperature: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden [N, D] and weight [V, D], empty where not needed."""
-    grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    grad_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=torch.float32)
-    for rows, logits in _logit_chunks(hidden, weight):
-        # The gradient takes the place of the logits, in the type of the products that follow.
-        gradient = logits.view(hidden.dtype)[:, : weight.shape[0]]
-        grad_h = None if grad_entropy is None else grad_entropy[rows]
-        triton_log_probs.launch_backward(
-            grad_log_probs[rows], grad_h, logits, tokens[rows], lse[rows], entropy[rows], temperature, gradient
-        )
-        if needs_hidden:
-            torch.mm(gradient, weight, out=grad_hidden[rows])
-        if needs_weight:
-            _add_product(grad_weight, gradient.t(), hidden[rows])
-    return grad_hidden, grad_weight.to(weight.dtype)
+class TritonLogitChunks(LogitChunks):
+    """The same with the row kernels. A chunk's logits are not divided by the temperature: the kernels do that."""
 
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, *, temperature: float, needs_hidden: bool, needs_weight: bool
+    ) -> None:
+        self.hidden, self.weight, self.temperature = hidden, weight, temperature
+        self.grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else None
+        self.grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if needs_weight else None
 
-def _logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows and their logits in fp32, in one buffer that every chunk overwrites."""
-    V = weight.shape[0]
-    size = max(1, min(hidden.shape[0], _CHUNK_ELEMENTS // V))
-    buffer = hidden.new_empty(size, V, dtype=torch.float32)
-    for rows in row_chunks(hidden.shape[0], size):
-        logits = buffer[: rows.stop - rows.start]
+    def _product(self, hidden: Tensor, scores: Tensor) -> None:
         if _mixed_products(hidden):
-            torch.mm(hidden[rows], weight.t(), out_dtype=torch.float32, out=logits)
+            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=scores)
         else:
-            torch.mm(hidden[rows].float(), weight.t().float(), out=logits)
-        yield rows, logits
+            torch.mm(hidden.float(), self.weight.t().float(), out=scores)
+
+    def score(self, scores: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return triton_log_probs.launch_forward(scores, tokens, self.temperature, with_entropy)
+
+    def backward(
+        self,
+        rows: slice,
+        scores: Tensor,
+        tokens: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> None:
+        # The gradient takes the place of the logits, in the type of the products that follow.
+        gradient = scores.view(self.hidden.dtype)[:, : self.weight.shape[0]]
+        triton_log_probs.launch_backward(
+            grad_log_probs, grad_entropy, scores, tokens, lse, entropy, self.temperature, gradient
+        )
+        if self.grad_hidden is not None:
+            torch.mm(gradient, self.weight, out=self.grad_hidden[rows])
+        if self.grad_weight is not None:
+            _add_product(self.grad_weight, gradient.t(), self.hidden[rows])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -249,8 +249,9 @@ def split_options(V: int, D: int, with_entropy: bool) -> dict:
 def merge_options(V: int, D: int, M: int, with_entropy: bool) -> dict:
     """Compile-time options of `merge_kernel`, as the launcher and the compile tests use them."""
     splits = triton.cdiv(V, _SPLIT)
-    tile_m = triton.next_power_of_2(M)
+    tile_m = max(1, triton.next_power_of_2(M))
     return {
+        "V": V,
         "D": D,
         "M": M,
         "SPLITS": splits,

@@ -40,7 +40,8 @@ def forward_kernel(
         weights = tl.exp(relative)
         shrink = tl.exp(peak - new_peak)
         if WITH_ENTROPY:
-            moment = shrink * (moment + total * (peak - new_peak))
+            moved = tl.where(total > 0, total * (peak - new_peak), 0.0)  # not 0 * -inf before the first tile
+            moment = shrink * (moment + moved)
             moment += tl.sum(tl.where(weights > 0, weights * relative, 0.0), axis=0)
         total = total * shrink + tl.sum(weights, axis=0)
         peak = new_peak
@@ -50,7 +51,9 @@ def forward_kernel(
         tl.store(entropy_ptr + row, tl.log(total) - moment / total)
     m = tl.arange(0, TILE_M)
     tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=0)
-    chosen = tl.load(row_ptr + tokens).to(tl.float32) * inverse_temperature
+    # A token out of range has no log-prob, and reads nothing.
+    inside = (tokens >= 0) & (tokens < V)
+    chosen = tl.load(row_ptr + tokens, mask=inside, other=float("nan")).to(tl.float32) * inverse_temperature
     tl.store(log_probs_ptr + row * M + m, chosen - lse, mask=m < M)
 
 
@@ -98,9 +101,11 @@ def backward_kernel(
         grad_entropy = tl.load(grad_entropy_ptr + row)
     m = tl.arange(0, TILE_M)
     tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=-1)
+    inside = (tokens >= 0) & (tokens < V)
     grads = tl.load(grad_log_probs_ptr + row * M + m, mask=m < M, other=0.0)
+    grads = tl.where(inside | (m >= M), grads, float("nan"))  # a token out of range spoils its row, visibly
     grad_sum = tl.sum(grads, axis=0)
-    chosen = tl.load(row_ptr + tokens, mask=m < M, other=0.0).to(tl.float32)
+    chosen = tl.load(row_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
 
     columns = tl.arange(0, TILE)
     for start in range(0, V, TILE):
@@ -116,7 +121,7 @@ def backward_kernel(
     own = tl.sum(tl.where(same, grads[None, :], 0.0), axis=1) * inverse_temperature
     own += _row_gradient(chosen, lse, entropy, grad_sum, grad_entropy, inverse_temperature, WITH_ENTROPY)
     tl.debug_barrier()
-    tl.store(grad_row_ptr + tokens, own.to(grad_logits_ptr.dtype.element_ty), mask=m < M)
+    tl.store(grad_row_ptr + tokens, own.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_forward(
@@ -176,7 +181,7 @@ def kernel_options(V: int, M: int, with_entropy: bool) -> dict:
     return {
         "V": V,
         "M": M,
-        "TILE_M": triton.next_power_of_2(M),
+        "TILE_M": max(1, triton.next_power_of_2(M)),
         "TILE": tile,
         "WITH_ENTROPY": with_entropy,
         "num_warps": 16 if tile > 8192 else 8 if tile > 2048 else 4,

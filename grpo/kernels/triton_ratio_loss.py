@@ -1,4 +1,10 @@
-"""Triton kernel of `clipped_ratio_loss`: every token once; partial sums per program, added in a fixed order."""
+"""Triton kernel of `clipped_ratio_loss`: every token once; the program that ends last adds what the others left.
+
+Each program leaves the sums of its own tokens, then counts itself as arrived. The one that finds all the others arrived
+adds the sums up in the order of the programs, whichever it is: one launch, and the same bits from run to run.
+"""
+
+import itertools
 
 import torch
 import triton
@@ -7,8 +13,11 @@ from torch import Tensor
 
 from grpo.kernels.ratio_loss import LOG_RATIO_LIMIT, METRICS
 
-_TILE = 1024
+_TILE = 512
+_TILE_PROGRAMS = 128
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+_SUMS = tl.constexpr(len(METRICS))
+_TILE_SUMS = tl.constexpr(triton.next_power_of_2(len(METRICS)))
 
 
 @triton.jit
@@ -31,12 +40,41 @@ def _kl_estimate(difference, KL: tl.constexpr):
 
 
 @triton.jit
-def _add(partial_ptr, index: tl.constexpr, values):
-    """Stores this program's sum of `values` in row `index` of the partial sums [METRICS, programs]."""
-    tl.store(partial_ptr + index * tl.num_programs(0) + tl.program_id(0), tl.sum(values, axis=0))
+def _offset(i0, i1, i2, s0, s1, s2):
+    return i0.to(tl.int64) * s0 + i1.to(tl.int64) * s1 + i2.to(tl.int64) * s2
 
 
 @triton.jit
+def _leave(partial_ptr, index: tl.constexpr, values):
+    """Stores this program's sum of `values`; partial sums are [programs, METRICS]."""
+    tl.store(partial_ptr + tl.program_id(0) * _SUMS + index, tl.sum(values, axis=0))
+
+
+@triton.jit
+def _add_up(partial_ptr, sums_ptr, loss_ptr, TILE_PROGRAMS: tl.constexpr):
+    """The sums over all programs, and the loss: the first two of them together."""
+    index = tl.arange(0, _TILE_SUMS)[None, :]
+    program = tl.arange(0, TILE_PROGRAMS)[:, None]
+    tile = tl.zeros((TILE_PROGRAMS, _TILE_SUMS), tl.float32)
+    start = 0
+    while start < tl.num_programs(0):
+        mask = (start + program < tl.num_programs(0)) & (index < _SUMS)
+        # From the cache that all multiprocessors share: the one of this multiprocessor may hold older values.
+        tile += tl.load(partial_ptr + (start + program) * _SUMS + index, mask=mask, other=0.0, cache_modifier=".cg")
+        start += TILE_PROGRAMS
+    totals = tl.sum(tile, axis=0)
+    index = tl.arange(0, _TILE_SUMS)
+    tl.store(sums_ptr + index, totals, mask=index < _SUMS)
+    tl.store(loss_ptr, tl.sum(tl.where(index < 2, totals, 0.0), axis=0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("log_probs_0", "log_probs_1", "log_probs_2", "old_0", "old_1", "old_2", "advantages_0", "advantages_1"),
+        *("advantages_2", "weights_0", "weights_1", "weights_2", "ref_0", "ref_1", "ref_2", "gradient_0"),
+        *("gradient_1", "gradient_2", "count", "size_1", "size_2"),
+    ]
+)
 def ratio_loss_kernel(
     log_probs_ptr,
     old_log_probs_ptr,
@@ -45,8 +83,30 @@ def ratio_loss_kernel(
     ref_log_probs_ptr,
     gradient_ptr,
     partial_ptr,
+    arrivals_ptr,
+    sums_ptr,
+    loss_ptr,
+    log_probs_0,
+    log_probs_1,
+    log_probs_2,
+    old_0,
+    old_1,
+    old_2,
+    advantages_0,
+    advantages_1,
+    advantages_2,
+    weights_0,
+    weights_1,
+    weights_2,
+    ref_0,
+    ref_1,
+    ref_2,
+    gradient_0,
+    gradient_1,
+    gradient_2,
     count,
-    T,
+    size_1,
+    size_2,
     lowest,
     highest,
     kl_coef,
@@ -54,13 +114,20 @@ def ratio_loss_kernel(
     HAS_REF: tl.constexpr,
     CLIP: tl.constexpr,
     TILE: tl.constexpr,
+    TILE_PROGRAMS: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    weight = tl.load(weights_ptr + token, mask=token < count, other=0.0)
+    """Every tensor is seen as three-dimensional, by its three strides."""
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    i2, rest = token % size_2, token // size_2
+    i1, i0 = rest % size_1, rest // size_1
+    valid = token < count
+    weight = tl.load(weights_ptr + _offset(i0, i1, i2, weights_0, weights_1, weights_2), mask=valid, other=0.0)
     counted = weight != 0
-    log_p = tl.load(log_probs_ptr + token, mask=counted, other=0.0)
-    old_log_p = tl.load(old_log_probs_ptr + token, mask=counted, other=0.0)
-    advantage = tl.load(advantages_ptr + token // T, mask=counted, other=0.0)
+    log_p_ptr = log_probs_ptr + _offset(i0, i1, i2, log_probs_0, log_probs_1, log_probs_2)
+    log_p = tl.load(log_p_ptr, mask=counted, other=0.0)
+    old_log_p = tl.load(old_log_probs_ptr + _offset(i0, i1, i2, old_0, old_1, old_2), mask=counted, other=0.0)
+    advantage_ptr = advantages_ptr + _offset(i0, i1, i2, advantages_0, advantages_1, advantages_2)
+    advantage = tl.load(advantage_ptr, mask=counted, other=0.0)
 
     log_ratio, ratio, inside = _clamped_exp(log_p - old_log_p)
     bounded = tl.minimum(tl.maximum(ratio, lowest), highest)
@@ -79,23 +146,30 @@ def ratio_loss_kernel(
 
     divergence = ratio * 0
     if HAS_REF:
-        ref_log_p = tl.load(ref_log_probs_ptr + token, mask=counted, other=0.0)
-        divergence, d_divergence = _kl_estimate(ref_log_p - log_p, KL)
+        ref_ptr = ref_log_probs_ptr + _offset(i0, i1, i2, ref_0, ref_1, ref_2)
+        divergence, d_divergence = _kl_estimate(tl.load(ref_ptr, mask=counted, other=0.0) - log_p, KL)
         gradient += kl_coef * d_divergence
-    tl.store(gradient_ptr + token, weight * gradient, mask=token < count)
+    gradient_ptr += _offset(i0, i1, i2, gradient_0, gradient_1, gradient_2)
+    tl.store(gradient_ptr, weight * gradient, mask=valid)
 
     # The order is that of METRICS. Entries that are not counted have ratio 1 and weight 0.
     one = tl.where(counted, 1.0, 0.0)
-    _add(partial_ptr, 0, weight * policy)
-    _add(partial_ptr, 1, kl_coef * (weight * divergence))
-    _add(partial_ptr, 2, one)
-    _add(partial_ptr, 3, ratio * one)
-    _add(partial_ptr, 4, ratio * ratio * one)
-    _add(partial_ptr, 5, ratio - 1 - log_ratio)
-    _add(partial_ptr, 6, divergence * one)
-    _add(partial_ptr, 7, tl.where(clipped_low & counted, 1.0, 0.0))
-    _add(partial_ptr, 8, tl.where(clipped_high & counted, 1.0, 0.0))
-    _add(partial_ptr, 9, tl.where((below | above) & counted, 1.0, 0.0))
+    _leave(partial_ptr, 0, weight * policy)
+    _leave(partial_ptr, 1, kl_coef * (weight * divergence))
+    _leave(partial_ptr, 2, one)
+    _leave(partial_ptr, 3, ratio * one)
+    _leave(partial_ptr, 4, ratio * ratio * one)
+    _leave(partial_ptr, 5, ratio - 1 - log_ratio)
+    _leave(partial_ptr, 6, divergence * one)
+    _leave(partial_ptr, 7, tl.where(clipped_low & counted, 1.0, 0.0))
+    _leave(partial_ptr, 8, tl.where(clipped_high & counted, 1.0, 0.0))
+    _leave(partial_ptr, 9, tl.where((below | above) & counted, 1.0, 0.0))
+
+    # Stores and atomics of scalars are those of one thread, the first: its release covers the sums that it stored.
+    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
+        _add_up(partial_ptr, sums_ptr, loss_ptr, TILE_PROGRAMS)
+        tl.store(arrivals_ptr, 0)  # for the next launch
 
 
 def launch(
@@ -110,32 +184,72 @@ def launch(
     kl_coef: float,
     surrogate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the sums of `METRICS`, and d loss / d log_probs [R, M, T]."""
-    log_probs = log_probs.contiguous()
-    programs = triton.cdiv(log_probs.numel(), _TILE)
+    """The loss, the sums of `METRICS`, and d loss / d log_probs [R, M, T] in the layout of log_probs."""
     gradient = torch.empty_like(log_probs)
-    partial = log_probs.new_empty(len(METRICS), programs)
-    if programs:
-        ratio_loss_kernel[(programs,)](
-            log_probs,
-            old_log_probs.contiguous(),
-            advantages.contiguous(),
-            weights.contiguous(),
-            log_probs if ref_log_probs is None else ref_log_probs.contiguous(),
-            gradient,
-            partial,
-            log_probs.numel(),
-            log_probs.shape[2],
-            1 - clip_low,
-            1 + clip_high,
-            kl_coef,
-            **kernel_options(kl, ref_log_probs is not None, surrogate),
-        )
-    sums = partial.sum(1)
-    return sums[0] + sums[1], sums, gradient
+    count = log_probs.numel()
+    if not count:
+        return log_probs.new_zeros(()), log_probs.new_zeros(len(METRICS)), gradient
+    loss, sums = log_probs.new_empty(()), log_probs.new_empty(len(METRICS))
+    programs = triton.cdiv(count, _TILE)
+    constants = (old_log_probs, advantages[..., None].expand_as(log_probs), weights)
+    tensors = (log_probs, *constants, log_probs if ref_log_probs is None else ref_log_probs, gradient)
+    # Along the memory of log_probs, whatever its layout: neighbours in a tile are neighbours there.
+    order = sorted(range(3), key=log_probs.stride, reverse=True)
+    ratio_loss_kernel[(programs,)](
+        *tensors,
+        log_probs.new_empty(programs, len(METRICS)),
+        _arrivals(log_probs.device),
+        sums,
+        loss,
+        *(tensor.stride(axis) for tensor in tensors for axis in order),
+        count,
+        log_probs.shape[order[1]],
+        log_probs.shape[order[2]],
+        1 - clip_low,
+        1 + clip_high,
+        kl_coef,
+        **kernel_options(kl, ref_log_probs is not None, surrogate),
+    )
+    return loss, sums, gradient
 
 
 def kernel_options(kl: str, has_ref: bool, surrogate: str) -> dict:
     """Compile-time options of the kernel, as the launcher and the compile tests use them."""
-    constants = {"KL": kl, "HAS_REF": has_ref, "CLIP": surrogate == "clip", "TILE": _TILE}
-    return {**constants, "num_warps": 4, "enable_fp_fusion": False}
+    constants = {"KL": kl, "HAS_REF": has_ref, "CLIP": surrogate == "clip"}
+    tiles = {"TILE": _TILE, "TILE_PROGRAMS": _TILE_PROGRAMS}
+    return {**constants, **tiles, "num_warps": 4, "enable_fp_fusion": False}
+
+
+class _Counters:
+    """Counters of one device for the programs of a launch that have arrived: 0 before it, and set back to 0 by it.
+
+    Launches on different streams may run at the same time, so each takes the next counter of a ring too long to come
+    round while a launch still waits. A counter that a CUDA graph captured stays the graph's, which may run at any time.
+    """
+
+    RING = 1 << 15
+    CAPTURED = 1 << 15
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(self.RING + self.CAPTURED, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once: zero before any stream uses them
+        self.launches, self.captures = itertools.count(), itertools.count()
+
+    def next(self, capturing: bool) -> Tensor | None:
+        """The counter of the next launch; None when no more are left for graphs."""
+        index = self.RING + next(self.captures) if capturing else next(self.launches) % self.RING
+        return self.values[index : index + 1] if index < len(self.values) else None
+
+
+_counters: dict[torch.device, _Counters] = {}
+
+
+def _arrivals(device: torch.device) -> Tensor:
+    """A counter at 0 for one launch."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device not in _counters and not capturing:
+        _counters[device] = _Counters(device)
+    counter = _counters[device].next(capturing) if device in _counters else None
+    # A graph that has none gets one of its own, which each replay sets to 0 first.
+    return torch.zeros(1, dtype=torch.int32, device=device) if counter is None else counter

@@ -63,7 +63,8 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
 
 def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol: what matters is whether it can be read
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -42,7 +42,7 @@ def load_gpt(path: PathLike, config: GPTConfig | None = None, *, bare: bool = Fa
     """
     weights = read_weights(path, bare=bare)
     _check_kind(path, weights, _GPT_MARK)
-    sizes = gpt_sizes(weights)
+    sizes = _read_sizes(path, weights, gpt_sizes)
     if config is None:
         config = infer_gpt_config(weights)
     elif differing := {name: size for name, size in sizes.items() if size != getattr(config, name)}:
@@ -65,7 +65,7 @@ def load_vq(path: PathLike, config: VQConfig | None = None) -> VQModel:
     weights = read_weights(path)
     _check_kind(path, weights, _VQ_MARK)
     weights.setdefault("quantize.codebook_used", torch.zeros(CODES_REMEMBERED))  # only training looks at it
-    sizes = vq_sizes(weights)
+    sizes = _read_sizes(path, weights, vq_sizes)
     if config is None:
         config = infer_vq_config(weights)
     elif differing := {name: size for name, size in sizes.items() if size != getattr(config, name)}:
@@ -165,6 +165,18 @@ def _check_kind(path: PathLike, weights: Mapping[str, Tensor], mark: str) -> Non
         return
     other = next((f"; they are those of {_KINDS[key]}" for key in _KINDS if key in weights), "")
     raise UserError(f"{path}: these are not the weights of {_KINDS[mark]} (no {mark}){other}")
+
+
+def _read_sizes(
+    path: PathLike, weights: Mapping[str, Tensor], read: Callable[[Mapping[str, Tensor]], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `read` finds. Raises if tensors are missing from `weights`, or have shapes that say nothing."""
+    try:
+        return read(weights)
+    except KeyError as error:
+        raise UserError(f"{path}: the weights are not complete: {error.args[0]} is missing") from error
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: the weights are not complete, or their shapes do not fit together") from error
 
 
 def _explain(path: PathLike, config: Any, differing: Mapping[str, Any], *, key: str, name: str | None) -> list[str]:

@@ -28,14 +28,12 @@ class MetricsFile:
     Args:
         path: the file; its folder exists.
         start_step: the step that the run continues from; lines after it belong to work that is now repeated and are
-            dropped. 0 is a new run: what an older run left under this name is kept as `metrics.previous.jsonl`.
+            dropped.
     """
 
     def __init__(self, path: str | Path, *, start_step: int = 0) -> None:
         self.path = Path(path)
         kept = read_metrics(self.path)
-        if kept and start_step == 0:
-            self.path.replace(self.path.with_suffix(".previous.jsonl"))
         kept = [line for line in kept if line["step"] <= start_step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._stream = self.path.open("a")

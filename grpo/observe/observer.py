@@ -11,9 +11,13 @@ from grpo.config.sections import Metrics
 from grpo.observe.console import ProgressDisplay
 from grpo.observe.files import write_atomically
 from grpo.observe.grids import SampleRow, sample_grid
-from grpo.observe.metrics_file import MetricsFile
+from grpo.observe.metrics_file import MetricsFile, read_metrics
 from grpo.observe.report import write_report
 from grpo.observe.wandb_log import WandbLog, require_wandb
+
+# What a run writes into its folder besides checkpoints, which guard themselves.
+RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "model.safetensors",
+             "wandb_run_id.txt")  # fmt: skip
 
 
 class RunObserver:
@@ -30,7 +34,8 @@ class RunObserver:
         recipe_text: the resolved recipe as TOML.
         title: name of the job in the bar and the report.
         main: whether this rank writes.
-        start_step: the step that the run continues from; lines of metrics.jsonl after it are dropped.
+        start_step: the step that the run continues from; lines of metrics.jsonl after it are dropped. 0 is a new run:
+            what an older one left in the folder is moved into `previous/` there.
 
     Raises:
         UserError: the folder cannot be written, or Weights & Biases is asked for and not installed (on every rank).
@@ -54,6 +59,7 @@ class RunObserver:
         if not main:
             return
         try:
+            aside = set_aside(self.run_dir) if start_step == 0 else None
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
             write_atomically(self.run_dir / "recipe.toml", recipe_text)
             self._metrics_file = MetricsFile(self.run_dir / "metrics.jsonl", start_step=start_step)
@@ -64,6 +70,8 @@ class RunObserver:
         self._wandb = WandbLog(self.run_dir, metrics, recipe_text=recipe_text) if metrics.wandb else None
         self._display = ProgressDisplay(title, total_steps, start=start_step)
         self._note(f"{title}: from step {start_step} to {total_steps}")
+        if aside is not None:
+            self.message(f"the results of an earlier run in {self.run_dir} are now in {aside}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of a finished step (1-based)."""
@@ -133,3 +141,17 @@ class RunObserver:
     def _note(self, text: str) -> None:
         self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
         self._log_file.flush()
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Moves what an earlier run has left in `run_dir` into a new folder there and returns that; None if nothing is."""
+    if not read_metrics(run_dir / "metrics.jsonl"):
+        return None
+    (run_dir / "previous").mkdir(exist_ok=True)
+    number = 1 + max((int(path.name) for path in (run_dir / "previous").iterdir() if path.name.isdecimal()), default=0)
+    aside = run_dir / "previous" / str(number)
+    aside.mkdir()
+    for name in RUN_FILES:
+        if (run_dir / name).exists():
+            (run_dir / name).replace(aside / name)
+    return aside

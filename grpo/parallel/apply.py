@@ -15,6 +15,7 @@ from grpo.parallel.activation_checkpoint import checkpoint_activations
 from grpo.parallel.precision import mixed_precision_policy
 
 _FORWARD_METHODS = ("hidden", "prefill", "decode")
+_DEFERS_SYNC = "_defers_gradient_sync"  # attribute of a sharded root: `parallel.defer_gradient_sync`
 
 
 def parallelize(
@@ -47,22 +48,31 @@ def parallelize(
     policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
     if mesh.size() == 1 and policy.param_dtype is None:
         return model  # nothing to shard or cast, and sharded tensors double the time of a small model's step
-    for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.data_parallel != "sdp")
+    for block in model.layers if parallel.shard_blocks else ():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards_after_forward(parallel))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for name in _FORWARD_METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
+    setattr(model, _DEFERS_SYNC, parallel.defer_gradient_sync)
     return model
+
+
+def reshards_after_forward(parallel: Parallel) -> bool:
+    """Whether blocks free their gathered parameters between forward and backward."""
+    if parallel.reshard_after_forward == "auto":
+        return parallel.data_parallel != "sdp"
+    return parallel.reshard_after_forward == "always"
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> None:
     """Reduce gradients over ranks in the coming backward passes, or only add them up on each rank.
 
-    Switch it off for all micro-batches of an optimizer step but the last.
+    Switch it off for all micro-batches of an optimizer step but the last. It stays on where the recipe does without
+    `parallel.defer_gradient_sync`: gradients that are not reduced are those of the whole model, on every rank.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
+        model.set_requires_gradient_sync(enabled or not getattr(model, _DEFERS_SYNC))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo.config import UserError
+from grpo.parallel.rendezvous import choose_network_interface, connect_store
 
 _store: dist.Store | None = None  # outlives the group, so that the launcher can still agree on who reports an error
 
@@ -54,7 +55,9 @@ def distributed(timeout_seconds: int) -> Iterator[World]:
     rank, size, local_rank, local_size = _place_from_environment()
     timeout = timedelta(seconds=timeout_seconds)
     device = _bind_device(local_rank)
-    _store = _connect_store(rank, size, timeout)
+    if size > local_size:
+        choose_network_interface()
+    _store = connect_store(rank, size, timeout)
     dist.init_process_group(
         "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
         store=_store,
@@ -143,21 +146,6 @@ def _bind_device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _connect_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """The store through which the ranks find each other, free of what an earlier start of the run left in it.
-
-    torchrun's agent keeps one store across restarts, in which the addresses of killed workers stay behind; keys are
-    therefore kept apart by the number of the restart. Where the workers host the store themselves
-    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, to be set for several hosts) each start has a fresh one.
-    """
-    if size == 1:
-        return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    return store
 
 
 def _collective_device() -> torch.device:

@@ -11,27 +11,54 @@ def build_mesh(parallel: Parallel, world: World) -> DeviceMesh:
     """Lay the ranks out for data parallelism.
 
     Returns:
-        fsdp and sdp: one dimension, `shard`, of all ranks. hsdp: `replicate` x `shard`, where neighbouring ranks
-        shard together; -1 takes the ranks of one host, which have the fastest links.
+        fsdp and sdp: one dimension, `shard`, of all ranks. hsdp: `replicate` x `shard`, see `mesh_shape`.
 
     Raises:
-        UserError: a shard size that does not divide the number of ranks, or that the mode would ignore.
+        UserError: sizes that do not fit the number of ranks, or that the mode would ignore.
     """
-    shard_size = parallel.shard_size
+    shape = mesh_shape(parallel, size=world.size, local_size=world.local_size)
+    names = ("replicate", "shard") if len(shape) == 2 else ("shard",)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+
+
+def mesh_shape(parallel: Parallel, *, size: int, local_size: int) -> tuple[int, ...]:
+    """(shard,) or (replicate, shard): the sizes of the recipe's mesh.
+
+    In hsdp neighbouring ranks shard together. A size of -1 is filled in from the other one; if both are -1, the ranks
+    of one host, which have the fastest links, shard together.
+
+    Args:
+        size: processes of the run.
+        local_size: processes of one host.
+
+    Raises:
+        UserError: sizes that do not fit the number of ranks, or that the mode would ignore.
+    """
+    shard, replicate = parallel.shard_size, parallel.replicate_size
     if parallel.data_parallel != "hsdp":
-        if shard_size not in (-1, world.size):
-            raise UserError(
-                f"parallel.shard_size = {shard_size} has no effect with parallel.data_parallel = "
-                f'"{parallel.data_parallel}": remove it, or set data_parallel = "hsdp".'
-            )
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    if shard_size == -1:
-        shard_size = world.local_size
-    if shard_size < 1 or world.size % shard_size:
-        divisors = ", ".join(str(size) for size in range(1, world.size + 1) if world.size % size == 0)
+        for name, value, implied in (("shard_size", shard, size), ("replicate_size", replicate, 1)):
+            if value not in (-1, implied):
+                raise UserError(
+                    f"parallel.{name} = {value} has no effect with parallel.data_parallel = "
+                    f'"{parallel.data_parallel}": remove it, or set data_parallel = "hsdp".'
+                )
+        return (size,)
+    if shard == -1:
+        shard = local_size if replicate == -1 else _other_size("replicate_size", replicate, size)
+    if replicate == -1:
+        replicate = _other_size("shard_size", shard, size)
+    if replicate * shard != size:
         raise UserError(
-            f"parallel.shard_size = {shard_size} does not divide the {world.size} processes of this run: "
-            f"take -1 or one of {divisors}."
+            f"parallel.replicate_size = {replicate} x shard_size = {shard} are {replicate * shard} processes, but the "
+            f"run has {size}: set one of the two to -1."
         )
-    shape = (world.size // shard_size, shard_size)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return replicate, shard
+
+
+def _other_size(name: str, value: int, size: int) -> int:
+    if value < 1 or size % value:
+        divisors = ", ".join(str(divisor) for divisor in range(1, size + 1) if size % divisor == 0)
+        raise UserError(
+            f"parallel.{name} = {value} does not divide the {size} processes of this run: take -1 or one of {divisors}."
+        )
+    return size // value

@@ -39,7 +39,16 @@ def decode_batch(config: VQConfig, num_codes: int, *, dtype: torch.dtype, device
     """
     if device.type != "cuda":
         return CPU_BATCH
+    in_memory = int(free_memory(device) * MEMORY_SHARE) // bytes_per_image(config, num_codes, dtype=dtype)
+    return max(1, min(in_memory, MAX_ELEMENTS // _largest_map(config, num_codes)))
+
+
+def bytes_per_image(config: VQConfig, num_codes: int, *, dtype: torch.dtype) -> int:
+    """Memory that a tokenizer needs for the activations of one image, without gradients."""
+    return _largest_map(config, num_codes) * FEATURE_MAPS * dtype.itemsize
+
+
+def _largest_map(config: VQConfig, num_codes: int) -> int:
+    """Elements of the largest feature map of one image."""
     pixels = num_codes * (config.downsample_size // config.patch_size) ** 2
-    elements = pixels * config.ch * config.ch_mult[0]  # of the decoder's largest feature map
-    in_memory = int(free_memory(device) * MEMORY_SHARE) // (elements * FEATURE_MAPS * dtype.itemsize)
-    return max(1, min(in_memory, MAX_ELEMENTS // elements))
+    return pixels * config.ch * config.ch_mult[0]

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +35,47 @@ class RewardSum:
         tokenizer: frozen, in the precision of the rewards.
         terms: (reward, weight) pairs.
         batch_size: completions decoded and scored at once, at most; 0 is what fits into a GPU's memory, 64 on a CPU.
+        other_work: between `start` and its result a GPU has something else to do.
     """
 
-    def __init__(self, tokenizer: VQModel, terms: Sequence[tuple[Reward, float]], *, batch_size: int) -> None:
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+    def __init__(
+        self,
+        tokenizer: VQModel,
+        terms: Sequence[tuple[Reward, float]],
+        *,
+        batch_size: int,
+        other_work: bool = False,
+    ) -> None:
+        self.tokenizer, self.batch_size, self.other_work = tokenizer, batch_size, other_work
         self.rewards = [reward for reward, _ in terms]
         self.weights = [weight for _, weight in terms]
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def names(self) -> list[str]:
         """Names of the K rewards."""
         return [reward.name for reward in self.rewards]
+
+    def start(self, tokens: Tensor, *arguments: Tensor, **options: Any) -> Callable[[], Rewards]:
+        """`__call__`, with the same arguments, as work in the background; the result waits for it and returns it.
+
+        On a GPU it has a stream of its own, if there is `other_work`: decoding then runs beside that. The stream has
+        its own cache of freed memory, so it is not free. On a CPU the rewards are ready when this returns.
+        """
+        if not (tokens.is_cuda and self.other_work):
+            rewards = self(tokens, *arguments, **options)
+            return lambda: rewards
+        present = torch.cuda.current_stream(tokens.device)
+        self._stream = self._stream or torch.cuda.Stream(tokens.device)
+        self._stream.wait_stream(present)  # for the tokens, and until nobody reads the rewards before these any more
+        with torch.cuda.stream(self._stream):
+            rewards = self(tokens, *arguments, **options)
+
+        def join(*inputs: Tensor) -> Rewards:
+            torch.cuda.current_stream(tokens.device).wait_stream(self._stream)
+            return rewards
+
+        return partial(join, tokens, *arguments)  # holds the inputs: their memory must not be given away before
 
     @torch.no_grad()
     def __call__(
@@ -63,8 +94,20 @@ class RewardSum:
             class_ids: [B] int64.
             real_images: [B, 3, H, W] in [-1, 1].
             show: return the decoded completions of the first `show` images.
-            timer: counts the phase "decode".
+            timer: counts the phases "decode" and "reward".
         """
+        with timer("reward"):
+            return self._score(tokens, class_ids, real_images, show=show, timer=timer)
+
+    def _score(
+        self,
+        tokens: Tensor,
+        class_ids: Tensor,
+        real_images: Tensor,
+        *,
+        show: int,
+        timer: Callable[[str], AbstractContextManager],
+    ) -> Rewards:
         size, group, length = tokens.shape
         flat = tokens.reshape(size * group, length)
         batch = self._batch(group, length)
@@ -106,7 +149,13 @@ def _completions(
 
 
 def build_rewards(
-    config: RewardConfig, tokenizer: VQModel, *, num_classes: int, device: torch.device, compile: Compile
+    config: RewardConfig,
+    tokenizer: VQModel,
+    *,
+    num_classes: int,
+    device: torch.device,
+    compile: Compile,
+    other_work: bool = False,
 ) -> RewardSum:
     """The rewards of a recipe whose weight is not 0, with networks in its precision.
 
@@ -136,4 +185,4 @@ def build_rewards(
     if compile.enabled:
         for network in networks:
             network.compile()
-    return RewardSum(tokenizer, terms, batch_size=config.batch_size)
+    return RewardSum(tokenizer, terms, batch_size=config.batch_size, other_work=other_work)

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from grpo.config import Rollout
 from grpo.data import ImageBatch
 from grpo.kernels import sample_tokens
 from grpo.parallel import free_memory, gathered
+from grpo.rollout.compiled_blocks import CompiledBlocks
 from grpo.rollout.decoder import Decoded, Decoder, Replay, bytes_per_row
 from grpo.rollout.trajectory import Trajectory, real_rows
 
@@ -33,6 +35,7 @@ def decode(
     seed: int = 0,
     max_rows: int = 0,
     impl: str = "auto",
+    blocks: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Decoded:
     """Draw one completion of each condition.
 
@@ -47,6 +50,7 @@ def decode(
         cfg_interval: guidance is switched off after this decode step (LlamaGen's `cfg_interval`); -1 keeps it on.
         temperature, top_k, top_p, seed: see `sample_tokens`.
         max_rows: completions decoded together; 0 is as many as fit into a GPU's memory, and all on a CPU.
+        blocks: surrounds all steps but the first of a completion (`CompiledBlocks`).
     """
     draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, impl=impl)
     with gathered(model):
@@ -57,8 +61,9 @@ def decode(
         drawn = []
         for part in zip(*(nn.functional.pad(ids, padding).split(rows) for ids in (class_ids, row_ids)), strict=True):
             decoder.start(*part)
-            for position in range(1, decoder.length):
-                steps[position // SEGMENT]()
+            with blocks():
+                for position in range(1, decoder.length):
+                    steps[position // SEGMENT]()
             drawn.append(decoder.read())
     return Decoded(*(torch.cat(values)[: len(class_ids)] for values in zip(*drawn, strict=True)))
 
@@ -131,6 +136,7 @@ class AutoregressiveRollout:
         config: the rollout section.
         seed: of the run.
         impl: backend of sampling.
+        compiled: decode with compiled blocks, see `compilation_pays`.
     """
 
     def __init__(
@@ -141,8 +147,10 @@ class AutoregressiveRollout:
         *,
         seed: int,
         impl: str,
+        compiled: bool = False,
     ) -> None:
         self.model, self.encode, self.config, self.seed, self.impl = model, encode, config, seed, impl
+        self.blocks = CompiledBlocks(model) if compiled else nullcontext
 
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] conditions -> Trajectory with R = B * G rows in groups of G, M = 1."""
@@ -161,6 +169,7 @@ class AutoregressiveRollout:
             seed=self.seed,
             max_rows=config.max_rows,
             impl=self.impl,
+            blocks=self.blocks,
         )
         truncated = config.top_k > 0 or config.top_p < 1.0
         return Trajectory(

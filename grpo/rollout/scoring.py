@@ -1,23 +1,10 @@
 """Log-probs of given tokens under given contexts: the one definition for old, new and reference policies."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from grpo.kernels import linear_token_log_probs
-from grpo.rollout.trajectory import Trajectory
-
-
-class Scores(NamedTuple):
-    """What the loss needs of a policy, all fp32 and with gradient where the model has one."""
-
-    log_probs: Tensor
-    """[R, M, T] of the completions, under the tempered (and guided) distribution."""
-    entropy: Tensor
-    """[R, T] of that distribution, nats."""
-    target_log_probs: Tensor | None
-    """[R, T] of the real image's codes, at temperature 1 and without guidance."""
+from grpo.rollout.trajectory import Scores, Trajectory
 
 
 def guided_hidden(model: nn.Module, context: Tensor, class_ids: Tensor, scale: float) -> Tensor:
@@ -46,7 +33,7 @@ def score(
 
     Args:
         model: a GPT (its `hidden` and `output`).
-        trajectory: `hidden` is used instead of a forward when it is there.
+        trajectory: its `scores`, if any, are not used.
         temperature: divides the logits of the completions; the targets are always scored at 1.
         cfg_scale: guidance of the distribution that scores the completions.
         impl: backend of the log-prob operation.
@@ -60,9 +47,7 @@ def score(
         raise ValueError("targets are scored without guidance: give them rows of their own")
     if completions == 0:
         cfg_scale = temperature = 1.0
-    hidden = trajectory.hidden
-    if hidden is None:
-        hidden = guided_hidden(model, trajectory.context, trajectory.class_ids, cfg_scale)
+    hidden = guided_hidden(model, trajectory.context, trajectory.class_ids, cfg_scale)
     flat = hidden.flatten(0, 1)  # [R*T, D]
     tokens = trajectory.tokens.transpose(1, 2)  # [R, T, M]
     shared = targets is not None and temperature == 1.0

@@ -1,9 +1,26 @@
 """What a rollout yields and an update consumes."""
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Scores(NamedTuple):
+    """What the loss needs of a policy, all fp32 and with gradient where the model has one."""
+
+    log_probs: Tensor
+    """[R, M, T] of the completions, under the tempered (and guided) distribution."""
+    entropy: Tensor
+    """[R, T] of that distribution, nats."""
+    target_log_probs: Tensor | None
+    """[R, T] of the real image's codes, at temperature 1 and without guidance."""
+
+    def select(self, rows: slice, completions: slice) -> "Scores":
+        """The given rows and, of each, the given completions."""
+        targets = self.target_log_probs
+        return Scores(self.log_probs[rows, completions], self.entropy[rows], None if targets is None else targets[rows])
 
 
 @dataclass
@@ -35,8 +52,8 @@ class Trajectory:
     """[R, M, T] fp32: probability of the set that top-k and top-p left to draw from; None without truncation."""
     completion_ids: Tensor | None = None
     """[R, M] int64: global running numbers of the completions, the keys of their random numbers."""
-    hidden: Tensor | None = None
-    """[R, T, D]: final hidden states with their graph, when the forward that sampled is also the one to train."""
+    scores: Scores | None = None
+    """Scores of the completions with their graph, when the forward that sampled is also the one to train."""
     real: "Trajectory | None" = None
     """Rows without completions for the auxiliary cross-entropy, when no row of this trajectory has a target."""
 
@@ -56,6 +73,9 @@ class Trajectory:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None or field.name == "real":
+                continue
+            if field.name == "scores":
+                changes["scores"] = value.select(rows, completions)
                 continue
             per_completion = field.name in _PER_COMPLETION
             changes[field.name] = value[rows, completions] if per_completion else value[rows]

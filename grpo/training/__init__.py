@@ -7,7 +7,7 @@ from grpo.training.metrics import MetricSums
 from grpo.training.optimizer import OptimizerStep, learning_rate
 from grpo.training.phases import Phase, run_phases
 from grpo.training.run import EXPORT_NAME, TrainingRun
-from grpo.training.throughput import grpo_flops
+from grpo.training.throughput import Work, grpo_work
 from grpo.training.update import PolicyUpdate, build_update, optimizer_steps
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Phase",
     "PolicyUpdate",
     "TrainingRun",
+    "Work",
     "autocast",
     "build_classifier",
     "build_gpt",
@@ -25,7 +26,7 @@ __all__ = [
     "build_trainable_tokenizer",
     "build_update",
     "gpt_config",
-    "grpo_flops",
+    "grpo_work",
     "learning_rate",
     "optimizer_steps",
     "run_phases",

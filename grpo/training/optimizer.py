@@ -7,6 +7,7 @@ from torch import nn
 
 from grpo.config import Optimizer as OptimizerConfig
 from grpo.parallel import clip_grad_norm
+from grpo.training.offload import OffloadedAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -16,7 +17,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return (OffloadedAdamW if config.cpu_offload else torch.optim.AdamW)(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -11,7 +11,7 @@ from grpo.config import TrainingRecipe, UserError, differences, recipe_from_toml
 # Sections and keys that a resumed run may change: they move work around, they do not change it.
 FREE_SECTIONS = ("parallel.", "compile.", "activation_checkpoint.", "checkpoint.", "metrics.", "debug.")
 FREE_KEYS = ("training.steps", "training.max_skipped_steps", "data.num_workers", "data.cache_codes",
-             "data.max_bad_images", "reward.batch_size", "rollout.max_rows")  # fmt: skip
+             "data.max_bad_images", "reward.batch_size", "rollout.max_rows", "optimizer.cpu_offload")  # fmt: skip
 
 
 def find_checkpoint(

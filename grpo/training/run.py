@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import NoReturn, Self
 
 import torch
@@ -20,7 +20,7 @@ from grpo.training.optimizer import OptimizerStep
 from grpo.training.resume import find_checkpoint, read_run_state
 from grpo.training.run_lock import RunLock
 from grpo.training.stop_request import StopRequest
-from grpo.training.throughput import throughput
+from grpo.training.throughput import Work, device_peaks, throughput
 
 EXPORT_NAME = "model.safetensors"
 
@@ -105,6 +105,7 @@ class TrainingRun:
                 f"nothing to do: {self.recipe.run_dir} is at step {self._first_step} of {self.total_steps}; raise "
                 "training.steps to go on, or give another metrics.run_dir to start anew"
             )
+        device_peaks(self.world.device)  # it may take a moment
         self.timer.read()  # do not count the set-up
         for step in range(self._first_step + 1, self.total_steps + 1):
             with self._traced(step):
@@ -117,20 +118,20 @@ class TrainingRun:
         *,
         images: int,
         codes: int = 0,
-        flops: Mapping[str, float] = MappingProxyType({}),
+        work: Work = Work(),  # noqa: B008 - immutable
     ) -> None:
         """Write a step down, and a checkpoint when it is due.
 
         Args:
             metrics: means over all ranks.
             images: images that all ranks together trained on in this step, for the rate.
-            codes, flops: of one image, and of this rank's step by phase, where the job has them; see `throughput`.
+            codes, work: of one image, and of this rank's step by phase, where the job has them; see `throughput`.
 
         Raises:
             UserError: too many optimizer steps in a row were skipped; there is a checkpoint of this step.
         """
         times = self.timer.read()
-        rates = throughput(times, images=images, codes=codes, flops=flops, device=self.world.device)
+        rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
         self.observer.log(step, {**metrics, **rates, **times})
         self._note_skipped(step, metrics)
         self._note_best(metrics)

@@ -21,7 +21,7 @@ class PolicyUpdate:
 
     An optimizer step takes `training.batch_size * gradient_accumulation_steps` completions of this rank. When that is
     the whole rollout, the policy that sampled is the policy that is trained: old log-probs are the new ones, detached,
-    and a teacher-forced rollout may hand over its own forward (`shares_forward`). Otherwise the rollout is cut into
+    and a teacher-forced rollout may hand over its own scores (`shares_forward`). Otherwise the rollout is cut into
     several optimizer steps, and old log-probs are scored first, by the same function as the new ones.
 
     The loss of one optimizer step is divided by global counts, so neither the number of ranks nor the micro-batch size
@@ -53,18 +53,30 @@ class PolicyUpdate:
 
         A scale over the whole batch needs all rewards before the first backward.
         """
-        return self.on_policy and self.rollout.mode == "teacher_forced" and self.objective.advantage != "batch_std"
+        return self.on_policy and can_share_forward(self.objective, self.rollout)
 
     @property
     def images_per_part(self) -> int:
         """Images of one rollout call: a micro-batch when its forward is trained on, else the whole rollout."""
         return self.micro_batch if self.shares_forward else self.rollout.batch_size
 
+    def prepare(self, trajectory: Trajectory, reference: nn.Module | None) -> None:
+        """Fill in the log-probs that the loss needs and that do not depend on rewards: those before the first step.
+
+        Args:
+            trajectory: of a rollout or a part of one.
+            reference: the frozen reference where there is a KL term.
+        """
+        if reference is not None:
+            trajectory.ref_log_probs = self.score(reference, trajectory)
+        if not self.on_policy:
+            trajectory.old_log_probs = self.score(self.policy, trajectory)
+
     def __call__(self, trajectory: Trajectory) -> None:
         """Backward of a rollout or a part of one, with every optimizer step that this completes.
 
         Args:
-            trajectory: with advantages, and ref_log_probs if there is a KL term.
+            trajectory: prepared, and with advantages.
         """
         for share in self._plan(trajectory):
             self._pending += sum(part.completions for part in share.parts)
@@ -83,7 +95,7 @@ class PolicyUpdate:
     @torch.no_grad()
     def score(self, model: nn.Module, trajectory: Trajectory) -> Tensor:
         """Log-probs [R, M, T] of a trajectory under any model, by the definition and batch size of the update."""
-        bare = replace(trajectory, hidden=None, target_tokens=None)
+        bare = replace(trajectory, scores=None, target_tokens=None)
         return torch.cat([self._score(model, part).log_probs for part in bare.split(self.micro_batch)])
 
     def _score(self, model: nn.Module, part: Trajectory) -> Scores:
@@ -96,34 +108,33 @@ class PolicyUpdate:
             trajectory = replace(trajectory, target_tokens=None)  # scoring it would cost a pass, only to be logged
         if self.on_policy:
             cuts = [trajectory]
+        elif self.completions_per_step >= per_row:
+            cuts = trajectory.split(self.completions_per_step // per_row)
         else:
-            trajectory = replace(trajectory, old_log_probs=self.score(self.policy, trajectory))
-            if self.completions_per_step >= per_row:
-                cuts = trajectory.split(self.completions_per_step // per_row)
-            else:
-                cuts = [
-                    row.select(slice(None), slice(start, start + self.completions_per_step))
-                    for row in trajectory.split(1)
-                    for start in range(0, per_row, self.completions_per_step)
-                ]
+            cuts = [
+                row.select(slice(None), slice(start, start + self.completions_per_step))
+                for row in trajectory.split(1)
+                for start in range(0, per_row, self.completions_per_step)
+            ]
         rows = max(1, self.completions_per_step // per_row)
         shares = [_Share(cut.split(self.micro_batch), rows=rows, target_rows=rows) for cut in cuts]
         if real is not None:
-            for share, indices in zip(shares, torch.arange(real.rows).tensor_split(len(shares)), strict=True):
-                share.target_rows = len(indices)
-                if len(indices):
-                    share.parts += real.select(slice(int(indices[0]), int(indices[-1]) + 1)).split(self.micro_batch)
+            bounds = [index * real.rows // len(shares) for index in range(len(shares) + 1)]
+            for share, start, stop in zip(shares, bounds, bounds[1:], strict=False):
+                share.target_rows = stop - start
+                share.parts += real.select(slice(start, stop)).split(self.micro_batch)
         return shares
 
     def _loss(self, part: Trajectory, share: "_Share") -> Tensor:
         """This micro-batch's part of the optimizer step's loss, already divided by the step's global counts."""
-        scores = self._score(self.policy, part)
+        scores = self._score(self.policy, part) if part.scores is None else part.scores
         length = part.tokens.shape[-1]
         loss = scores.log_probs.new_zeros(())
         if part.completions:
             loss = loss + self._policy_loss(part, scores.log_probs)
-            entropy = scores.entropy.sum() / (share.rows * length * self.world.size)
-            loss = loss - self.objective.entropy_weight * entropy
+            if self.objective.entropy_weight:  # a weight of 0 would still cost a pass over the logits
+                entropy = scores.entropy.sum() / (share.rows * length * self.world.size)
+                loss = loss - self.objective.entropy_weight * entropy
             self.metrics.add("entropy", scores.entropy.sum(), scores.entropy.numel())
         if scores.target_log_probs is not None:
             cross_entropy = -scores.target_log_probs.sum()
@@ -214,6 +225,11 @@ def build_update(recipe: GRPORecipe, policy: nn.Module, world: World) -> PolicyU
     return PolicyUpdate(
         policy, step, objective=recipe.objective, rollout=recipe.rollout, training=recipe.training, world=world
     )
+
+
+def can_share_forward(objective: Objective, rollout: Rollout) -> bool:
+    """Whether a rollout that feeds one optimizer step can hand over its own forward, see `shares_forward`."""
+    return rollout.mode == "teacher_forced" and objective.advantage != "batch_std"
 
 
 def optimizer_steps(rollout: Rollout, training: Training) -> tuple[int, int]:

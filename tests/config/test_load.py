@@ -106,7 +106,7 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
         "training, parallel, compile, activation_checkpoint, checkpoint, metrics, debug",
         f"{path}: training.steps must be a whole number > 0, not 2.5",
         f"{path}: training.batch_size must be a whole number > 0, not true",
-        f'{path}: training.mixed_precision must be one of fp32, tf32, bf16, fp16, not "int8"',
+        f'{path}: training.mixed_precision must be one of auto, fp32, tf32, bf16, fp16, not "int8"',
         "--lr abc: optimizer.lr must be a number >= 0",
         "--top-p 1.5: rollout.top_p must be a number > 0 and <= 1",
         f"{path}: data.image_size = 250 must be a multiple of tokenizer.downsample_size = 16",
@@ -200,3 +200,33 @@ def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture) -> None:
     for flag, key in REFERENCE_FLAGS.items():
         assert f"  --{key}, {flag}  (" in text
     assert "  --optimizer.lr, --lr  (a number >= 0; default 1e-05)\n      Learning rate (peak).\n" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--top-k", str(10**20)], f"--top-k {10**20}: rollout.top_k must be a whole number >= 0 and <= 2147483647"),
+        (
+            ["--global-seed", str(2**63)],
+            f"--global-seed {2**63}: training.seed must be a whole number >= 0 and <= {2**63 - 1}",
+        ),
+        (["--gpt-ckpt", ""], "--gpt-ckpt (empty): model.checkpoint must be text or none, but not empty"),
+        (
+            ["--num-generations", "5000"],
+            "--num-generations 5000: rollout.num_generations must be a whole number > 0 and <= 4096",
+        ),
+    ],
+)
+def test_values_that_would_fail_far_below_are_refused(flags: list[str], line: str) -> None:
+    assert problems_of(GRPORecipe, [*MINIMAL, *flags]) == [line]
+
+
+@pytest.mark.parametrize("text", ["-1", "-1e-3", "-.5"])
+def test_negative_numbers_need_no_equals_sign(text: str) -> None:
+    recipe = load_recipe(GRPORecipe, [*MINIMAL, "--reward-rec-weight", text])
+    assert recipe.reward.reconstruction_weight == float(text)
+
+
+def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "bom.toml").write_bytes('\ufeff[data]\nname = "synthetic"\n'.encode())
+    assert load_recipe(GRPORecipe, ["--config", str(tmp_path / "bom.toml")]).data.name == "synthetic"

@@ -46,7 +46,7 @@ def kernels():
         triton_linear_log_probs.merge_options(V, D, 8, True),
     )
 
-    types = "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 fp32 fp32 fp32"
+    types = "*fp32 " * 7 + "*i32 *fp32 *fp32 " + "i32 " * 21 + "fp32 fp32 fp32"
     options = triton_ratio_loss.kernel_options("k3", True, "clip")
     yield "ratio_loss", triton_ratio_loss.ratio_loss_kernel, types, options
 

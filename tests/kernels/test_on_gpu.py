@@ -6,7 +6,13 @@ The comparisons with the references run on the GPU through `test_triton.py`.
 import pytest
 import torch
 
-from grpo.kernels import clipped_ratio_loss, linear_token_log_probs, sample_tokens, token_log_probs
+from grpo.kernels import (
+    clipped_ratio_loss,
+    fused_linear_loss,
+    linear_token_log_probs,
+    sample_tokens,
+    token_log_probs,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -92,3 +98,66 @@ def test_a_cuda_graph_replays_with_another_step():
         expected_tokens, expected_loss = work()
         assert torch.equal(tokens, expected_tokens)
         assert torch.equal(loss, expected_loss)
+
+
+def policy_inputs(R=64, M=8, T=576):
+    generator = torch.Generator("cuda").manual_seed(0)
+    new, old = (torch.randn(R, T, M + 1, generator=generator, device="cuda") for _ in range(2))
+    new, old = (tensor[..., :M].transpose(1, 2) for tensor in (new, old))
+    return new, old / 8 + new, torch.randn(R, M, generator=generator, device="cuda"), torch.full_like(new, 1e-5)
+
+
+def test_the_loss_is_one_launch_and_gives_the_same_bits_whatever_else_runs():
+    """In any layout, on streams that run at the same time: their programs end in any order."""
+    log_probs, old, advantages, weights = policy_inputs()
+    arguments = (log_probs, old, advantages, weights, None, 0.2, 0.28, "k3", 0.0, "clip", "triton")
+
+    def run():
+        return torch.ops.grpo.clipped_ratio_loss(*arguments)
+
+    expected = run()
+    reference = torch.ops.grpo.clipped_ratio_loss(*arguments[:-1], "reference")
+    torch.testing.assert_close(expected, reference, rtol=1e-4, atol=1e-6)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 1, launched
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(200):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(run()[:2])
+    torch.cuda.synchronize()
+    for result in results:
+        assert torch.equal(result[0], expected[0])
+        assert torch.equal(result[1], expected[1])
+
+
+def test_a_loss_fused_with_the_projection_equals_both_apart():
+    hidden, weight, tokens = projection()
+
+    def loss(rows, log_probs, entropy):
+        return log_probs.sum() - entropy.sum()
+
+    fused = fused_linear_loss(hidden, weight, tokens, loss, with_entropy=True, impl="triton")
+    apart = loss(None, *linear_token_log_probs(hidden, weight, tokens, return_entropy=True, impl="triton"))
+    torch.testing.assert_close(fused, apart, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(total, (hidden, weight)) for total in (fused, apart)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.01 * theirs.abs().max().item(), rtol=0.02)
+
+
+def test_tokens_out_of_range_are_seen():
+    hidden, weight, tokens = projection(N=64)
+    tokens[3, 2], tokens[5, 0] = 16384, -1
+    for log_probs in (
+        token_log_probs(hidden @ weight.T, tokens, impl="triton"),
+        linear_token_log_probs(hidden, weight, tokens, impl="triton"),
+    ):
+        assert log_probs.isnan().nonzero().tolist() == [[3, 2], [5, 0]]
+        (gradient,) = torch.autograd.grad(log_probs.nan_to_num().sum(), hidden, retain_graph=True)
+        assert gradient[[3, 5]].isnan().all()

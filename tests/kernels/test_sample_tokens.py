@@ -118,6 +118,7 @@ def test_draws_depend_on_seed_step_row_and_sample_alone():
             assert torch.equal(part, expected[rows])
     assert torch.equal(draw(slice(None), num_samples=2).tokens, whole.tokens[:, :2])
     assert torch.equal(draw(slice(None), seed=torch.tensor(3), step=torch.tensor(4)).tokens, whole.tokens)
+    assert torch.equal(draw(slice(None), seed=-1).tokens, draw(slice(None), seed=2**64 - 1).tokens)
     for change in ({"seed": 4}, {"seed": 3 + 2**32}, {"step": 5}):
         assert (draw(slice(None), **change).tokens != whole.tokens).float().mean() > 0.9
     assert (sample_tokens(logits, seed=3, step=4, num_samples=6).tokens != whole.tokens).float().mean() > 0.9
@@ -145,7 +146,9 @@ def test_is_an_op():
     def draw(x):
         return sample_tokens(x, num_samples=3, seed=1, top_p=0.7)
 
-    for compiled, eager in zip(torch.compile(draw, fullgraph=True)(logits), draw(logits), strict=True):
+    for compiled, eager in zip(
+        torch.compile(draw, fullgraph=True, backend="aot_eager")(logits), draw(logits), strict=True
+    ):
         assert torch.equal(compiled, eager)
     assert not draw(logits.requires_grad_()).log_probs.requires_grad
 
@@ -155,6 +158,9 @@ def test_refusals():
     for message, changes in {
         "num_samples is 0": {"num_samples": 0},
         "temperature is 0": {"temperature": 0},
+        "temperature is nan": {"temperature": float("nan")},
+        "seed is 1.5; it must be an integer": {"seed": 1.5},
+        "seed must be an integer or a 0-dim int64 tensor": {"seed": torch.tensor([1])},
         "top_p is -1": {"top_p": -1},
         "row_ids must be": {"row_ids": torch.zeros(3, dtype=torch.int64)},
         "noise must be": {"noise": torch.zeros(2, 5)},

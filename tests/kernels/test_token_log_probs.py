@@ -5,7 +5,8 @@ import torch
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from grpo.kernels import linear_log_probs, linear_token_log_probs, row_math, token_log_probs
+from grpo.kernels import clipped_ratio_loss, linear_token_log_probs, row_math, token_log_probs
+from grpo.kernels.linear_chunks import CHUNK_ELEMENTS
 
 N, V, D, M = 5, 40, 4, 3
 
@@ -29,7 +30,7 @@ def expected(logits, tokens, temperature):
 def chunk_rows(request, monkeypatch):
     """Rows of a chunk: one at a time, and with a last chunk that is shorter."""
     monkeypatch.setattr(row_math, "_CPU_ELEMENTS", request.param * V / torch.get_num_threads())
-    monkeypatch.setitem(linear_log_probs._CHUNK_ELEMENTS, "cpu", request.param * V)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", request.param * V)
 
 
 @pytest.mark.usefixtures("chunk_rows")
@@ -108,7 +109,11 @@ def test_are_ops():
 
     def loss(hidden, weight):
         log_p, entropy = linear_token_log_probs(hidden, weight, tokens, return_entropy=True)
-        return log_p.sum() + entropy.sum() + token_log_probs(hidden @ weight.T, tokens).sum()
+        policy, metrics = clipped_ratio_loss(
+            log_p[None], log_p.detach()[None] - 0.1, log_p.detach()[None, :, 0], weights=torch.ones_like(log_p)[None],
+            clip_low=0.2, clip_high=0.2,
+        )  # fmt: skip
+        return policy + metrics["ratio"] + entropy.sum() + token_log_probs(hidden @ weight.T, tokens).sum()
 
     actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden, weight), (hidden, weight))
     torch.testing.assert_close(actual, torch.autograd.grad(loss(hidden, weight), (hidden, weight)))
@@ -118,6 +123,12 @@ def test_refusals():
     hidden, weight, tokens = inputs()
     for message, call in {
         "temperature is 0": lambda: token_log_probs(hidden, tokens, temperature=0),
+        "temperature is inf": lambda: linear_token_log_probs(hidden, weight, tokens, temperature=float("inf")),
+        "tokens must lie in 0 .. 3; found -1": lambda: token_log_probs(hidden, tokens % D - 1),
+        "tokens must lie in 0 .. 39; found 40": lambda: linear_token_log_probs(
+            hidden, weight, tokens + 40 - tokens.max()
+        ),
+        "V > 0": lambda: token_log_probs(hidden[:, :0], tokens),
         "tokens": lambda: token_log_probs(hidden, tokens[:-1]),
         "int64": lambda: linear_token_log_probs(hidden, weight, tokens.int()),
         "weight must be": lambda: linear_token_log_probs(hidden, weight[:, 1:], tokens),

@@ -22,7 +22,7 @@ from grpo.models import (
     save_weights,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected pickle protocol")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture
@@ -159,6 +159,13 @@ def test_weights_of_another_kind_are_named(llamagen):
         load_gpt(llamagen / "vq16.pt")
     with pytest.raises(UserError, match=r"not the weights of a VQ tokenizer .* those of a class-conditional GPT"):
         load_vq(llamagen / "gpt_c2i.pt")
+
+
+@pytest.mark.parametrize("shape", [(300, 64), (300,)])
+def test_a_fragment_of_a_model_is_refused(tmp_path, shape):
+    torch.save({"model": {"tok_embeddings.weight": torch.zeros(shape)}}, tmp_path / "gpt.pt")
+    with pytest.raises(UserError, match="the weights are not complete"):
+        load_gpt(tmp_path / "gpt.pt")
 
 
 def test_missing_and_superfluous_weights_are_named(tmp_path, weights):

@@ -44,14 +44,6 @@ def test_a_continued_run_drops_the_lines_that_it_repeats(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_new_run_keeps_the_old_lines_beside(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write_steps(path, range(1, 8))
-    write_steps(path, range(1, 3))
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
-    assert len(read_metrics(tmp_path / "metrics.previous.jsonl")) == 7
-
-
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 4))

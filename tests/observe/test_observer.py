@@ -52,6 +52,18 @@ def test_a_run_leaves_its_folder(tmp_path):
     assert "finished, step 4 of 4" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_new_run_overwrites_nothing(tmp_path):
+    for loss_lines in (4, 2, 1):
+        with observer(tmp_path, total_steps=loss_lines) as watching:
+            assert read_metrics(tmp_path / "metrics.jsonl") == []
+            run_steps(watching, range(1, loss_lines + 1))
+            (tmp_path / "model.safetensors").write_text(f"weights of {loss_lines}")
+    for folder, loss_lines in (("previous/1", 4), ("previous/2", 2), ("", 1)):
+        assert len(read_metrics(tmp_path / folder / "metrics.jsonl")) == loss_lines
+        assert (tmp_path / folder / "model.safetensors").read_text() == f"weights of {loss_lines}"
+        assert len(list((tmp_path / folder / "samples").iterdir())) == {4: 3, 2: 2, 1: 1}[loss_lines]
+
+
 def test_a_run_that_stops_says_why(tmp_path):
     def stopped():
         with observer(tmp_path) as watching:

@@ -8,12 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo.models import GPT
 from grpo.parallel import (
     clip_grad_norm,
+    compute_dtype,
     distributed,
     full_state_dict,
     gathered,
     grad_scaler,
     gradient_sync,
     load_full_state_dict,
+    mixed_precision_policy,
+    precision,
     set_matmul_precision,
 )
 from tests.parallel.toy import CONFIG, loss_sum, make_batch, make_model, make_parallel, plain_gradients
@@ -82,6 +85,13 @@ def test_only_fp16_scales_the_loss():
     cpu = torch.device("cpu")
     assert [grad_scaler(precision, cpu) for precision in ("fp32", "tf32", "bf16")] == [None] * 3
     assert grad_scaler("fp16", cpu).is_enabled()
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_automatic_precision_is_what_the_device_multiplies(monkeypatch, native, dtype):
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda: native)
+    assert compute_dtype("auto") == dtype
+    assert mixed_precision_policy("auto", None).param_dtype == (dtype if native else None)
 
 
 def test_fp32_means_no_tf32():

@@ -8,9 +8,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_two_ranks(script: str, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess:
-    """Run a script of the repository on two ranks, from the repository's root."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+def run_ranks(ranks: int, script: str, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess:
+    """Run a script of the repository on some ranks of this host, from the repository's root."""
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        f"--max-restarts={restarts}",
+    ]
     return subprocess.run(
         [sys.executable, *launcher, script, *map(str, arguments)],
         cwd=ROOT,
@@ -19,3 +25,8 @@ def run_two_ranks(script: str, *arguments: object, restarts: int = 0) -> subproc
         text=True,
         timeout=240,
     )
+
+
+def run_two_ranks(script: str, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess:
+    """The same on two ranks."""
+    return run_ranks(2, script, *arguments, restarts=restarts)

@@ -9,6 +9,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from grpo.checkpoint.state import training_tensors
+from grpo.config import Optimizer
 from grpo.models import GPT
 from grpo.parallel import (
     World,
@@ -22,6 +24,7 @@ from grpo.parallel import (
     gradient_sync,
     load_full_state_dict,
 )
+from grpo.training.optimizer import OptimizerStep, build_optimizer
 from tests.parallel.toy import CONFIG, loss_sum, make_batch, make_model, make_parallel, plain_gradients, relative_error
 
 
@@ -98,20 +101,50 @@ def bf16_computes_in_bf16(world: World) -> None:
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def overflow_is_noticed_by_all(world: World) -> None:
-    model = make_parallel(world, mixed_precision="fp16")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+def overflow_is_noticed_by_all(world: World, *, in_loss: bool = False, **how) -> None:
+    """An infinite loss, or gradient in one shard, of one rank makes every rank skip the step and halve the scale."""
+    model = make_parallel(world, mixed_precision="fp16", **how)
     scaler = grad_scaler("fp16", world.device)
+    step = OptimizerStep(model, Optimizer(lr=1e-3), total_steps=9, max_skipped_steps=3, scaler=scaler)
     tokens, class_ids = make_batch()
-    scaler.scale(loss_sum(model, tokens, class_ids) / tokens.numel() / 1e5).backward()
-    if world.is_main:
-        model.output.weight.grad.to_local()[0, 0] = torch.inf  # of this rank's shard only
     before = full_state_dict(model)
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**15
-    assert all(torch.equal(value, before[name]) for name, value in full_state_dict(model).items())
+    before = {name: value.clone() for name, value in before.items()}
+    for overflows in (True, False):
+        factor = torch.inf if overflows and world.is_main and in_loss else 1e-5
+        step.backward(loss_sum(model, tokens, class_ids) / tokens.numel() * factor)
+        if overflows and world.is_main and not in_loss:
+            model.output.weight.grad.to_local()[0, 0] = torch.inf
+        step()
+        assert (step.skipped, scaler.get_scale()) == (1, 2.0**15)
+        unchanged = [torch.equal(value, before[name]) for name, value in full_state_dict(model).items()]
+        assert all(unchanged) == overflows or not world.is_main
+
+
+def moments_on_the_host_are_checkpointed(world: World) -> None:
+    """Saved and loaded in memory, they continue as if nothing had been: sharded like those of AdamW."""
+    tensors = []
+    for offload in (False, True):
+        model = make_parallel(world)
+        optimizer = build_optimizer(model, Optimizer(lr=1e-2, cpu_offload=offload))
+        for number in range(4):
+            tokens, class_ids = make_batch(number)
+            (loss_sum(model, tokens, class_ids) / tokens.numel()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number == 1:
+                state = optimizer.state_dict()
+                optimizer = build_optimizer(model, Optimizer(lr=1e-2, cpu_offload=offload))
+                optimizer.load_state_dict(state)
+        tensors.append(training_tensors(model, optimizer))
+    for kind in ("model", "optimizer"):
+        assert tensors[0][kind].keys() == tensors[1][kind].keys()
+        for name, plain in tensors[0][kind].items():
+            ours = tensors[1][kind][name]
+            assert type(ours) is type(plain)
+            if isinstance(plain, DTensor):
+                assert ours.placements == plain.placements
+                plain, ours = plain.full_tensor(), ours.full_tensor()
+            assert torch.equal(ours, plain), name
 
 
 def sums_are_global(world: World) -> None:
@@ -137,6 +170,11 @@ CHECKS = {
     "weights": loads_from_rank_zero_into_meta,
     "bf16": bf16_computes_in_bf16,
     "fp16 overflow": overflow_is_noticed_by_all,
+    "fp16 overflow, hsdp 1x2": lambda world: overflow_is_noticed_by_all(world, data_parallel="hsdp"),
+    "fp16 overflow, hsdp 2x1": lambda world: overflow_is_noticed_by_all(
+        world, in_loss=True, data_parallel="hsdp", shard_size=1
+    ),
+    "moments on the host": moments_on_the_host_are_checkpointed,
     "sums": sums_are_global,
 }
 

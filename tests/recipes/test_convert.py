@@ -39,3 +39,9 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(UserError, match="exists and is not overwritten"):
         convert(RELEASED, target)
     assert target.read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        convert(RELEASED, tmp_path / "file" / "gpt.pt")

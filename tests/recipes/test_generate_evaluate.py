@@ -153,6 +153,13 @@ def test_a_checkpoint_on_two_processes_scores_as_its_npz_on_one(folder, evaluate
     [
         (generate, (*GENERATOR, "--output.folder", "pngs"), "output.folder pngs is not empty"),
         (generate, (*GENERATOR, "--output.grid", "grid.gif"), "output.grid grid.gif must end in .png"),
+        (generate, (*GENERATOR, "--output.folder", "gpt.safetensors"), "output.folder gpt.safetensors cannot be"),
+        (generate, (*GENERATOR, "--output.npz", "gpt.safetensors/a.npz"), "output.npz gpt.safetensors/a.npz cannot be"),
+        (
+            evaluate,
+            (*EVALUATION, *DATA, "--evaluation.images", "pngs", "--evaluation.json_path", "pngs"),
+            "evaluation.json_path pngs is a folder",
+        ),
         (evaluate, (*EVALUATION, *DATA, "--evaluation.images", "no.npz"), "no.npz does not exist"),
     ],
 )

@@ -1,5 +1,7 @@
 """Rewards by hand, their sum, and that batches can be cut anywhere."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -60,6 +62,22 @@ def test_weighted_sum_over_any_batches(tokenizer, batch_size):
     torch.testing.assert_close(rewards.components, torch.stack([l2, l1]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rewards.total, 2 * l2 - 0.5 * l1, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rewards.images, images[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_started_rewards_are_those_of_the_call(tokenizer):
+    tokens = torch.randint(32, (2, 4, 16), generator=torch.Generator().manual_seed(1))
+    rewards = RewardSum(tokenizer, [(Reconstruction("l2"), 1.0)], batch_size=3, other_work=True)
+    arguments = (tokens, torch.arange(2), torch.zeros(2, 3, 16, 16))
+    phases = []
+
+    @contextmanager
+    def timer(phase):
+        phases.append(phase)
+        yield
+
+    started, called = rewards.start(*arguments, show=1, timer=timer)(), rewards(*arguments, show=1)
+    assert all(map(torch.equal, started, called))
+    assert phases == ["reward", "decode", "decode", "decode"]
 
 
 def test_built_from_a_recipe(tokenizer, tmp_path):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo.config import Rollout
 from grpo.kernels import sample_tokens
 from grpo.models import MODEL_SPECS
-from grpo.rollout import autoregressive, decode, decoder
+from grpo.rollout import AutoregressiveRollout, autoregressive, compiled_blocks, decode, decoder
 from grpo.rollout.autoregressive import _parts, _rows_in_memory
+from grpo.rollout.compiled_blocks import compilation_pays
 from grpo.rollout.decoder import Decoder, Replay, bytes_per_row
 from grpo.rollout.scoring import guide
 
@@ -157,3 +159,35 @@ def test_memory_of_a_row_by_hand(model, monkeypatch):
     held = sum(tensor.nbytes for tensor in engine.cache)
     assert 3 * (bytes_per_row(model.config, dtype=torch.float32, copies=2) - 8 * 64) == held
     assert _rows_in_memory(model, guided=True) >= 10**6  # nothing is bounded on a CPU
+
+
+def test_compiled_blocks_decode_the_same_and_only_there(model, batch, monkeypatch):
+    """The codes are those of the plain blocks; a forward for training does not meet the compiled ones.
+
+    Traced and made functional, but not turned into C++, which would take half a minute.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = Rollout(num_generations=2, mode="autoregressive", cfg_scale=1.5)
+    plain, compiled = (
+        AutoregressiveRollout(model, None, config, seed=7, impl="auto", compiled=compiled) for compiled in (False, True)
+    )
+    compiled_frames = torch._dynamo.utils.counters["frames"]
+    before = compiled_frames["ok"]
+    expected = plain(batch)
+    assert compiled_frames["ok"] == before
+    drawn = compiled(batch)
+    assert compiled_frames["ok"] > before
+    assert torch.equal(drawn.tokens, expected.tokens)
+    torch.testing.assert_close(drawn.old_log_probs, expected.old_log_probs, rtol=1e-4, atol=1e-4)
+    after = compiled_frames["ok"]
+    model.hidden(drawn.context, drawn.class_ids).sum().backward()  # training is as it was
+    assert compiled_frames["ok"] == after
+
+
+def test_only_a_long_run_on_a_cpu_with_a_compiler_compiles(monkeypatch):
+    monkeypatch.setattr(compiled_blocks.shutil, "which", lambda name: "found" if name == "clang++" else None)
+    assert compilation_pays(torch.device("cpu"), compiled_blocks.STEPS_THAT_PAY)
+    assert not compilation_pays(torch.device("cpu"), compiled_blocks.STEPS_THAT_PAY - 1)
+    assert not compilation_pays(torch.device("cuda"), 10**9)
+    monkeypatch.setattr(compiled_blocks.shutil, "which", lambda name: None)
+    assert not compilation_pays(torch.device("cpu"), 10**9)

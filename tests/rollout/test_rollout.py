@@ -1,6 +1,7 @@
 """Rollouts: what is drawn, under which distribution, and that nothing depends on how work is cut."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 
 from grpo.config import Rollout
+from grpo.kernels import sample_and_score
 from grpo.models import GPTConfig, load_gpt
 from grpo.rollout import AutoregressiveRollout, TeacherForcedRollout, decode, generate, real_rows, score
 from grpo.rollout.teacher_forced import perturb
 
+sample_and_score_module = sys.modules[sample_and_score.__module__]  # the package has a function of its name
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "llamagen"
 
 
@@ -24,9 +27,10 @@ def test_greedy_generation_equals_llamagen(scale, interval):
     assert torch.equal(tokens, expected[f"greedy_cfg{scale}_interval{interval}"])
 
 
-def teacher_forced(model, encode, *, keep_graph=False, **config):
+def teacher_forced(model, encode, *, keep_graph=False, with_targets=True, **config):
+    config = Rollout(num_generations=4, **config)
     return TeacherForcedRollout(
-        model, encode, Rollout(num_generations=4, **config), seed=7, keep_graph=keep_graph, impl="auto"
+        model, encode, config, seed=7, keep_graph=keep_graph, with_targets=with_targets, impl="auto"
     )
 
 
@@ -48,17 +52,31 @@ def test_teacher_forced_shapes_and_log_probs(model, encode, batch):
     torch.testing.assert_close(scores.target_log_probs.double(), targets, rtol=1e-5, atol=1e-5)
 
 
-def test_the_sampling_forward_can_be_the_training_forward(model, encode, batch):
-    """Scoring the kept hidden states gives the gradients of a forward of its own."""
-    gradients = []
-    for keep_graph in (True, False):
-        trajectory = teacher_forced(model, encode, keep_graph=keep_graph)(batch)
-        assert (trajectory.hidden is not None) == keep_graph
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampling_forward_can_be_the_training_forward(model, encode, batch, temperature, kept, monkeypatch):
+    """What the rollout hands over has the values and the gradients of scores with a forward of their own."""
+    monkeypatch.setattr(sample_and_score_module, "_KEPT_ELEMENTS", {"cpu": 1 << 24} if kept else {})
+    monkeypatch.setattr(sample_and_score_module, "_CHUNK_ELEMENTS", {"cpu": 20 * 64})  # the last chunk is shorter
+    trajectory = teacher_forced(model, encode, keep_graph=True, temperature=temperature)(batch)
+    plain = teacher_forced(model, encode, temperature=temperature)(batch)
+    assert torch.equal(trajectory.tokens, plain.tokens)
+    assert plain.scores is None
+    results = []
+    for scores in (trajectory.scores, score(model, plain, temperature=temperature)):
         model.zero_grad()
-        score(model, trajectory, temperature=1.0).log_probs.square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for kept, again in zip(*gradients, strict=True):
-        assert torch.equal(kept, again)
+        log_probs, entropy, targets = scores
+        (log_probs.square().sum() + entropy.square().sum() + targets.square().sum()).backward()
+        results.append([*scores, *(parameter.grad.clone() for parameter in model.parameters())])
+    for handed_over, again in zip(*results, strict=True):
+        assert (handed_over - again).norm() < 1e-5 * again.norm()
+    assert torch.equal(trajectory.old_log_probs, trajectory.scores.log_probs)
+
+
+def test_targets_are_scored_at_temperature_one_only_where_they_are_wanted(model, encode, batch):
+    for temperature, wanted, scored in ((1.0, False, True), (0.7, True, True), (0.7, False, False)):
+        rollout = teacher_forced(model, encode, keep_graph=True, with_targets=wanted, temperature=temperature)
+        assert (rollout(batch).scores.target_log_probs is not None) == scored
 
 
 @pytest.mark.parametrize("settings", [{}, {"cfg_scale": 1.7}, {"top_k": 10, "top_p": 0.9}, {"temperature": 0.7}])

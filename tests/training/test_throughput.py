@@ -11,7 +11,16 @@ from grpo.config import GRPORecipe, load_recipe
 from grpo.models import GPT, GPTConfig
 from grpo.parallel import free_memory, read_peak_memory
 from grpo.training import throughput as module
-from grpo.training.throughput import blocks_flops, grpo_flops, peak_flops, projection_flops, throughput
+from grpo.training.throughput import (
+    Peaks,
+    Work,
+    blocks_flops,
+    decode_bytes,
+    device_peaks,
+    grpo_work,
+    projection_flops,
+    throughput,
+)
 from recipes.grpo import main
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -64,7 +73,7 @@ AUTOREGRESSIVE = {
 @pytest.mark.parametrize(
     ("changes", "shared", "rollout", "update"),
     [
-        ({}, True, (8, 8), (16, 24)),  # one forward of 8 contexts serves both
+        ({}, True, (8, 8), (16, 16)),  # one forward of 8 contexts serves both
         ({}, False, (8, 8), (24, 24)),
         ({"training.batch_size": 16}, False, (8, 8), (32, 32)),  # two steps: old log-probs are scored
         ({"training.batch_size": 2}, False, (8, 8), (56, 56)),  # half a group a step: twice through the model
@@ -82,39 +91,59 @@ AUTOREGRESSIVE = {
 )
 def test_work_of_a_step(config, changes, shared, rollout, update):
     """In forwards of one sequence through the blocks, and of its rows through the projection."""
-    flops = grpo_flops(recipe(**changes), config, shares_forward=shared)
+    work = grpo_work(recipe(**changes), config, shares_forward=shared)
+    assert set(work.bytes) == ({"rollout"} if "rollout.mode" in changes else set())
+    flops = work.flops
     for phase, (blocks, projections) in (("rollout", rollout), ("update", update)):
         assert flops[phase] == blocks * blocks_flops(config) + projections * projection_flops(config, 16), phase
 
 
+def test_bytes_of_decoding_by_hand(config):
+    """Weights of 2 blocks and of the projection in each of 16 steps, and 1 + 2 + .. + 16 rows of the caches."""
+    weights = 2 * (32 * 64 + 32 * 32 + 3 * 32 * 48) + 32 * 64
+    row = 2 * 2 * 16  # keys and values of 2 layers, one head of 16
+    assert decode_bytes(config, 3, itemsize=2) == 2 * (16 * weights + 3 * row * 136)
+    work = grpo_work(recipe(**AUTOREGRESSIVE, **CONDITIONAL), config, shares_forward=False)
+    assert work.bytes["rollout"] == decode_bytes(config, 2 * 32, itemsize=4)
+
+
 def test_rates_of_a_step(monkeypatch):
-    flops = {"rollout": 1e12, "update": 8e12}
-    metrics = throughput(SECONDS, images=40, codes=256, flops=flops, device=CPU)
+    work = Work({"rollout": 1e12, "update": 8e12}, {"rollout": 1e9})
+    metrics = throughput(SECONDS, images=40, codes=256, work=Work(), device=CPU)
     assert (metrics["images_per_second"], metrics["tokens_per_second"]) == (5.0, 1280.0)
     assert 0.05 < metrics["memory/peak_gb"] < 1000
-    assert not any(name.startswith("mfu") for name in metrics)
-    monkeypatch.setattr(module, "peak_flops", lambda device: 1e13)
-    metrics = throughput(SECONDS, images=40, codes=0, flops=flops, device=CPU)
+    assert not any(name.startswith(("mfu", "bandwidth")) for name in metrics)
+    monkeypatch.setattr(module, "device_peaks", lambda device: Peaks(1e13, 1e10))
+    metrics = throughput(SECONDS, images=40, codes=0, work=work, device=CPU)
     assert metrics["mfu"] == pytest.approx(9e12 / 8 / 1e13)
     assert metrics["mfu/rollout"] == pytest.approx(0.05)
     assert metrics["mfu/update"] == pytest.approx(0.2)
+    assert metrics["bandwidth/rollout"] == pytest.approx(0.05)
     assert "tokens_per_second" not in metrics
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"),
+    ("name", "flops", "bandwidth"),
     [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("Tesla T4", None),
+        ("NVIDIA H200", 989e12, 4.8e12),
+        ("NVIDIA H100 PCIe", 756e12, 2.0e12),
+        ("NVIDIA H100 80GB HBM3", 989e12, 3.35e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 2.039e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 1.555e12),
     ],
 )
-def test_peak_of_known_devices(monkeypatch, name, peak):
+def test_peaks_of_known_devices(monkeypatch, name, flops, bandwidth):
+    device_peaks.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(CUDA) == peak
-    assert peak_flops(CPU) is None
+    assert device_peaks(CUDA) == (flops, bandwidth)
+    device_peaks.cache_clear()
+
+
+def test_peaks_of_another_device_are_measured():
+    peaks = device_peaks(CPU)
+    assert 1e8 < peaks.flops < 1e14
+    assert 1e8 < peaks.bandwidth < 1e13
+    assert device_peaks(CPU) is peaks  # once
 
 
 def test_memory_of_a_gpu(monkeypatch):
@@ -154,3 +183,4 @@ def test_a_trace_of_one_step_changes_nothing_else(tmp_path):
     assert {f"seconds/{phase}" for phase in ("data", "encode", "rollout", "decode", "reward", "update")} < plain[
         0
     ].keys()
+    assert {"images_per_second", "tokens_per_second", "mfu", "mfu/rollout", "mfu/update"} < plain[0].keys()

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from grpo.config import Objective, Rollout, Training
+from grpo.data import ImageBatch
 from grpo.models import GPT, GPTConfig
+from grpo.objectives import group_advantages
 from grpo.parallel import World
-from grpo.rollout import Trajectory, real_rows
+from grpo.rollout import Trajectory, build_rollout, real_rows, score
 from grpo.training import PolicyUpdate
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -57,7 +60,18 @@ def trajectory():
     )
 
 
-def gradients(model, trajectory, *, batch_size, accumulation, objective, temperature=1.0, rollout_images=B, **rollout):
+def gradients(
+    model,
+    trajectory,
+    *,
+    batch_size,
+    accumulation,
+    objective,
+    temperature=1.0,
+    rollout_images=B,
+    prepare=False,
+    **rollout,
+):
     """Gradients of each optimizer step of the update."""
     recorder = Recorder(model)
     update = PolicyUpdate(
@@ -68,6 +82,8 @@ def gradients(model, trajectory, *, batch_size, accumulation, objective, tempera
         training=Training(batch_size=batch_size, gradient_accumulation_steps=accumulation),
         world=ALONE,
     )
+    if prepare:
+        update.prepare(trajectory, None)
     update(trajectory)
     return recorder.gradients
 
@@ -97,12 +113,17 @@ def relative_difference(ours, theirs):
     return (torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm(theirs)).item()
 
 
+def count_forwards(model):
+    """A list that grows with every forward of the first block."""
+    calls = []
+    model.layers[0].register_forward_hook(lambda *_: calls.append(None))
+    return calls
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize("on_policy", [True, False])
-def test_gradient_equals_the_naive_algorithm(model, trajectory, on_policy, temperature, monkeypatch):
+def test_gradient_equals_the_naive_algorithm(model, trajectory, on_policy, temperature):
     settings = {"kl_coef": 0.05, "aux_ce_weight": 0.1}
-    # Off-policy, old log-probs are scored before the first step; the test's are those of an earlier policy.
-    monkeypatch.setattr(PolicyUpdate, "score", lambda self, model, trajectory: trajectory.old_log_probs)
     (ours,) = gradients(
         model,
         trajectory,
@@ -128,7 +149,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(model, trajectory, loss, ba
 
 
 def test_parts_of_a_rollout_add_up_to_one_step(model, trajectory):
-    """A teacher-forced rollout may come in parts, each with its own forward."""
+    """A teacher-forced rollout may come in parts, each with scores of its own."""
     objective = Objective(clip_range=0.2, kl="k3", aux_ce_weight=0.1)
     (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
     recorder = Recorder(model)
@@ -141,9 +162,11 @@ def test_parts_of_a_rollout_add_up_to_one_step(model, trajectory):
         world=ALONE,
     )
     assert update.shares_forward
+    forwards = count_forwards(model)
     for part in trajectory.split(1):
-        update(replace(part, hidden=model.hidden(part.context, part.class_ids)))
+        update(replace(part, scores=score(model, part, temperature=1.0)))
     assert relative_difference(recorder.gradients[0], whole) < 1e-5
+    assert len(forwards) == B  # those of the parts; the update had none of its own
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "steps"), [(2, 1, 12), (3, 2, 4), (6, 2, 2)])
@@ -151,7 +174,9 @@ def test_several_optimizer_steps_of_a_rollout(model, trajectory, batch_size, acc
     """Weights stay as they are here, so the steps' gradients average to that of the whole rollout."""
     objective = Objective(clip_range=0.2, aux_ce_weight=0.1)
     (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
-    several = gradients(model, trajectory, batch_size=batch_size, accumulation=accumulation, objective=objective)
+    several = gradients(
+        model, trajectory, batch_size=batch_size, accumulation=accumulation, objective=objective, prepare=True
+    )
     assert len(several) == steps
     mean = [torch.stack(tensors).mean(dim=0) for tensors in zip(*several, strict=True)]
     assert relative_difference(mean, whole) < 1e-5
@@ -193,3 +218,33 @@ def test_token_dropout_keeps_the_stated_share(model, trajectory):
     assert keep.shape == (B, G, T)
     assert keep.float().mean().item() == pytest.approx(0.25, abs=0.08)
     assert keep.any(dim=-1).all()
+
+
+@pytest.mark.parametrize("mode", ["teacher_forced", "autoregressive"])
+def test_nothing_waits_for_the_device_before_the_optimizer_step(mode):
+    """Rollout, advantages and update on tensors without values: whoever asks for one fails."""
+    batch_size, accumulation = (2, B * G // 2) if mode == "teacher_forced" else (B * G, 1)
+    rollout = Rollout(batch_size=B, num_generations=G, mode=mode, top_k=8, importance_weight_cap=1.0)
+    objective = Objective(aux_ce_weight=0.1, entropy_weight=0.01, use_token_dropout=True)
+    with FakeTensorMode():
+        model = GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=V, block_size=T, num_classes=5)).eval()
+        update = PolicyUpdate(
+            model,
+            Recorder(model),
+            objective=objective,
+            rollout=rollout,
+            training=Training(batch_size=batch_size, gradient_accumulation_steps=accumulation),
+            world=ALONE,
+        )
+        codes = torch.zeros(B, T, dtype=torch.int64)
+        draw = build_rollout(
+            model, lambda batch: codes[: len(batch.class_ids)], rollout,
+            seed=0, impl="auto", keep_graph=update.shares_forward, with_real=True,
+        )  # fmt: skip
+        batch = ImageBatch(torch.zeros(B, 0), *(torch.zeros(B, dtype=torch.int64) for _ in range(3)))
+        for part in batch.parts(update.images_per_part):
+            trajectory = draw(part)
+            rewards = torch.zeros(len(part.class_ids), G)
+            trajectory.advantages = group_advantages(rewards).view(trajectory.tokens.shape[:2])
+            update(trajectory)
+        assert len(update.step.gradients) == 1

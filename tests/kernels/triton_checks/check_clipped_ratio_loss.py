@@ -3,29 +3,26 @@
 import pytest
 import torch
 
-from grpo.kernels import clipped_ratio_loss
+from grpo.kernels import clipped_ratio_loss, triton_ratio_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def batch():
+def batch(shape=(3, 2, 350)):  # more than one program, the last one partly filled
     generator = torch.Generator().manual_seed(0)
-    shape = (3, 2, 700)  # more than one program, the last one partly filled
     log_probs = torch.randn(shape, generator=generator)
     old, ref = (log_probs + 0.3 * torch.randn(shape, generator=generator) for _ in range(2))
     old[0, 0, :3] = log_probs[0, 0, :3] - torch.tensor([500.0, -500.0, 21.0])
     ref[0, 0, 3:6] = log_probs[0, 0, 3:6] - torch.tensor([500.0, -500.0, 21.0])
     weights = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.3)
     old[0, 1, weights[0, 1] == 0] = torch.nan
-    advantages = torch.randn(3, 2, generator=generator)
-    advantages[2, 0] = 0
+    advantages = torch.randn(shape[:2], generator=generator)
+    advantages[-1, 0] = 0
     return [tensor.to(DEVICE) for tensor in (log_probs, old, advantages, weights, ref)]
 
 
-@pytest.mark.parametrize("kl", ["none", "k1", "k2", "k3"])
-@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
-def check_equals_the_reference(surrogate, kl):
-    log_probs, old, advantages, weights, ref = batch()
+def both(log_probs, old, advantages, weights, ref, *, kl="k3", surrogate="clip"):
+    """Loss, metrics and gradient by the kernel and by the reference."""
     results = []
     for impl in ("triton", "reference"):
         log_probs = log_probs.detach().requires_grad_()
@@ -34,4 +31,33 @@ def check_equals_the_reference(surrogate, kl):
             ref_log_probs=None if kl == "none" else ref, surrogate=surrogate, impl=impl,
         )  # fmt: skip
         results.append((loss, metrics, *torch.autograd.grad(loss, log_probs)))
+    return results
+
+
+@pytest.mark.parametrize("kl", ["none", "k1", "k2", "k3"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+def check_equals_the_reference(surrogate, kl):
+    torch.testing.assert_close(*both(*batch(), kl=kl, surrogate=surrogate), rtol=1e-5, atol=1e-5)
+
+
+def check_any_layout():
+    """As the update hands them over: log-probs [R, T, M + 1] seen as [R, M, T], weights in order."""
+    log_probs, old, advantages, weights, ref = batch((2, 4, 300))
+    log_probs = log_probs.transpose(1, 2)[..., :2].transpose(1, 2)
+    old, ref = old.nan_to_num()[:, 1:3], ref[:, 1:3]
+    weights, advantages = weights[:1, :2].expand(2, 2, 300), advantages.t().contiguous().t()[:, :2]
+    ours, reference = both(log_probs, old, advantages, weights, ref)
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    assert ours[2].stride() == reference[2].stride()
+
+
+def check_more_programs_than_the_last_one_adds_at_a_time_and_counters_that_return(monkeypatch):
+    monkeypatch.setattr(triton_ratio_loss, "_TILE", 16)
+    monkeypatch.setattr(triton_ratio_loss, "_TILE_PROGRAMS", 16)
+    arguments = batch((1, 2, 300))  # 38 programs
+    (loss, metrics, _), _ = results = both(*arguments)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    (again, again_metrics, _), _ = both(*arguments)
+    assert torch.equal(again, loss)
+    assert again_metrics == metrics
+    assert all(counters.values.eq(0).all() for counters in triton_ratio_loss._counters.values())

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from grpo.kernels import linear_token_log_probs, token_log_probs, triton_linear_log_probs, triton_log_probs
+from grpo.kernels import (
+    fused_linear_loss,
+    linear_token_log_probs,
+    token_log_probs,
+    triton_linear_log_probs,
+    triton_log_probs,
+)
+from grpo.kernels.linear_chunks import CHUNK_ELEMENTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter gets it wrong
@@ -16,7 +23,7 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 def tokens_of(N, M, V):
     tokens = torch.randint(0, V, (N, M), generator=torch.Generator().manual_seed(1))
-    tokens[0] = tokens[0, 0]  # one token drawn M times
+    tokens[:1] = tokens[:1, :1]  # one token drawn M times
     return tokens.to(DEVICE)
 
 
@@ -60,9 +67,10 @@ def check_strided_rows_ties_and_minus_infinity():
     assert token_log_probs(logits[::2, :300], tokens, impl="triton")[1, 1] == -torch.inf
 
 
-@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "V", "D", "M"), [(5, 300, 40, 3), (130, 2100, 64, 2)])
+@pytest.mark.parametrize(
+    ("N", "V", "D", "M", "entropy"), [(5, 300, 40, 3, False), (5, 300, 40, 3, True), (130, 2100, 32, 2, True)]
+)
 def check_projection(N, V, D, M, dtype, entropy):
     """Ragged in rows, columns and features; the second case spans two tiles of rows and two splits of columns."""
     inputs = [random(N, D, dtype=dtype), random(V, D, dtype=dtype, seed=1) / 4]
@@ -70,7 +78,7 @@ def check_projection(N, V, D, M, dtype, entropy):
 
 
 def check_projection_in_chunks_and_with_a_frozen_head(monkeypatch):
-    monkeypatch.setattr(triton_linear_log_probs, "_CHUNK_ELEMENTS", 2 * 300)
+    monkeypatch.setitem(CHUNK_ELEMENTS, DEVICE, 2 * 300)
     hidden, weight, tokens = random(5, 40), random(300, 40, seed=1), tokens_of(5, 2, 300)
     assert_as_good_as_torch(linear_token_log_probs, [hidden, weight], tokens, True)
     hidden.requires_grad_()
@@ -82,14 +90,55 @@ def check_projection_in_chunks_and_with_a_frozen_head(monkeypatch):
 
 
 def check_a_row_of_the_projection_does_not_depend_on_the_batch():
-    hidden, weight, tokens = (
-        random(9, 32, dtype=torch.float16),
-        random(2100, 32, dtype=torch.float16),
-        tokens_of(9, 2, 2100),
-    )
+    """Whole numbers, whose products are exact: the interpreter's own product rounds by the place in a tile."""
+    hidden, weight = (random(n, 32, seed=n).mul(2).round().half() for n in (9, 2100))
+    tokens = tokens_of(9, 2, 2100)
     whole = linear_token_log_probs(hidden, weight, tokens, impl="triton")
     parts = [linear_token_log_probs(hidden[i], weight, tokens[i], impl="triton") for i in (slice(0, 4), slice(4, 9))]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def check_a_loss_fused_with_the_projection(dtype, monkeypatch):
+    monkeypatch.setitem(CHUNK_ELEMENTS, DEVICE, 4 * 300)
+    factors = random(6, 2, seed=2)
+
+    def fused(hidden, weight, tokens, *, temperature, return_entropy, impl):
+        def loss(rows, log_probs, entropy):
+            return (factors[rows] * log_probs).sum() - entropy.sum()
+
+        options = {"temperature": temperature, "with_entropy": True, "group": 2, "impl": impl}
+        return fused_linear_loss(hidden, weight, tokens, loss, **options)[None]
+
+    inputs = [random(6, 40, dtype=dtype), random(300, 40, dtype=dtype, seed=1) / 4]
+    assert_as_good_as_torch(fused, inputs, tokens_of(6, 2, 300), False)
+
+
+def check_a_token_out_of_range_is_seen_and_touches_nothing():
+    """On a GPU nobody looks at the tokens before the kernels do."""
+    V = 300
+    memory = random(4, V + 8)
+    logits, tokens = memory[1:3, :V], torch.tensor([[5, V], [-1, 7]], device=DEVICE)
+    log_probs, lse, entropy = triton_log_probs.launch_forward(logits, tokens, 0.8, True)
+    wrong = torch.tensor([[False, True], [True, False]], device=DEVICE)
+    assert torch.equal(log_probs.isnan(), wrong)
+    assert lse.isfinite().all()
+    gradients = torch.zeros_like(memory)
+    arguments = (logits, tokens, lse, entropy, 0.8, gradients[1:3, :V])
+    triton_log_probs.launch_backward(torch.ones(2, 2, device=DEVICE), None, *arguments)
+    assert gradients[1:3, :V].isnan().all()
+    assert gradients[[0, 3]].eq(0).all()
+    assert gradients[:, V:].eq(0).all()
+    hidden, weight = random(2, 16, dtype=torch.float16), random(V, 16, dtype=torch.float16)
+    log_probs, _, _ = triton_linear_log_probs.launch_forward(hidden, weight, tokens, 0.8, False)
+    assert torch.equal(log_probs.isnan(), wrong)
+
+
+def check_rows_without_tokens_have_an_entropy():
+    logits, tokens = random(3, 40), torch.zeros(3, 0, dtype=torch.int64, device=DEVICE)
+    for op, inputs in ((token_log_probs, [logits]), (linear_token_log_probs, [logits, random(50, 40)])):
+        results = [run(op, inputs, tokens, impl, True) for impl in ("triton", "reference")]
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -1,0 +1,104 @@
+"""How the processes of one start of a run find each other, also after others have died."""
+
+import fcntl
+import os
+import socket
+import struct
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_POLL_SECONDS = 0.01
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface, see netdevice(7)
+_ANY_PORT = 9  # of a datagram socket that sends nothing
+
+
+def connect_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The key-value store of this start of the run, free of what earlier starts have left.
+
+    Raises:
+        DistStoreError: some rank did not come in time.
+    """
+    if size == 1:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return agree_on_prefix(store, rank, size, timeout)
+    return store
+
+
+def agree_on_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """A part of `store` that only the processes of this start know.
+
+    torchrun's agents keep one store as long as they live, in which killed workers leave keys behind: addresses among
+    them, at which nobody answers any more. The number of the restart does not tell starts apart, because each host
+    counts its own: a host that comes back counts from zero. So every process leaves a random word under its rank, and
+    rank 0 answers each word with a random prefix of its own until all ranks have taken it. An answer to a dead
+    process's word does no harm, and nobody takes a dead rank 0's answer, because the words are new.
+
+    Args:
+        timeout: for all ranks to come.
+
+    Raises:
+        DistStoreError: some rank did not come in time.
+    """
+    if rank:
+        word = uuid.uuid4().hex
+        store.set(f"word/{rank}", word)
+        store.wait([f"prefix/{word}"], timeout)
+        prefix = store.get(f"prefix/{word}").decode()
+        store.add(f"{prefix}/joined", 1)
+    else:
+        prefix = f"start-{uuid.uuid4().hex}"
+        _answer(store, size, prefix, deadline=time.monotonic() + timeout.total_seconds())
+    return dist.PrefixStore(prefix, store)
+
+
+def _answer(store: dist.Store, size: int, prefix: str, *, deadline: float) -> None:
+    """Hand out rank 0's prefix until all other ranks have it."""
+    answered: dict[int, bytes] = {}
+    while store.add(f"{prefix}/joined", 0) < size - 1:
+        for rank in range(1, size):
+            if store.check([f"word/{rank}"]) and (word := store.get(f"word/{rank}")) != answered.get(rank):
+                store.set(f"prefix/{word.decode()}", prefix)
+                answered[rank] = word
+        if time.monotonic() > deadline:
+            joined = store.add(f"{prefix}/joined", 0)
+            raise dist.DistStoreError(f"{size - 1 - joined} of {size} processes did not come; see parallel.timeout")
+        time.sleep(_POLL_SECONDS)
+
+
+def choose_network_interface() -> None:
+    """Make gloo use the network through which this host reaches the others, unless GLOO_SOCKET_IFNAME says which.
+
+    Left alone, gloo takes the address that the host's own name resolves to, which in a container is often the
+    loopback. Where the way to the rendezvous host is not told from the address, nothing is changed.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name = _interface_towards(os.environ.get("MASTER_ADDR", ""))
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _interface_towards(host: str) -> str | None:
+    """The IPv4 interface whose address packets to `host` would carry; None for the loopback and where it is unknown."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, _ANY_PORT))  # chooses a route and sends nothing
+            address = probe.getsockname()[0]
+            if address.startswith("127."):
+                return None
+            return next((name for _, name in socket.if_nameindex() if _address_of(probe, name) == address), None)
+    except OSError:
+        return None
+
+
+def _address_of(probe: socket.socket, interface: str) -> str | None:
+    request = struct.pack("256s", interface.encode()[:15])
+    try:
+        return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+    except OSError:  # an interface without an IPv4 address
+        return None

@@ -1,0 +1,99 @@
+"""The memory estimate against memory that is measured; shards are measured in tests/parallel/test_all_modes.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.config import GRPORecipe, load_recipe
+from grpo.models import GPT, GPTConfig
+from grpo.parallel.activation_checkpoint import checkpoint_activations
+from grpo.parallel.memory.__main__ import main
+from grpo.training.memory import activation_bytes, recipe_memory
+from tests.training.live_bytes import LiveBytes
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+SIZES = [(128, 8, 4, 64, 4), (256, 4, 4, 144, 2)]  # D, layers, heads, T, sequences
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_activations_are_within_an_eighth_of_the_measured_ones(size, dtype, mode):
+    """On a CPU attention computes in fp32 also under bf16, so the estimate, which is for GPUs, is lower there."""
+    dim, layers, heads, length, sequences = size
+    config = GPTConfig(dim=dim, n_layer=layers, n_head=heads, vocab_size=64, block_size=length)
+    model = GPT(config).to(dtype)
+    for block in model.layers:
+        checkpoint_activations(block, mode)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    tokens = torch.zeros(sequences, length - 1, dtype=torch.int64)
+    with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
+        hidden = model.hidden(tokens, torch.zeros(sequences, dtype=torch.int64))
+        hidden.float().square().sum().backward()
+    estimate = activation_bytes(config, sequences * length, dtype=dtype, mode=mode)
+    assert estimate == pytest.approx(live.peak, rel=0.125)
+
+
+def estimate(*flags, mesh=(8,), memory=80 * GIB):
+    arguments = ["--config", str(ROOT / "train_configs/vapi_xxl_384.toml"), *flags]
+    return recipe_memory(load_recipe(GRPORecipe, arguments), mesh=mesh, memory=memory)
+
+
+def test_settings_move_what_they_should():
+    plain = estimate()
+    assert estimate("--optimizer.cpu_offload", "true").lasting["optimizer"] == 0
+    assert estimate("--parallel.defer_gradient_sync", "false").lasting["unreduced gradients"] == 0
+    assert plain.lasting["unreduced gradients"] == pytest.approx(8 * plain.lasting["weights"], rel=1e-3)
+    assert "reference" not in plain.lasting
+    assert estimate("--objective.kl", "k3").lasting["reference"] == plain.lasting["weights"]
+    assert estimate(mesh=(2, 8)).lasting == plain.lasting
+    assert estimate("--activation_checkpoint.mode", "none").peak > plain.peak
+    gathered = estimate("--parallel.data_parallel", "sdp").phases["update"]["gathered weights"]
+    assert gathered > 5 * plain.phases["update"]["gathered weights"]
+
+
+def test_sizes_that_follow_the_free_memory_stay_inside_of_it():
+    for memory in (24 * GIB, 80 * GIB):
+        free = estimate("--reward.batch_size", "0", "--rollout.batch_size", "128", memory=memory)
+        assert free.peak <= memory
+        flags = "--rollout.mode autoregressive --reward.reconstruction_weight 0 --reward.class_log_prob_weight 1"
+        sampled = estimate(*flags.split(), "--reward.classifier_checkpoint", "classifier.pth", memory=memory)
+        assert 0 < sampled.phases["rollout"]["cache"] < memory
+
+
+def test_the_program_prints_a_table(capsys):
+    flags = ["--config", str(ROOT / "train_configs/debug.toml"), "--gpus", "4", "--hosts", "2"]
+    main(flags)
+    text = capsys.readouterr().out
+    assert text.startswith("GPT-tiny, 4 GPUs on 2 host(s), GiB on one GPU\n")
+    assert len(next(line for line in text.splitlines() if line.startswith("peak")).split()) == 4
+    main([*flags, "--all-sizes"])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| model | fsdp | sdp | hsdp |"
+    assert [line.split()[1] for line in table[2:]][-1] == "GPT-7B"
+    assert len(table) == 2 + 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--gpus", "three"], "--gpus"),
+        (["--gpus", "3", "--hosts", "2"], "--hosts"),
+        (["--config", "train_configs/quickstart/tokenizer.toml"], "train_tokenizer"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, line):
+    result = subprocess.run(
+        [sys.executable, "-m", "grpo.parallel.memory", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (only,) = result.stderr.splitlines()
+    assert line in only

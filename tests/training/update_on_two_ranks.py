@@ -1,0 +1,85 @@
+"""Run by torchrun on two ranks: one optimizer step of four micro-batches on a sharded model.
+
+Writes to the file named on the command line, one for each rank: how often gradients were reduced after each
+micro-batch, and how far the step's gradients are from those of one process without sharding.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.profiler import profile
+
+from grpo.config import Objective, Rollout, Training
+from grpo.data import ImageBatch
+from grpo.parallel import World, distributed
+from grpo.rollout import TeacherForcedRollout
+from grpo.training import PolicyUpdate
+from tests.parallel.toy import CONFIG, make_model, make_parallel, relative_error
+
+IMAGES, GROUP = 8, 4
+REDUCTIONS = ("c10d::_reduce_scatter_base_", "c10d::reduce_scatter_", "c10d::reduce_scatter_tensor_coalesced_")
+
+
+class KeepGradients:
+    """Stands in for the optimizer step."""
+
+    gradients: dict[str, torch.Tensor]
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def __call__(self) -> dict[str, float]:
+        named = self.model.named_parameters()
+        self.gradients = {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in named}
+        return {}
+
+
+def step(model: torch.nn.Module, world: World) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """(reductions of each micro-batch, gradients) of one step on this rank's share of the images."""
+    ids = torch.arange(IMAGES)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(CONFIG.vocab_size, (IMAGES, CONFIG.block_size), generator=generator)
+    advantages = torch.randn(IMAGES, GROUP, generator=generator)
+    mine = ids.chunk(world.size)[world.rank]
+    batch = ImageBatch(torch.zeros(len(mine), 0), mine % CONFIG.num_classes, mine, mine)
+    sizes = Rollout(batch_size=len(mine), num_generations=GROUP)
+    rollout = TeacherForcedRollout(
+        model, lambda part: codes[part.sample_ids], sizes, seed=0, keep_graph=True, impl="auto"
+    )
+    kept = KeepGradients(model)
+    update = PolicyUpdate(
+        model,
+        kept,
+        objective=Objective(aux_ce_weight=0.1),
+        rollout=sizes,
+        training=Training(batch_size=1, gradient_accumulation_steps=len(mine) * GROUP),
+        world=world,
+    )
+    reductions = []
+    for part in batch.parts(update.images_per_part):
+        trajectory = rollout(part)
+        trajectory.advantages = advantages[part.sample_ids]
+        with profile() as profiler:
+            update(trajectory)
+        reductions.append(sum(event.count for event in profiler.key_averages() if event.key in REDUCTIONS))
+    return reductions, kept.gradients
+
+
+def main() -> None:
+    """Both steps, one after the other."""
+    with distributed(60) as world:
+        reductions, sharded = step(make_parallel(world), world)
+        alone = World(rank=0, size=1, local_rank=0, local_size=1, device=world.device)
+        _, whole = step(make_model(), alone)
+        error = max(float(relative_error(sharded[name], whole[name])) for name in whole)
+        outcome = {"reductions": reductions, "error": error}
+        Path(f"{sys.argv[1]}.{world.rank}").write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()
