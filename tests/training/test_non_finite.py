@@ -20,10 +20,11 @@ class SpoiltReward:
     def __init__(self, reward, bad: Callable[[], bool]) -> None:
         self.names, self.weights, self._reward, self._bad = reward.names, reward.weights, reward, bad
 
-    def __call__(self, *arguments, **named):
+    def start(self, *arguments, **named):
         rewards = self._reward(*arguments, **named)
-        where = torch.tensor([0])
-        return rewards._replace(total=rewards.total.index_fill(1, where, torch.nan)) if self._bad() else rewards
+        if self._bad():
+            rewards = rewards._replace(total=rewards.total.index_fill(1, torch.tensor([0]), torch.nan))
+        return lambda: rewards
 
 
 def reward_mean(job, bad):
