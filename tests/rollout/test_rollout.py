@@ -57,7 +57,7 @@ def test_teacher_forced_shapes_and_log_probs(model, encode, batch):
 def test_the_sampling_forward_can_be_the_training_forward(model, encode, batch, temperature, kept, monkeypatch):
     """What the rollout hands over has the values and the gradients of scores with a forward of their own."""
     monkeypatch.setattr(sample_and_score_module, "_KEPT_ELEMENTS", {"cpu": 1 << 24} if kept else {})
-    monkeypatch.setattr(sample_and_score_module, "_CHUNK_ELEMENTS", {"cpu": 20 * 64})  # the last chunk is shorter
+    monkeypatch.setattr(sample_and_score_module, "CHUNK_ELEMENTS", {"cpu": 20 * 64})  # the last chunk is shorter
     trajectory = teacher_forced(model, encode, keep_graph=True, temperature=temperature)(batch)
     plain = teacher_forced(model, encode, temperature=temperature)(batch)
     assert torch.equal(trajectory.tokens, plain.tokens)
