@@ -50,8 +50,10 @@ def run(
 
 
 def starts(folder: Path) -> list[int]:
-    """The step from which each start of the run went on."""
-    return [int(step) for step in re.findall(r": from step (\d+) to", (folder / "log.txt").read_text())]
+    """The step from which each start of the run went on; what was lost before the first checkpoint lies aside."""
+    aside = sorted((folder / "previous").glob("*/log.txt"), key=lambda path: int(path.parent.name))
+    text = "".join(path.read_text() for path in (*aside, folder / "log.txt"))
+    return [int(step) for step in re.findall(r": from step (\d+) to", text)]
 
 
 def curve(folder: Path) -> list[list[str]]:
