@@ -6,10 +6,10 @@ mean the same here. Checks that need one key only live with the field; checks ac
 Sections that belong to one job are in `job_sections.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict, FiniteFloat, SerializeAsAny
 
 LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
 LARGEST_SEED = 2**63 - 1
@@ -25,12 +25,27 @@ TopP = Annotated[float, Gt(0), Le(1)]
 GuidanceScale = Annotated[FiniteFloat, Ge(1)]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 KernelBackend = Literal["auto", "triton", "reference"]
+PolicyLoss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
+AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "batch_std", "gdpo"]
+KLEstimator = Literal["none", "k1", "k2", "k3"]
+
+
+class MayChange:
+    """Metadata of a key that a resumed run may change: it moves work around, it does not change it."""
 
 
 class Section(BaseModel):
     """Base of all sections: strict about names, immutable, documented by attribute docstrings; no text is empty."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, str_min_length=1)
+
+    may_change: ClassVar[bool] = False
+    """Whether a resumed run may change every key of the section, not only those marked with `MayChange`."""
+
+    @classmethod
+    def free_keys(cls) -> set[str]:
+        """The keys that a resumed run may change."""
+        return {name for name, field in cls.model_fields.items() if cls.may_change or MayChange in field.metadata}
 
 
 class Model(Section):
@@ -81,11 +96,11 @@ class Data(Section):
     halves, validation, test, heldout, all)."""
     image_size: PositiveInt = 256
     """Side of the square centre crop, pixels."""
-    num_workers: NonNegativeInt = 8
+    num_workers: Annotated[NonNegativeInt, MayChange] = 8
     """Loader processes of each rank."""
-    cache_codes: bool = False
+    cache_codes: Annotated[bool, MayChange] = False
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
-    max_bad_images: NonNegativeInt = 100
+    max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
 
 
@@ -97,7 +112,7 @@ class Rollout(Section):
     num_generations: Annotated[int, Gt(0), Le(4096)] = 8
     """Completions of each image (G)."""
     batch_size: PositiveInt = 32
-    """Images of one rollout on each rank (B)."""
+    """Images of one rollout, over all ranks."""
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in the log-probs."""
     top_k: NonNegativeInt = 0
@@ -115,9 +130,14 @@ class Rollout(Section):
     """That share."""
     importance_weight_cap: NonNegativeFloat = 0.0
     """Weight tokens by min(p_full / p_truncated, cap) when top-k or top-p truncate the draw; 0 is off."""
-    max_rows: NonNegativeInt = 0
+    max_rows: Annotated[NonNegativeInt, MayChange] = 0
     """Completions decoded together in autoregressive rollouts, to bound the cache; 0 is what fits into a GPU's memory,
     and all on a CPU."""
+
+    @property
+    def loss_cfg_scale(self) -> float:
+        """Guidance of the distribution that the loss scores."""
+        return self.cfg_scale if self.guidance_in_loss == "guided" else 1.0
 
     @property
     def context_noise_share(self) -> float:
@@ -125,46 +145,38 @@ class Rollout(Section):
         return self.context_noise if self.use_context_noise else 0.0
 
 
-class Reward(Section):
-    """The weighted sum of rewards of one completion."""
+class RewardTable(Section):
+    """What every reward's table [reward.NAME] has; a kind adds keys of its own."""
 
-    reconstruction: Literal["l1", "l2"] = "l2"
-    """Distance to the real image: mean absolute or mean squared error over pixels in [-1, 1]."""
-    reconstruction_weight: FiniteFloat = 1.0
-    """Weight of minus that distance; 0 switches it off."""
-    class_log_prob_weight: FiniteFloat = 0.0
-    """Weight of log p(class | image) under a classifier."""
-    classifier_checkpoint: str | None = None
-    """Weights of that classifier, as `recipes/train_classifier.py` writes them."""
-    batch_size: NonNegativeInt = 64
-    """Completions decoded and scored at once; 0 is what fits into a GPU's memory, and 64 on a CPU."""
+    kind: str
+    """What is rewarded, a name of the registry; the table's own name unless given."""
+    weight: FiniteFloat = 1.0
+    """Its weight in the sum of rewards; 0 switches it off."""
+
+
+class Rewards(Section):
+    """The weighted sum of rewards of one completion; each reward is a table of its own, [reward.NAME]."""
+
+    batch_size: Annotated[NonNegativeInt, MayChange] = 64
+    """Completions decoded and scored at once on each rank; 0 is what fits into a GPU's memory, and 64 on a CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the decoder and the networks that reward; auto is bf16 on a GPU and fp32 on a CPU."""
-    lpips_weight: FiniteFloat = 0.0
-    """Weight of minus LPIPS. Not available yet: refused unless 0."""
-    discriminator: bool = False
-    """Reward by a PatchGAN discriminator. Not available yet: refused."""
-    discriminator_weight: FiniteFloat = 1.0
-    """Its weight. Not available yet: refused unless at its default."""
-    discriminator_dim: PositiveInt = 64
-    """Its width. Not available yet: refused unless at its default."""
-    discriminator_layers: PositiveInt = 3
-    """Its depth. Not available yet: refused unless at its default."""
-    discriminator_checkpoint: str | None = None
-    """Its weights. Not available yet: refused."""
-    embedding_cosine: bool = False
-    """Reward the cosine between a completion's code vectors and the real image's latents before quantisation."""
-    embedding_cosine_weight: FiniteFloat = 0.0
-    """Weight of that cosine minus 1."""
+    tables: dict[str, SerializeAsAny[RewardTable]] = {}
+    """Name -> table; not a key itself."""
+
+    @property
+    def active(self) -> dict[str, RewardTable]:
+        """The tables with a weight other than 0."""
+        return {name: table for name, table in self.tables.items() if table.weight}
 
 
 class Objective(Section):
     """Advantages, policy loss and its companions."""
 
-    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    loss: PolicyLoss = "grpo"
     """grpo: mean over the tokens of each sequence, then over sequences; dapo: mean over all tokens; dr_grpo: sum over
     tokens divided by the constant length; gspo: ratio of whole sequences; cispo: clipped ratio as a detached weight."""
-    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch_std", "gdpo"] = "group_std"
+    advantage: AdvantageKind = "group_std"
     """Baseline and scale of the rewards: within the group of one image, or over the whole batch for the scale."""
     advantage_clip: PositiveFloat = 5.0
     """Advantages are clamped to plus and minus this."""
@@ -172,7 +184,7 @@ class Objective(Section):
     """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
     clip_range_high: NonNegativeFloat | None = None
     """Upper side of the clip (DAPO's clip-higher); None is clip_range."""
-    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    kl: KLEstimator = "none"
     """Estimator of KL(policy || reference), added to the loss with weight kl_coef."""
     use_kl_loss: bool = False
     """The reference trainer's switch: the same as kl = "k3"."""
@@ -200,7 +212,7 @@ class Objective(Section):
         return self.clip_range if self.clip_range_high is None else self.clip_range_high
 
     @property
-    def kl_estimator(self) -> Literal["none", "k1", "k2", "k3"]:
+    def kl_estimator(self) -> KLEstimator:
         """The estimator of the KL term: `kl`, or k3 where only the reference trainer's switch is set."""
         return "k3" if self.kl == "none" and self.use_kl_loss else self.kl
 
@@ -230,30 +242,29 @@ class Optimizer(Section):
     cosine to zero)."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up (constant and cosine)."""
-    cpu_offload: bool = False
-    """Keep both moments in the memory of the host and bring them to the GPU, one parameter after the other, for each
-    step: the same numbers, 8 bytes less on the GPU for each parameter of a rank, 16 bytes more over the bus."""
 
 
 class Training(Section):
     """Length, batch and precision."""
 
-    steps: PositiveInt = 100
-    """Steps of the run: rollouts with their updates in grpo.py, optimizer steps elsewhere."""
+    steps: Annotated[PositiveInt, MayChange] = 100
+    """Steps of the run: rollouts with their updates in `train`, optimizer steps elsewhere."""
     seed: Seed = 0
     """Seed of initial weights, data order and sampling."""
-    batch_size: PositiveInt = 8
-    """Sequences in one forward and backward on each rank."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches of one optimizer step. In grpo.py an optimizer step takes batch_size * this many completions."""
+    batch_size: PositiveInt | None = None
+    """What one optimizer step takes, over all ranks: completions in `train`, images elsewhere. None is all completions
+    of a rollout (exactly on-policy, and the fastest), and 64 images."""
+    micro_batch_size: Annotated[PositiveInt, MayChange] = 8
+    """Sequences in one forward and backward on each rank, at most: it bounds memory; but for rounding it changes no result. With teacher
+    forcing a sequence is an image with all its completions, elsewhere it is one completion or one image."""
     mixed_precision: Precision = "bf16"
     """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling. auto: bf16 where the
     device multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32."""
     grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
-    """Dropout in the update of grpo.py. Only eval (none, as in the rollout): the other two are refused."""
-    max_skipped_steps: PositiveInt = 10
+    """Dropout in the update of `train`. Only eval (none, as in the rollout): the other two are refused."""
+    max_skipped_steps: Annotated[PositiveInt, MayChange] = 10
     """Optimizer steps in a row with a non-finite loss or gradient (each skipped) after which the run stops."""
     kernels: KernelBackend = "auto"
     """Backend of sampling, log-probs and loss: Triton on a GPU and plain torch elsewhere, or one of them always."""
@@ -261,6 +272,8 @@ class Training(Section):
 
 class Parallel(Section):
     """How the model is spread over ranks."""
+
+    may_change = True
 
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
     """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
@@ -285,7 +298,9 @@ class Parallel(Section):
 
 
 class Compile(Section):
-    """torch.compile over the GPT blocks and, in grpo.py, the networks of the rewards."""
+    """torch.compile over the GPT blocks and, in `train`, the networks of the rewards."""
+
+    may_change = True
 
     enabled: bool = False
     """Compile each block, where identical blocks share one compilation, and each network of the rewards."""
@@ -294,12 +309,16 @@ class Compile(Section):
 class ActivationCheckpoint(Section):
     """Recompute activations in the backward to save memory."""
 
+    may_change = True
+
     mode: Literal["none", "selective", "full"] = "none"
     """none; selective: keep matrix products and attention, recompute the rest; full: keep block inputs only."""
 
 
 class Checkpoint(Section):
     """Saving and resuming."""
+
+    may_change = True
 
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
@@ -329,6 +348,8 @@ class Checkpoint(Section):
 class Metrics(Section):
     """What a run writes down and shows."""
 
+    may_change = True
+
     run_dir: str | None = None
     """The run's folder; None is runs/<name of the recipe file>."""
     interval: PositiveInt = 10
@@ -349,6 +370,8 @@ class Metrics(Section):
 
 class Debug(Section):
     """For finding faults."""
+
+    may_change = True
 
     deterministic: bool = False
     """Deterministic algorithms only."""

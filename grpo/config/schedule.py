@@ -1,0 +1,85 @@
+"""How a rollout is cut into parts, optimizer steps and micro-batches: computed once, read by everyone."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from grpo.config.errors import UserError
+from grpo.config.sections import Objective, Rewards, Rollout, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The sizes of one training step of GRPO on one rank.
+
+    Attributes:
+        ranks: processes that share the batch.
+        images: B, images of one rollout.
+        group_size: G, completions of each image.
+        completions_per_step: completions of one optimizer step.
+        micro_batch_size: rows of one forward and backward, at most.
+        trains_sampling_forward: whether a teacher-forced rollout keeps its graph and the update trains on it. It takes
+            one optimizer step a rollout, so that the policy which samples is the one that is trained, and rewards that
+            need no look at the other images of the batch before the first backward.
+        scores_targets: whether the codes of real images are part of the loss.
+    """
+
+    ranks: int
+    images: int
+    group_size: int
+    completions_per_step: int
+    micro_batch_size: int
+    trains_sampling_forward: bool
+    scores_targets: bool
+
+    @classmethod
+    def of(
+        cls, *, rollout: Rollout, training: Training, objective: Objective, ranks: int, whole_batch_rewards: bool = False
+    ) -> Self:
+        """The schedule of a recipe on so many ranks.
+
+        Args:
+            whole_batch_rewards: some reward looks at all completions of a rollout together.
+
+        Raises:
+            UserError: the batches cannot be shared by the ranks.
+        """
+        group, drawn = rollout.num_generations, rollout.batch_size * rollout.num_generations
+        step = drawn if training.batch_size is None else training.batch_size
+        for key, size in (("rollout.batch_size", rollout.batch_size), ("training.batch_size", step)):
+            if size % ranks:
+                raise UserError(f"{key} = {size} cannot be shared by {ranks} ranks: make it a multiple of {ranks}")
+        if step != drawn and (step // ranks) % group and group % (step // ranks):
+            raise UserError(
+                f"training.batch_size = {step} on {ranks} ranks is {step // ranks} completions each, which must be a "
+                f"multiple or a divisor of rollout.num_generations = {group}"
+            )
+        waits = whole_batch_rewards or objective.advantage == "batch_std"
+        return cls(
+            ranks=ranks,
+            images=rollout.batch_size // ranks,
+            group_size=group,
+            completions_per_step=step // ranks,
+            micro_batch_size=training.micro_batch_size,
+            trains_sampling_forward=rollout.mode == "teacher_forced" and step == drawn and not waits,
+            scores_targets=objective.aux_ce_weight > 0,
+        )
+
+    @property
+    def completions(self) -> int:
+        """Completions of one rollout."""
+        return self.images * self.group_size
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that one rollout feeds."""
+        return self.completions // self.completions_per_step
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the policy that samples is the one that is trained, so that old log-probs are the new ones."""
+        return self.steps_per_rollout == 1
+
+    @property
+    def images_per_part(self) -> int:
+        """Images of one rollout call: a micro-batch where its graph waits for the backward, else the whole rollout."""
+        return min(self.micro_batch_size, self.images) if self.trains_sampling_forward else self.images

@@ -1,0 +1,94 @@
+"""What an image is asked to be: the one type for it, from the loader to the evaluation.
+
+A row of a condition asks for one image. Each row has an unconditional counterpart, for classifier-free guidance and for
+training with dropped conditions (Ho & Salimans, arXiv 2207.12598): the same row, marked as dropped. What a dropped row
+looks like to a model (the embedding of no class, the null text) is the model's own business, so a condition needs to
+know no model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """R requested images; every tensor has R rows.
+
+    Args:
+        dropped: [R] bool, the rows that ask for nothing in particular; None is no row.
+    """
+
+    dropped: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        raise NotImplementedError
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The condition with `function` applied to each of its tensors."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+
+    def select(self, rows: slice | Tensor) -> Self:
+        """The given rows."""
+        return self.map(lambda tensor: tensor[rows])
+
+    def repeat_interleave(self, count: int) -> Self:
+        """Every row `count` times in succession."""
+        return self.map(lambda tensor: tensor.repeat_interleave(count, dim=0))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def padded(self, rows: int) -> Self:
+        """The rows again and again until there are `rows`."""
+        return self.select(torch.arange(rows, device=self.device) % self.rows)
+
+    def drop(self, rows: Tensor) -> Self:
+        """The rows where `rows` [R] bool holds become unconditional."""
+        return replace(self, dropped=rows if self.dropped is None else self.dropped | rows)
+
+    def unconditional(self) -> Self:
+        """The unconditional counterpart of every row."""
+        return self.drop(torch.ones(self.rows, dtype=torch.bool, device=self.device))
+
+    def with_unconditional(self) -> Self:
+        """2R rows: these, then their unconditional counterparts, as classifier-free guidance takes them."""
+        both = self.map(lambda tensor: torch.cat([tensor, tensor]))
+        second = torch.arange(2 * self.rows, device=self.device) >= self.rows
+        return both.drop(second)
+
+
+@dataclass(frozen=True)
+class ClassCondition(Condition):
+    """One class an image.
+
+    Args:
+        class_ids: [R] int64. The id `num_classes` of a model is its unconditional slot, which a dropped row uses too.
+    """
+
+    class_ids: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.class_ids)
+
+    @property
+    def device(self) -> torch.device:
+        return self.class_ids.device
+
+
+def as_condition(condition: Condition | Tensor) -> Condition:
+    """A condition as it is; class ids [R] as a `ClassCondition`. Where users call, both are taken."""
+    return condition if isinstance(condition, Condition) else ClassCondition(condition)
