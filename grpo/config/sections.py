@@ -6,10 +6,21 @@ mean the same here. Checks that need one key only live with the field; checks ac
 Sections that belong to one job are in `job_sections.py`.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, FiniteFloat, SerializeAsAny
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from grpo.config.reward_kinds import REFERENCE_REWARD, reward_class
 
 LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
 LARGEST_SEED = 2**63 - 1
@@ -103,6 +114,11 @@ class Data(Section):
     max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the images come with the project and need no path."""
+        return self.name in ("digits", "synthetic")
+
 
 class Rollout(Section):
     """How completions are drawn from the policy."""
@@ -148,10 +164,26 @@ class Rollout(Section):
 class RewardTable(Section):
     """What every reward's table [reward.NAME] has; a kind adds keys of its own."""
 
+    path_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys whose value is FILE or FILE:NAME, relative to the folder of the recipe's file; loaded they are absolute."""
+
     kind: str
-    """What is rewarded, a name of the registry; the table's own name unless given."""
+    """What is rewarded; the table's own name unless given."""
     weight: FiniteFloat = 1.0
     """Its weight in the sum of rewards; 0 switches it off."""
+
+    def resolved(self) -> Self:
+        """The table as it is saved with a run; a kind that depends on files may note their hashes or refuse them.
+
+        Raises:
+            UserError: a file is missing, or is not the one that was noted.
+        """
+        return self
+
+
+def _reference_reward() -> dict[str, RewardTable]:
+    """The reference trainer's reward, where a recipe names none: minus the squared error."""
+    return {REFERENCE_REWARD: reward_table(REFERENCE_REWARD, {})}
 
 
 class Rewards(Section):
@@ -161,13 +193,45 @@ class Rewards(Section):
     """Completions decoded and scored at once on each rank; 0 is what fits into a GPU's memory, and 64 on a CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the decoder and the networks that reward; auto is bf16 on a GPU and fp32 on a CPU."""
-    tables: dict[str, SerializeAsAny[RewardTable]] = {}
-    """Name -> table; not a key itself."""
+    tables: dict[str, SerializeAsAny[RewardTable]] = Field(default_factory=_reference_reward)
+    """Name -> table; in a file, and dumped, each table is an entry of its own beside the other keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_tables(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        tables = {name: table for name, table in values.items() if name not in cls.model_fields and is_table(table)}
+        if not tables:
+            return values
+        return {
+            **{name: value for name, value in values.items() if name not in tables},
+            "tables": {name: reward_table(name, table) for name, table in tables.items()},
+        }
+
+    @model_serializer(mode="wrap")
+    def _spread_tables(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = dump(self)
+        tables = values.pop("tables")
+        return {**values, **tables}
 
     @property
     def active(self) -> dict[str, RewardTable]:
         """The tables with a weight other than 0."""
         return {name: table for name, table in self.tables.items() if table.weight}
+
+
+def is_table(value: object) -> bool:
+    """Whether an entry of [reward] is the table of a reward."""
+    return isinstance(value, dict | RewardTable)
+
+
+def reward_table(name: str, table: "dict[str, Any] | RewardTable") -> RewardTable:
+    """[reward.NAME], typed by its kind."""
+    if isinstance(table, RewardTable):
+        return table
+    table = {"kind": name, **table}
+    return reward_class(table["kind"]).Settings.model_validate(table)
 
 
 class Objective(Section):
@@ -255,8 +319,8 @@ class Training(Section):
     """What one optimizer step takes, over all ranks: completions in `train`, images elsewhere. None is all completions
     of a rollout (exactly on-policy, and the fastest), and 64 images."""
     micro_batch_size: Annotated[PositiveInt, MayChange] = 8
-    """Sequences in one forward and backward on each rank, at most: it bounds memory; but for rounding it changes no result. With teacher
-    forcing a sequence is an image with all its completions, elsewhere it is one completion or one image."""
+    """Sequences in one forward and backward on each rank, at most: it bounds memory and, but for rounding, changes no
+    result. With teacher forcing a sequence is an image with all its completions, elsewhere one completion or image."""
     mixed_precision: Precision = "bf16"
     """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling. auto: bf16 where the
     device multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32."""
