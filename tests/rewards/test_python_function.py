@@ -2,6 +2,9 @@
 
 import re
 import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +224,27 @@ def test_a_failure_names_the_table(tokenizer, write):
     arguments = {"condition_names": [], "num_classes": 1, "device": torch.device("cpu"), "compile": Compile()}
     with pytest.raises(UserError, match=r"^reward\.sharp: function: .*my_rewards\.py has no function sharpness$"):
         build_rewards(Rewards(tables=tables), tokenizer, **arguments)
+
+
+def example(first_line):
+    """The code block of docs/rewards.md that begins so."""
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    return next(block for block in re.findall(r"```\w+\n(.*?)```", text, re.DOTALL) if block.startswith(first_line))
+
+
+def test_the_documented_function_works(build, batch):
+    reward = build(example("# my_rewards.py"), "sharpness", arguments={"radius": 3})
+    noise = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    scores = reward(replace(batch, images=torch.cat([batch.images[:2], noise])))
+    assert scores.isnan().tolist() == [True, True, False]
+    assert scores[2] > 0
+    table = tomllib.loads(example("# sharp.toml"))["reward"]["sharp"]
+    assert PythonFunction.Settings(**table).arguments == {"radius": 3}
+
+
+def test_the_documented_kind_works(batch, context):
+    names = {}
+    exec(example('"""How near the brightness'), names)
+    settings = names["Brightness"].Settings(kind="brightness", target=0.25)
+    scores = names["Brightness"](settings, context)(replace(batch, images=batch.images.clamp(-1, 1)))
+    torch.testing.assert_close(scores, -torch.tensor([1.25, 0.0, 0.75]).square())
