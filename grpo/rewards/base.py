@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import RewardTable
-from grpo.models import VQModel
-from grpo.models.condition import Condition
+from grpo.models import Condition, VQModel
 from grpo.rewards.networks import Network, prepare
 
 

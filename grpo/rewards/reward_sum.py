@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo.config import Compile, Rewards, UserError, reward_class
-from grpo.models import VQModel
-from grpo.models.condition import Condition
+from grpo.models import Condition, VQModel
 from grpo.parallel import MetricSums
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.networks import decode_batch, prepare, reward_dtype
@@ -99,12 +98,12 @@ class RewardSum:
         abstained = {}
         for (name, (reward, _)), values in zip(self.terms.items(), components, strict=True):
             if reward.may_abstain:
-                missing = abstained[name] = values.isnan()  # [B, G]
+                missing = values.isnan()  # [B, G]
+                abstained[name] = missing.view(shape)
                 others = values.nanmean(dim=1, keepdim=True).masked_fill(missing.all(dim=1, keepdim=True), 0.0)
                 values.copy_(torch.where(missing, others, values))  # so that it moves nothing in its group
         weights = [weight for _, weight in self.terms.values()]
         total = torch.einsum("kbg,k->bg", components, components.new_tensor(weights))
-        abstained = {name: missing.view(shape) for name, missing in abstained.items()}
         return Rewarded(total.view(shape), components.view(-1, *shape), abstained, list(self.terms), weights, images)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grpo.config import Compile, Rewards, UserError
-from grpo.models.condition import ClassCondition
+from grpo.models import ClassCondition
 from grpo.rewards import DecodedBatch, build_rewards
 from grpo.rewards.python_function import PythonFunction
 

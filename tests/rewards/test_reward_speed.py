@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from grpo.config import Compile, Rewards
-from grpo.models import TOKENIZER_SPECS, Classifier, ClassifierConfig, VQModel, save_weights
-from grpo.models.condition import ClassCondition
+from grpo.models import TOKENIZER_SPECS, ClassCondition, Classifier, ClassifierConfig, VQModel, save_weights
 from grpo.rewards import RewardSum, build_rewards, networks
 from grpo.rewards.class_log_prob import ClassLogProb
 from grpo.rewards.embedding_cosine import EmbeddingCosine

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from grpo.config import Compile, Rewards, UserError
-from grpo.models import Classifier, ClassifierConfig, load_classifier, save_weights
-from grpo.models.condition import ClassCondition
+from grpo.models import ClassCondition, Classifier, ClassifierConfig, load_classifier, save_weights
 from grpo.rewards import DecodedBatch, Reward, RewardSum, build_rewards
 from grpo.rewards.class_log_prob import ClassLogProb
 from grpo.rewards.embedding_cosine import EmbeddingCosine
