@@ -119,7 +119,7 @@ def start_on_cpu(arguments: Sequence[str]) -> NoReturn:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(prog="grpo quickstart", allow_abbrev=False, add_help=False)
     parser.add_argument("--recipe", choices=("class", "vapi"), default="class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
