@@ -57,7 +57,7 @@ class PythonFunction(Reward):
             except OSError as error:
                 raise UserError(f"function: cannot read {file}: {error.strerror}") from error
             if self.sha256 not in (None, hashlib.sha256(source).hexdigest()):
-                raise UserError(f"function: {file} is not what sha256 was taken of: bring that back or delete sha256")
+                raise UserError(f"function: {file} has changed: bring back what sha256 says, or delete sha256")
             return source
 
     may_abstain = True

@@ -172,7 +172,7 @@ def test_the_file_is_known_by_its_hash(write, context):
     assert resolved.resolved() == resolved
     write("def f(images):\n    return [2] * len(images)")
     for use in (resolved.resolved, lambda: PythonFunction(resolved, context)):
-        with pytest.raises(UserError, match=r"my_rewards\.py is not what sha256 was taken of"):
+        with pytest.raises(UserError, match=r"my_rewards\.py has changed: bring back"):
             use()
     with pytest.raises(UserError, match="must be FILE:NAME"):
         PythonFunction.Settings(kind="python", function="sharpness").resolved()
