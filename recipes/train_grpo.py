@@ -127,7 +127,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
 
 def sample_rows(batch: ImageBatch, rewarded: Rewarded, job: Job) -> list[SampleRow]:
     """Rows of the image grid: the real image (where completions are of it), completions, rewards, what was asked for."""
-    groups = rewarded.total.view(batch.condition.rows, -1)  # [B, G]
+    groups = rewarded.total.view(batch.rows, -1)  # [B, G]
     captions = job.stream.dataset.captions(batch.condition)
     rows = zip(batch.images, rewarded.images, groups, captions, strict=False)
     return [SampleRow(real if job.shows_real else None, drawn, rewards, text) for real, drawn, rewards, text in rows]

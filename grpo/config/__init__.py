@@ -39,3 +39,4 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
+from grpo.config.shipped import SHIPPED_RECIPES, recipe_path

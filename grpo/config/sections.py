@@ -333,6 +333,11 @@ class Training(Section):
     kernels: KernelBackend = "auto"
     """Backend of sampling, log-probs and loss: Triton on a GPU and plain torch elsewhere, or one of them always."""
 
+    @property
+    def images(self) -> int:
+        """Images of one optimizer step over all ranks, in the jobs whose steps take images."""
+        return self.batch_size or 64
+
 
 class Parallel(Section):
     """How the model is spread over ranks."""

@@ -1,11 +1,14 @@
 """Codes of images that a frozen tokenizer has already encoded."""
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from grpo.data.dataset import ImageDataset
 from grpo.data.stream import ImageBatch
+from grpo.models import VQModel
 
 
 class CodeCache:
@@ -29,6 +32,12 @@ class CodeCache:
         self._dtype = torch.int16 if codebook_size <= 2**15 else torch.int32
         self._known = torch.zeros(num_images if enabled else 0, dtype=torch.bool)
         self._codes: Tensor | None = None  # [N, T]; its pages are not in memory before they are written
+
+    @classmethod
+    def of(cls, tokenizer: VQModel, dataset: ImageDataset, *, enabled: bool) -> Self:
+        """The cache of a tokenizer's codes of a data set."""
+        size = tokenizer.config.codebook_size
+        return cls(tokenizer.encode, num_images=len(dataset), codebook_size=size, enabled=enabled)
 
     def codes(self, batch: ImageBatch) -> Tensor:
         """Codes [B, T] int64 of the batch's images, on the images' device."""

@@ -40,6 +40,11 @@ class ImageBatch(NamedTuple):
     sample_ids: Tensor
     indices: Tensor | None = None
 
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.sample_ids)
+
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same batch on another device, except for `indices`: the host reads them, and must not wait for a GPU."""
         return ImageBatch(*(field.to(device) for field in self[:3]), self.indices)
@@ -51,7 +56,7 @@ class ImageBatch(NamedTuple):
 
     def parts(self, size: int) -> list["ImageBatch"]:
         """The batch in parts of at most `size` images."""
-        return [self.select(slice(start, start + size)) for start in range(0, len(self.images), size)]
+        return [self.select(slice(start, start + size)) for start in range(0, self.rows, size)]
 
 
 class _Fetched(NamedTuple):

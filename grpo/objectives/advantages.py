@@ -9,37 +9,26 @@ from torch import Tensor
 from grpo.config import Objective
 from grpo.config.sections import AdvantageKind
 from grpo.parallel import MetricSums, all_reduce_sums
+from grpo.rewards import Rewarded
 
 ADVANTAGE_KINDS = get_args(AdvantageKind)
 
 
-def credit(
-    total: Tensor,
-    *,
-    group_size: int,
-    objective: Objective,
-    components: Tensor | None = None,
-    component_weights: Sequence[float] | None = None,
-) -> tuple[Tensor, MetricSums]:
-    """Advantages [R, M] of completions in groups of G, one after the other, and how much the groups spread.
-
-    Args:
-        total: [R, M] fp32, the weighted sums of rewards.
-        components, component_weights: [K, R, M] the rewards before weighting, and their K weights (gdpo only).
-    """
-    groups = total.view(-1, group_size)  # [B, G]
+def credit(rewarded: Rewarded, *, group_size: int, objective: Objective) -> tuple[Tensor, MetricSums]:
+    """Advantages [R, M] of completions in groups of G, one after the other, and how much the groups spread."""
+    groups = rewarded.total.view(-1, group_size)  # [B, G]
     advantages = group_advantages(
         groups,
         kind=objective.advantage,
         clip=objective.advantage_clip,
-        components=None if components is None else components.view(-1, *groups.shape),
-        component_weights=component_weights,
+        components=rewarded.components.view(-1, *groups.shape),
+        component_weights=rewarded.weights,
     )
     metrics = MetricSums()
     metrics.add("zero_spread", spreadless_groups(groups).sum(), len(groups))
     if group_size > 1:
         metrics.add("group_std", groups.std(dim=1).sum(), len(groups))
-    return advantages.view_as(total), metrics
+    return advantages.view_as(rewarded.total), metrics
 
 
 def spreadless_groups(rewards: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def build_rewards(
     config: Rewards,
     tokenizer: VQModel,
     *,
-    condition_names: Sequence[str],
+    class_names: Sequence[str],
     num_classes: int,
     device: torch.device,
     compile: Compile,
@@ -124,7 +124,7 @@ def build_rewards(
         UserError: rewards that cannot be built, all of them.
     """
     dtype = reward_dtype(config.precision, device)
-    context = RewardContext(prepare(tokenizer, dtype), device, dtype, num_classes, condition_names)
+    context = RewardContext(prepare(tokenizer, dtype), device, dtype, num_classes, class_names)
     terms: dict[str, tuple[Reward, float]] = {}
     problems: list[str] = []
     for name, table in config.active.items():

@@ -46,9 +46,9 @@ def minimise(
             gradient_sync(model, batch is parts[-1])
             value, means = loss(batch)
             with run.timer("backward"):
-                optimizer.backward(value * (batch.condition.rows / images.condition.rows))
+                optimizer.backward(value * (batch.rows / images.rows))
             for name, mean in {"loss": value, **means}.items():
-                metrics.add(name, mean.detach().double() * batch.condition.rows, batch.condition.rows)
+                metrics.add(name, mean.detach().double() * batch.rows, batch.rows)
         for name, number in {**optimizer.step(), **after_step(step)}.items():
             metrics.add(name, number)
-        run.finish(step, metrics, images=images.condition.rows * world.size)
+        run.finish(step, metrics, images=images.rows * world.size)

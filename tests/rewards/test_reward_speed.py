@@ -38,7 +38,7 @@ def build(tokenizer, tables=NEAR, *, compile=False, **keys):
     return build_rewards(
         Rewards(tables=tables, **keys),
         tokenizer,
-        condition_names=[str(i) for i in range(10)],
+        class_names=[str(i) for i in range(10)],
         num_classes=10,
         device=CPU,
         compile=Compile(enabled=compile),
