@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 from grpo.config import checks, notes
 from grpo.config.checks import Problem
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
+from grpo.config.reward_sections import Rewards
 from grpo.config.sections import (
     ActivationCheckpoint,
     Checkpoint,
@@ -24,7 +25,6 @@ from grpo.config.sections import (
     Objective,
     Optimizer,
     Parallel,
-    Rewards,
     Rollout,
     Section,
     Tokenizer,
