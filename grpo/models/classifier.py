@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.config import UserError
-from grpo.models.weight_files import read_weights
+from grpo.formats import read_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ Module names and numerics are LlamaGen's own (https://arxiv.org/abs/2406.06525, 
 and, for the normalised codebook, https://arxiv.org/abs/2110.04627), so its released weights load strictly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -16,7 +16,7 @@ CODES_REMEMBERED = 65536  # length of LlamaGen's window for the codebook's usage
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
-    """Sizes of a tokenizer.
+    """Sizes of a tokenizer, and settings of its training, which do not count in a comparison.
 
     Args:
         codebook_size: number of codes K, the GPT's vocabulary.
@@ -29,7 +29,6 @@ class VQConfig:
         patch_size: pixels folded into channels on each side before the first and after the last convolution.
         dropout: dropout in the residual blocks, in train mode only.
         commit_weight: factor of the commitment loss.
-        entropy_weight: factor of the entropy loss, which is added to the codebook loss.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -43,9 +42,8 @@ class VQConfig:
     num_res_blocks: int = 2
     norm_groups: int = 32
     patch_size: int = 1
-    dropout: float = 0.0
-    commit_weight: float = 0.25
-    entropy_weight: float = 0.0
+    dropout: float = field(default=0.0, compare=False)
+    commit_weight: float = field(default=0.25, compare=False)
 
     def __post_init__(self) -> None:
         if self.ch % self.norm_groups:
@@ -264,23 +262,8 @@ class VectorQuantizer(nn.Module):
             self.remember(codes)
         vq_loss = F.mse_loss(quantized, unit.detach())
         commit_loss = self.config.commit_weight * F.mse_loss(unit, quantized.detach())
-        if self.config.entropy_weight > 0:
-            vq_loss = vq_loss + self.config.entropy_weight * entropy_loss(unit.flatten(0, 2) @ self.codebook().T)
         quantized = unit + (quantized - unit).detach()
         return quantized.permute(0, 3, 1, 2), vq_loss, commit_loss, codes.view(len(latents), -1)
-
-
-def entropy_loss(similarity: Tensor, temperature: float = 0.01) -> Tensor:
-    """Mean entropy of each latent's soft assignment minus the entropy of the mean assignment (MaskGIT, LlamaGen).
-
-    Args:
-        similarity: cosines between latents and codes, [N, K]; the squared distance of unit vectors is 2 - 2 * cosine.
-        temperature: of the softmax over negative squared distances.
-    """
-    log_assignment = F.log_softmax(2 * similarity / temperature, dim=-1)
-    assignment = log_assignment.exp()
-    mean = assignment.mean(0)
-    return (mean * (mean + 1e-5).log()).sum() - (assignment * log_assignment).sum(-1).mean()
 
 
 class VQModel(nn.Module):
@@ -339,8 +322,8 @@ class VQModel(nn.Module):
         """Reconstruct `images`, for training.
 
         Returns:
-            reconstruction [B, 3, H, W]; codebook loss, which pulls the codes to the latents (plus the weighted entropy
-            loss); weighted commitment loss, which pulls the latents to the codes; codes [B, T].
+            reconstruction [B, 3, H, W]; codebook loss, which pulls the codes to the latents; weighted commitment
+            loss, which pulls the latents to the codes; codes [B, T].
         """
         quantized, vq_loss, commit_loss, codes = self.quantize(self.encode_latents(images))
         return self.decode_latents(quantized), vq_loss, commit_loss, codes

@@ -14,7 +14,6 @@ from grpo.config.sections import ActivationCheckpoint, Compile, Parallel, Traini
 from grpo.parallel.activation_checkpoint import checkpoint_activations
 from grpo.parallel.precision import mixed_precision_policy
 
-_FORWARD_METHODS = ("hidden", "prefill", "decode")
 _DEFERS_SYNC = "_defers_gradient_sync"  # attribute of a sharded root: `parallel.defer_gradient_sync`
 
 
@@ -38,7 +37,8 @@ def parallelize(
     that a loss may use `model.output.weight` outside of `forward`.
 
     Args:
-        model: its blocks are in `model.layers`; every other parameter belongs to the root.
+        model: its blocks are in `model.layers`; every other parameter belongs to the root. `model.forward_methods`
+            names what is called besides `forward`.
         mesh: from `build_mesh`.
     """
     for block in model.layers:
@@ -51,9 +51,8 @@ def parallelize(
     for block in model.layers if parallel.shard_blocks else ():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards_after_forward(parallel))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for name in _FORWARD_METHODS:
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
+    for name in _forward_methods(model):
+        register_fsdp_forward_method(model, name)
     setattr(model, _DEFERS_SYNC, parallel.defer_gradient_sync)
     return model
 
@@ -80,7 +79,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """Make the model a plain one during the block, e.g. while a rollout calls it hundreds of times.
 
     All parameters are gathered once, in the dtype of the computation, and calls skip FSDP's hooks: they would cost
-    more time than a small decode step, and their stream switches cannot be captured in a CUDA graph. There are no
+    more time than a small step, and their stream switches cannot be captured in a CUDA graph. There are no
     gradients inside. Every rank must enter and leave together.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -121,10 +120,14 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """Call a module, and the methods that `register_fsdp_forward_method` wrapped, as if they had no hooks."""
     hooks = module._forward_pre_hooks, module._forward_hooks
-    wrapped = {name: vars(module).pop(name) for name in _FORWARD_METHODS if name in vars(module)}
+    wrapped = {name: vars(module).pop(name) for name in _forward_methods(module) if name in vars(module)}
     module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
         module._forward_pre_hooks, module._forward_hooks = hooks
         vars(module).update(wrapped)
+
+
+def _forward_methods(module: nn.Module) -> tuple[str, ...]:
+    return getattr(module, "forward_methods", ())

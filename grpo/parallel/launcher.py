@@ -124,6 +124,6 @@ def _lost_contact(error: BaseException) -> bool:
 def _memory_advice(error: BaseException) -> str:
     detail = str(error).partition("\n")[0].partition(". GPU")[0]
     return (
-        f"Rank {environment_rank()} ran out of memory ({detail or 'host memory'}): lower training.batch_size, "
-        'rollout.batch_size, rollout.max_rows or reward.batch_size, or set activation_checkpoint.mode = "full".'
+        f"Rank {environment_rank()} ran out of memory ({detail or 'host memory'}): lower "
+        'training.micro_batch_size, rollout.max_rows or reward.batch_size, or set activation_checkpoint.mode = "full".'
     )
