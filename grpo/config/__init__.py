@@ -20,6 +20,7 @@ from grpo.config.recipes import (
     differences,
 )
 from grpo.config.reward_kinds import REWARD_KINDS, reward_class
+from grpo.config.reward_sections import Rewards, RewardTable
 from grpo.config.schedule import Schedule
 from grpo.config.sections import (
     ActivationCheckpoint,
@@ -32,8 +33,6 @@ from grpo.config.sections import (
     Objective,
     Optimizer,
     Parallel,
-    Rewards,
-    RewardTable,
     Rollout,
     Section,
     Tokenizer,

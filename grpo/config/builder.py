@@ -16,8 +16,9 @@ from grpo.config.errors import UserError
 from grpo.config.flags import Flag
 from grpo.config.keys import recipe_keys, section_keys
 from grpo.config.recipes import FORMER_JOBS, FORMER_KEYS, RECIPES, WITHOUT_CHECKS, GRPORecipe, Recipe
-from grpo.config.reward_kinds import REFERENCE_REWARD, reward_class
-from grpo.config.sections import LARGEST_INT, LARGEST_SEED, RewardTable, Section, is_table
+from grpo.config.reward_kinds import reward_class
+from grpo.config.reward_sections import REFERENCE_REWARD, RewardTable
+from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
 from grpo.config.shipped import nearest_recipe, recipe_path
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
@@ -138,13 +139,11 @@ class RecipeBuilder(Generic[RecipeT]):
                 if not flag.name.startswith(broken):
                     self._problems.append(self._unknown_flag(flag.name))
                 continue
-            clash = [(k, seen[other]) for k, other in reference.rivals(key) if other in seen]
-            is_switch = key in self._keys and self._keys[key].is_switch
-            if clash:
-                self._problems.append(f"{flag.name}: {clash[0][0]} is already set by {clash[0][1]}; give one of them")
-            elif flag.text is None and not is_switch:
-                value = f"a value is missing (write {flag.name}=VALUE if it begins with a minus)"
-                self._problems.append(f"{flag.name}: {value}")
+            if key in seen:
+                self._problems.append(f"{flag.name}: {key} is already set by {seen[key]}; give one of them")
+            elif flag.text is None and not (key in self._keys and self._keys[key].is_switch):
+                missing = f"a value is missing (write {flag.name}=VALUE if it begins with a minus)"
+                self._problems.append(f"{flag.name}: {missing}")
                 self._suspects.add(key)
             elif key != CONFIG:
                 text = "true" if flag.text is None else flag.text
@@ -243,7 +242,7 @@ class RecipeBuilder(Generic[RecipeT]):
         section = self._file.get("reward")
         entries = section.items() if isinstance(section, dict) else ()
         own = self._sections["reward"].model_fields
-        tables = {name: table for name, table in entries if name not in own and is_table(table)}
+        tables = {name: table for name, table in entries if name not in own and isinstance(table, dict)}
         self._tables_of_file, origins = tables.keys(), dict.fromkeys(tables, self._origin)
         self._kinds = {name: table.get("kind", name) for name, table in tables.items()}
         for flag in flags:
@@ -286,22 +285,24 @@ class RecipeBuilder(Generic[RecipeT]):
         return tables
 
     def _translate(self, flags: Sequence[Flag]) -> None:
-        """Turn the flags of the reference trainer that are no keys of a recipe into such keys."""
-        used = [flag.name for flag in flags if flag.name in reference.ALL_FLAGS]
-        given = self._values.get(reference.TRANSLATED, {})
-        batch = {name: given[name] for name in reference.BATCH_TARGETS if name in given}
-        if batch or (used and not self._origin):
-            for key, (value, sources) in reference.batch_keys(batch).items():
-                if key not in self._sources or not batch.keys().isdisjoint(sources):
-                    origin = ", ".join(f"{flag} {number}" for flag, number in sources.values())
-                    self._take(Setting(key, value, origin))
-        broken = [name for name in reference.BATCH_TARGETS if f"{reference.TRANSLATED}.{name}" in self._suspects]
-        self._suspects.update(key for name in broken for key in reference.BATCH_TARGETS[name])
-        if reference.is_embedding_cosine_off(given.get("reward_use_embedcos"), used, self._tables_of_file):
-            self._values.setdefault("reward.embedding_cosine", {})["weight"] = 0.0
-        for name, value in self._values.get(reference.UNAVAILABLE, {}).items():
-            if value != reference.Unavailable.model_fields[name].default:
-                origin = self._sources[f"{reference.UNAVAILABLE}.{name}"]
+        """Turn what the flags of the reference trainer mean into keys of a recipe."""
+        used = {flag.name: str(flag) for flag in flags if flag.name in reference.ALL_FLAGS}
+        values = {f"{title}.{name}": value for title, keys in self._values.items() for name, value in keys.items()}
+        step = [flag for flag in used if flag in reference.STEP_FLAGS]
+        if step and any(flag.name == "--training.batch_size" for flag in flags):
+            self._problems.append(f"--training.batch_size: is already set by {step[0]}; give one of them")
+        elif not used.keys().isdisjoint(reference.BATCH_DEFAULTS) or (used and not self._origin):
+            for key, (number, names) in reference.whole_batch(values, used.keys()).items():
+                origin = ", ".join(used.get(flag, f"{flag} {default}") for flag, default in names.items())
+                self._take(Setting(key, number, origin))
+        if not self._suspects.isdisjoint(reference.STEP_FLAGS.values()):
+            self._suspects.add("training.batch_size")
+        is_on = values.get(reference.EMBEDDING_SWITCH, "embedding_cosine" in self._tables_of_file)
+        if not is_on and "reward.embedding_cosine" in self._sections and "--reward-embedcos-weight" in used:
+            self._values["reward.embedding_cosine"]["weight"] = 0.0
+        for name, default in reference.Unavailable().model_dump().items():
+            if values.get(f"unavailable.{name}", default) != default:
+                origin = self._sources[f"unavailable.{name}"]
                 self._problems.append(f"{origin}: this reward is not available yet; leave the flag out")
 
     def _report_combination(self, keys: Sequence[str], text: str) -> None:

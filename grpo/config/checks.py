@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from grpo.config.job_sections import Convert, Evaluation, Output, Sampling
 from grpo.config.reward_kinds import reward_class
-from grpo.config.sections import Data, Model, Objective, Parallel, Rewards, Rollout, Tokenizer, Training
+from grpo.config.reward_sections import Rewards
+from grpo.config.sections import Data, Model, Objective, Parallel, Rollout, Tokenizer, Training
 
 
 @dataclass(frozen=True)

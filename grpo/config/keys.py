@@ -11,7 +11,8 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from grpo.config.recipes import Recipe
-from grpo.config.sections import LARGEST_INT, LARGEST_SEED, RewardTable, Section
+from grpo.config.reward_sections import RewardTable
+from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
 
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
 UNNAMED_BOUNDS = (Le(LARGEST_INT), Le(LARGEST_SEED))  # of no interest until someone exceeds them

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from grpo.config.job_sections import Evaluation, Sampling, TokenizerLoss
+from grpo.config.reward_sections import Rewards
 from grpo.config.sections import (
     Checkpoint,
     Metrics,
     Model,
     Objective,
     Optimizer,
-    Rewards,
     Rollout,
     Section,
     Tokenizer,

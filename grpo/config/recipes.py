@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 from grpo.config import checks, notes
 from grpo.config.checks import Problem
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
+from grpo.config.reward_sections import Rewards
 from grpo.config.sections import (
     ActivationCheckpoint,
     Checkpoint,
@@ -24,7 +25,6 @@ from grpo.config.sections import (
     Objective,
     Optimizer,
     Parallel,
-    Rewards,
     Rollout,
     Section,
     Tokenizer,
@@ -75,8 +75,12 @@ class Recipe(BaseModel):
 
     def to_toml(self) -> str:
         """The resolved recipe, to be loaded again as it is: every key but those that are none, which TOML lacks."""
-        values = self.model_dump(exclude_none=True)
-        return tomli_w.dumps({"job": self.job, **{name: values[name] for name in self.sections()}})
+        return tomli_w.dumps({"job": self.job, **self._values(exclude_none=True)})
+
+    def _values(self, **options: Any) -> dict[str, Any]:
+        """The recipe as a file has it."""
+        values = self.model_dump(**options)
+        return {name: values[name] for name in self.sections()}
 
 
 class TrainingRecipe(Recipe):
@@ -267,7 +271,7 @@ def changes_that_matter(before: Recipe, after: Recipe) -> list[str]:
 
 
 def _changed_keys(before: Recipe, after: Recipe) -> dict[str, str]:
-    old, new = _flatten(before.model_dump()), _flatten(after.model_dump())
+    old, new = _flatten(before._values()), _flatten(after._values())
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys}
 

@@ -15,13 +15,10 @@ REWARD_KINDS: dict[str, str] = {
 }
 """Kind -> module and class. A new reward is one file and one line here."""
 
-ENTRY_POINTS = "grpo.rewards"
-REFERENCE_REWARD = "reconstruction"
-
 
 def reward_kinds() -> dict[str, str]:
     """The project's kinds, and those of installed packages under the entry point group `grpo.rewards`."""
-    return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)} | REWARD_KINDS
+    return {entry.name: entry.value for entry in entry_points(group="grpo.rewards")} | REWARD_KINDS
 
 
 def reward_class(kind: str) -> Any:

@@ -3,24 +3,13 @@
 A section is a frozen pydantic model; the string under a field is its documentation and appears in `--help`. Defaults
 are those of the reference trainer (VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines
 mean the same here. Checks that need one key only live with the field; checks across keys live in `checks.py`.
-Sections that belong to one job are in `job_sections.py`.
+Sections that belong to one job are in `job_sections.py`, those of the rewards in `reward_sections.py`.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    SerializeAsAny,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
-
-from grpo.config.reward_kinds import REFERENCE_REWARD, reward_class
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
 LARGEST_SEED = 2**63 - 1
@@ -159,79 +148,6 @@ class Rollout(Section):
     def context_noise_share(self) -> float:
         """Share of the context tokens that are replaced: `context_noise` where it is switched on, else 0."""
         return self.context_noise if self.use_context_noise else 0.0
-
-
-class RewardTable(Section):
-    """What every reward's table [reward.NAME] has; a kind adds keys of its own."""
-
-    path_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys whose value is FILE or FILE:NAME, relative to the folder of the recipe's file; loaded they are absolute."""
-
-    kind: str
-    """What is rewarded; the table's own name unless given."""
-    weight: FiniteFloat = 1.0
-    """Its weight in the sum of rewards; 0 switches it off."""
-
-    def resolved(self) -> Self:
-        """The table as it is saved with a run; a kind that depends on files may note their hashes or refuse them.
-
-        Raises:
-            UserError: a file is missing, or is not the one that was noted.
-        """
-        return self
-
-
-def _reference_reward() -> dict[str, RewardTable]:
-    """The reference trainer's reward, where a recipe names none: minus the squared error."""
-    return {REFERENCE_REWARD: reward_table(REFERENCE_REWARD, {})}
-
-
-class Rewards(Section):
-    """The weighted sum of rewards of one completion; each reward is a table of its own, [reward.NAME]."""
-
-    batch_size: Annotated[NonNegativeInt, MayChange] = 64
-    """Completions decoded and scored at once on each rank; 0 is what fits into a GPU's memory, and 64 on a CPU."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the decoder and the networks that reward; auto is bf16 on a GPU and fp32 on a CPU."""
-    tables: dict[str, SerializeAsAny[RewardTable]] = Field(default_factory=_reference_reward)
-    """Name -> table; in a file, and dumped, each table is an entry of its own beside the other keys."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_tables(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        tables = {name: table for name, table in values.items() if name not in cls.model_fields and is_table(table)}
-        if not tables:
-            return values
-        return {
-            **{name: value for name, value in values.items() if name not in tables},
-            "tables": {name: reward_table(name, table) for name, table in tables.items()},
-        }
-
-    @model_serializer(mode="wrap")
-    def _spread_tables(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = dump(self)
-        tables = values.pop("tables")
-        return {**values, **tables}
-
-    @property
-    def active(self) -> dict[str, RewardTable]:
-        """The tables with a weight other than 0."""
-        return {name: table for name, table in self.tables.items() if table.weight}
-
-
-def is_table(value: object) -> bool:
-    """Whether an entry of [reward] is the table of a reward."""
-    return isinstance(value, dict | RewardTable)
-
-
-def reward_table(name: str, table: "dict[str, Any] | RewardTable") -> RewardTable:
-    """[reward.NAME], typed by its kind."""
-    if isinstance(table, RewardTable):
-        return table
-    table = {"kind": name, **table}
-    return reward_class(table["kind"]).Settings.model_validate(table)
 
 
 class Objective(Section):
