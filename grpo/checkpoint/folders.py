@@ -49,10 +49,7 @@ def by_step(folder: Path) -> list[Path]:
 
 
 def incompleteness(path: Path) -> str | None:
-    """Why a folder is not a whole checkpoint; None when every file that was written is there in full length.
-
-    The contents of the files are not read: see `manifest.damaged_files`.
-    """
+    """Why a folder is not a whole checkpoint; None when every file that was written is there in full length, unread."""
     try:
         sums = read_manifest(path)
     except UserError as error:
@@ -97,11 +94,7 @@ def set_aside(path: Path) -> str:
 
 
 def start_partial(folder: Path, step: int) -> None:
-    """Make an empty folder to write a checkpoint into; what killed writers left behind is removed.
-
-    Raises:
-        UserError: there is a checkpoint of this step.
-    """
+    """Make an empty folder to write a checkpoint into, where there is none of this step; leftovers are removed."""
     final = step_folder(folder, step)
     if final.exists():
         raise UserError(

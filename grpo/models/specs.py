@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from grpo.config import UserError
+from grpo.config import Tokenizer, UserError
 from grpo.models.gpt import GPTConfig
 from grpo.models.vq import VQConfig
 
@@ -86,6 +86,19 @@ TOKENIZER_SPECS: Mapping[str, TokenizerSpec] = MappingProxyType(
 def get_tokenizer_spec(name: str) -> TokenizerSpec:
     """The tokenizer spec of that name. Raises a UserError, with the nearest name, if there is none."""
     return named_spec(TOKENIZER_SPECS, name, key="tokenizer.name")
+
+
+def tokenizer_sizes(section: Tokenizer) -> VQConfig:
+    """Sizes of a recipe's tokenizer. Raises a UserError if there is no such spec, or its codes have another size."""
+    sizes = get_tokenizer_spec(section.name).config(
+        codebook_size=section.codebook_size, codebook_embed_dim=section.codebook_embed_dim
+    )
+    if sizes.downsample_size != section.downsample_size:
+        raise UserError(
+            f"tokenizer.downsample_size: {section.name} has {sizes.downsample_size} pixels a code, not "
+            f"{section.downsample_size}; set it to {sizes.downsample_size} or choose another tokenizer.name"
+        )
+    return sizes
 
 
 def named_spec(specs: Mapping[str, Spec], name: str, *, key: str) -> Spec:

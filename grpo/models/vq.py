@@ -284,11 +284,7 @@ class VQModel(nn.Module):
         return self.encoder, self.decoder
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents before quantisation, [B, C, h, w], of any length.
-
-        Raises:
-            ValueError: `images` is not [B, 3, H, W] or a side is not a multiple of `config.downsample_size`.
-        """
+        """Latents before quantisation, [B, C, h, w], of any length. Raises a ValueError if the images do not fit."""
         factor = self.config.downsample_size
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
             raise ValueError(f"images must be [B, 3, H, W] with sides that {factor} divides, not {[*images.shape]}")
@@ -300,11 +296,7 @@ class VQModel(nn.Module):
         return self.quantize.nearest(latents.permute(0, 2, 3, 1).flatten(0, 2)).view(len(images), -1)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Unit code vectors [B, C, h, w] of the codes [B, T] of square images.
-
-        Raises:
-            ValueError: T is not a square number.
-        """
+        """Unit code vectors [B, C, h, w] of the codes [B, T] of square images; a ValueError if T is no square."""
         side = round(codes.shape[-1] ** 0.5)
         if codes.ndim != 2 or side**2 != codes.shape[1]:
             raise ValueError(f"codes must be [B, T] with a square T, not {[*codes.shape]}")
@@ -315,7 +307,7 @@ class VQModel(nn.Module):
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(vectors)), self.config.patch_size)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of codes [B, T], about in [-1, 1]. Raises as `lookup`."""
+        """Images [B, 3, H, W], about in [-1, 1], of codes [B, T]. Raises as `lookup`."""
         return self.decode_latents(self.lookup(codes))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from grpo.config import UserError
+from grpo.config import Tokenizer, UserError
 from grpo.formats import read_config, read_weights
 from grpo.models.gpt import GPT, GPTConfig
-from grpo.models.specs import GPT_SPECS, TOKENIZER_SPECS
+from grpo.models.specs import GPT_SPECS, TOKENIZER_SPECS, tokenizer_sizes
 from grpo.models.vq import CODES_REMEMBERED, VQConfig, VQModel
 
 PathLike = str | os.PathLike[str]
@@ -47,6 +47,15 @@ def load_vq(path: PathLike, config: VQConfig | None = None) -> VQModel:
     weights = read_weights(path)
     weights.setdefault("quantize.codebook_used", torch.zeros(CODES_REMEMBERED))  # only training looks at it
     return _build(_VQ, path, weights, config)
+
+
+def build_tokenizer(section: Tokenizer, *, device: torch.device, seed: int = 0) -> VQModel:
+    """The frozen tokenizer of a recipe, whole on every rank; random weights when it names no checkpoint."""
+    sizes = tokenizer_sizes(section)
+    if section.checkpoint is None:
+        torch.manual_seed(seed)
+    model = VQModel(sizes) if section.checkpoint is None else load_vq(section.checkpoint, sizes)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _gpt_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -109,7 +118,12 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
     if kind.mark not in weights:
         other = next((f"; they are those of {other.what}" for other in (_GPT, _VQ) if other.mark in weights), "")
         raise UserError(f"{path}: these are not the weights of {kind.what} (no {kind.mark}){other}")
-    found = _read_sizes(kind, path, weights)
+    try:
+        found = kind.sizes(weights)
+    except KeyError as error:
+        raise UserError(f"{path}: the weights are not complete: {error.args[0]} is missing") from error
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: the weights are not complete, or their shapes do not fit together") from error
     own = _own_config(kind, path)
     if own is not None:
         if any(getattr(own, name) != size for name, size in found.items()):
@@ -124,16 +138,6 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
         model = kind.model(config)
     _fill(path, model, weights)
     return model.eval()
-
-
-def _read_sizes(kind: _Kind, path: PathLike, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What shows in the weights. Raises if tensors are missing, or have shapes that say nothing."""
-    try:
-        return kind.sizes(weights)
-    except KeyError as error:
-        raise UserError(f"{path}: the weights are not complete: {error.args[0]} is missing") from error
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: the weights are not complete, or their shapes do not fit together") from error
 
 
 def _own_config(kind: _Kind, path: PathLike) -> Any:

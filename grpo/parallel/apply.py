@@ -29,8 +29,7 @@ def parallelize(
     """Apply activation checkpointing, per-block compilation and sharding, in this order, in place.
 
     One rank is treated like many, so that mixed precision has one mechanism; only in full precision there is nothing
-    left to do, and the parameters stay plain. Weights are loaded afterwards (`grpo.parallel.weights`), the optimizer
-    is built after that, on the sharded parameters.
+    left to do, and the parameters stay plain. Weights are loaded afterwards, then the optimizer is built.
 
     Gradients are averaged over ranks: a loss that is to be normalised by a global count must be divided by
     `count / world.size` on each rank. The root's own parameters stay gathered from a forward to its backward, so
@@ -104,8 +103,7 @@ def reshard(model: nn.Module) -> None:
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients down, in place, to a global L2 norm of at most `max_norm`.
 
-    Returns:
-        The norm before, a 0-dim local tensor that is the same on every rank (non-finite if any gradient is).
+    Returns the norm before, 0-dim, local, the same on every rank (non-finite if any gradient is).
     """
     reshard(model)  # a forward without backward may have come between, and left parameters gathered
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
