@@ -290,7 +290,8 @@ class RecipeBuilder(Generic[RecipeT]):
         values = {f"{title}.{name}": value for title, keys in self._values.items() for name, value in keys.items()}
         step = [flag for flag in used if flag in reference.STEP_FLAGS]
         if step and any(flag.name == "--training.batch_size" for flag in flags):
-            self._problems.append(f"--training.batch_size: is already set by {step[0]}; give one of them")
+            key = "training.batch_size"
+            self._problems.append(f"--{key}: {key} is already set by {step[0]}; give one of them")
         elif not used.keys().isdisjoint(reference.BATCH_DEFAULTS) or (used and not self._origin):
             for key, (number, names) in reference.whole_batch(values, used.keys()).items():
                 origin = ", ".join(used.get(flag, f"{flag} {default}") for flag, default in names.items())

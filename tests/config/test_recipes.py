@@ -26,7 +26,7 @@ from grpo.config import (
 from grpo.config.help import markdown
 from grpo.config.keys import recipe_keys
 from grpo.config.recipes import ORDER, WITHOUT_CHECKS
-from grpo.models.specs import get_model_spec, get_tokenizer_spec
+from grpo.models import get_model_spec, get_tokenizer_spec
 
 ROOT = Path(__file__).parents[2]
 SYNTHETIC = {"data": {"name": "synthetic"}}

@@ -7,7 +7,7 @@ import pytest
 
 from grpo.config import GRPORecipe, PretrainRecipe, UserError, load_recipe
 from grpo.config.keys import recipe_keys
-from grpo.config.reference_flags import ALL_FLAGS, REFERENCE_FLAGS, Unavailable
+from grpo.config.reference_flags import ALL_FLAGS, REFERENCE_FLAGS, STEP_FLAGS, Unavailable
 
 SEED_FLAGS = json.loads((Path(__file__).parents[1] / "fixtures" / "seed_flags.json").read_text())
 REQUIRED = {"--vq-ckpt": "vq.pth", "--data-path": "images"}
@@ -106,7 +106,7 @@ def value_of(recipe: GRPORecipe, key: str) -> object:
 def test_flags_are_those_of_the_reference() -> None:
     assert {entry["flag"] for entry in SEED_FLAGS} == {*ACCEPTED, *REFUSED, *TRANSLATED} == ALL_FLAGS.keys()
     moved = {entry["flag"] for entry in SEED_FLAGS if REFERENCE_FLAGS.get(entry["flag"]) != entry["key"]}
-    assert moved == {flag for flag in ALL_FLAGS if flag.startswith("--reward-")} | TRANSLATED
+    assert moved == {flag for flag in ALL_FLAGS if flag.startswith("--reward-")} | STEP_FLAGS.keys()
     documented = {entry["flag"] for entry in SEED_FLAGS[:42]}
     assert documented & REFUSED.keys() == {"--cls-token-num"}  # whose only value for these models is its default
 
@@ -204,8 +204,9 @@ def test_batch_flags_override_a_file_where_they_are_given(tmp_path: Path) -> Non
     ("flags", "line"),
     [
         ("--sample-batch-size 4 --rollout.batch_size 8", "--rollout.batch_size: rollout.batch_size is already set by"),
+        ("--training.batch_size 8 --train-batch-size 8", "--training.batch_size: training.batch_size is already set"),
         ("--training.micro_batch_size 4 --train-batch-size 8", "--train-batch-size: training.micro_batch_size is al"),
-        ("--train-batch-size 0", "--train-batch-size 0: must be a whole number > 0"),
+        ("--train-batch-size 0", "--train-batch-size 0: training.micro_batch_size must be a whole number > 0"),
         ("--train-batch-size 3", "--sample-batch-size 32: training.batch_size = 3 completions"),
     ],
 )
