@@ -26,9 +26,9 @@ class MetricSums:
         self.add(f"{name}_mean", values.sum(), values.numel())
         self.add(f"{name}_square", values.square().sum(), values.numel())
 
-    def merge(self, other: "MetricSums") -> None:
-        """Add everything that was added to `other`, which stays as it is."""
-        for key, value in other._sums.items():
+    def merge(self, *others: "MetricSums") -> None:
+        """Add everything that was added to the others, which stay as they are."""
+        for key, value in (item for other in others for item in other._sums.items()):
             self._sums[key] = self._sums.get(key, 0.0) + value
 
     def means(self) -> dict[str, float]:
