@@ -20,7 +20,7 @@ endif
 .PHONY: quickstart test test-faults lint format install clean
 
 quickstart: $(READY)
-	$(RUN) recipes/quickstart.py --recipe $(RECIPE) $(QUICKSTART_FLAGS)
+	$(RUN) -m grpo quickstart --recipe $(RECIPE) $(QUICKSTART_FLAGS)
 
 # Two tests at a time, each on one thread: tests are small, and threads that wait for each other on busy cores take most
 # of the time. Tests of one file stay together, which keeps what they share.

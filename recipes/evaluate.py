@@ -1,40 +1,37 @@
 """FID and its companions of a checkpoint, or of a folder or .npz of images, against a named reference.
 
-python recipes/evaluate.py --evaluation.images samples.npz --evaluation.reference reference.npz \\
+grpo evaluate --evaluation.images samples.npz --evaluation.reference reference.npz \\
     --evaluation.inception_checkpoint weights-inception-2015-12-05-6726825d.pth --evaluation.json_path result.json
-torchrun --nproc_per_node=8 recipes/evaluate.py --config evaluate.toml
+torchrun --nproc_per_node=8 -m grpo evaluate --config evaluate.toml
 """
 
+if __name__ == "__main__":  # before the imports, so that --help does without torch
+    from grpo.__main__ import run_job
+
+    run_job("evaluate")
+
 import json
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the package grpo
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from grpo.config import EvaluateRecipe, Evaluation, load_recipe
+from grpo.config import EvaluateRecipe, load_recipe
 from grpo.data import build_dataset
 from grpo.evaluation import (
-    ClassifierJudge,
     DatasetImages,
-    DrawnImages,
     ImageSource,
-    InceptionJudge,
-    Judge,
-    classes_in_turn,
     describe_classes,
     evaluate_images,
     fingerprint,
+    judge_files,
+    load_judges,
     make_writable,
     open_images,
 )
-from grpo.models import load_classifier
+from grpo.jobs.generate import drawn_images
 from grpo.observe import environment, progress
-from grpo.parallel import World, distributed, run_main
-from grpo.training.image_sampler import load_sampler
+from grpo.parallel import World, distributed
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -49,39 +46,27 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     config = recipe.evaluation
     if config.json_path is not None and world.is_main:
         make_writable(config.json_path, key="evaluation.json_path")
-    judges = build_judges(config, world)
-    reward = None
-    if config.reward_checkpoint is not None:
-        reward = ClassifierJudge(load_classifier(config.reward_checkpoint).to(world.device))
+    judges = load_judges(config, device=world.device)
+    reward = judges.pop("reward", None)
     reference = open_reference(recipe)
-    images = open_evaluated(recipe, world)
-    metrics = {
-        name: evaluate_images(
-            images,
-            reference,
-            judge,
-            batch_size=config.batch_size,
-            device=world.device,
-            reward=reward,
-            nearest_k=config.nearest_k,
-            kid_subset_size=config.kid_subset_size,
-            kid_subsets=config.kid_subsets,
-            progress=partial(progress, description=f"look at images ({name})", show=world.is_main),
+    if config.images is None:
+        images = drawn_images(recipe, config.num_images, device=world.device)
+    else:
+        images = open_images(config.images, limit=config.num_images)
+    metrics = {}
+    for name, judge in judges.items():
+        show = partial(progress, description=f"look at images ({name})", show=world.is_main)
+        metrics[name] = evaluate_images(
+            images, reference, judge, settings=config, device=world.device, reward=reward, progress=show
         )
-        for name, judge in judges.items()
-    }
-    if world.is_main:
-        report(recipe, metrics, images=images, reference=reference, world=world)
-
-
-def build_judges(config: Evaluation, world: World) -> dict[str, Judge]:
-    """The networks that look at the images, by name."""
-    judges: dict[str, Judge] = {}
-    if config.feature_checkpoint is not None:
-        judges["classifier"] = ClassifierJudge(load_classifier(config.feature_checkpoint).to(world.device))
-    if config.inception_checkpoint is not None:
-        judges["inception"] = InceptionJudge(config.inception_checkpoint, device=world.device)
-    return judges
+    if not world.is_main:
+        return
+    for name, values in metrics.items():
+        print(name, *(f"  {metric:<20} {value:.6g}" for metric, value in values.items()), sep="\n")
+    if config.json_path is not None:
+        result = {"metrics": metrics, **describe(recipe, images, reference), "processes": world.size}
+        Path(config.json_path).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {config.json_path}")
 
 
 def open_reference(recipe: EvaluateRecipe) -> ImageSource:
@@ -93,58 +78,24 @@ def open_reference(recipe: EvaluateRecipe) -> ImageSource:
     return DatasetImages(dataset, limit=config.num_reference_images)
 
 
-def open_evaluated(recipe: EvaluateRecipe, world: World) -> ImageSource:
-    """A folder or .npz, or images drawn from the model as they are looked at."""
-    config, sampling = recipe.evaluation, recipe.sampling
-    if config.images is not None:
-        return open_images(config.images, limit=config.num_images)
-    sampler = load_sampler(recipe.model, recipe.tokenizer, sampling, device=world.device)
-    classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
-    return DrawnImages(classes_in_turn(classes, config.num_images), sampler)
-
-
-def report(
-    recipe: EvaluateRecipe,
-    metrics: dict[str, dict[str, float]],
-    *,
-    images: ImageSource,
-    reference: ImageSource,
-    world: World,
-) -> None:
-    """Print the metrics and write them down with everything that they depend on."""
-    for judge, values in metrics.items():
-        print(judge, *(f"  {name:<20} {value:.6g}" for name, value in values.items()), sep="\n")
-    path = recipe.evaluation.json_path
-    if path is None:
-        return
-    result = {
-        "metrics": metrics,
-        "images": describe_evaluated(recipe, images),
-        "reference": describe_reference(recipe, reference),
-        "judges": {
-            name: fingerprint(file)
-            for name, file in {
-                "classifier": recipe.evaluation.feature_checkpoint,
-                "inception": recipe.evaluation.inception_checkpoint,
-                "reward": recipe.evaluation.reward_checkpoint,
-            }.items()
-            if file is not None
-        },
-        "settings": recipe.evaluation.model_dump(include={"nearest_k", "kid_subset_size", "kid_subsets"}),
-        "processes": world.size,
+def describe(recipe: EvaluateRecipe, images: ImageSource, reference: ImageSource) -> dict[str, object]:
+    """Everything that the metrics depend on: files, checkpoints, how images were drawn, settings, versions."""
+    config = recipe.evaluation
+    return {
+        "images": {**describe_images(recipe), **describe_classes(images)},
+        "reference": {**describe_reference(recipe, reference), **describe_classes(reference)},
+        "judges": {name: fingerprint(file) for name, file in judge_files(config).items()},
+        "settings": config.model_dump(include={"nearest_k", "kid_subset_size", "kid_subsets"}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **environment(),
     }
-    Path(path).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {path}")
 
 
-def describe_evaluated(recipe: EvaluateRecipe, images: ImageSource) -> dict[str, object]:
+def describe_images(recipe: EvaluateRecipe) -> dict[str, object]:
     """What was measured: the files, or the checkpoints and how images were drawn from them."""
-    config, sampling = recipe.evaluation, recipe.sampling
-    counted = describe_classes(images)
-    if config.images is not None:
-        return {"source": fingerprint(config.images), "resize": "none", **counted}
+    sampling = recipe.sampling
+    if recipe.evaluation.images is not None:
+        return {"source": fingerprint(recipe.evaluation.images), "resize": "none"}
     return {
         "source": {
             "model": {"spec": recipe.model.name, **fingerprint(recipe.model.checkpoint)},
@@ -152,25 +103,15 @@ def describe_evaluated(recipe: EvaluateRecipe, images: ImageSource) -> dict[str,
         },
         "sampler": {"method": "autoregressive", **sampling.model_dump(exclude={"class_ids", "resize_to"})},
         "resize": "none" if sampling.resize_to is None else f"bicubic, antialiased, to {sampling.resize_to}",
-        **counted,
     }
 
 
 def describe_reference(recipe: EvaluateRecipe, reference: ImageSource) -> dict[str, object]:
     """What it was measured against."""
     path = recipe.evaluation.reference
-    if path is not None:
-        published = reference.inception_statistics is not None
-        statistics = "mu and sigma of the file (Inception only)" if published else "of the images"
-        return {
-            "source": fingerprint(path),
-            "resize": "none",
-            "statistics": statistics,
-            **describe_classes(reference),
-        }
-    data = recipe.data.model_dump(include={"name", "path", "split"})
-    return {"source": data, "resize": f"centre crop to {recipe.data.image_size}", **describe_classes(reference)}
-
-
-if __name__ == "__main__":
-    run_main(main)
+    if path is None:
+        data = recipe.data.model_dump(include={"name", "path", "split"})
+        return {"source": data, "resize": f"centre crop to {recipe.data.image_size}"}
+    published = reference.inception_statistics is not None
+    statistics = "mu and sigma of the file (Inception only)" if published else "of the images"
+    return {"source": fingerprint(path), "resize": "none", "statistics": statistics}

@@ -1,26 +1,27 @@
 """Images from a trained generator: a PNG grid, a folder of PNGs, an .npz.
 
-python recipes/generate.py --model.checkpoint gpt.pt --tokenizer.checkpoint vq.pt --output.grid grid.png
-torchrun --nproc_per_node=8 recipes/generate.py --config sample.toml --output.npz samples.npz --output.num_images 50000
+grpo generate --model.checkpoint gpt.pt --tokenizer.checkpoint vq.pt --output.grid grid.png
+torchrun --nproc_per_node=8 -m grpo generate --config sample.toml --output.npz samples.npz --output.num_images 50000
 """
 
-import sys
+if __name__ == "__main__":  # before the imports, so that --help does without torch
+    from grpo.__main__ import run_job
+
+    run_job("generate")
+
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the package grpo
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
 
-from grpo.config import GenerateRecipe, Output, UserError, load_recipe
-from grpo.evaluation import DrawnImages, NpzWriter, batches_in_order, classes_in_turn, make_writable, save_pngs
+from grpo.config import EvaluateRecipe, GenerateRecipe, Output, UserError, load_recipe
+from grpo.evaluation import DrawnImages, NpzWriter, batches_in_order, classes_in_turn, make_writable, saving_pngs
 from grpo.observe import image_grid, progress
-from grpo.parallel import World, barrier, distributed, run_main
-from grpo.training.image_sampler import load_sampler
+from grpo.parallel import World, barrier, distributed
+from grpo.rollout import load_sampler
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,28 +33,19 @@ def main(arguments: Sequence[str]) -> None:
 
 def draw_images(recipe: GenerateRecipe, world: World) -> None:
     """The whole job on this rank; the images do not depend on the number of ranks."""
-    output, sampling = recipe.output, recipe.sampling
+    output = recipe.output
     if world.is_main:
         prepare(output)
     barrier()  # the folder is there
-    sampler = load_sampler(recipe.model, recipe.tokenizer, sampling, device=world.device)
-
-    def draw(class_ids: Tensor, row_ids: Tensor) -> Tensor:
-        pixels = sampler(class_ids, row_ids)
-        if output.folder is not None:
-            save_pngs(output.folder, pixels, row_ids)
-        return pixels
-
-    classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
-    images = DrawnImages(classes_in_turn(classes, output.num_images), draw)
-    side = sampling.resize_to or sampling.image_size
+    images = drawn_images(recipe, output.num_images, device=world.device)
+    if output.folder is not None:
+        images = DrawnImages(images.condition, saving_pngs(images.draw, output.folder))
+    side = recipe.sampling.resize_to or recipe.sampling.image_size
+    writes_npz = output.npz is not None and world.is_main
     show = partial(progress, description="generate", show=world.is_main)
     kept: list[Tensor] = []
-    with ExitStack() as stack:
-        npz = None
-        if output.npz is not None and world.is_main:
-            npz = stack.enter_context(NpzWriter(output.npz, images.class_ids, size=(side, side)))
-        for pixels in batches_in_order(images, batch_size=sampling.batch_size, progress=show):
+    with NpzWriter(output.npz, images.class_ids, size=(side, side)) if writes_npz else nullcontext() as npz:
+        for pixels in batches_in_order(images, batch_size=recipe.sampling.batch_size, progress=show):
             if npz is not None:
                 npz.write(pixels)
             if output.grid is not None:
@@ -63,6 +55,14 @@ def draw_images(recipe: GenerateRecipe, world: World) -> None:
             image_grid(torch.cat(kept), columns=output.grid_columns).save(output.grid)
         written = [path for path in (output.grid, output.folder, output.npz) if path is not None]
         print(f"{output.num_images} images: {', '.join(written)}")
+
+
+def drawn_images(recipe: GenerateRecipe | EvaluateRecipe, count: int, *, device: torch.device) -> DrawnImages:
+    """Images that the recipe's generator draws when they are looked at; their `draw` is its `ImageSampler`."""
+    sampling = recipe.sampling
+    classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
+    sampler = load_sampler(recipe.model, recipe.tokenizer, sampling, device=device)
+    return DrawnImages(classes_in_turn(classes, count), sampler)
 
 
 def prepare(output: Output) -> None:
@@ -77,7 +77,3 @@ def prepare(output: Output) -> None:
             raise UserError(f"output.{key} {path} must end in {suffix}")
         if path is not None:
             make_writable(path, key=f"output.{key}")
-
-
-if __name__ == "__main__":
-    run_main(main)

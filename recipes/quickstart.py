@@ -1,11 +1,21 @@
 """From nothing to an image generator that GRPO has improved, in minutes: digits, on two CPU cores or one GPU.
 
-python recipes/quickstart.py
-python recipes/quickstart.py --recipe vapi --seed 1
+grpo quickstart [--recipe class|vapi] [--seed N] [--run-dir FOLDER] [--configs FOLDER]
 
-Every phase is a job with a recipe of its own in train_configs/quickstart and can be run by its own script as well. A
-finished phase is not done again unless its recipe, or a phase that it builds on, has changed.
+--recipe    class (default): free-running samples, rewarded by a classifier; vapi: teacher-forced, rewarded by likeness
+--seed      of tokenizer, generator and GRPO; default 0
+--run-dir   default runs/quickstart
+--configs   folder of the phases' recipes: a changed copy of train_configs/quickstart, which is the default
+
+Every phase is a job with a recipe of its own in train_configs/quickstart and can be run by itself as well, for instance
+`grpo pretrain --config quickstart/pretrain`. A finished phase is not done again unless its recipe, or a phase that it
+builds on, has changed.
 """
+
+if __name__ == "__main__":  # before the imports, so that --help does without torch
+    from grpo.__main__ import run_job
+
+    run_job("quickstart")
 
 import argparse
 import json
@@ -18,14 +28,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
-if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the package grpo
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from grpo.config import (
+    SHIPPED_RECIPES,
     ClassifierRecipe,
     EvaluateRecipe,
     GRPORecipe,
@@ -39,15 +47,15 @@ from grpo.data import build_dataset
 from grpo.evaluation import ClassifierJudge, DatasetImages, DrawnImages, classes_in_turn, compare, measure_images
 from grpo.models import load_classifier
 from grpo.observe import image_grid, progress, write_report
-from grpo.parallel import World, distributed, run_main
+from grpo.jobs.pretrain import train as train_generator
+from grpo.jobs.train_classifier import train as train_classifier
+from grpo.jobs.train_grpo import train as train_policy
+from grpo.jobs.train_tokenizer import train as train_tokenizer
+from grpo.parallel import World, distributed
+from grpo.rollout import load_sampler
 from grpo.training import EXPORT_NAME, Phase, run_phases
-from grpo.training.image_sampler import load_sampler
-from recipes.grpo import train as train_policy
-from recipes.pretrain import train as train_generator
-from recipes.train_classifier import train as train_classifier
-from recipes.train_tokenizer import train as train_tokenizer
 
-CONFIGS = Path(__file__).resolve().parents[1] / "train_configs" / "quickstart"
+CONFIGS = SHIPPED_RECIPES / "quickstart"
 GUIDANCE = 1.5  # of the control row: what sampling alone can do without GRPO
 GRID_NAME, GRID_IMAGES, GRID_COLUMNS = "samples.png", 100, 20
 TIMEOUT_SECONDS = 600
@@ -75,9 +83,9 @@ NOTES = [
 ]
 
 NEXT = {
-    "class": "Next: the teacher-forced recipe on the same base model, python recipes/quickstart.py --recipe vapi; or "
+    "class": "Next: the teacher-forced recipe on the same base model, grpo quickstart --recipe vapi; or "
     "set aux_ce_weight = 0 in a copy of train_configs/quickstart (--configs) and watch recall fall.",
-    "vapi": "Next: the free-running recipe on the same base model, python recipes/quickstart.py; or your own images, "
+    "vapi": "Next: the free-running recipe on the same base model, grpo quickstart; or your own images, "
     "docs/quickstart.md.",
 }
 
@@ -86,11 +94,11 @@ def main(arguments: Sequence[str]) -> None:
     """Read the flags, join the process group, do what is not done yet, report."""
     options = parse(arguments)
     if "RANK" not in os.environ and not torch.cuda.is_available() and (os.cpu_count() or 1) >= CPU_RANKS:
-        plan(options, ranks=CPU_RANKS)  # a mistake in the recipes is told before anything is started
+        plan(options)  # a mistake in the recipes is told before anything is started
         start_on_cpu(arguments)
     started = time.perf_counter()
     with distributed(TIMEOUT_SECONDS) as world:
-        phases = plan(options, ranks=world.size)
+        phases = plan(options)
         console = Console(quiet=not world.is_main, highlight=False)
         run_phases(phases, world, say=partial(console.print, markup=False))
         if world.is_main:
@@ -98,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def start_on_cpu(arguments: Sequence[str]) -> NoReturn:
-    """Become the launcher of this script on two ranks of one thread.
+    """Become the launcher of this job on two ranks of one thread.
 
     On a CPU they are faster than one rank of two threads, whose small operations mostly wait for each other; and where
     other programs use the cores too, such waiting made training ten times slower. A rank that is lost costs its phase.
@@ -106,37 +114,27 @@ def start_on_cpu(arguments: Sequence[str]) -> NoReturn:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={CPU_RANKS}", "--max-restarts=3"]
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, __file__, *arguments])
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "grpo", "quickstart", *arguments])
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--recipe",
-        choices=("class", "vapi"),
-        default="class",
-        help="class: free-running samples, rewarded by a classifier; vapi: teacher-forced, rewarded by likeness",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of tokenizer, generator and GRPO; default 0")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"), help="default runs/quickstart")
-    parser.add_argument(
-        "--configs",
-        type=Path,
-        default=CONFIGS,
-        help="folder of the phases' recipes; give a changed copy of train_configs/quickstart, the default",
-    )
+    parser = argparse.ArgumentParser(prog="grpo quickstart", allow_abbrev=False, add_help=False)
+    parser.add_argument("--recipe", choices=("class", "vapi"), default="class")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--configs", type=Path, default=CONFIGS)
     return parser.parse_args(arguments)
 
 
-def plan(options: argparse.Namespace, *, ranks: int) -> list[Phase]:
+def plan(options: argparse.Namespace) -> list[Phase]:
     """The phases in their order, each reading what those before it have written."""
     improved = "grpo" if options.recipe == "class" else "grpo_vapi"
-    make = partial(phase, options.run_dir, options.configs, ranks)
+    make = partial(phase, options.run_dir, options.configs)
     seed = {"training.seed": options.seed}
     tokenizer = {"tokenizer.checkpoint": "tokenizer"}
     base = {**tokenizer, "model.checkpoint": "pretrain"}
-    reward = {"reward.classifier_checkpoint": "classifier_reward"} if options.recipe == "class" else {}
+    reward = {"reward.class_log_prob.checkpoint": "classifier_reward"} if options.recipe == "class" else {}
     judges = {
         "evaluation.reward_checkpoint": "classifier_reward",
         "evaluation.feature_checkpoint": "classifier_judge",
@@ -159,7 +157,6 @@ def plan(options: argparse.Namespace, *, ranks: int) -> list[Phase]:
 def phase(
     run_dir: Path,
     configs: Path,
-    ranks: int,
     name: str,
     title: str,
     recipe_class: type[Recipe],
@@ -171,7 +168,6 @@ def phase(
     """A phase with its recipe read from its file.
 
     Args:
-        ranks: processes that share each batch.
         inputs: key of the recipe that takes weights -> the phase that makes them.
         settings: other keys that are set from here.
     """
@@ -183,26 +179,9 @@ def phase(
         given = {"evaluation.json_path": product}
         title = f"Evaluation: {title}"
     given |= {key: run_dir / maker / EXPORT_NAME for key, maker in inputs.items()} | dict(settings)
-    load = partial(load_phase, recipe_class, configs / f"{file}.toml")
-    recipe = load(given)
-    for section in ("training", "rollout"):
-        if hasattr(recipe, section):
-            given[f"{section}.batch_size"] = share(getattr(recipe, section).batch_size, ranks)
-    recipe = load(given)
-    return Phase(title, recipe, job, product, tuple(inputs.values()))
-
-
-def load_phase(recipe_class: type[Recipe], file: Path, given: Mapping[str, object]) -> Recipe:
-    """The recipe of a file with some keys set."""
     flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-    return load_recipe(recipe_class, ["--config", str(file), *flags])
-
-
-def share(batch_size: int, ranks: int) -> int:
-    """Each rank's part of a batch: the recipes of the quickstart state the batch of the whole job."""
-    if batch_size % ranks:
-        raise UserError(f"the quickstart's batches of {batch_size} cannot be shared by {ranks} ranks; start 1, 2 or 4")
-    return batch_size // ranks
+    recipe = load_recipe(recipe_class, ["--config", str(configs / f"{file}.toml"), *flags])
+    return Phase(title, recipe, job, product, tuple(inputs.values()))
 
 
 def evaluate(recipe: EvaluateRecipe, world: World) -> None:
@@ -261,7 +240,3 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
     console.print(table)
     console.print(f"{page}: curves and samples. Done in {seconds / 60:.1f} minutes.", soft_wrap=True)
     console.print(NEXT[options.recipe], soft_wrap=True)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,24 +1,24 @@
 """Training of a small classifier, to reward a run or to judge its images.
 
-python recipes/train_classifier.py --config train_configs/quickstart/classifier_reward.toml
-torchrun --nproc_per_node=8 recipes/train_classifier.py --config train_configs/quickstart/classifier_reward.toml
+grpo classifier --config quickstart/classifier_reward
+torchrun --nproc_per_node=8 -m grpo classifier --config quickstart/classifier_reward
 """
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+if __name__ == "__main__":  # before the imports, so that --help does without torch
+    from grpo.__main__ import run_job
 
-if __name__ == "__main__":  # recipes/grpo.py would be imported in place of the package grpo
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    run_job("classifier")
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from grpo.config import ClassifierRecipe, load_recipe
-from grpo.data import build_dataset, build_stream
-from grpo.parallel import World, build_mesh, distributed, grad_scaler, gradient_sync, run_main, set_matmul_precision
-from grpo.training import MetricSums, OptimizerStep, TrainingRun, autocast, build_classifier
+from grpo.data import ImageBatch, build_dataset
+from grpo.parallel import World, distributed
+from grpo.training import TrainingRun, autocast, build_classifier, build_optimizer, minimise
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -30,46 +30,18 @@ def main(arguments: Sequence[str]) -> None:
 
 def train(recipe: ClassifierRecipe, world: World) -> None:
     """The whole job on this rank."""
-    training = recipe.training
-    set_matmul_precision(training.mixed_precision)
-    mesh = build_mesh(recipe.parallel, world)
-    dataset = build_dataset(recipe.data, num_classes=recipe.classifier.num_classes)
-    stream = build_stream(
-        dataset,
-        batch_size=training.batch_size * training.gradient_accumulation_steps,
-        seed=training.seed,
-        num_workers=recipe.data.num_workers,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    classifier = build_classifier(recipe, mesh=mesh, world=world).train()
-    step = OptimizerStep(
-        classifier,
-        recipe.optimizer,
-        total_steps=training.steps,
-        max_skipped_steps=training.max_skipped_steps,
-        scaler=grad_scaler(training.mixed_precision, world.device),
-    )
-    metrics = MetricSums()
-
     with TrainingRun(recipe, world, title="Classifier") as run:
-        run.start(model=classifier, step=step, stream=stream)
-        for number in run.steps():
-            with run.timer("data"):
-                images = next(stream).to(world.device)  # [B]
-            parts = images.parts(training.batch_size)
-            for index, batch in enumerate(parts):
-                gradient_sync(classifier, index == len(parts) - 1)
-                with run.timer("forward"), autocast(training, world.device):
-                    logits = classifier(shifted(batch.images, recipe.classifier.shift)).float()
-                loss = F.cross_entropy(logits, batch.class_ids)
-                with run.timer("backward"):
-                    step.backward(loss / len(parts))
-                metrics.add("loss", loss)
-                metrics.add("accuracy", (logits.argmax(dim=1) == batch.class_ids).sum(), len(logits))
-            for name, value in step().items():
-                metrics.add(name, value)
-            run.finish(number, metrics.means(), images=len(images.class_ids) * world.size)
+        dataset = build_dataset(recipe.data, num_classes=recipe.classifier.num_classes)
+        classifier = build_classifier(recipe, mesh=run.mesh, world=world).train()
+
+        def loss(batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            with run.timer("forward"), autocast(recipe.training, world.device):
+                logits = classifier(shifted(batch.images, recipe.classifier.shift)).float()
+            class_ids = batch.condition.class_ids
+            right = logits.argmax(dim=1) == class_ids
+            return F.cross_entropy(logits, class_ids), {"accuracy": right.double().mean()}
+
+        minimise(run, classifier, dataset, loss, optimizer=build_optimizer(classifier, recipe, world))
 
 
 def shifted(images: Tensor, limit: int) -> Tensor:
@@ -79,7 +51,3 @@ def shifted(images: Tensor, limit: int) -> Tensor:
     top, left = torch.randint(2 * limit + 1, (2,)).tolist()
     padded = F.pad(images, (limit,) * 4, mode="replicate")
     return padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,6 +1,8 @@
-"""The architecture: imports go one way, and importing the package costs nothing optional."""
+"""The architecture: imports go one way and in no circle, and importing the package costs nothing optional."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,69 +11,99 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A package may import from lower tiers only, never from its own or a higher one. A `__main__.py` is a program like
-# those in recipes/: nobody imports it, so it stands above all packages, wherever its name puts it.
+# A package may import from lower tiers only, never from its own or a higher one. The jobs are the folder recipes/, which
+# an installed package has as grpo.jobs; the command `grpo`, which starts them, knows them by name only.
 TIERS = [
     {"config"},
     {"kernels"},
     {"parallel"},
+    {"formats"},
     {"models"},
     {"rewards", "data"},
     {"rollout", "objectives", "checkpoint", "observe", "evaluation"},
+    {"estimate"},
     {"training"},
+    {"jobs"},
 ]
 TIER = {package: height for height, packages in enumerate(TIERS) for package in packages}
-FILES = sorted((ROOT / "grpo").rglob("*.py"))
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted((ROOT / "grpo").rglob("*.py"))
+    if "jobs" not in file.relative_to(ROOT).parts
+} | {f"grpo.jobs.{file.stem}": file for file in sorted((ROOT / "recipes").glob("*.py"))}
 
 
-def imported_packages(file: Path) -> set[str]:
-    """Packages of the project that a file imports, anywhere in it; fails on relative imports."""
+def imported_modules(file: Path) -> set[str]:
+    """Modules of the project that a file imports, anywhere in it; fails on relative imports."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports are absolute"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "grpo" else [node.module]
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else node.module for name in inside}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("grpo.")}
-        assert not any(name.split(".")[0] == "recipes" for name in names), f"{file}: the package imports a recipe"
-    return found
+            found |= {alias.name for alias in node.names}
+    assert not any(name.split(".")[0] == "recipes" for name in found), f"{file}: jobs are imported as grpo.jobs"
+    return {name for name in found if name.split(".")[0] == "grpo"}
+
+
+def imported_packages(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported_modules(file) if "." in name}
 
 
 def test_every_package_has_a_tier():
-    packages = {path.name for path in (ROOT / "grpo").iterdir() if (path / "__init__.py").exists()}
+    packages = {path.name for path in (ROOT / "grpo").iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert packages == set(TIER)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_go_one_way(file):
-    package = file.relative_to(ROOT / "grpo").parts[0]
-    if package == "__init__.py":
-        assert imported_packages(file) == set()
-        return
-    if file.name == "__main__.py":
-        assert imported_packages(file) <= set(TIER)
-        return
-    for other in imported_packages(file) - {package}:
-        assert TIER[other] < TIER[package], f"{file.relative_to(ROOT)} imports grpo.{other}"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    package = (*module.split("."), "")[1]
+    height = TIER.get(package, len(TIERS))  # grpo/__main__.py, the command
+    for other in imported_packages(MODULES[module]) - {package, "__main__"}:
+        assert TIER[other] < height, f"{module} imports grpo.{other}"
 
 
-def test_nobody_imports_a_program():
-    programs = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in FILES if file.name == "__main__.py"}
-    for file in FILES:
-        assert not any(program in file.read_text() for program in programs), file
+def test_there_is_no_circle_of_imports():
+    """Not between packages and not inside one; a package's own `__init__` only gathers what its files offer."""
+    graph = {
+        module: {name for name in imported_modules(file) if name in MODULES and name != "grpo.__main__"}
+        for module, file in MODULES.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_files_are_imported_through_their_package_or_by_their_own():
+    """A file never takes a name from its own package's `__init__`, which imports that file."""
+    for module, file in MODULES.items():
+        assert ".".join(module.split(".")[:2]) not in imported_modules(file) or module.count(".") == 1, module
 
 
 @pytest.mark.parametrize("name", ["gpt.py", "vq.py"])
 def test_models_know_nothing_of_the_project(name):
-    assert imported_packages(ROOT / "grpo" / "models" / name) == set()
+    assert imported_modules(ROOT / "grpo" / "models" / name) <= {"grpo.models.condition"}
 
 
 def test_kernels_import_nothing_of_the_project():
     for file in (ROOT / "grpo" / "kernels").rglob("*.py"):
         assert imported_packages(file) <= {"kernels"}, file
+
+
+def test_only_models_name_a_family():
+    """What is outside `models` takes any generator."""
+    for module, file in MODULES.items():
+        if not module.startswith("grpo.models"):
+            names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+            assert not names & {"GPT", "GPTConfig", "load_gpt"}, module
+
+
+def test_nobody_edits_the_path_or_names_an_issue():
+    for folder in ("grpo", "recipes", "benchmarks", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text()
+            if file != Path(__file__):
+                assert "sys.path" not in text, file
+                assert not re.search(r"\bissue \d", text, re.IGNORECASE), file
 
 
 def test_importing_everything_needs_neither_triton_nor_wandb():

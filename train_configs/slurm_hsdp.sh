@@ -1,10 +1,10 @@
 #!/bin/bash
 # A run on several hosts under SLURM: one torchrun agent a host, which starts one process a GPU.
 #
-#   sbatch --nodes=2 train_configs/slurm_hsdp.sh recipes/grpo.py --config train_configs/vapi_xxl_384_two_hosts.toml
+#   sbatch --nodes=2 train_configs/slurm_hsdp.sh train --config vapi_xxl_384_two_hosts
 #
-# Everything after the script's name is the job and its flags. Start it in the repository's root, with the environment
-# active that has the project installed; that folder and the run's folder must be the same on every host.
+# Everything after the script's name is the job and its flags, as after the command `grpo`. Start it with the
+# environment active that has the project installed, in a folder that every host sees, as it must see the run's.
 #SBATCH --job-name=grpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,7 +17,7 @@
 set -euo pipefail
 
 if [[ $# -eq 0 ]]; then
-    echo "usage: sbatch [options] $0 recipes/JOB.py --config FILE [--section.key VALUE ...]" >&2
+    echo "usage: sbatch [options] $0 JOB --config NAME [--section.key VALUE ...]" >&2
     exit 2
 fi
 
@@ -41,4 +41,4 @@ exec srun --kill-on-bad-exit=1 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node
     --rdzv-backend=c10d \
     --rdzv-endpoint="$first_host:$port" \
     --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-    "$@"
+    -m grpo "$@"

@@ -3,20 +3,20 @@
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from grpo.checkpoint.manifest import missing_files, read_manifest
+import torch
+
 from grpo.config import UserError
-from grpo.parallel.safe_checkpoint import METADATA_NAME
+from grpo.formats import METADATA_NAME, missing_files, read_manifest
 
 RUN_STATE_NAME = "run_state.json"
 STEP_NAME = "resume_step.txt"
 STATE_TYPE_NAME = "state_type.txt"
-CONSOLIDATED_NAME = "consolidated.pth"
-SAFETENSORS_NAME = "consolidated.safetensors"
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 _REQUIRED = (METADATA_NAME, RUN_STATE_NAME, STEP_NAME, STATE_TYPE_NAME)
@@ -32,17 +32,24 @@ def partial_folder(folder: Path, step: int) -> Path:
     return folder / f".step-{step:06d}.partial"
 
 
+def rank_file(path: Path, rank: int) -> Path:
+    """Where a rank keeps its own state."""
+    return path / f"rank-{rank:05d}.pth"
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint folder's name; -1 for any other name."""
     match = _STEP_FOLDER.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
-def incompleteness(path: Path) -> str | None:
-    """Why a folder is not a whole checkpoint; None when every file that was written is there in full length.
+def by_step(folder: Path) -> list[Path]:
+    """Everything in the folder with a checkpoint's name, the highest step first."""
+    return sorted((path for path in folder.glob("step-*") if step_of(path) >= 0), key=step_of, reverse=True)
 
-    The contents of the files are not read: see `manifest.damaged_files`.
-    """
+
+def incompleteness(path: Path) -> str | None:
+    """Why a folder is not a whole checkpoint; None when every file that was written is there in full length, unread."""
     try:
         sums = read_manifest(path)
     except UserError as error:
@@ -51,28 +58,51 @@ def incompleteness(path: Path) -> str | None:
     return f"{path} is incomplete: {', '.join(missing)} missing or cut short" if missing else None
 
 
-def by_step(folder: Path) -> list[Path]:
-    """Everything in the folder with a checkpoint's name, the highest step first."""
-    paths = [path for path in folder.glob("step-*") if step_of(path) >= 0]
-    return sorted(paths, key=step_of, reverse=True)
+def read_run_file(path: str | Path) -> dict[str, Any]:
+    """run_state.json. Raises a UserError if it is not there, or damaged."""
+    file = Path(path) / RUN_STATE_NAME
+    try:
+        state = json.loads(file.read_text())
+        if not {"run", "world_size"} <= state.keys():
+            raise ValueError("keys are missing")
+    except OSError as error:
+        raise UserError(f"{path} is not a checkpoint of a run: {RUN_STATE_NAME}: {error.strerror}.") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}): take another checkpoint.") from None
+    return state
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that its step can be written anew; an older one of the name goes."""
+def read_rank_file(path: str | Path, rank: int) -> dict[str, Any]:
+    """A rank's own state. Raises a UserError if it cannot be read, or not without running what is in it."""
+    file = rank_file(Path(path), rank)
+    try:
+        return torch.load(file, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file} cannot be read ({type(error).__name__}): take another checkpoint.") from error
+
+
+def set_aside(path: Path) -> str:
+    """Rename a damaged checkpoint, so that its step can be written anew; an older one of the name goes. Says so."""
     aside = path.with_name(f"{path.name}.damaged")
-    if aside.exists():
-        shutil.rmtree(aside)
-    path.rename(aside)
-    return aside
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+    except OSError as error:
+        return f"it could not be renamed ({error.strerror}), looking for the one before"
+    return f"renamed to {aside.name}, looking for the one before"
 
 
-def start_partial(folder: Path, step: int) -> Path:
-    """An empty folder to write a checkpoint into; what killed writers left behind is removed."""
+def start_partial(folder: Path, step: int) -> None:
+    """Make an empty folder to write a checkpoint into, where there is none of this step; leftovers are removed."""
+    final = step_folder(folder, step)
+    if final.exists():
+        raise UserError(
+            f"{final} exists and is not overwritten: resume from it, remove it, or choose another checkpoint.dir"
+        )
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
-    path = partial_folder(folder, step)
-    path.mkdir(parents=True)
-    return path
+    partial_folder(folder, step).mkdir(parents=True)
 
 
 def write_probe(folder: Path) -> str | None:
@@ -124,9 +154,8 @@ def remove_old(
     sign = 1 if best_is == "highest" else -1
     scores = {path: score_of(path) for path in (newest, *others)} if keep_best else {}
     ranked = sorted((path for path, score in scores.items() if score is not None), key=lambda p: -sign * scores[p])
-    kept = {*others[: keep_last - 1], *ranked[:keep_best]}
     for path in others:
-        if path not in kept:
+        if path not in {*others[: keep_last - 1], *ranked[:keep_best]}:
             doomed = path.with_name(f".{path.name}.removed")
             path.rename(doomed)  # at once, so that a half-deleted folder never looks like a checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
@@ -135,7 +164,7 @@ def remove_old(
 def score_of(path: Path) -> float | None:
     """What a checkpoint is ranked by for keep-best; None if it has no such number."""
     try:
-        score = json.loads((path / RUN_STATE_NAME).read_text()).get("score")
-    except (OSError, ValueError, AttributeError):
+        score = read_run_file(path).get("score")
+    except UserError:
         return None
     return float(score) if isinstance(score, int | float) and math.isfinite(score) else None

@@ -1,7 +1,6 @@
 """Save and resume a training run."""
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +16,21 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
-from grpo.checkpoint.manifest import MANIFEST_NAME, FileSum, damaged_files, file_sums, manifest_text, read_manifest
 from grpo.checkpoint.state import load_training_tensors, training_tensors
 from grpo.config import Checkpoint, UserError
-from grpo.models import save_weights
+from grpo.formats import (
+    MANIFEST_NAME,
+    METADATA_NAME,
+    FileSum,
+    SafeFileSystemReader,
+    damaged_files,
+    file_sums,
+    manifest_text,
+    read_manifest,
+    read_tensors,
+    save_weights,
+)
 from grpo.parallel import World, broadcast_object
-from grpo.parallel.safe_checkpoint import METADATA_NAME, SafeFileSystemReader, read_tensors
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class _Snapshot:
 
     step: int
     tensors: dict[str, Any]
+    sizes: Any  # the model's config, for weights in one file
     run_state: str
     rank_state: dict[str, Any]
 
@@ -77,20 +86,13 @@ class CheckpointManager:
                 written.
         """
         self.wait()
-        self._together(step, lambda: self._start(step))
+        self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
+        versions = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
         snapshot = _Snapshot(
             step=step,
             tensors=training_tensors(model, optimizer),
-            run_state=json.dumps(
-                {
-                    "step": step,
-                    "world_size": self.world.size,
-                    "torch": torch.__version__,
-                    "score": score,
-                    "run": run_state,
-                },
-                indent=1,
-            ),
+            sizes=getattr(model, "config", None),
+            run_state=json.dumps(versions | {"run": run_state}, indent=1),
             rank_state=dict(rank_state),
         )
         if not self.config.async_save:
@@ -100,11 +102,7 @@ class CheckpointManager:
         self._pending = self._executor.submit(self._write, copy)
 
     def wait(self) -> None:
-        """Return when no checkpoint is being written.
-
-        Raises:
-            UserError: it could not be written.
-        """
+        """Return when no checkpoint is being written. Raises a UserError if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -122,15 +120,11 @@ class CheckpointManager:
 
     def exist(self) -> bool:
         """Whether the folder holds a checkpoint, damaged or not. Collective."""
-        return broadcast_object(bool(folders.by_step(self.folder)) if self.world.is_main else None)
+        return self._on_main(lambda: bool(folders.by_step(self.folder)))
 
     def check_writable(self) -> None:
-        """Find out now, not at the first checkpoint, that nothing can be written. Collective.
-
-        Raises:
-            UserError: rank 0 cannot write into the folder.
-        """
-        problem = broadcast_object(folders.write_probe(self.folder) if self.world.is_main else None)
+        """Find out now, not at the first checkpoint, that rank 0 can write nothing: a UserError. Collective."""
+        problem = self._on_main(lambda: folders.write_probe(self.folder))
         if problem is not None:
             raise UserError(
                 f"checkpoints cannot be written to {self.folder}: {problem}; make it writable, or choose another "
@@ -150,18 +144,18 @@ class CheckpointManager:
             accept: takes no checkpoint for which rank 0 says no.
         """
         self.wait()
-        paths = [path for path in folders.by_step(self.folder) if accept(path)] if self.world.is_main else []
-        for path in broadcast_object(paths):
+        candidates = self._on_main(lambda: list(filter(accept, folders.by_step(self.folder))))
+        for path in candidates:
             problem = self.damage(path)
             if problem is None:
                 return path
-            tell(f"{problem}; {broadcast_object(_set_aside(path) if self.world.is_main else None)}")
+            tell(f"{problem}; {self._on_main(lambda path=path: folders.set_aside(path))}")
         return None
 
     def damage(self, path: str | Path) -> str | None:
         """What is wrong with a checkpoint's files, the same on every rank; None if nothing is. Collective."""
         path = Path(path)
-        problem = broadcast_object(folders.incompleteness(path) if self.world.is_main else None)
+        problem = self._on_main(lambda: folders.incompleteness(path))
         if problem is not None:
             return problem
         try:
@@ -169,17 +163,11 @@ class CheckpointManager:
             problem = f"{path} is damaged: {', '.join(damaged)} changed since it was written" if damaged else None
         except (OSError, UserError) as error:
             problem = f"{path} cannot be read on rank {self.world.rank}: {error}"
-        problems: list[str | None] = [None] * self.world.size
-        dist.all_gather_object(problems, problem, group=self._group)
-        return next((text for text in problems if text is not None), None)
+        return next((text for text in self._gather(problem) if text is not None), None)
 
     def read_run_state(self, path: str | Path) -> dict[str, Any]:
-        """The `run_state` of a checkpoint.
-
-        Raises:
-            UserError: not a checkpoint folder, or damaged.
-        """
-        return _read_run_file(path)["run"]
+        """The `run_state` of a checkpoint. Raises a UserError if this is no checkpoint folder, or a damaged one."""
+        return folders.read_run_file(path)["run"]
 
     def load(self, path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Overwrite weights and optimizer state by a checkpoint's, whatever the number of ranks that wrote it.
@@ -190,39 +178,26 @@ class CheckpointManager:
         Raises:
             UserError: incomplete, damaged, not to be trusted, or of another model.
         """
-        world_size = _read_run_file(path)["world_size"]
+        world_size = folders.read_run_file(path)["world_size"]
         load_training_tensors(model, optimizer, SafeFileSystemReader(path))
-        return _read_rank_file(path, self.world.rank) if world_size == self.world.size else None
-
-    def _start(self, step: int) -> None:
-        """Make room for a checkpoint on rank 0."""
-        if not self.world.is_main:
-            return
-        final = folders.step_folder(self.folder, step)
-        if final.exists():
-            raise UserError(
-                f"{final} exists and is not overwritten: resume from it, remove it, or choose another checkpoint.dir"
-            )
-        folders.start_partial(self.folder, step)
+        return folders.read_rank_file(path, self.world.rank) if world_size == self.world.size else None
 
     def _write(self, snapshot: _Snapshot) -> None:
         partial = folders.partial_folder(self.folder, snapshot.step)
         shares = self._together(snapshot.step, lambda: self._write_share(partial, snapshot))
-        self._together(snapshot.step, lambda: self._publish(partial, snapshot, shares))
+        self._together(snapshot.step, lambda: self.world.is_main and self._publish(partial, snapshot, shares))
 
     def _write_share(self, partial: Path, snapshot: _Snapshot) -> dict[str, FileSum]:
         """Write this rank's files; their checksums."""
         dcp.save(snapshot.tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
-        rank_file = partial / _rank_file_name(self.world.rank)
+        rank_file = folders.rank_file(partial, self.world.rank)
         torch.save(snapshot.rank_state, rank_file)
         folders.sync(rank_file)
         return file_sums([rank_file, *partial.glob(f"__{self.world.rank}_*.distcp")])
 
     def _publish(self, partial: Path, snapshot: _Snapshot, shares: list[dict[str, FileSum]]) -> None:
-        """Write what belongs to no rank in particular, and make the checkpoint visible; on rank 0."""
-        if not self.world.is_main:
-            return
-        written = [partial / METADATA_NAME, *self._write_consolidated(partial)]
+        """Write what belongs to no rank in particular, and make the checkpoint visible."""
+        written = [partial / METADATA_NAME, *self._write_consolidated(partial, snapshot.sizes)]
         for name, text in (
             (folders.RUN_STATE_NAME, snapshot.run_state),
             (folders.STEP_NAME, f"{snapshot.step}\n"),
@@ -236,38 +211,30 @@ class CheckpointManager:
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
         final = folders.step_folder(self.folder, snapshot.step)
         folders.publish(partial, final)
-        folders.remove_old(
-            self.folder,
-            keep_last=self.config.keep_last,
-            keep_best=self.config.keep_best,
-            best_is=self.config.best_is,
-            newest=final,
-        )
+        keep = {name: getattr(self.config, name) for name in ("keep_last", "keep_best", "best_is")}
+        folders.remove_old(self.folder, **keep, newest=final)
 
-    def _write_consolidated(self, partial: Path) -> list[Path]:
+    def _write_consolidated(self, partial: Path, sizes: Any) -> list[Path]:
         """The weights in one file, in the formats that the recipe asks for."""
-        formats = ((folders.CONSOLIDATED_NAME, not self.config.sharded),
-                   (folders.SAFETENSORS_NAME, self.config.safetensors))  # fmt: skip
-        paths = [partial / name for name, wanted in formats if wanted]
+        wanted = {"consolidated.pth": not self.config.sharded, "consolidated.safetensors": self.config.safetensors}
+        paths = [partial / name for name in wanted if wanted[name]]
         weights = read_tensors(partial, prefix="model.") if paths else {}
         for path in paths:
-            save_weights(path, weights)
+            save_weights(path, weights, config=sizes)
             folders.sync(path)
         return paths
 
     def _together(self, step: int, work: Callable[[], Any]) -> list[Any]:
-        """Do this rank's part and wait for all; if one fails, all raise its reason and what was written goes.
+        """Do this rank's part and wait for all; the results of all ranks.
 
-        Returns:
-            The results of all ranks.
+        If one fails, all raise its reason and what was written goes.
         """
         problem, result = None, None
         try:
             result = work()
         except (dcp.api.CheckpointException, UserError, OSError, RuntimeError) as error:
             problem = _reason(error)
-        outcomes: list[Any] = [None] * self.world.size
-        dist.all_gather_object(outcomes, (problem, result), group=self._group)
+        outcomes = self._gather((problem, result))
         first = next(((rank, text) for rank, (text, _) in enumerate(outcomes) if text is not None), None)
         if first is None:
             return [result for _, result in outcomes]
@@ -277,42 +244,20 @@ class CheckpointManager:
             f"The checkpoint of step {step} could not be written to {self.folder} (rank {first[0]}): {first[1]}."
         )
 
+    def _gather(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
-def _set_aside(path: Path) -> str:
-    try:
-        return f"renamed to {folders.set_aside(path).name}, looking for the one before"
-    except OSError as error:
-        return f"it could not be renamed ({error.strerror}), looking for the one before"
+    def _on_main(self, find: Callable[[], Any]) -> Any:
+        """What rank 0 finds, on every rank."""
+        return broadcast_object(find() if self.world.is_main else None)
 
 
 def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     options = StagingOptions(False, False, False, False)  # not pinned, shared, staged in the background, or unblocking
     return DefaultStager(options).stage(state)
-
-
-def _rank_file_name(rank: int) -> str:
-    return f"rank-{rank:05d}.pth"
-
-
-def _read_run_file(path: str | Path) -> dict[str, Any]:
-    file = Path(path) / folders.RUN_STATE_NAME
-    try:
-        state = json.loads(file.read_text())
-        if not {"run", "world_size"} <= state.keys():
-            raise ValueError("keys are missing")
-    except OSError as error:
-        raise UserError(f"{path} is not a checkpoint of a run: {folders.RUN_STATE_NAME}: {error.strerror}.") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): take another checkpoint.") from None
-    return state
-
-
-def _read_rank_file(path: str | Path, rank: int) -> dict[str, Any]:
-    file = Path(path) / _rank_file_name(rank)
-    try:
-        return torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read ({type(error).__name__}): take another checkpoint.") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -12,12 +12,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from grpo.config import UserError
+from grpo.formats import SafeFileSystemReader, safe_load
 from grpo.parallel import reshard
-from grpo.parallel.safe_checkpoint import SafeFileSystemReader, safe_load
 
 # Flat names, `state.<parameter>.exp_avg`, do not depend on the order of parameters or groups.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-_STATE_PREFIX = "state."
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -27,9 +26,8 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         {"model": by parameter name, "optimizer": by `state.<parameter>.<quantity>`}. Hyper-parameters of the
         optimizer are not state: they come from the recipe and its schedule.
     """
-    weights, optimizer_entries = _live_state(model, optimizer)
-    state = {name: value for name, value in optimizer_entries.items() if name.startswith(_STATE_PREFIX)}
-    return {"model": weights, "optimizer": state}
+    weights, entries = _live_entries(model, optimizer)
+    return {"model": weights, "optimizer": {name: entries[name] for name in entries if name.startswith("state.")}}
 
 
 def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, reader: SafeFileSystemReader) -> None:
@@ -38,34 +36,27 @@ def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, re
     Raises:
         UserError: the checkpoint is of another model or optimizer, or damaged.
     """
-    weights, optimizer_entries = _live_state(model, optimizer)
-    state = {name: value for name, value in optimizer_entries.items() if name.startswith(_STATE_PREFIX)}
+    weights, entries = _live_entries(model, optimizer)
+    state = {name: value for name, value in entries.items() if name.startswith("state.")}
     expected = {f"model.{name}" for name in weights} | {f"optimizer.{name}" for name in state}
-    _check_names(expected, set(reader.metadata.state_dict_metadata), reader)
+    found = set(reader.metadata.state_dict_metadata)
+    if expected != found:
+        missing, superfluous = sorted(expected - found), sorted(found - expected)
+        difference = f"lacks {missing[0]}" if missing else f"has {superfluous[0]}, which the model lacks"
+        raise UserError(
+            f"{reader.path} is a checkpoint of another model: it {difference} "
+            f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it."
+        )
     safe_load({"model": weights, "optimizer": state}, reader)
     set_state_dict(
-        model,
-        [optimizer],
-        model_state_dict=weights,
-        optim_state_dict={**optimizer_entries, **state},
-        options=_OPTIONS,
+        model, [optimizer], model_state_dict=weights, optim_state_dict={**entries, **state}, options=_OPTIONS
     )
 
 
-def _live_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def _live_entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     reshard(model)  # a forward without backward may have left parameters gathered
     if not optimizer.state:
         get_optimizer_state_dict(model, optimizer, options=_OPTIONS)  # allocates the state by a step of size zero
         for state in optimizer.state.values():
             state["step"].zero_()  # which must not count
     return get_state_dict(model, [optimizer], options=_OPTIONS)
-
-
-def _check_names(expected: set[str], found: set[str], reader: SafeFileSystemReader) -> None:
-    missing, superfluous = sorted(expected - found), sorted(found - expected)
-    if missing or superfluous:
-        difference = f"lacks {missing[0]}" if missing else f"has {superfluous[0]}, which the model lacks"
-        raise UserError(
-            f"{reader.path} is a checkpoint of another model: it {difference} "
-            f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it."
-        )

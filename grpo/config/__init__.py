@@ -1,6 +1,8 @@
 """Recipes: typed sections from TOML and flags. Only this package knows of TOML and of the command line."""
 
 from grpo.config.errors import UserError
+from grpo.config.flags import help_topics
+from grpo.config.help import help_text
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
 from grpo.config.load import job_of_file, load_recipe, recipe_from_toml
 from grpo.config.recipes import (
@@ -14,8 +16,12 @@ from grpo.config.recipes import (
     Recipe,
     TokenizerRecipe,
     TrainingRecipe,
+    changes_that_matter,
     differences,
 )
+from grpo.config.reward_kinds import REWARD_KINDS, reward_class
+from grpo.config.reward_sections import Rewards, RewardTable
+from grpo.config.schedule import Schedule
 from grpo.config.sections import (
     ActivationCheckpoint,
     Checkpoint,
@@ -27,48 +33,9 @@ from grpo.config.sections import (
     Objective,
     Optimizer,
     Parallel,
-    Reward,
     Rollout,
     Section,
     Tokenizer,
     Training,
 )
-
-__all__ = [
-    "RECIPES",
-    "ActivationCheckpoint",
-    "Checkpoint",
-    "Classifier",
-    "ClassifierRecipe",
-    "Compile",
-    "Convert",
-    "ConvertRecipe",
-    "Data",
-    "Debug",
-    "EvaluateRecipe",
-    "Evaluation",
-    "GRPORecipe",
-    "GenerateRecipe",
-    "Metrics",
-    "Model",
-    "Objective",
-    "Optimizer",
-    "Output",
-    "Parallel",
-    "PretrainRecipe",
-    "Recipe",
-    "Reward",
-    "Rollout",
-    "Sampling",
-    "Section",
-    "Tokenizer",
-    "TokenizerLoss",
-    "TokenizerRecipe",
-    "Training",
-    "TrainingRecipe",
-    "UserError",
-    "differences",
-    "job_of_file",
-    "load_recipe",
-    "recipe_from_toml",
-]
+from grpo.config.shipped import SHIPPED_RECIPES, recipe_path

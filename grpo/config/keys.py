@@ -1,70 +1,101 @@
 """What is known about every key of a recipe, in words: for the help, the documentation and the error lines."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from grpo.config.recipes import Recipe
-from grpo.config.sections import LARGEST_INT, LARGEST_SEED
+from grpo.config.reward_sections import RewardTable
+from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
 
-SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
 UNNAMED_BOUNDS = (Le(LARGEST_INT), Le(LARGEST_SEED))  # of no interest until someone exceeds them
 BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
 
 
 @dataclass(frozen=True)
 class Key:
-    """One `section.key`.
+    """One `section.key`."""
 
-    Args:
-        name: `section.key`.
-        allowed: the values it takes, in words that follow "must be".
-        default: its default as a recipe file writes it, or none.
-        meaning: its documentation, on one line.
-        is_switch: true or false.
-        is_optional: may be none.
-    """
-
+    section: str
+    """Name of its section; that of a reward's table is reward.NAME."""
     name: str
-    allowed: str
-    default: str
-    meaning: str
-    is_switch: bool
-    is_optional: bool
+    """Its own name in the section."""
+    field: FieldInfo
+    is_path: bool = False
+    """Whether it names a file relative to the recipe's."""
+
+    def __str__(self) -> str:
+        return f"{self.section}.{self.name}"
 
     @property
-    def section(self) -> str:
-        """Name of its section."""
-        return self.name.partition(".")[0]
+    def allowed(self) -> str:
+        """The values it takes, in words that follow "must be"."""
+        return _allowed(self.field.annotation, tuple(self.field.metadata))
+
+    @property
+    def default(self) -> str | None:
+        """Its default as a recipe file writes it, or none; None where a value is required."""
+        return None if self.field.is_required() else toml_value(self.field.get_default(call_default_factory=True))
+
+    @property
+    def meaning(self) -> str:
+        """Its documentation, on one line."""
+        return " ".join((self.field.description or "").split())
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether its flag may stand alone."""
+        return self.field.annotation is bool
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether it may be none."""
+        return NoneType in get_args(self.field.annotation)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its value is a table of free keys, [reward.NAME.key]."""
+        return get_origin(self.field.annotation) is dict
+
+    def convert(self, value: Any, *, is_text: bool) -> Any:
+        """The value in the type of the key. Flags are text; a recipe file has types, which must be right.
+
+        Raises:
+            ValidationError: it is not allowed.
+        """
+        adapter = TypeAdapter(
+            Annotated[self.field.annotation, self.field],
+            config=ConfigDict(str_min_length=Section.model_config["str_min_length"]),
+        )
+        return adapter.validate_strings(value) if is_text else adapter.validate_python(value, strict=True)
+
+
+def section_keys(name: str, section: type[Section]) -> dict[str, Key]:
+    """Every key of a section by its full name; the rewards' tables are no key."""
+    paths = section.path_keys if issubclass(section, RewardTable) else ()
+    fields = section.model_fields.items()
+    keys = [Key(name, key, field, is_path=key in paths) for key, field in fields if key != "tables"]
+    return {str(key): key for key in keys}
 
 
 def recipe_keys(recipe_class: type[Recipe]) -> dict[str, Key]:
-    """Every key of a recipe by its name, in the order of the file."""
-    return {
-        key.name: key
-        for section_name, section in recipe_class.sections().items()
-        for key in (_describe(f"{section_name}.{name}", field) for name, field in section.model_fields.items())
-    }
+    """Every key of a recipe by its name, in the order of the file, but those of the rewards' tables."""
+    sections: Mapping[str, type[Section]] = recipe_class.sections()
+    return {name: key for title, section in sections.items() for name, key in section_keys(title, section).items()}
 
 
 def toml_value(value: object) -> str:
     """The value as a recipe file writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(entry)}" for key, entry in value.items()) + "}"
     return "none" if value is None else tomli_w.dumps({"key": value}).removeprefix("key = ").rstrip()
-
-
-def _describe(name: str, field: FieldInfo) -> Key:
-    return Key(
-        name=name,
-        allowed=_allowed(field.annotation, tuple(field.metadata)),
-        default=toml_value(field.default),
-        meaning=" ".join(field.description.split()),
-        is_switch=field.annotation is bool,
-        is_optional=NoneType in get_args(field.annotation),
-    )
 
 
 def _allowed(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
@@ -77,6 +108,8 @@ def _allowed(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return " or ".join(_allowed(choice) for choice in arguments)
     if origin is list:
         return f"a list, each {_allowed(arguments[0])}"
+    if origin is dict:
+        return "a table"
     if annotation is NoneType:
         return "none"
     bounds = [BOUNDS[type(item)] + (item,) for item in metadata if type(item) in BOUNDS and item not in UNNAMED_BOUNDS]

@@ -1,18 +1,23 @@
 """Settings that have no effect next to the others: worth a line to the user, not an error."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 
-from typing import TYPE_CHECKING
+from grpo.config.job_sections import Evaluation, Sampling, TokenizerLoss
+from grpo.config.reward_sections import Rewards
+from grpo.config.sections import (
+    Checkpoint,
+    Metrics,
+    Model,
+    Objective,
+    Optimizer,
+    Rollout,
+    Section,
+    Tokenizer,
+)
 
-from grpo.config.checks import active_rewards, changed
 
-if TYPE_CHECKING:
-    from grpo.config.recipes import EvaluateRecipe, GRPORecipe, TokenizerRecipe, TrainingRecipe
-
-
-def training_notes(recipe: TrainingRecipe) -> list[str]:
-    """Optimizer, parallelism, checkpoints and Weights & Biases."""
-    optimizer, checkpoint, metrics = recipe.optimizer, recipe.checkpoint, recipe.metrics
+def training_notes(optimizer: Optimizer, checkpoint: Checkpoint, metrics: Metrics) -> list[str]:
+    """Optimizer, checkpoints and Weights & Biases."""
     idle = []
     if optimizer.schedule == "one_cycle" and optimizer.warmup_steps:
         idle.append(("optimizer.warmup_steps", "one_cycle has its own warm-up"))
@@ -28,9 +33,8 @@ def training_notes(recipe: TrainingRecipe) -> list[str]:
     return notes
 
 
-def grpo_notes(recipe: GRPORecipe) -> list[str]:
+def grpo_notes(rollout: Rollout, objective: Objective, rewards: Rewards) -> list[str]:
     """Switches of the rollout and of the objective that are off, or that the others make void."""
-    rollout, objective, reward = recipe.rollout, recipe.objective, recipe.reward
     idle = []
     if objective.kl_estimator == "none":
         off = 'the KL term is off (objective.kl = "none")'
@@ -45,33 +49,34 @@ def grpo_notes(recipe: GRPORecipe) -> list[str]:
         idle.append(("rollout.guidance_in_loss", "guidance is off (rollout.cfg_scale = 1)"))
     if rollout.max_rows and rollout.mode == "teacher_forced":
         idle.append(("rollout.max_rows", "teacher-forced rollouts have no cache"))
-    if reward.embedding_cosine != bool(reward.embedding_cosine_weight):
-        missing = "reward.embedding_cosine is off" if reward.embedding_cosine_weight else "its weight is 0"
-        idle.append(("reward.embedding_cosine", missing))
-    if reward.classifier_checkpoint and not reward.class_log_prob_weight:
-        idle.append(("reward.classifier_checkpoint", "reward.class_log_prob_weight is 0"))
-    if objective.advantage == "gdpo" and len(active_rewards(reward)) == 1:
+    idle += [(f"reward.{name}", "its weight is 0") for name in rewards.tables if name not in rewards.active]
+    if objective.advantage == "gdpo" and len(rewards.active) == 1:
         idle.append(('objective.advantage = "gdpo"', "with one reward it is group_std"))
     return _without_effect(idle)
 
 
-def tokenizer_notes(recipe: TokenizerRecipe) -> list[str]:
+def tokenizer_notes(loss: TokenizerLoss) -> list[str]:
     """Settings of the moving average where the codebook is trained by gradient."""
-    loss = recipe.tokenizer_loss
     if loss.codebook_update == "ema":
         return []
     keys = [key for key in changed(loss) if key in ("codebook_ema", "restart_threshold")]
     return _without_effect([(f"tokenizer_loss.{key}", 'codebook_update is "gradient"') for key in keys])
 
 
-def evaluation_notes(recipe: EvaluateRecipe) -> list[str]:
+def evaluation_notes(evaluation: Evaluation, sampling: Sampling, model: Model, tokenizer: Tokenizer) -> list[str]:
     """Settings of sampling where images are given."""
-    if recipe.evaluation.images is None:
+    if evaluation.images is None:
         return []
-    idle = [f"sampling.{key}" for key in changed(recipe.sampling)]
-    idle += [f"{name}.checkpoint" for name in ("model", "tokenizer") if getattr(recipe, name).checkpoint]
+    idle = [f"sampling.{key}" for key in changed(sampling)]
+    idle += [f"{name}.checkpoint" for name, part in (("model", model), ("tokenizer", tokenizer)) if part.checkpoint]
     return _without_effect([(key, "evaluation.images are not drawn from a model") for key in idle])
 
 
-def _without_effect(idle: list[tuple[str, str]]) -> list[str]:
+def changed(section: Section) -> list[str]:
+    """Keys of a section that are not at their defaults."""
+    default = type(section)()
+    return [key for key in type(section).model_fields if getattr(section, key) != getattr(default, key)]
+
+
+def _without_effect(idle: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{key} has no effect: {reason}" for key, reason in idle]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from grpo.config.errors import UserError
-from grpo.config.sections import Objective, Rewards, Rollout, Training
+from grpo.config.sections import Objective, Rollout, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,13 @@ class Schedule:
 
     @classmethod
     def of(
-        cls, *, rollout: Rollout, training: Training, objective: Objective, ranks: int, whole_batch_rewards: bool = False
+        cls,
+        *,
+        rollout: Rollout,
+        training: Training,
+        objective: Objective,
+        ranks: int,
+        whole_batch_rewards: bool = False,
     ) -> Self:
         """The schedule of a recipe on so many ranks.
 

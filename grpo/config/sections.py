@@ -3,13 +3,13 @@
 A section is a frozen pydantic model; the string under a field is its documentation and appears in `--help`. Defaults
 are those of the reference trainer (VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines
 mean the same here. Checks that need one key only live with the field; checks across keys live in `checks.py`.
-Sections that belong to one job are in `job_sections.py`.
+Sections that belong to one job are in `job_sections.py`, those of the rewards in `reward_sections.py`.
 """
 
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, FiniteFloat, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
 LARGEST_SEED = 2**63 - 1
@@ -103,6 +103,11 @@ class Data(Section):
     max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the images come with the project and need no path."""
+        return self.name in ("digits", "synthetic")
+
 
 class Rollout(Section):
     """How completions are drawn from the policy."""
@@ -143,31 +148,6 @@ class Rollout(Section):
     def context_noise_share(self) -> float:
         """Share of the context tokens that are replaced: `context_noise` where it is switched on, else 0."""
         return self.context_noise if self.use_context_noise else 0.0
-
-
-class RewardTable(Section):
-    """What every reward's table [reward.NAME] has; a kind adds keys of its own."""
-
-    kind: str
-    """What is rewarded, a name of the registry; the table's own name unless given."""
-    weight: FiniteFloat = 1.0
-    """Its weight in the sum of rewards; 0 switches it off."""
-
-
-class Rewards(Section):
-    """The weighted sum of rewards of one completion; each reward is a table of its own, [reward.NAME]."""
-
-    batch_size: Annotated[NonNegativeInt, MayChange] = 64
-    """Completions decoded and scored at once on each rank; 0 is what fits into a GPU's memory, and 64 on a CPU."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the decoder and the networks that reward; auto is bf16 on a GPU and fp32 on a CPU."""
-    tables: dict[str, SerializeAsAny[RewardTable]] = {}
-    """Name -> table; not a key itself."""
-
-    @property
-    def active(self) -> dict[str, RewardTable]:
-        """The tables with a weight other than 0."""
-        return {name: table for name, table in self.tables.items() if table.weight}
 
 
 class Objective(Section):
@@ -255,8 +235,8 @@ class Training(Section):
     """What one optimizer step takes, over all ranks: completions in `train`, images elsewhere. None is all completions
     of a rollout (exactly on-policy, and the fastest), and 64 images."""
     micro_batch_size: Annotated[PositiveInt, MayChange] = 8
-    """Sequences in one forward and backward on each rank, at most: it bounds memory; but for rounding it changes no result. With teacher
-    forcing a sequence is an image with all its completions, elsewhere it is one completion or one image."""
+    """Sequences in one forward and backward on each rank, at most: it bounds memory and, but for rounding, changes no
+    result. With teacher forcing a sequence is an image with all its completions, elsewhere one completion or image."""
     mixed_precision: Precision = "bf16"
     """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling. auto: bf16 where the
     device multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32."""
@@ -268,6 +248,11 @@ class Training(Section):
     """Optimizer steps in a row with a non-finite loss or gradient (each skipped) after which the run stops."""
     kernels: KernelBackend = "auto"
     """Backend of sampling, log-probs and loss: Triton on a GPU and plain torch elsewhere, or one of them always."""
+
+    @property
+    def images(self) -> int:
+        """Images of one optimizer step over all ranks, in the jobs whose steps take images."""
+        return self.batch_size or 64
 
 
 class Parallel(Section):

@@ -3,14 +3,22 @@
 from grpo.data.build import build_dataset
 from grpo.data.code_cache import CodeCache
 from grpo.data.dataset import ImageDataset, UnreadableImage
+from grpo.data.folder import ImageFiles, image_files
+from grpo.data.images import normalize, to_image, to_pixels, to_uint8
 from grpo.data.stream import ImageBatch, ImageStream, build_stream
 
 __all__ = [
     "CodeCache",
     "ImageBatch",
     "ImageDataset",
+    "ImageFiles",
     "ImageStream",
     "UnreadableImage",
     "build_dataset",
     "build_stream",
+    "image_files",
+    "normalize",
+    "to_image",
+    "to_pixels",
+    "to_uint8",
 ]

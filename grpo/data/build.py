@@ -7,6 +7,7 @@ import numpy as np
 from grpo.config import Data, UserError
 from grpo.data.dataset import ImageDataset
 from grpo.data.digits import Digits
+from grpo.data.folder import ImageFolder
 from grpo.data.synthetic import Synthetic
 
 
@@ -19,12 +20,7 @@ def build_dataset(data: Data, *, num_classes: int | None) -> ImageDataset:
     Raises:
         UserError: no such folder, not a data set, no such split or column, empty, a label out of range.
     """
-    if data.name == "digits":
-        dataset: ImageDataset = Digits(data=data)
-    elif data.name == "synthetic":
-        dataset = Synthetic(data=data, num_classes=num_classes or 10)
-    else:
-        dataset = _from_path(data)
+    dataset = _open(data, num_classes=num_classes or 10)
     if len(dataset) == 0:
         raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
     if num_classes is None:
@@ -36,7 +32,11 @@ def build_dataset(data: Data, *, num_classes: int | None) -> ImageDataset:
     return dataset
 
 
-def _from_path(data: Data) -> ImageDataset:
+def _open(data: Data, *, num_classes: int) -> ImageDataset:
+    if data.name == "digits":
+        return Digits(data=data)
+    if data.name == "synthetic":
+        return Synthetic(data=data, num_classes=num_classes)
     if data.path is None:
         raise UserError(f"data.path is missing: data.name = {data.name!r} reads a folder")
     folder = Path(data.path)
@@ -51,14 +51,11 @@ def _from_path(data: Data) -> ImageDataset:
         )
     if data.name == "folder" and saved:
         raise UserError(f"data.path {data.path} is a saved Hugging Face dataset: set data.name to huggingface")
-    # Imported here, for `datasets` and torchvision take seconds.
-    if saved:
-        from grpo.data.huggingface import SavedDataset
+    if not saved:
+        return ImageFolder(data=data)
+    from grpo.data.huggingface import SavedDataset  # here, for `datasets` takes seconds
 
-        return SavedDataset(data=data)
-    from grpo.data.folder import ImageFolder
-
-    return ImageFolder(data=data)
+    return SavedDataset(data=data)
 
 
 def _check_class_ids(dataset: ImageDataset, num_classes: int) -> None:

@@ -1,18 +1,21 @@
 """Codes of images that a frozen tokenizer has already encoded."""
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from grpo.data.dataset import ImageDataset
 from grpo.data.stream import ImageBatch
+from grpo.models import VQModel
 
 
 class CodeCache:
     """Encodes each image of a data set once on this rank, when enabled; otherwise encodes every batch.
 
-    Right only for a frozen encoder and images that are the same on every read, as `ImageDataset`'s are. Codes are kept
-    in host memory, 2 bytes each for codebooks up to 32,768 and 4 beyond: 0.7 GB for ImageNet at 256 tokens an image.
+    For a frozen encoder and images that are the same on every read, as `ImageDataset`'s are. Codes are kept in host
+    memory, 2 bytes each for codebooks up to 32,768 and 4 beyond: 0.7 GB for ImageNet at 256 tokens an image.
 
     Args:
         encode: images [B, 3, H, W] in [-1, 1] -> codes [B, T] int64.
@@ -30,6 +33,12 @@ class CodeCache:
         self._known = torch.zeros(num_images if enabled else 0, dtype=torch.bool)
         self._codes: Tensor | None = None  # [N, T]; its pages are not in memory before they are written
 
+    @classmethod
+    def of(cls, tokenizer: VQModel, dataset: ImageDataset, *, enabled: bool) -> Self:
+        """The cache of a tokenizer's codes of a data set."""
+        size = tokenizer.config.codebook_size
+        return cls(tokenizer.encode, num_images=len(dataset), codebook_size=size, enabled=enabled)
+
     def codes(self, batch: ImageBatch) -> Tensor:
         """Codes [B, T] int64 of the batch's images, on the images' device."""
         if not self._enabled:
@@ -38,11 +47,9 @@ class CodeCache:
         indices = batch.indices.tolist()
         new_rows = {index: row for row, index in enumerate(indices) if not self._known[index]}
         if new_rows:
-            self._remember(list(new_rows), self._encode(batch.images[list(new_rows.values())]))
+            codes = self._encode(batch.images[list(new_rows.values())])
+            if self._codes is None:
+                self._codes = torch.empty(len(self._known), codes.shape[1], dtype=self._dtype)
+            self._codes[list(new_rows)] = codes.to("cpu", self._dtype)
+            self._known[list(new_rows)] = True
         return self._codes[indices].to(batch.images.device, torch.int64)
-
-    def _remember(self, indices: list[int], codes: Tensor) -> None:
-        if self._codes is None:
-            self._codes = torch.empty(len(self._known), codes.shape[1], dtype=self._dtype)
-        self._codes[indices] = codes.to("cpu", self._dtype)
-        self._known[indices] = True

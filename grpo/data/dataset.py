@@ -2,14 +2,17 @@
 
 import logging
 import struct
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from grpo.config import Data, UserError
 from grpo.data.images import center_crop, normalize, to_pixels, to_rgb
+from grpo.models import ClassCondition, Condition
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class ImageDataset(Dataset):
     Args:
         class_ids: [N] integers, the class of each image.
         class_names: names of the classes, by class id.
-        data: image size and the limit of unreadable images.
+        data: the recipe's section.
 
     Attributes:
         class_ids: [N] int64 (numpy).
@@ -39,11 +42,10 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, class_ids: np.ndarray, class_names: list[str], *, data: Data) -> None:
+        self.data = data
         self.class_ids = np.asarray(class_ids, dtype=np.int64)
         self.class_names = list(class_names)
-        self.image_size = data.image_size
-        self.max_bad_images = data.max_bad_images
-        self._unreadable: dict[int, str] = {}
+        self._unreadable: set[int] = set()
 
     def open(self, index: int) -> Image.Image:
         """The image as stored, any mode and size; errors of the decoder pass through."""
@@ -56,20 +58,31 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.class_ids)
 
-    def pixels(self, index: int) -> Tensor:
-        """Cropped image, [3, S, S] uint8. Raises `UnreadableImage`."""
+    def whole(self, index: int) -> Image.Image:
+        """The image as stored, in RGB. Raises `UnreadableImage`."""
         try:
-            image = center_crop(to_rgb(self.open(int(index))), self.image_size)
+            return to_rgb(self.open(int(index)))
         except UnidentifiedImageError as error:  # its text holds a memory address
             raise UnreadableImage(f"{self.describe(index)} is not an image file that can be read") from error
         except _DECODING_ERRORS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnreadableImage(f"{self.describe(index)} cannot be read: {reason}") from error
-        return to_pixels(image)
+
+    def pixels(self, index: int) -> Tensor:
+        """Cropped image, [3, S, S] uint8. Raises `UnreadableImage`."""
+        return to_pixels(center_crop(self.whole(index), self.data.image_size))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image [3, S, S] fp32 in [-1, 1] and its class id. Raises `UnreadableImage`."""
         return normalize(self.pixels(index)), int(self.class_ids[index])
+
+    def condition(self, indices: Sequence[int]) -> Condition:
+        """What the images ask a generator for, a row each."""
+        return ClassCondition(torch.from_numpy(self.class_ids[indices]))
+
+    def captions(self, condition: Condition) -> list[str]:
+        """A condition of this data set in words, a text for each row: the class name."""
+        return [self.class_names[class_id] for class_id in condition.class_ids.tolist()]
 
     @property
     def bad_images(self) -> int:
@@ -80,10 +93,10 @@ class ImageDataset(Dataset):
         """Name and count an unreadable image. Raises `UserError` beyond the limit."""
         if index in self._unreadable:
             return
-        self._unreadable[index] = reason
-        if self.bad_images > self.max_bad_images:
+        self._unreadable.add(index)
+        if self.bad_images > self.data.max_bad_images:
             raise UserError(
-                f"{self.bad_images} unreadable images, more than data.max_bad_images = {self.max_bad_images}; "
+                f"{self.bad_images} unreadable images, more than data.max_bad_images = {self.data.max_bad_images}; "
                 f"the last: {reason}; repair or remove them, or raise data.max_bad_images"
             )
         logger.warning("%s; the next image takes its place (%d so far)", reason, self.bad_images)

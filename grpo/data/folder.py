@@ -1,18 +1,48 @@
-"""A folder with one subfolder of images for each class."""
+"""Images in files."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from grpo.config import Data, UserError
 from grpo.data.dataset import DEFAULT_SPLIT, ImageDataset
+from grpo.data.images import read_image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-class ImageFolder(ImageDataset):
-    """Images of class folders; the sorted folder names are the classes.
+def image_files(folder: str | Path) -> list[str]:
+    """The files anywhere under a folder that are named as images are, in the order of folders, then of files."""
+    walk = sorted(os.walk(folder, followlinks=True))
+    names = [os.path.join(root, name) for root, _, files in walk for name in sorted(files)]
+    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+
+
+class ImageFiles(ImageDataset):
+    """One file an image.
+
+    Args:
+        files: N paths.
+        class_ids, class_names, data: as in `ImageDataset`.
+    """
+
+    def __init__(self, files: Sequence[str], class_ids: Sequence[int], class_names: list[str], *, data: Data) -> None:
+        # One array, not a million str objects: counting references would copy those into every worker's memory.
+        self._files = np.array([os.fsencode(file) for file in files])
+        super().__init__(np.array(class_ids), class_names, data=data)
+
+    def open(self, index: int) -> Image.Image:
+        return read_image(os.fsdecode(self._files[index]))
+
+    def describe(self, index: int) -> str:
+        return os.fsdecode(self._files[index])
+
+
+class ImageFolder(ImageFiles):
+    """A folder with one subfolder of images for each class; the sorted folder names are the classes.
 
     `data.path` holds the class folders, or holds a folder named `data.split` that does.
     """
@@ -23,32 +53,17 @@ class ImageFolder(ImageDataset):
             root = root / data.split
         elif data.split != DEFAULT_SPLIT:
             raise UserError(f"data.path {data.path} has no folder {data.split!r}: check data.split")
-        class_names = sorted(
-            entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if not class_names:
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        if not names:
             raise UserError(
                 f"data.path {root} has no folders: put the images of each class into a folder named after the class, "
                 "or give a data set written by save_to_disk"
             )
-        samples = make_dataset(
-            root, {name: class_id for class_id, name in enumerate(class_names)}, IMG_EXTENSIONS, allow_empty=True
-        )
-        if not samples:
+        files = [image_files(root / name) for name in names]
+        if not any(files):
             raise UserError(
-                f"data.path {root} has {len(class_names)} folders but no images in them: files must end in "
-                f"{', '.join(IMG_EXTENSIONS)}"
+                f"data.path {root} has {len(names)} folders but no images in them: files must end in "
+                f"{', '.join(IMAGE_SUFFIXES)}"
             )
-        files, class_ids = zip(*samples, strict=True)
-        # One array, not a million str objects: counting references would copy those into every worker's memory.
-        self._files = np.array([os.fsencode(file) for file in files])
-        super().__init__(np.array(class_ids), class_names, data=data)
-
-    def open(self, index: int) -> Image.Image:
-        with open(self._files[index], "rb") as file:
-            image = Image.open(file)
-            image.load()
-        return image
-
-    def describe(self, index: int) -> str:
-        return os.fsdecode(self._files[index])
+        class_ids = np.repeat(np.arange(len(names)), [len(of_class) for of_class in files])
+        super().__init__([file for of_class in files for file in of_class], class_ids, names, data=data)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from grpo.config import Data, UserError
 from grpo.data.dataset import DEFAULT_SPLIT, ImageDataset
+from grpo.data.images import read_image
 
 IMAGE_COLUMNS = ("image", "image_path", "file", "filepath")
 LABEL_COLUMNS = ("label", "labels")
@@ -24,33 +25,27 @@ class SavedDataset(ImageDataset):
 
     def __init__(self, *, data: Data) -> None:
         self._folder = Path(data.path)
-        self._split = data.split
         rows = _load_split(data)
-        image_column = _first_column(rows, IMAGE_COLUMNS, "an image", data)
+        self._column = _first_column(rows, IMAGE_COLUMNS, "an image", data)
+        self._rows = _undecoded(rows.select_columns([self._column]), self._column, data)
         label_column = _first_column(rows, LABEL_COLUMNS, "a label", data)
-        class_ids = _read_labels(rows, label_column, data)
-        label_feature = rows.features[label_column]
-        class_names = label_feature.names if isinstance(label_feature, datasets.ClassLabel) else []
-        self._image_column = image_column
-        self._rows = _undecoded(rows.select_columns([image_column]), image_column, data)
-        super().__init__(class_ids, class_names, data=data)
+        class_names = getattr(rows.features[label_column], "names", [])  # a ClassLabel has them
+        super().__init__(_read_labels(rows, label_column, data), class_names, data=data)
 
     def open(self, index: int) -> Image.Image:
         encoded, path = self._stored(index)
         if encoded is None and path is None:
-            raise ValueError(f"its {self._image_column!r} is empty")
-        with Image.open(self._folder / path if encoded is None else io.BytesIO(encoded)) as image:
-            image.load()
-            return image.copy()
+            raise ValueError(f"its {self._column!r} is empty")
+        return read_image(self._folder / path if encoded is None else io.BytesIO(encoded))
 
     def describe(self, index: int) -> str:
         _, path = self._stored(index)
         name = f" ({path})" if path else ""
-        return f"image {index}{name} of split {self._split!r} of {self._folder}"
+        return f"image {index}{name} of split {self.data.split!r} of {self._folder}"
 
     def _stored(self, index: int) -> tuple[bytes | None, str | None]:
         """The row's encoded image and its path; either may be missing."""
-        stored = self._rows[int(index)][self._image_column]
+        stored = self._rows[int(index)][self._column]
         if isinstance(stored, dict):
             return stored["bytes"], stored["path"]
         return (stored, None) if isinstance(stored, bytes) else (None, stored)
@@ -74,9 +69,8 @@ def _load_split(data: Data) -> datasets.Dataset:
 
 
 def _first_column(rows: datasets.Dataset, names: tuple[str, ...], what: str, data: Data) -> str:
-    for name in names:
-        if name in rows.column_names:
-            return name
+    if found := [name for name in names if name in rows.column_names]:
+        return found[0]
     raise UserError(
         f"data.path {data.path} has the columns {rows.column_names}; {what} is looked for in "
         f"{' or '.join(repr(name) for name in names)}: rename a column"

@@ -1,9 +1,19 @@
-"""From an opened image to a square of RGB pixels."""
+"""From an opened image to a square of RGB pixels, and between pixels and the values that networks take."""
+
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+
+def read_image(file: str | Path | BinaryIO) -> Image.Image:
+    """The decoded image of a file, any mode and size; the file is closed. Errors of the decoder pass through."""
+    with Image.open(file) as image:
+        image.load()
+        return image.copy()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -20,14 +30,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the short side to `size` and crop the centre square, as ADM and LlamaGen prepare ImageNet.
+    """Scale the short side to `size` pixels and crop the centre square, as ADM and LlamaGen prepare ImageNet.
 
     The image is halved with a box filter while it is at least twice too large, then resized bicubically: a single
     bicubic step from a large photograph would alias.
-
-    Args:
-        image: an image of any size, at least one pixel each way.
-        size: side of the result, pixels.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -42,6 +48,16 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels [3, H, W] uint8, on any device, to an RGB image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """Pixels uint8 0..255 to fp32 in [-1, 1], same shape."""
     return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to the nearest of 0..255, uint8 of the same shape; values outside are clamped."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

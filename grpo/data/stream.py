@@ -22,49 +22,41 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from grpo.config import UserError
 from grpo.data.dataset import ImageDataset, UnreadableImage
 from grpo.data.images import normalize
+from grpo.models import Condition
+from grpo.parallel import World
 
 
 class ImageBatch(NamedTuple):
     """Images of one step on this rank.
 
     images      [B, 3, H, W] fp32 in [-1, 1]
-    class_ids   [B] int64
+    condition   B rows, what a generator would be asked for to draw them
     sample_ids  [B] int64, running numbers over the whole run and all ranks: row ids of counter-based randomness
     indices     [B] int64, places in the data set, or None: keys of `CodeCache`
     """
 
     images: Tensor
-    class_ids: Tensor
+    condition: Condition
     sample_ids: Tensor
     indices: Tensor | None = None
 
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.sample_ids)
+
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same batch on another device, except for `indices`: the host reads them, and must not wait for a GPU."""
-        return ImageBatch(*(tensor.to(device) for tensor in self[:3]), self.indices)
+        return ImageBatch(*(field.to(device) for field in self[:3]), self.indices)
+
+    def select(self, rows: slice) -> "ImageBatch":
+        """Some of the images."""
+        indices = None if self.indices is None else self.indices[rows]
+        return ImageBatch(self.images[rows], self.condition.select(rows), self.sample_ids[rows], indices)
 
     def parts(self, size: int) -> list["ImageBatch"]:
         """The batch in parts of at most `size` images."""
-        starts = range(0, len(self.class_ids), size)
-        return [ImageBatch(*(t if t is None else t[start : start + size] for t in self)) for start in starts]
-
-
-class _Order:
-    """The endless order: one permutation of N images after the other."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
-
-    def candidates(self, sample_id: int) -> Iterator[int]:
-        """Indices for a sample: its own, then the rest of its epoch's order, around, should images be unreadable."""
-        epoch, place = divmod(sample_id, self.length)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-        for offset in range(self.length):
-            yield int(self._permutation[(place + offset) % self.length])
+        return [self.select(slice(start, start + size)) for start in range(0, self.rows, size)]
 
 
 class _Fetched(NamedTuple):
@@ -82,9 +74,11 @@ class _Fetched(NamedTuple):
 class _Samples(Dataset):
     """The data set addressed by sample numbers instead of indices; runs in the workers."""
 
-    def __init__(self, dataset: ImageDataset, order: _Order) -> None:
+    def __init__(self, dataset: ImageDataset, seed: int) -> None:
         self.dataset = dataset
-        self.order = order
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)  # of the images, in that epoch
         self._unreadable: dict[int, str] = {}
 
     def __getitems__(self, sample_ids: range) -> _Fetched:
@@ -97,32 +91,24 @@ class _Samples(Dataset):
         return _Fetched(torch.stack(pixels), list(indices), list(self._unreadable.items())[known:])
 
     def _read(self, sample_id: int) -> tuple[int, Tensor]:
-        """Index and pixels of the sample, or of the next readable image of the order."""
-        for index in self.order.candidates(sample_id):
+        """Index and pixels of the sample, or of the next readable image of its epoch's order, around."""
+        length = len(self.dataset)
+        epoch, place = divmod(sample_id, length)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng((self.seed, epoch)).permutation(length)
+        for offset in range(length):
+            index = int(self._permutation[(place + offset) % length])
             if index in self._unreadable:
                 continue
             try:
                 return index, self.dataset.pixels(index)
             except UnreadableImage as error:
                 self._unreadable[index] = str(error)
-                if len(self._unreadable) > self.dataset.max_bad_images:
+                if len(self._unreadable) > self.dataset.data.max_bad_images:
                     raise
         reason = next(reversed(self._unreadable.values()))
-        raise UserError(f"none of the {len(self.dataset)} images of the data set can be read; the last: {reason}")
-
-
-class _Slices:
-    """Endless batch sampler: this rank's slice of each global batch, as sample numbers."""
-
-    def __init__(self, *, batch_size: int, rank: int, world_size: int) -> None:
-        self.batch_size = batch_size
-        self.offset = rank * batch_size
-        self.stride = world_size * batch_size
-        self.start = 0
-
-    def __iter__(self) -> Iterator[range]:
-        for first in itertools.count(self.start + self.offset, self.stride):
-            yield range(first, first + self.batch_size)
+        raise UserError(f"none of the {length} images of the data set can be read; the last: {reason}")
 
 
 def _as_is(fetched: _Fetched) -> _Fetched:
@@ -151,30 +137,18 @@ def _available_cores() -> int:
 
 
 class ImageStream:
-    """Endless iterator of `ImageBatch`; see `build_stream`.
+    """Endless iterator of `ImageBatch`; `build_stream` has the arguments.
 
     Attributes:
         samples: number of samples consumed by all ranks together. Batches that workers hold ready do not count.
     """
 
-    def __init__(
-        self, dataset: ImageDataset, *, batch_size: int, seed: int, num_workers: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, dataset: ImageDataset, *, batch_size: int, seed: int, num_workers: int, world: World) -> None:
         self.dataset = dataset
         self.samples = 0
-        self._slices = _Slices(batch_size=batch_size, rank=rank, world_size=world_size)
-        num_workers = min(num_workers, _available_cores())
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 under torch 2.15
-            self._loader = StatefulDataLoader(
-                _Samples(dataset, _Order(len(dataset), seed)),
-                batch_sampler=self._slices,
-                num_workers=num_workers,
-                collate_fn=_as_is,
-                worker_init_fn=_init_worker,
-                persistent_workers=num_workers > 0,
-                generator=torch.Generator(),  # the global one would shift the run's randomness
-            )
+        self._seed, self._batch_size, self._size = seed, batch_size, batch_size // world.size
+        self._offset = world.rank * self._size
+        self._num_workers = min(num_workers, _available_cores())
         self._fetched: Iterator[_Fetched] | None = None
 
     def __iter__(self) -> "ImageStream":
@@ -182,9 +156,9 @@ class ImageStream:
 
     def __next__(self) -> ImageBatch:
         """The next batch of this rank. Raises `UserError` when too many images are unreadable."""
+        first = self.samples + self._offset
         if self._fetched is None:
-            self._slices.start = self.samples
-            self._fetched = iter(self._loader)
+            self._fetched = iter(self._loader(first))
         fetched = next(self._fetched)
         try:
             for index, reason in fetched.unreadable:
@@ -194,18 +168,30 @@ class ImageStream:
         except UserError:
             self.close()
             raise
-        first = self.samples + self._slices.offset
-        self.samples += self._slices.stride
+        self.samples += self._batch_size
         return ImageBatch(
             images=normalize(fetched.pixels),
-            class_ids=torch.from_numpy(self.dataset.class_ids[fetched.indices]),
-            sample_ids=torch.arange(first, first + self._slices.batch_size),
+            condition=self.dataset.condition(fetched.indices),
+            sample_ids=torch.arange(first, first + self._size),
             indices=torch.tensor(fetched.indices),
         )
 
+    def _loader(self, first: int) -> StatefulDataLoader:
+        """Loads this rank's slices of all batches from sample `first` on."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 under torch 2.15
+            return StatefulDataLoader(
+                _Samples(self.dataset, self._seed),
+                batch_sampler=(range(i, i + self._size) for i in itertools.count(first, self._batch_size)),
+                num_workers=self._num_workers,
+                collate_fn=_as_is,
+                worker_init_fn=_init_worker,
+                generator=torch.Generator(),  # the global one would shift the run's randomness
+            )
+
     def close(self) -> None:
         """End the workers and the stream. Workers that a traceback keeps alive take seconds each to end."""
-        self._fetched = self._loader = None
+        self._fetched = None
 
     def state_dict(self) -> dict[str, int]:
         """The number of samples consumed, the same on every rank."""
@@ -217,27 +203,29 @@ class ImageStream:
         self._fetched = None
 
 
-def build_stream(
-    dataset: ImageDataset, *, batch_size: int, seed: int, num_workers: int, rank: int, world_size: int
-) -> ImageStream:
+def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_workers: int, world: World) -> ImageStream:
     """Stream a data set for ever, reshuffled each epoch; no image is left out where epochs meet.
 
-    A global batch is the next batch_size * world_size samples of the endless order, and rank r takes the r-th slice.
-    An unreadable image is replaced by the next readable one of its epoch's order, so samples keep their numbers.
+    A batch is the next `batch_size` samples of the endless order, of which rank r takes the r-th slice. An unreadable
+    image is replaced by the next readable one of its epoch's order, so samples keep their numbers.
 
     Args:
-        batch_size: images of one batch on this rank.
+        batch_size: images of one batch over all ranks.
         seed: of the order.
         num_workers: loader processes of this rank, at most one a core is started; 0 loads in this process.
 
     Raises:
-        UserError: the data set is smaller than one global batch.
+        UserError: a batch cannot be shared by the ranks, or has more images than the data set.
     """
-    if len(dataset) < batch_size * world_size:
+    keys = "rollout.batch_size for `grpo train`, training.batch_size for the other jobs"
+    if batch_size % world.size:
         raise UserError(
-            f"the data set has {len(dataset)} images, fewer than one batch of {batch_size} on each of {world_size} "
-            "ranks: lower the batch size (rollout.batch_size in grpo.py, training.batch_size elsewhere) or add images"
+            f"a batch of {batch_size} images cannot be shared by {world.size} ranks: make it a multiple of "
+            f"{world.size} ({keys}) or start fewer ranks"
         )
-    return ImageStream(
-        dataset, batch_size=batch_size, seed=seed, num_workers=num_workers, rank=rank, world_size=world_size
-    )
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"the data set has {len(dataset)} images, fewer than one batch of {batch_size}: lower the batch size "
+            f"({keys}) or add images"
+        )
+    return ImageStream(dataset, batch_size=batch_size, seed=seed, num_workers=num_workers, world=world)

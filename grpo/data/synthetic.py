@@ -22,7 +22,7 @@ class Synthetic(ImageDataset):
 
     def open(self, index: int) -> Image.Image:
         colors = np.random.default_rng((self._seed, index)).integers(0, 256, (PATCHES, PATCHES, 3), dtype=np.uint8)
-        return Image.fromarray(colors).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return Image.fromarray(colors).resize((self.data.image_size,) * 2, Image.Resampling.BICUBIC)
 
     def describe(self, index: int) -> str:
         return f"synthetic image {index}"

@@ -9,9 +9,8 @@ from grpo.evaluation.distances import (
     kernel_distance,
     precision_recall,
 )
-from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge
-from grpo.evaluation.measure import Measured, compare, evaluate_images, measure_images
-from grpo.evaluation.provenance import describe_classes, fingerprint
+from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge, judge_files, load_judges
+from grpo.evaluation.measure import Measured, classifier_gap, compare, evaluate_images, measure_images
 from grpo.evaluation.sources import (
     DatasetImages,
     DrawnImages,
@@ -19,9 +18,11 @@ from grpo.evaluation.sources import (
     ImageSource,
     NpzImages,
     classes_in_turn,
+    describe_classes,
+    fingerprint,
     open_images,
 )
-from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_pngs
+from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_pngs, saving_pngs
 
 __all__ = [
     "ClassifierJudge",
@@ -39,16 +40,20 @@ __all__ = [
     "batches_in_order",
     "class_counts",
     "classes_in_turn",
+    "classifier_gap",
     "compare",
     "describe_classes",
     "evaluate_images",
     "fingerprint",
     "frechet_distance",
     "inception_score",
+    "judge_files",
     "kernel_distance",
+    "load_judges",
     "make_writable",
     "measure_images",
     "open_images",
     "precision_recall",
     "save_pngs",
+    "saving_pngs",
 ]

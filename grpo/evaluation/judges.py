@@ -7,11 +7,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from grpo.config import UserError
-from grpo.data.images import normalize
-from grpo.models import read_weights
+from grpo.config import Evaluation, UserError
+from grpo.data import normalize
+from grpo.models import load_classifier, read_weights
 
 
 class Judge(Protocol):
@@ -58,10 +57,9 @@ class InceptionJudge:
     is_inception = True
 
     def __init__(self, path: str | Path, *, device: torch.device) -> None:
+        key = "evaluation.inception_checkpoint"
         if find_spec("torch_fidelity") is None:
-            raise UserError(
-                "evaluation.inception_checkpoint needs the package torch-fidelity: pip install torch-fidelity"
-            )
+            raise UserError(f"{key} needs the package torch-fidelity: pip install torch-fidelity")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         weights = read_weights(path)
@@ -71,8 +69,7 @@ class InceptionJudge:
             try:
                 network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], checked.name)
             except RuntimeError as error:
-                problem = f"evaluation.inception_checkpoint {path} does not hold torch-fidelity's Inception v3 weights"
-                raise UserError(problem) from error
+                raise UserError(f"{key} {path} does not hold torch-fidelity's Inception v3 weights") from error
         self.network = network.to(device).eval()
 
     @torch.no_grad()
@@ -81,6 +78,22 @@ class InceptionJudge:
         return features.float(), logits.float()
 
 
-def class_log_prob(judge: Judge, pixels: Tensor, class_ids: Tensor) -> Tensor:
-    """log p(class | image) [B] of images [B, 3, H, W] uint8 and the classes [B] that they were drawn for."""
-    return -F.cross_entropy(judge(pixels)[1], class_ids, reduction="none")
+def judge_files(evaluation: Evaluation) -> dict[str, str]:
+    """The weights of the judges that a recipe asks for, by the judges' names: classifier, inception, reward."""
+    files = {
+        "classifier": evaluation.feature_checkpoint,
+        "inception": evaluation.inception_checkpoint,
+        "reward": evaluation.reward_checkpoint,
+    }
+    return {name: file for name, file in files.items() if file is not None}
+
+
+def load_judges(evaluation: Evaluation, *, device: torch.device) -> dict[str, Judge]:
+    """The judges of `judge_files`, loaded."""
+
+    def load(name: str, file: str) -> Judge:
+        if name == "inception":
+            return InceptionJudge(file, device=device)
+        return ClassifierJudge(load_classifier(file).to(device))
+
+    return {name: load(name, file) for name, file in judge_files(evaluation).items()}

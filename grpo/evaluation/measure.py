@@ -1,13 +1,15 @@
 """From images to a dictionary of metrics; the work is spread over the ranks and the numbers do not depend on it."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
-from grpo.config import UserError
+from grpo.config import Evaluation, UserError
 from grpo.evaluation.distances import (
     FeatureStatistics,
     accuracy,
@@ -16,11 +18,9 @@ from grpo.evaluation.distances import (
     kernel_distance,
     precision_recall,
 )
-from grpo.evaluation.judges import Judge, class_log_prob
-from grpo.evaluation.sources import ImageSource
+from grpo.evaluation.judges import Judge
+from grpo.evaluation.sources import ImageSource, rank_and_size
 from grpo.parallel import broadcast_object
-
-Layout = tuple[list[int], tuple[int, int]] | None  # columns of each part, and (height, width) of the images
 
 
 class Measured(NamedTuple):
@@ -71,11 +71,9 @@ def measure_images(
     class_ids = source.class_ids
     if reward is not None and class_ids is None:
         raise UserError("evaluation.reward_checkpoint needs the images' classes: an .npz with arr_1, or class folders")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    starts = range(0, len(source), batch_size)
-    batches: list[tuple[int, Tensor]] = []
-    layout = None
-    for start in progress(starts[rank::world_size]):
+    rank, ranks = rank_and_size()
+    seen = {}
+    for start in progress(range(0, len(source), batch_size)[rank::ranks]):
         # Contiguous, since the judge's convolutions round differently for another memory layout.
         pixels = source.pixels(start, start + batch_size).to(device).contiguous()
         features, logits = judge(pixels)
@@ -83,17 +81,17 @@ def measure_images(
             _check_classes(class_ids, num_classes=logits.shape[1])
         columns = [features, logits.softmax(dim=1)]
         if reward is not None:
-            columns.append(class_log_prob(reward, pixels, class_ids[start : start + batch_size].to(device))[:, None])
-        batches.append((start, torch.cat(columns, dim=1).cpu()))
-        layout = [column.shape[1] for column in columns], tuple(pixels.shape[-2:])
-    seen, (widths, size) = _on_every_rank(batches, layout, length=len(source))
-    features, probabilities, *rewards = seen.split(widths, dim=1)
+            asked = class_ids[start : start + batch_size].to(device)
+            columns.append(-F.cross_entropy(reward(pixels)[1], asked, reduction="none"))
+        seen[start] = pixels.shape[-2:], [column.cpu() for column in columns]
+    seen = _of_all_ranks(seen)
+    features, probabilities, *rewards = (torch.cat(column) for column in zip(*(rows for _, rows in seen), strict=True))
     return Measured(
         features,
         probabilities,
-        rewards=rewards[0][:, 0] if rewards else None,
+        rewards=rewards[0] if rewards else None,
         class_ids=class_ids if judge.names_classes else None,
-        size=size,
+        size=tuple(seen[0][0]),
         statistics=source.inception_statistics if judge.is_inception else None,
     )
 
@@ -106,28 +104,24 @@ def _check_classes(class_ids: Tensor | None, *, num_classes: int) -> None:
         )
 
 
-def _on_every_rank(batches: list[tuple[int, Tensor]], layout: Layout, *, length: int) -> tuple[Tensor, Layout]:
-    """Rows [length, columns] of all ranks in the order of the images, and their layout; rank 0 has the first batch."""
-    if not dist.is_initialized():
-        return torch.cat([rows for _, rows in batches]), layout
-    layout = broadcast_object(layout)
-    seen = torch.zeros(length, sum(layout[0]))
-    for start, rows in batches:
-        seen[start : start + len(rows)] = rows
-    dist.all_reduce(seen)  # every row is zero on all ranks but one, so the sum is exact
-    return seen, layout
+def _of_all_ranks(seen: dict[int, tuple]) -> list[tuple]:
+    """The batches of all ranks, in the order of the images."""
+    parts = [seen]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, seen)
+    together = {start: batch for part in parts for start, batch in part.items()}
+    return [together[start] for start in sorted(together)]
 
 
 def compare(
-    images: Measured,
-    reference: Measured,
-    *,
-    nearest_k: int = 3,
-    kid_subset_size: int = 1000,
-    kid_subsets: int = 100,
-    device: torch.device | str = "cpu",
+    images: Measured, reference: Measured, *, settings: Evaluation | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
     """Metrics of images against a reference that the same judge saw.
+
+    Args:
+        settings: a recipe's section, for nearest_k, kid_subset_size and kid_subsets; None takes their defaults.
+        device: where the arithmetic is done.
 
     Returns:
         fid, kid, kid_std, precision, recall (see `distances`), inception_score and inception_score_std in the judge's
@@ -136,11 +130,13 @@ def compare(
     Raises:
         UserError: images of another size than the reference's, or too few of them.
     """
+    settings = settings or Evaluation()
+    nearest_k = settings.nearest_k
     _check_comparable(images, reference, at_least=nearest_k + 1)
     features, reference_features = images.features.to(device), reference.features.to(device)
     metrics = {"fid": frechet_distance(*(_statistics(side, device) for side in (images, reference)))}
     metrics["kid"], metrics["kid_std"] = kernel_distance(
-        features, reference_features, subset_size=kid_subset_size, subsets=kid_subsets
+        features, reference_features, subset_size=settings.kid_subset_size, subsets=settings.kid_subsets
     )
     metrics["precision"], metrics["recall"] = precision_recall(features, reference_features, nearest_k=nearest_k)
     metrics["inception_score"], metrics["inception_score_std"] = inception_score(images.probabilities)
@@ -152,38 +148,36 @@ def compare(
     return metrics
 
 
+def classifier_gap(images: Measured) -> float:
+    """How much surer of the class the rewarding classifier is than the judging one: mean difference of log p, nats."""
+    judged = images.probabilities.gather(1, images.class_ids[:, None]).clamp_min(1e-12).log()
+    return (images.rewards.mean() - judged.mean()).item()
+
+
 def evaluate_images(
     source: ImageSource,
     reference: ImageSource | Measured,
     judge: Judge,
     *,
-    batch_size: int,
+    settings: Evaluation | None = None,
     device: torch.device | str = "cpu",
     reward: Judge | None = None,
-    nearest_k: int = 3,
-    kid_subset_size: int = 1000,
-    kid_subsets: int = 100,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, float]:
     """`measure_images` of both sides, then `compare` on the main rank; every rank gets the result.
 
     Args:
         reference: images, or what `measure_images` returned for them, to be used for several comparisons.
+        settings: a recipe's section; of it the batch size and what `compare` takes.
     """
+    settings = settings or Evaluation()
+    look = partial(measure_images, judge=judge, batch_size=settings.batch_size, device=device, progress=progress)
     if not isinstance(reference, Measured):
-        reference = measure_images(reference, judge, batch_size=batch_size, device=device, progress=progress)
-    images = measure_images(source, judge, batch_size=batch_size, device=device, reward=reward, progress=progress)
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return broadcast_object(None)
-    metrics = compare(
-        images,
-        reference,
-        nearest_k=nearest_k,
-        kid_subset_size=kid_subset_size,
-        kid_subsets=kid_subsets,
-        device=device,
-    )
-    return broadcast_object(metrics) if dist.is_initialized() else metrics
+        reference = look(reference)
+    images = look(source, reward=reward)
+    rank, ranks = rank_and_size()
+    metrics = compare(images, reference, settings=settings, device=device) if rank == 0 else None
+    return broadcast_object(metrics) if ranks > 1 else metrics
 
 
 def _statistics(measured: Measured, device: torch.device | str) -> FeatureStatistics:

@@ -1,42 +1,52 @@
 """Images to look at, wherever they are: an npz, a folder, a data set, or a model that draws them."""
 
 from collections.abc import Callable, Sequence
+from hashlib import file_digest
 from pathlib import Path
-from typing import Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+import torch.distributed as dist
 from torch import Tensor
 
-from grpo.config import UserError
-from grpo.data import ImageDataset
-from grpo.data.images import to_pixels, to_rgb
-from grpo.evaluation.distances import FeatureStatistics
+from grpo.config import Data, UserError
+from grpo.data import ImageDataset, ImageFiles, image_files, to_pixels
+from grpo.evaluation.distances import FeatureStatistics, class_counts
+from grpo.models import ClassCondition, Condition, as_condition
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Draw = Callable[[Condition, Tensor], Tensor]
 
 
-class ImageSource(Protocol):
-    """Numbered images.
+class ImageSource:
+    """N numbered images; a subclass gives their `pixels`.
+
+    Args:
+        count: images that there are.
+        class_ids: the class of each of them, or None if they are not known.
+        limit: take the first so many; 0 is all.
 
     Attributes:
-        class_ids: [N] int64, the class of each image, or None if they are not known.
+        class_ids: [N] int64 or None.
         inception_statistics: of Inception's features over a set that the images stand for, if they come with the
             images; None has them computed from the images.
     """
 
-    class_ids: Tensor | None
-    inception_statistics: FeatureStatistics | None
+    inception_statistics: FeatureStatistics | None = None
 
-    def __len__(self) -> int: ...
+    def __init__(self, count: int, class_ids: Tensor | None, *, limit: int = 0) -> None:
+        self._count = min(limit or count, count)
+        self.class_ids = None if class_ids is None else class_ids[: self._count]
+
+    def __len__(self) -> int:
+        return self._count
 
     def pixels(self, start: int, stop: int) -> Tensor:
-        """Images start .. stop - 1 as [B, 3, H, W] uint8."""
+        """Images start .. stop - 1, as far as there are any, as [B, 3, H, W] uint8."""
+        raise NotImplementedError
 
 
-class NpzImages:
+class NpzImages(ImageSource):
     """Images of an .npz: `arr_0` [N, H, W, 3] uint8 and, if there, the classes `arr_1` [N].
 
     Attributes:
@@ -57,27 +67,36 @@ class NpzImages:
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist: give an .npz or a folder of images") from error
         except (BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not an .npz with an array arr_0: write one with recipes/generate.py") from error
+            raise UserError(f"{path} is not an .npz with an array arr_0: write one with `grpo generate`") from error
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) == 0:
             raise UserError(f"{path}: arr_0 is {images.dtype} {list(images.shape)}, expected uint8 [N, H, W, 3], N > 0")
         if class_ids is not None and class_ids.shape != images.shape[:1]:
             raise UserError(f"{path}: arr_1 has shape {list(class_ids.shape)}, expected {[len(images)]}")
-        count = min(limit or len(images), len(images))
-        self._images = images[:count]
-        whole = count == len(images) and all(moment is not None for moment in moments)
-        self.inception_statistics = (
-            FeatureStatistics(*(torch.from_numpy(m).double() for m in moments)) if whole else None
-        )
-        self.class_ids = None if class_ids is None else torch.from_numpy(class_ids[:count].astype(np.int64))
-
-    def __len__(self) -> int:
-        return len(self._images)
+        self._images = images
+        class_ids = None if class_ids is None else torch.from_numpy(class_ids.astype(np.int64))
+        super().__init__(len(images), class_ids, limit=limit)
+        if len(self) == len(images) and all(moment is not None for moment in moments):
+            self.inception_statistics = FeatureStatistics(*(torch.from_numpy(moment).double() for moment in moments))
 
     def pixels(self, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(self._images[start:stop]).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(self._images[start : min(stop, len(self))]).permute(0, 3, 1, 2).contiguous()
 
 
-class FolderImages:
+class DatasetImages(ImageSource):
+    """The cropped images of a data set."""
+
+    def __init__(self, dataset: ImageDataset, *, limit: int = 0) -> None:
+        super().__init__(len(dataset), torch.from_numpy(dataset.class_ids), limit=limit)
+        self._dataset = dataset
+
+    def pixels(self, start: int, stop: int) -> Tensor:
+        return torch.stack([self._image(index) for index in range(start, min(stop, len(self)))])
+
+    def _image(self, index: int) -> Tensor:
+        return self._dataset.pixels(index)
+
+
+class FolderImages(DatasetImages):
     """All images under a folder, in the order of their paths; where they lie in subfolders, those are the classes.
 
     Images are taken as they are: neither cropped nor resized, so they must have one size.
@@ -86,77 +105,40 @@ class FolderImages:
         UserError: no images there, or, on reading, an image that is damaged or of another size.
     """
 
-    inception_statistics = None
-
     def __init__(self, path: str | Path, *, limit: int = 0) -> None:
-        root = Path(path)
-        files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(Path(file) for file in image_files(path))
         if not files:
-            raise UserError(f"{path} has no images ({', '.join(IMAGE_SUFFIXES)}): check the path")
-        folders = [file.relative_to(root).parts[0] for file in files if file.parent != root]
-        names = {name: class_id for class_id, name in enumerate(sorted(set(folders)))}
-        self.class_ids = None
-        if len(folders) == len(files):
-            self.class_ids = torch.tensor([names[folder] for folder in folders][: limit or None])
-        self._files = files[: limit or None]
-        self._size: tuple[int, int] | None = None
-        self._size = self._open(self._files[0]).size
+            raise UserError(f"{path} has no images: check the path")
+        folders = [file.relative_to(path).parts[0] for file in files]
+        names, class_ids = np.unique(folders, return_inverse=True)
+        super().__init__(ImageFiles(files, class_ids, names.tolist(), data=Data()), limit=limit)
+        if any(file.parent == Path(path) for file in files):
+            self.class_ids = None
+        self._size = self._dataset.whole(0).size
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def pixels(self, start: int, stop: int) -> Tensor:
-        return torch.stack([to_pixels(self._open(file)) for file in self._files[start:stop]])
-
-    def _open(self, file: Path) -> Image.Image:
-        try:
-            with Image.open(file) as image:
-                picture = to_rgb(image)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as an image: repair or remove it") from error
-        if self._size not in (None, picture.size):
-            sizes = "{}x{}, the first image {}x{}".format(*picture.size, *self._size)
-            raise UserError(f"{file} is {sizes}: images of one evaluation have one size")
-        return picture
+    def _image(self, index: int) -> Tensor:
+        image = self._dataset.whole(index)
+        if image.size != self._size:
+            sizes = "{}x{}, the first image {}x{}".format(*image.size, *self._size)
+            raise UserError(f"{self._dataset.describe(index)} is {sizes}: images of one evaluation have one size")
+        return to_pixels(image)
 
 
-class DatasetImages:
-    """The cropped images of a data set, all or the first `limit`."""
-
-    inception_statistics = None
-
-    def __init__(self, dataset: ImageDataset, *, limit: int = 0) -> None:
-        self._dataset = dataset
-        self.class_ids = torch.from_numpy(dataset.class_ids)[: limit or None]
-
-    def __len__(self) -> int:
-        return len(self.class_ids)
-
-    def pixels(self, start: int, stop: int) -> Tensor:
-        return torch.stack([self._dataset.pixels(index) for index in range(start, min(stop, len(self)))])
-
-
-class DrawnImages:
+class DrawnImages(ImageSource):
     """Images that a model draws when they are asked for, so that none is kept.
 
     Args:
-        class_ids: [N] int64, the class of each image.
-        draw: (class_ids [B], row_ids [B]) -> images [B, 3, H, W] uint8 on any device; an image may depend on its class
-            and its row id, which is its number, and on nothing else.
+        condition: N rows, what each image is asked to be, or class ids [N].
+        draw: (condition of B rows, row_ids [B]) -> images [B, 3, H, W] uint8 on any device; an image may depend on its
+            row of the condition and its row id, which is its number, and on nothing else.
     """
 
-    inception_statistics = None
-
-    def __init__(self, class_ids: Tensor, draw: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.class_ids = class_ids
-        self._draw = draw
-
-    def __len__(self) -> int:
-        return len(self.class_ids)
+    def __init__(self, condition: Condition | Tensor, draw: Draw) -> None:
+        self.condition, self.draw = as_condition(condition), draw
+        super().__init__(self.condition.rows, getattr(self.condition, "class_ids", None))
 
     def pixels(self, start: int, stop: int) -> Tensor:
-        row_ids = torch.arange(start, min(stop, len(self)))
-        return self._draw(self.class_ids[start:stop], row_ids)
+        return self.draw(self.condition.select(slice(start, stop)), torch.arange(start, min(stop, len(self))))
 
 
 def open_images(path: str | Path, *, limit: int = 0) -> ImageSource:
@@ -164,6 +146,25 @@ def open_images(path: str | Path, *, limit: int = 0) -> ImageSource:
     return FolderImages(path, limit=limit) if Path(path).is_dir() else NpzImages(path, limit=limit)
 
 
-def classes_in_turn(class_ids: Sequence[int], count: int) -> Tensor:
-    """[count] int64: the classes one after the other, again and again, so that their numbers differ by one at most."""
-    return torch.tensor(list(class_ids))[torch.arange(count) % len(class_ids)]
+def classes_in_turn(class_ids: Sequence[int], count: int) -> ClassCondition:
+    """`count` rows: the classes one after the other, again and again, so that their numbers differ by one at most."""
+    return ClassCondition(torch.tensor(list(class_ids))).padded(count)
+
+
+def describe_classes(images: ImageSource) -> dict[str, object]:
+    """Number of images, and of each class where the classes are known."""
+    counts = None if images.class_ids is None else class_counts(images.class_ids)
+    return {"count": len(images), "class_counts": counts}
+
+
+def fingerprint(path: str | Path) -> dict[str, str]:
+    """A file's path and SHA-256, by which others can tell whether theirs is the same; of a folder the path alone."""
+    if Path(path).is_dir():
+        return {"path": str(path)}
+    with open(path, "rb") as file:
+        return {"path": str(path), "sha256": file_digest(file, "sha256").hexdigest()}
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of processes that share the work."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

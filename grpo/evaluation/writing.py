@@ -9,11 +9,12 @@ from typing import Self
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from grpo.config import UserError
-from grpo.evaluation.sources import ImageSource
+from grpo.data import to_image
+from grpo.evaluation.sources import Draw, ImageSource, rank_and_size
+from grpo.models import Condition
 
 
 def batches_in_order(
@@ -27,13 +28,13 @@ def batches_in_order(
     Args:
         progress: wraps the loop over the rounds, to show how far it is.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for start in progress(range(0, len(source), batch_size * world_size)):
+    rank, ranks = rank_and_size()
+    for start in progress(range(0, len(source), batch_size * ranks)):
         first = start + rank * batch_size
         mine = source.pixels(first, first + batch_size).cpu() if first < len(source) else None
         batches = [mine]
-        if world_size > 1:
-            batches = [None] * world_size if rank == 0 else None
+        if ranks > 1:
+            batches = [None] * ranks if rank == 0 else None
             dist.gather_object(mine, batches, dst=0)
         yield from (batch for batch in batches or () if batch is not None)
 
@@ -57,8 +58,19 @@ def make_writable(path: str | Path, *, key: str, folder: bool = False) -> None:
 
 def save_pngs(folder: str | Path, pixels: Tensor, row_ids: Tensor) -> None:
     """Writes images [B, 3, H, W] uint8 as `folder`/000123.png, named by their row ids [B]."""
-    for image, row_id in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), row_ids.tolist(), strict=True):
-        Image.fromarray(image).save(Path(folder) / f"{row_id:06d}.png")
+    for image, row_id in zip(pixels.cpu(), row_ids.tolist(), strict=True):
+        to_image(image).save(Path(folder) / f"{row_id:06d}.png")
+
+
+def saving_pngs(draw: Draw, folder: str | Path) -> Draw:
+    """The same draw, which writes each image into `folder` too."""
+
+    def draw_and_save(condition: Condition, row_ids: Tensor) -> Tensor:
+        pixels = draw(condition, row_ids)
+        save_pngs(folder, pixels, row_ids)
+        return pixels
+
+    return draw_and_save
 
 
 class NpzWriter:

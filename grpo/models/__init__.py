@@ -1,38 +1,37 @@
-"""The GPT over image codes, the VQ tokenizer, a classifier, their named sizes, and their weights in and out."""
+"""Conditions, the generators' families, the VQ tokenizer, a classifier; named sizes; weights in and out."""
 
+from grpo.formats import read_weights, save_weights
 from grpo.models.classifier import Classifier, ClassifierConfig, load_classifier
+from grpo.models.condition import ClassCondition, Condition, as_condition
+from grpo.models.family import MODEL_SPECS, ModelFamily, generator_sizes, get_family, get_model_spec
 from grpo.models.gpt import GPT, GPTConfig, KVCache
-from grpo.models.specs import (
-    MODEL_SPECS,
-    TOKENIZER_SPECS,
-    ModelSpec,
-    TokenizerSpec,
-    get_model_spec,
-    get_tokenizer_spec,
-)
+from grpo.models.specs import TOKENIZER_SPECS, get_tokenizer_spec, tokenizer_sizes
 from grpo.models.vq import VQConfig, VQModel
-from grpo.models.weight_files import read_weights, save_weights
-from grpo.models.weights import infer_gpt_config, infer_vq_config, load_gpt, load_vq
+from grpo.models.weights import build_tokenizer, load_gpt, load_vq
 
 __all__ = [
     "GPT",
     "MODEL_SPECS",
     "TOKENIZER_SPECS",
+    "ClassCondition",
     "Classifier",
     "ClassifierConfig",
+    "Condition",
     "GPTConfig",
     "KVCache",
-    "ModelSpec",
-    "TokenizerSpec",
+    "ModelFamily",
     "VQConfig",
     "VQModel",
+    "as_condition",
+    "build_tokenizer",
+    "generator_sizes",
+    "get_family",
     "get_model_spec",
     "get_tokenizer_spec",
-    "infer_gpt_config",
-    "infer_vq_config",
     "load_classifier",
     "load_gpt",
     "load_vq",
     "read_weights",
     "save_weights",
+    "tokenizer_sizes",
 ]

@@ -8,19 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.config import UserError
-from grpo.models.weight_files import read_weights
+from grpo.formats import read_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """Sizes of a classifier.
+    """Sizes of a classifier of K classes.
 
     Args:
         width: channels of the first stage, a multiple of 8; each of the next two has twice as many.
-        num_classes: number of classes K.
-
-    Raises:
-        ValueError: the width is not a multiple of 8.
     """
 
     width: int = 32
@@ -52,11 +48,7 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1], of any size, to logits [B, K].
-
-    Attributes:
-        layers: the stages, units of compilation and sharding as in the GPT.
-    """
+    """Images [B, 3, H, W] in [-1, 1], of any size, to logits [B, K]."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -77,13 +69,9 @@ class Classifier(nn.Module):
 
 
 def load_classifier(path: str | os.PathLike[str]) -> Classifier:
-    """The classifier that `recipes/train_classifier.py` wrote, in eval mode; its sizes are read off its weights.
+    """The classifier that the job `grpo classifier` wrote, in eval mode; its sizes all show in its weights.
 
-    Args:
-        path: any layout that `read_weights` takes.
-
-    Raises:
-        UserError: no such file, or not the weights of a classifier.
+    Takes any layout of `read_weights`. Raises a UserError if there is none, or it is not that of a classifier.
     """
     weights = read_weights(path)
     try:
@@ -93,5 +81,5 @@ def load_classifier(path: str | os.PathLike[str]) -> Classifier:
         model = Classifier(config)
         model.load_state_dict(weights)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a classifier; train one with recipes/train_classifier.py") from error
+        raise UserError(f"{path}: not a classifier; train one with grpo classifier") from error
     return model.eval()

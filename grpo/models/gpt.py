@@ -4,17 +4,19 @@ Parameter names and numerics are LlamaGen's own, so its released weights load st
 embeds the class, row t the code t - 1, and row t predicts code t.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grpo.models.condition import ClassCondition, Condition, as_condition
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Sizes of a GPT.
+    """Sizes of a GPT, and its dropouts, which are no sizes and do not count in a comparison.
 
     Args:
         dim: width D.
@@ -48,8 +50,8 @@ class GPTConfig:
     ffn_dim_multiplier: float | None = None
     rope_base: float = 10000
     norm_eps: float = 1e-5
-    class_dropout: float = 0.0
-    dropout: float = 0.0
+    class_dropout: float = field(default=0.0, compare=False)
+    dropout: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
         if self.dim % (4 * self.n_head):
@@ -89,14 +91,14 @@ class GPTConfig:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer for `length` rows; its size never changes, so a decode step can be captured."""
+    """Keys and values of every layer for `length` rows; its size never changes, so a step can be captured."""
 
     keys: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
     values: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
 
 
 class LayerCache(NamedTuple):
-    """What one attention layer needs to decode one row; `keys` and `values` are updated in place."""
+    """What one attention layer needs to compute one row; `keys` and `values` are updated in place."""
 
     keys: Tensor  # [B, n_kv_head, length, head_dim]
     values: Tensor  # [B, n_kv_head, length, head_dim]
@@ -174,7 +176,7 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; with a cache, one row attends to the rows decoded so far."""
+    """Causal self-attention with rotary positions; with a cache, one row attends to the rows computed so far."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -218,7 +220,7 @@ class Block(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """One embedding a class and, last, one for no class."""
+    """One embedding a class and, last, one for no class, which dropped rows take."""
 
     def __init__(self, num_classes: int, dim: int, dropout: float) -> None:
         super().__init__()
@@ -226,11 +228,18 @@ class ClassEmbedding(nn.Module):
         self.dropout = dropout
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
-    def forward(self, class_ids: Tensor) -> Tensor:
+    def forward(self, condition: Condition) -> Tensor:
+        """The rows before the image, [R, 1, D]. Raises a ValueError for anything but one class a row."""
+        if not isinstance(condition, ClassCondition):
+            raise ValueError(f"this model takes classes as its condition, not {type(condition).__name__}")
+        class_ids = condition.class_ids
+        if class_ids.ndim != 1 or class_ids.is_floating_point():
+            raise ValueError(f"class ids must be [B] integers, not {[*class_ids.shape]} {class_ids.dtype}")
         if self.training and self.dropout > 0:
-            dropped = torch.rand(class_ids.shape, device=class_ids.device) < self.dropout
-            class_ids = class_ids.masked_fill(dropped, self.num_classes)
-        return self.embedding_table(class_ids)
+            condition = condition.drop(torch.rand(condition.rows, device=condition.device) < self.dropout)
+        if condition.dropped is not None:
+            class_ids = class_ids.masked_fill(condition.dropped, self.num_classes)
+        return self.embedding_table(class_ids)[:, None]
 
 
 class GPT(nn.Module):
@@ -238,6 +247,9 @@ class GPT(nn.Module):
 
     The output shape and the positions are the same in train and eval mode, and nothing of a rollout is module state.
     """
+
+    forward_methods: ClassVar = ("hidden", "prefill", "extend")
+    """What is called besides `forward` and must see the whole parameters of a sharded model."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -264,12 +276,12 @@ class GPT(nn.Module):
         for layer in self.layers:
             layer.attention.rotary.reset()
 
-    def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
         """Logits of the next code after each row.
 
         Args:
             tokens: the image's first S codes, [B, S] integers, 0 <= S < T.
-            class_ids: [B] integers in 0..num_classes; `num_classes` means no class.
+            condition: B rows, or class ids [B] in 0..num_classes, of which `num_classes` means no class.
 
         Returns:
             [B, S + 1, V] fp32; row t predicts code t.
@@ -277,16 +289,17 @@ class GPT(nn.Module):
         Raises:
             ValueError: a shape or dtype is wrong.
         """
-        return self.output(self._hidden(tokens, class_ids)).float()
+        return self.output(self._hidden(tokens, condition)).float()
 
-    def hidden(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
         """The rows that the output projection sees, [B, S + 1, D], after the final norm. Arguments as in `forward`."""
-        return self._hidden(tokens, class_ids)
+        return self._hidden(tokens, condition)
 
-    def _hidden(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
         # Apart from `hidden`, because FSDP wraps the public methods and their hooks must not nest.
-        _check_shapes(tokens, class_ids, self.config.block_size)
-        x = self.dropout(torch.cat([self.cls_embedding(class_ids)[:, None], self.tok_embeddings(tokens)], dim=1))
+        condition = as_condition(condition)
+        _check_shapes(tokens, condition, self.config.block_size)
+        x = self.dropout(torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1))
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
@@ -302,16 +315,17 @@ class GPT(nn.Module):
         shape = (config.n_layer, batch_size, config.kv_heads, length or config.block_size, config.head_dim)
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
-    def prefill(self, class_ids: Tensor, cache: KVCache) -> Tensor:
-        """Start sequences of the classes `class_ids` [B] in `cache`; the hidden state of row 0, [B, D].
+    def prefill(self, condition: Condition | Tensor, cache: KVCache) -> Tensor:
+        """Start B sequences in `cache`; the hidden state of row 0, [B, D]. `condition` as in `forward`.
 
         Raises:
             ValueError: the cache is for another batch size.
         """
-        first = torch.zeros((), dtype=torch.long, device=class_ids.device)
-        return self._decode_row(self.cls_embedding(class_ids), first, cache)
+        condition = as_condition(condition)
+        first = torch.zeros((), dtype=torch.long, device=condition.device)
+        return self._one_row(self.cls_embedding(condition), first, cache)
 
-    def decode(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    def extend(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
         """Feed one code a sequence and return the hidden state that predicts the next, without gradients.
 
         Shapes are static and nothing waits for the device, so the step can be compiled or captured in a CUDA graph.
@@ -327,24 +341,24 @@ class GPT(nn.Module):
         Raises:
             ValueError: the cache is for another batch size.
         """
-        return self._decode_row(self.tok_embeddings(tokens), position, cache)
+        return self._one_row(self.tok_embeddings(tokens)[:, None], position, cache)
 
     @torch.no_grad()
-    def _decode_row(self, embedding: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    def _one_row(self, embedding: Tensor, position: Tensor, cache: KVCache) -> Tensor:
         if cache.keys.shape[1] != len(embedding):
             raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(embedding)}")
         row = position.view(1)
         mask = (torch.arange(cache.keys.shape[3], device=row.device) <= row).view(1, 1, 1, -1)
-        x = self.dropout(embedding[:, None])
+        x = self.dropout(embedding)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer(x, LayerCache(keys, values, row, mask))
         return self.norm(x)[:, 0]
 
 
-def _check_shapes(tokens: Tensor, class_ids: Tensor, block_size: int) -> None:
-    if tokens.ndim != 2 or class_ids.shape != tokens.shape[:1]:
-        raise ValueError(f"tokens must be [B, S] and class_ids [B], not {[*tokens.shape]} and {[*class_ids.shape]}")
+def _check_shapes(tokens: Tensor, condition: Condition, block_size: int) -> None:
+    if tokens.ndim != 2 or condition.rows != len(tokens):
+        raise ValueError(f"tokens must be [B, S] for B conditions, not {[*tokens.shape]} for {condition.rows}")
     if tokens.shape[1] >= block_size:
         raise ValueError(f"{tokens.shape[1]} context tokens; the last of the {block_size} is never fed, only predicted")
-    if tokens.is_floating_point() or class_ids.is_floating_point():
-        raise ValueError(f"tokens and class_ids must be integers, not {tokens.dtype} and {class_ids.dtype}")
+    if tokens.is_floating_point():
+        raise ValueError(f"tokens must be integers, not {tokens.dtype}")

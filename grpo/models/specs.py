@@ -1,12 +1,12 @@
-"""Named sizes of GPTs and tokenizers."""
+"""LlamaGen's named sizes of GPTs and tokenizers, the quickstart's, and small ones for tests and debugging."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from grpo.config import UserError
+from grpo.config import Tokenizer, UserError
 from grpo.models.gpt import GPTConfig
 from grpo.models.vq import VQConfig
 
@@ -23,18 +23,11 @@ class ModelSpec:
     multiple_of: int = 256
     rope_base: float = 10000
 
-    def config(
-        self,
-        *,
-        image_size: int = 256,
-        downsample_size: int = 16,
-        vocab_size: int = 16384,
-        num_classes: int = 1000,
-        cls_token_num: int = 1,
-        class_dropout: float = 0.0,
-        dropout: float = 0.0,
-    ) -> GPTConfig:
+    def config(self, *, image_size: int = 256, downsample_size: int = 16, **others: Any) -> GPTConfig:
         """The whole configuration for square images of `image_size` pixels and codes of `downsample_size` pixels.
+
+        Args:
+            others: of `GPTConfig`, e.g. `vocab_size` and `num_classes`.
 
         Raises:
             UserError: the image is not a whole number of codes wide.
@@ -45,15 +38,7 @@ class ModelSpec:
                 f"data.image_size: {image_size} pixels are not a multiple of tokenizer.downsample_size "
                 f"{downsample_size}; take {max(side, 1) * downsample_size}"
             )
-        return GPTConfig(
-            **asdict(self),
-            block_size=side**2,
-            vocab_size=vocab_size,
-            num_classes=num_classes,
-            cls_token_num=cls_token_num,
-            class_dropout=class_dropout,
-            dropout=dropout,
-        )
+        return GPTConfig(**asdict(self), block_size=side**2, **others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +57,7 @@ class TokenizerSpec:
         return VQConfig(**asdict(self), codebook_size=codebook_size, codebook_embed_dim=codebook_embed_dim)
 
 
-MODEL_SPECS: Mapping[str, ModelSpec] = MappingProxyType(
+GPT_SPECS: Mapping[str, ModelSpec] = MappingProxyType(
     {
         "GPT-B": ModelSpec(dim=768, n_layer=12, n_head=12),
         "GPT-L": ModelSpec(dim=1024, n_layer=24, n_head=16),
@@ -86,7 +71,6 @@ MODEL_SPECS: Mapping[str, ModelSpec] = MappingProxyType(
         "GPT-tiny": ModelSpec(dim=64, n_layer=2, n_head=4),
     }
 )
-"""LlamaGen's sizes, the quickstart's, and one for tests and debugging."""
 
 TOKENIZER_SPECS: Mapping[str, TokenizerSpec] = MappingProxyType(
     {
@@ -96,28 +80,29 @@ TOKENIZER_SPECS: Mapping[str, TokenizerSpec] = MappingProxyType(
         "VQ-tiny": TokenizerSpec(ch=16, ch_mult=(1, 1), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
     }
 )
-"""LlamaGen's tokenizers of 16 and 8 pixels a code; the small ones have 4."""
-
-
-def get_model_spec(name: str) -> ModelSpec:
-    """The GPT spec of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    return _named(MODEL_SPECS, name, key="model.name")
+"""Of 16 and 8 pixels a code; the small ones have 4."""
 
 
 def get_tokenizer_spec(name: str) -> TokenizerSpec:
-    """The tokenizer spec of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    return _named(TOKENIZER_SPECS, name, key="tokenizer.name")
+    """The tokenizer spec of that name. Raises a UserError, with the nearest name, if there is none."""
+    return named_spec(TOKENIZER_SPECS, name, key="tokenizer.name")
 
 
-def _named(specs: Mapping[str, Spec], name: str, *, key: str) -> Spec:
+def tokenizer_sizes(section: Tokenizer) -> VQConfig:
+    """Sizes of a recipe's tokenizer. Raises a UserError if there is no such spec, or its codes have another size."""
+    sizes = get_tokenizer_spec(section.name).config(
+        codebook_size=section.codebook_size, codebook_embed_dim=section.codebook_embed_dim
+    )
+    if sizes.downsample_size != section.downsample_size:
+        raise UserError(
+            f"tokenizer.downsample_size: {section.name} has {sizes.downsample_size} pixels a code, not "
+            f"{section.downsample_size}; set it to {sizes.downsample_size} or choose another tokenizer.name"
+        )
+    return sizes
+
+
+def named_spec(specs: Mapping[str, Spec], name: str, *, key: str) -> Spec:
+    """The spec of that name, the value of `key`. Raises a UserError, with the nearest name, if there is none."""
     if name in specs:
         return specs[name]
     by_lower_case = {known.lower(): known for known in specs}

@@ -4,7 +4,7 @@ Module names and numerics are LlamaGen's own (https://arxiv.org/abs/2406.06525, 
 and, for the normalised codebook, https://arxiv.org/abs/2110.04627), so its released weights load strictly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -16,7 +16,7 @@ CODES_REMEMBERED = 65536  # length of LlamaGen's window for the codebook's usage
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
-    """Sizes of a tokenizer.
+    """Sizes of a tokenizer, and settings of its training, which do not count in a comparison.
 
     Args:
         codebook_size: number of codes K, the GPT's vocabulary.
@@ -29,7 +29,6 @@ class VQConfig:
         patch_size: pixels folded into channels on each side before the first and after the last convolution.
         dropout: dropout in the residual blocks, in train mode only.
         commit_weight: factor of the commitment loss.
-        entropy_weight: factor of the entropy loss, which is added to the codebook loss.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -43,9 +42,8 @@ class VQConfig:
     num_res_blocks: int = 2
     norm_groups: int = 32
     patch_size: int = 1
-    dropout: float = 0.0
-    commit_weight: float = 0.25
-    entropy_weight: float = 0.0
+    dropout: float = field(default=0.0, compare=False)
+    commit_weight: float = field(default=0.25, compare=False)
 
     def __post_init__(self) -> None:
         if self.ch % self.norm_groups:
@@ -264,23 +262,8 @@ class VectorQuantizer(nn.Module):
             self.remember(codes)
         vq_loss = F.mse_loss(quantized, unit.detach())
         commit_loss = self.config.commit_weight * F.mse_loss(unit, quantized.detach())
-        if self.config.entropy_weight > 0:
-            vq_loss = vq_loss + self.config.entropy_weight * entropy_loss(unit.flatten(0, 2) @ self.codebook().T)
         quantized = unit + (quantized - unit).detach()
         return quantized.permute(0, 3, 1, 2), vq_loss, commit_loss, codes.view(len(latents), -1)
-
-
-def entropy_loss(similarity: Tensor, temperature: float = 0.01) -> Tensor:
-    """Mean entropy of each latent's soft assignment minus the entropy of the mean assignment (MaskGIT, LlamaGen).
-
-    Args:
-        similarity: cosines between latents and codes, [N, K]; the squared distance of unit vectors is 2 - 2 * cosine.
-        temperature: of the softmax over negative squared distances.
-    """
-    log_assignment = F.log_softmax(2 * similarity / temperature, dim=-1)
-    assignment = log_assignment.exp()
-    mean = assignment.mean(0)
-    return (mean * (mean + 1e-5).log()).sum() - (assignment * log_assignment).sum(-1).mean()
 
 
 class VQModel(nn.Module):
@@ -301,11 +284,7 @@ class VQModel(nn.Module):
         return self.encoder, self.decoder
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents before quantisation, [B, C, h, w], of any length.
-
-        Raises:
-            ValueError: `images` is not [B, 3, H, W] or a side is not a multiple of `config.downsample_size`.
-        """
+        """Latents before quantisation, [B, C, h, w], of any length. Raises a ValueError if the images do not fit."""
         factor = self.config.downsample_size
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
             raise ValueError(f"images must be [B, 3, H, W] with sides that {factor} divides, not {[*images.shape]}")
@@ -317,11 +296,7 @@ class VQModel(nn.Module):
         return self.quantize.nearest(latents.permute(0, 2, 3, 1).flatten(0, 2)).view(len(images), -1)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Unit code vectors [B, C, h, w] of the codes [B, T] of square images.
-
-        Raises:
-            ValueError: T is not a square number.
-        """
+        """Unit code vectors [B, C, h, w] of the codes [B, T] of square images; a ValueError if T is no square."""
         side = round(codes.shape[-1] ** 0.5)
         if codes.ndim != 2 or side**2 != codes.shape[1]:
             raise ValueError(f"codes must be [B, T] with a square T, not {[*codes.shape]}")
@@ -332,15 +307,15 @@ class VQModel(nn.Module):
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(vectors)), self.config.patch_size)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of codes [B, T], about in [-1, 1]. Raises as `lookup`."""
+        """Images [B, 3, H, W], about in [-1, 1], of codes [B, T]. Raises as `lookup`."""
         return self.decode_latents(self.lookup(codes))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Reconstruct `images`, for training.
 
         Returns:
-            reconstruction [B, 3, H, W]; codebook loss, which pulls the codes to the latents (plus the weighted entropy
-            loss); weighted commitment loss, which pulls the latents to the codes; codes [B, T].
+            reconstruction [B, 3, H, W]; codebook loss, which pulls the codes to the latents; weighted commitment
+            loss, which pulls the latents to the codes; codes [B, T].
         """
         quantized, vq_loss, commit_loss, codes = self.quantize(self.encode_latents(images))
         return self.decode_latents(quantized), vq_loss, commit_loss, codes

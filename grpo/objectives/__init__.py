@@ -1,6 +1,6 @@
 """Advantages and the policy loss: one definition of each, in fp32, used by every path."""
 
-from grpo.objectives.advantages import group_advantages, spreadless_groups
+from grpo.objectives.advantages import credit, group_advantages, spreadless_groups
 from grpo.objectives.policy_loss import policy_loss, token_weights
 
-__all__ = ["group_advantages", "policy_loss", "spreadless_groups", "token_weights"]
+__all__ = ["credit", "group_advantages", "policy_loss", "spreadless_groups", "token_weights"]

@@ -1,24 +1,41 @@
 """Advantages of completions: how much better each is than the others of its image."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from grpo.parallel import all_reduce_sums
+from grpo.config import Objective
+from grpo.config.sections import AdvantageKind
+from grpo.parallel import MetricSums, all_reduce_sums
+from grpo.rewards import Rewarded
 
-ADVANTAGE_KINDS = ("group_std", "group_mean", "leave_one_out", "batch_std", "gdpo")
+ADVANTAGE_KINDS = get_args(AdvantageKind)
+
+
+def credit(rewarded: Rewarded, *, group_size: int, objective: Objective) -> tuple[Tensor, MetricSums]:
+    """Advantages [R, M] of completions in groups of G, one after the other, and how much the groups spread."""
+    groups = rewarded.total.view(-1, group_size)  # [B, G]
+    advantages = group_advantages(
+        groups,
+        kind=objective.advantage,
+        clip=objective.advantage_clip,
+        components=rewarded.components.view(-1, *groups.shape),
+        component_weights=rewarded.weights,
+    )
+    metrics = MetricSums()
+    metrics.add("zero_spread", spreadless_groups(groups).sum(), len(groups))
+    if group_size > 1:
+        metrics.add("group_std", groups.std(dim=1).sum(), len(groups))
+    return advantages.view_as(rewarded.total), metrics
 
 
 def spreadless_groups(rewards: Tensor) -> Tensor:
-    """Which groups have no spread beyond fp32 rounding of their values.
+    """Which groups [B, G] have no spread beyond fp32 rounding of their values, [B] bool.
 
-    Args:
-        rewards: [groups, G].
-
-    Returns:
-        [groups] bool. Equal images decoded in different batches differ by a few units in the last place, and so does a
-        mean from its terms; such differences say nothing about which completion is better.
+    Equal images decoded in different batches differ by a few units in the last place, and so does a mean from its
+    terms; such differences say nothing about which completion is better.
     """
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
     return spread <= 8 * torch.finfo(torch.float32).eps * rewards.abs().amax(dim=1)
@@ -27,7 +44,7 @@ def spreadless_groups(rewards: Tensor) -> Tensor:
 def group_advantages(
     rewards: Tensor,
     *,
-    kind: str = "group_std",
+    kind: AdvantageKind = "group_std",
     clip: float | None = None,
     components: Tensor | None = None,
     component_weights: Sequence[float] | None = None,
@@ -42,10 +59,8 @@ def group_advantages(
 
     Args:
         rewards: [B, G] fp32, the weighted sums.
-        kind: one of the above.
         clip: clamp to plus and minus this.
-        components: [K, B, G] the rewards before weighting (gdpo only).
-        component_weights: their K weights (gdpo only).
+        components, component_weights: [K, B, G] the rewards before weighting, and their K weights (gdpo only).
         eps: added to standard deviations.
 
     Returns:
@@ -56,28 +71,23 @@ def group_advantages(
     """
     if kind not in ADVANTAGE_KINDS:
         raise ValueError(f"unknown advantage kind {kind!r}; one of {', '.join(ADVANTAGE_KINDS)}")
-    if rewards.shape[-1] < 2 and kind != "batch_std":
+    size = rewards.shape[-1]
+    if size < 2 and kind != "batch_std":
         raise ValueError(f"{kind} compares completions of one image and needs at least 2 of them")
     rewards = rewards.float()
     if kind == "gdpo":
         if components is None or component_weights is None:
             raise ValueError("gdpo needs the rewards before weighting and their weights")
-        parts = [
-            weight * group_advantages(part, kind="group_std", eps=eps)
-            for part, weight in zip(components, component_weights, strict=True)
-        ]
-        advantages = torch.stack(parts).sum(dim=0)
+        parts = zip(components, component_weights, strict=True)
+        advantages = sum(weight * group_advantages(part, kind="group_std", eps=eps) for part, weight in parts)
     else:
-        size = rewards.shape[1]
-        centred = rewards - rewards.mean(dim=1, keepdim=True)
+        advantages = rewards - rewards.mean(dim=1, keepdim=True) if size > 1 else rewards
         if kind == "group_std":
-            advantages = centred / (rewards.std(dim=1, keepdim=True) + eps)
-        elif kind == "group_mean":
-            advantages = centred
+            advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
         elif kind == "leave_one_out":
-            advantages = centred * (size / (size - 1))
-        else:
-            advantages = (rewards if size == 1 else centred) / (_global_std(rewards) + eps)
+            advantages = advantages * (size / (size - 1))
+        elif kind == "batch_std":
+            advantages = advantages / (_global_std(rewards) + eps)
         if size > 1:
             advantages = advantages.masked_fill(spreadless_groups(rewards)[:, None], 0.0)
     return advantages if clip is None else advantages.clamp(-clip, clip)

@@ -2,7 +2,7 @@
 
 from grpo.observe.console import progress
 from grpo.observe.environment import environment
-from grpo.observe.grids import SampleRow, image_grid, sample_grid, to_uint8
+from grpo.observe.grids import SampleRow, image_grid, sample_grid
 from grpo.observe.metrics_file import MetricsFile, read_metrics
 from grpo.observe.observer import RunObserver
 from grpo.observe.report import write_report
@@ -18,6 +18,5 @@ __all__ = [
     "progress",
     "read_metrics",
     "sample_grid",
-    "to_uint8",
     "write_report",
 ]

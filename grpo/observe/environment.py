@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("grpo", "torch", "torchvision", "triton", "numpy", "pillow", "torch-fidelity")
+PACKAGES = ("autoregressive-grpo", "torch", "torchvision", "triton", "numpy", "pillow", "torch-fidelity")
 
 
 def environment() -> dict[str, dict[str, str]]:

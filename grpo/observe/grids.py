@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from grpo.data import to_image, to_uint8
+
 MARGIN = 8
 TEXT_HEIGHT = 18
 MAX_COLUMNS = 16
@@ -26,11 +28,6 @@ class SampleRow(NamedTuple):
     completions: torch.Tensor
     rewards: torch.Tensor
     caption: str
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] to the nearest of 0..255, uint8 of the same shape; values outside are clamped."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def image_grid(images: torch.Tensor, *, columns: int, gap: int = 2) -> Image.Image:
@@ -88,5 +85,4 @@ def _resampling(image: torch.Tensor, side: int) -> Image.Resampling:
 
 
 def _picture(image: torch.Tensor) -> Image.Image:
-    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
+    return to_image(image if image.dtype == torch.uint8 else to_uint8(image))

@@ -14,7 +14,6 @@ from grpo.config.sections import ActivationCheckpoint, Compile, Parallel, Traini
 from grpo.parallel.activation_checkpoint import checkpoint_activations
 from grpo.parallel.precision import mixed_precision_policy
 
-_FORWARD_METHODS = ("hidden", "prefill", "decode")
 _DEFERS_SYNC = "_defers_gradient_sync"  # attribute of a sharded root: `parallel.defer_gradient_sync`
 
 
@@ -30,15 +29,15 @@ def parallelize(
     """Apply activation checkpointing, per-block compilation and sharding, in this order, in place.
 
     One rank is treated like many, so that mixed precision has one mechanism; only in full precision there is nothing
-    left to do, and the parameters stay plain. Weights are loaded afterwards (`grpo.parallel.weights`), the optimizer
-    is built after that, on the sharded parameters.
+    left to do, and the parameters stay plain. Weights are loaded afterwards, then the optimizer is built.
 
     Gradients are averaged over ranks: a loss that is to be normalised by a global count must be divided by
     `count / world.size` on each rank. The root's own parameters stay gathered from a forward to its backward, so
     that a loss may use `model.output.weight` outside of `forward`.
 
     Args:
-        model: its blocks are in `model.layers`; every other parameter belongs to the root.
+        model: its blocks are in `model.layers`; every other parameter belongs to the root. `model.forward_methods`
+            names what is called besides `forward`.
         mesh: from `build_mesh`.
     """
     for block in model.layers:
@@ -51,9 +50,8 @@ def parallelize(
     for block in model.layers if parallel.shard_blocks else ():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards_after_forward(parallel))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for name in _FORWARD_METHODS:
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
+    for name in _forward_methods(model):
+        register_fsdp_forward_method(model, name)
     setattr(model, _DEFERS_SYNC, parallel.defer_gradient_sync)
     return model
 
@@ -80,7 +78,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """Make the model a plain one during the block, e.g. while a rollout calls it hundreds of times.
 
     All parameters are gathered once, in the dtype of the computation, and calls skip FSDP's hooks: they would cost
-    more time than a small decode step, and their stream switches cannot be captured in a CUDA graph. There are no
+    more time than a small step, and their stream switches cannot be captured in a CUDA graph. There are no
     gradients inside. Every rank must enter and leave together.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -105,8 +103,7 @@ def reshard(model: nn.Module) -> None:
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients down, in place, to a global L2 norm of at most `max_norm`.
 
-    Returns:
-        The norm before, a 0-dim local tensor that is the same on every rank (non-finite if any gradient is).
+    Returns the norm before, 0-dim, local, the same on every rank (non-finite if any gradient is).
     """
     reshard(model)  # a forward without backward may have come between, and left parameters gathered
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -121,10 +118,14 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """Call a module, and the methods that `register_fsdp_forward_method` wrapped, as if they had no hooks."""
     hooks = module._forward_pre_hooks, module._forward_hooks
-    wrapped = {name: vars(module).pop(name) for name in _FORWARD_METHODS if name in vars(module)}
+    wrapped = {name: vars(module).pop(name) for name in _forward_methods(module) if name in vars(module)}
     module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
         module._forward_pre_hooks, module._forward_hooks = hooks
         vars(module).update(wrapped)
+
+
+def _forward_methods(module: nn.Module) -> tuple[str, ...]:
+    return getattr(module, "forward_methods", ())

@@ -19,15 +19,7 @@ _store: dist.Store | None = None  # outlives the group, so that the launcher can
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among the processes of the run.
-
-    Attributes:
-        rank: 0 .. size - 1, over all hosts.
-        size: number of processes.
-        local_rank: 0 .. local_size - 1, on this host.
-        local_size: number of processes on this host.
-        device: what this process computes on.
-    """
+    """Where this process stands: rank 0 .. size - 1 over all hosts, local rank on this one, and what it computes on."""
 
     rank: int
     size: int
@@ -43,10 +35,9 @@ class World:
 
 @contextmanager
 def distributed(timeout_seconds: int) -> Iterator[World]:
-    """Join the process group for the duration of the block.
+    """Join the process group for the duration of the block; a process started alone is a group of one.
 
-    Under torchrun the group has all its processes; a process started alone is a group of one, so that the code inside
-    is the same. On CUDA the group has both backends: NCCL for tensors on the GPU, gloo for those on the CPU.
+    On CUDA the group has both backends: NCCL for tensors on the GPU, gloo for those on the CPU.
 
     Args:
         timeout_seconds: after which a collective that some rank does not join raises on the others.
@@ -88,13 +79,9 @@ def environment_rank() -> int:
 
 
 def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Add up named sums and counts over all ranks, in fp64 and in one collective.
+    """Totals over all ranks of named 0-dim tensors or numbers, in fp64, in one collective and one transfer.
 
-    Args:
-        values: 0-dim tensors or numbers; the same names on every rank.
-
-    Returns:
-        The totals, by name. On a GPU this is one transfer for all of them.
+    The names are the same on every rank.
     """
     if not values:
         return {}
@@ -128,18 +115,15 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def _place_from_environment() -> tuple[int, int, int, int]:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(name in os.environ for name in names):
-        return 0, 1, 0, 1
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    return rank, size, local_rank, local_size
+    """Rank, size, local rank and local size, as torchrun tells them."""
+    told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    return (0, 1, 0, 1) if None in told else tuple(map(int, told))
 
 
 def _bind_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
+    if local_rank >= (count := torch.cuda.device_count()):
         raise UserError(
             f"This host has {count} GPU(s) but more processes: start torchrun with --nproc_per_node={count}."
         )

@@ -1,4 +1,4 @@
-"""From `python recipes/x.py` to an exit code: who reports an error, how the process ends."""
+"""From a job to an exit code: who reports an error, how the process ends."""
 
 import errno
 import os
@@ -26,14 +26,14 @@ _LOST_CONTACT = (
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run a recipe and end the process.
+    """Run a job and end the process.
 
     Exit codes: 0 done; 2 a user's mistake, or memory or disk space that ran out, told in plain lines by exactly one
     rank; 130 interrupted; 143 stopped by SIGTERM, with a checkpoint; 1 anything else, with its traceback. A process
     that fails leaves at once, without waiting for other ranks: they see its connections close, or torchrun ends them.
 
     Args:
-        main: the recipe; gets the command line without the program's name.
+        main: of the job; gets the command line without the program's name.
     """
     try:
         main(sys.argv[1:])
@@ -46,15 +46,10 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
         _report(error.problems)
         code = 2
     except BaseException as error:  # failures of torch.distributed.checkpoint are no `Exception`
-        if _ran_out_of_memory(error):
-            _report([_memory_advice(error)])
-            code = 2
-        elif _cannot_write(error):
-            _report([_disk_advice(error)])
-            code = 2
-        elif _another_rank_reported():  # this rank only lost its partner in a collective
-            code = 2
-        else:
+        code = 2
+        if advice := _advice(error):
+            _report([advice])
+        elif not _another_rank_reported():  # else this rank only lost its partner in a collective
             traceback.print_exc()
             if _lost_contact(error):
                 print(_LOST_CONTACT.format(rank=environment_rank()), file=sys.stderr)
@@ -95,22 +90,23 @@ def _another_rank_reported() -> bool:
         return False
 
 
-def _ran_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+def _advice(error: BaseException) -> str | None:
+    """What to do where memory or disk space has run out; None for any other error."""
+    rank = f"Rank {environment_rank()}"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def _cannot_write(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in _CANNOT_WRITE
-
-
-def _disk_advice(error: OSError) -> str:
-    where = error.filename or "a file of the run"
-    return (
-        f"Rank {environment_rank()} could not write {where} ({error.strerror}): make room there and start again; the "
-        "run goes on from its newest checkpoint."
-    )
+    ):
+        detail = str(error).partition("\n")[0].partition(". GPU")[0]
+        return (
+            f"{rank} ran out of memory ({detail or 'host memory'}): lower training.micro_batch_size, "
+            'rollout.max_rows or reward.batch_size, or set activation_checkpoint.mode = "full".'
+        )
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        return (
+            f"{rank} could not write {error.filename or 'a file of the run'} ({error.strerror}): make room there and "
+            "start again; the run goes on from its newest checkpoint."
+        )
+    return None
 
 
 def _lost_contact(error: BaseException) -> bool:
@@ -118,12 +114,4 @@ def _lost_contact(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and ("Connection closed by peer" in text or "gloo" in text)
-    )
-
-
-def _memory_advice(error: BaseException) -> str:
-    detail = str(error).partition("\n")[0].partition(". GPU")[0]
-    return (
-        f"Rank {environment_rank()} ran out of memory ({detail or 'host memory'}): lower training.batch_size, "
-        'rollout.batch_size, rollout.max_rows or reward.batch_size, or set activation_checkpoint.mode = "full".'
     )

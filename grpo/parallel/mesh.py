@@ -8,28 +8,20 @@ from grpo.parallel.distributed import World
 
 
 def build_mesh(parallel: Parallel, world: World) -> DeviceMesh:
-    """Lay the ranks out for data parallelism.
-
-    Returns:
-        fsdp and sdp: one dimension, `shard`, of all ranks. hsdp: `replicate` x `shard`, see `mesh_shape`.
-
-    Raises:
-        UserError: sizes that do not fit the number of ranks, or that the mode would ignore.
-    """
+    """The ranks, laid out by `mesh_shape`: dimension `shard`, in hsdp `replicate` x `shard`. Raises as that does."""
     shape = mesh_shape(parallel, size=world.size, local_size=world.local_size)
     names = ("replicate", "shard") if len(shape) == 2 else ("shard",)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
 def mesh_shape(parallel: Parallel, *, size: int, local_size: int) -> tuple[int, ...]:
-    """(shard,) or (replicate, shard): the sizes of the recipe's mesh.
+    """Sizes of the recipe's mesh: (shard,), which is all ranks, or in hsdp (replicate, shard).
 
     In hsdp neighbouring ranks shard together. A size of -1 is filled in from the other one; if both are -1, the ranks
     of one host, which have the fastest links, shard together.
 
     Args:
-        size: processes of the run.
-        local_size: processes of one host.
+        size, local_size: processes of the run, and of one host.
 
     Raises:
         UserError: sizes that do not fit the number of ranks, or that the mode would ignore.

@@ -18,8 +18,7 @@ _ANY_PORT = 9  # of a datagram socket that sends nothing
 def connect_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """The key-value store of this start of the run, free of what earlier starts have left.
 
-    Raises:
-        DistStoreError: some rank did not come in time.
+    Raises a DistStoreError if some rank does not come in time.
     """
     if size == 1:
         return dist.HashStore()
@@ -37,12 +36,6 @@ def agree_on_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta)
     counts its own: a host that comes back counts from zero. So every process leaves a random word under its rank, and
     rank 0 answers each word with a random prefix of its own until all ranks have taken it. An answer to a dead
     process's word does no harm, and nobody takes a dead rank 0's answer, because the words are new.
-
-    Args:
-        timeout: for all ranks to come.
-
-    Raises:
-        DistStoreError: some rank did not come in time.
     """
     if rank:
         word = uuid.uuid4().hex

@@ -10,18 +10,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 def load_full_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None, *, device: torch.device | None = None
 ) -> None:
-    """Give a parallelized model its weights, from one rank that has them all.
+    """Give a parallelized model its weights, from one rank that has them all. Raises if they are not the model's.
 
     A model that was built on the meta device is allocated first, each rank its own shards only, so that no rank but
-    the first ever holds the whole model. Buffers outside the state dict (rotary tables) are then rebuilt by
-    `model.reset_buffers()`.
+    the first ever holds the whole model. Buffers outside the state dict are then rebuilt by `model.reset_buffers()`.
 
     Args:
         state_dict: all weights on rank 0; ignored on the other ranks, which pass None.
         device: where a meta model is to be allocated.
-
-    Raises:
-        RuntimeError: missing, superfluous or misshapen weights.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model.to_empty(device=device or torch.device("cpu"))
@@ -34,9 +30,6 @@ def load_full_state_dict(
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Gather all weights on rank 0, on its CPU; other ranks take part and get an empty dict.
-
-    Weights that are already whole and on the CPU are not copied.
-    """
+    """All weights on rank 0's CPU, not copied if they are there; other ranks take part and get an empty dict."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)

@@ -1,17 +1,6 @@
-"""Rewards of completions: one a file, and their weighted sum."""
+"""Rewards of completions: one kind a file, and their weighted sum. docs/rewards.md shows how to add one."""
 
-from grpo.rewards.base import Completions, Reward
-from grpo.rewards.class_log_prob import ClassLogProb
-from grpo.rewards.reconstruction import EmbeddingCosine, Reconstruction
-from grpo.rewards.weighted_sum import Rewards, RewardSum, build_rewards
+from grpo.rewards.base import DecodedBatch, Reward, RewardContext
+from grpo.rewards.reward_sum import Rewarded, RewardSum, build_rewards
 
-__all__ = [
-    "ClassLogProb",
-    "Completions",
-    "EmbeddingCosine",
-    "Reconstruction",
-    "Reward",
-    "RewardSum",
-    "Rewards",
-    "build_rewards",
-]
+__all__ = ["DecodedBatch", "Reward", "RewardContext", "RewardSum", "Rewarded", "build_rewards"]

@@ -1,36 +1,66 @@
-"""What a reward sees and what it is."""
+"""What a reward is, what it is built from and what it sees."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from grpo.config import RewardTable
+from grpo.models import Condition, VQModel
+from grpo.rewards.networks import Network, prepare
 
 
 @dataclass(frozen=True)
-class Completions:
-    """A batch of decoded completions and the real images that they belong to: n completions of b images."""
+class RewardContext:
+    """What rewards are built from, besides their settings: the frozen tokenizer in `dtype`, class names by id."""
+
+    tokenizer: VQModel
+    device: torch.device
+    dtype: torch.dtype
+    num_classes: int
+    class_names: Sequence[str]
+
+    def prepare(self, network: Network) -> Network:
+        """A network that rewards: on the device, frozen, in `dtype` and the layout that is fastest with it."""
+        return prepare(network.to(self.device).requires_grad_(False), self.dtype)
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """n completions of b images, decoded."""
 
     images: Tensor
-    """[n, 3, H, W] decoded, in [-1, 1] up to the decoder's overshoot, in the precision of the rewards' networks."""
+    """[n, 3, H, W] in [-1, 1] up to the decoder's overshoot, in the dtype of the networks that reward."""
     tokens: Tensor
     """[n, T] int64."""
-    class_ids: Tensor
-    """[n] int64."""
+    condition: Condition
+    """n rows, what each completion was asked to be."""
     real_images: Tensor
     """[b, 3, H, W] fp32 in [-1, 1], each once; of the same class, and in teacher forcing the image itself."""
     image_of: Tensor
     """[n] int64, the real image of each completion."""
 
 
-class Reward(Protocol):
-    """A reward: higher is better, one number a completion, no gradient.
+class Reward:
+    """One kind of reward: higher is better, one number a completion, no gradient.
 
-    A reward may depend on nothing but its own completion and that one's image, so that batches can be cut anywhere.
-    What is computed from real images should be computed from `real_images` and then indexed by `image_of`.
+    It depends on nothing but its own completion and that one's image, so that batches can be cut anywhere. What it
+    computes of real images is computed from `real_images`, once each, and then indexed by `image_of`. It is built from
+    its settings and the context, and raises a `UserError` whose lines begin with the key that is wrong.
     """
 
-    name: str
+    Settings: ClassVar[type[RewardTable]] = RewardTable
+    """The keys of its table [reward.NAME], where it has more than kind and weight."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it cannot do without, checked with the recipe: "real_images" (the completion's own), "classes", "prompts",
+    "population" (it looks at all completions of a rollout together)."""
+    networks: Sequence[nn.Module] = ()
+    """To be compiled where the recipe compiles."""
+    may_abstain: bool = False
+    """Whether NaN says that it has no opinion; elsewhere NaN is a fault, and the step is skipped."""
 
-    def __call__(self, completions: Completions) -> Tensor:
+    def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32."""
-        ...
+        raise NotImplementedError

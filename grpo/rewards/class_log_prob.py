@@ -1,20 +1,35 @@
 """How sure a classifier is that the image shows what was asked for."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from grpo.rewards.base import Completions
+from grpo.config import RewardTable, UserError
+from grpo.models import load_classifier
+from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
 
-class ClassLogProb:
+class ClassLogProb(Reward):
     """log p(class | image) under a frozen classifier."""
 
-    name = "class_log_prob"
+    class Settings(RewardTable):
+        """log p(class | image) under a classifier."""
 
-    def __init__(self, classifier: nn.Module) -> None:
-        self.classifier = classifier
+        checkpoint: str
+        """Weights of the classifier, as `recipes/train_classifier.py` writes them."""
 
-    def __call__(self, completions: Completions) -> Tensor:
+    needs = frozenset({"classes"})
+
+    def __init__(self, settings: Settings, context: RewardContext) -> None:
+        self.classifier = context.prepare(load_classifier(settings.checkpoint))
+        self.networks = [self.classifier]
+        known = self.classifier.config.num_classes
+        if known != context.num_classes:
+            raise UserError(
+                f"checkpoint: {settings.checkpoint} knows {known} classes, model.num_classes is "
+                f"{context.num_classes}; give a classifier of the same classes"
+            )
+
+    def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32, at most 0."""
-        logits = self.classifier(completions.images.clamp(-1, 1)).float()
-        return -F.cross_entropy(logits, completions.class_ids, reduction="none")
+        logits = self.classifier(batch.images.clamp(-1, 1)).float()
+        return -F.cross_entropy(logits, batch.condition.class_ids, reduction="none")

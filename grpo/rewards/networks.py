@@ -31,12 +31,7 @@ def prepare(network: Network, dtype: torch.dtype) -> Network:
 
 
 def decode_batch(config: VQConfig, num_codes: int, *, dtype: torch.dtype, device: torch.device) -> int:
-    """Completions that a tokenizer can decode at once in the memory that is free now; 64 on a CPU.
-
-    Args:
-        config: of the tokenizer.
-        num_codes: T of one image.
-    """
+    """Completions of T = `num_codes` that a tokenizer can decode at once in the memory now free; 64 on a CPU."""
     if device.type != "cuda":
         return CPU_BATCH
     in_memory = int(free_memory(device) * MEMORY_SHARE) // bytes_per_image(config, num_codes, dtype=dtype)

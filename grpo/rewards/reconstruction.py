@@ -1,38 +1,30 @@
-"""Minus the distance to the real image, in pixels or in the tokenizer's latents."""
+"""Minus the distance to the real image, in pixels."""
+
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from grpo.models import VQModel
-from grpo.rewards.base import Completions
+from grpo.config import RewardTable
+from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
 
-class Reconstruction:
+class Reconstruction(Reward):
     """Minus the mean absolute (l1) or mean squared (l2) error over all pixels and channels."""
 
-    name = "reconstruction"
+    class Settings(RewardTable):
+        """Nearness to the real image."""
 
-    def __init__(self, distance: str) -> None:
-        self.distance = F.l1_loss if distance == "l1" else F.mse_loss
+        distance: Literal["l1", "l2"] = "l2"
+        """Mean absolute or mean squared error over pixels in [-1, 1]."""
 
-    def __call__(self, completions: Completions) -> Tensor:
+    needs = frozenset({"real_images"})
+
+    def __init__(self, settings: Settings, context: RewardContext) -> None:
+        self.distance = F.l1_loss if settings.distance == "l1" else F.mse_loss
+
+    def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32, at most 0."""
-        real = completions.real_images[completions.image_of]
-        error = self.distance(completions.images.float(), real.float(), reduction="none")
+        real = batch.real_images[batch.image_of]
+        error = self.distance(batch.images.float(), real.float(), reduction="none")
         return -error.mean(dim=(1, 2, 3))
-
-
-class EmbeddingCosine:
-    """Cosine between a completion's code vectors and the real image's latents before quantisation, minus 1."""
-
-    name = "embedding_cosine"
-
-    def __init__(self, tokenizer: VQModel) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, completions: Completions) -> Tensor:
-        """-> [n] fp32 in [-2, 0]."""
-        latents = self.tokenizer.encode_latents(completions.real_images.to(completions.images.dtype))  # [b, C, h, w]
-        codes = self.tokenizer.lookup(completions.tokens)  # [n, C, h, w]
-        target = latents.flatten(1).float()[completions.image_of]
-        return F.cosine_similarity(codes.flatten(1).float(), target, dim=1) - 1.0

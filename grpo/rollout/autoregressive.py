@@ -3,69 +3,64 @@
 import math
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from grpo.config import Rollout
+from grpo.config import Rollout, Schedule
 from grpo.data import ImageBatch
-from grpo.kernels import sample_tokens
+from grpo.kernels import Draw
+from grpo.models import Condition, as_condition
 from grpo.parallel import free_memory, gathered
-from grpo.rollout.compiled_blocks import CompiledBlocks
-from grpo.rollout.decoder import Decoded, Decoder, Replay, bytes_per_row
+from grpo.rollout.cached_sampler import CachedSampler, SampledCodes, bytes_per_sequence
+from grpo.rollout.cuda_graphs import Replay
 from grpo.rollout.trajectory import Trajectory, real_rows
 
-SEGMENT = 128  # steps that read the same part of the cache; each segment costs a GPU one capture
+SEGMENT = 128  # calls that read the same part of the cache; each segment costs a GPU one capture
 MEMORY_SHARE = 0.8  # of the free memory, for caches and logits
 
 
 @torch.no_grad()
-def decode(
+def sample_codes(
     model: nn.Module,
-    class_ids: Tensor,
+    condition: Condition,
     *,
     row_ids: Tensor,
+    draw: Draw,
     cfg_scale: float = 1.0,
     cfg_interval: int = -1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     max_rows: int = 0,
-    impl: str = "auto",
-    blocks: Callable[[], AbstractContextManager] = nullcontext,
-) -> Decoded:
-    """Draw one completion of each condition.
+) -> SampledCodes:
+    """Draw one completion of each row of a condition.
 
     Cache, buffers and graphs live during this call only, and so do the parameters that FSDP2 gathers, at addresses of
-    their own each time. Capturing anew costs about one step in `SEGMENT`.
+    their own each time. Capturing anew costs about one call in `SEGMENT`.
 
     Args:
-        model: a GPT; under FSDP2 its parameters are gathered once for the whole call.
-        class_ids: [N] int64.
+        model: an image generator; under FSDP2 its parameters are gathered once for the whole call.
+        condition: N rows.
         row_ids: [N] int64, global numbers of the completions; their random numbers depend on nothing else.
+        draw: how a code is drawn from logits.
         cfg_scale: classifier-free guidance, 1 is off.
-        cfg_interval: guidance is switched off after this decode step (LlamaGen's `cfg_interval`); -1 keeps it on.
-        temperature, top_k, top_p, seed: see `sample_tokens`.
-        max_rows: completions decoded together; 0 is as many as fit into a GPU's memory, and all on a CPU.
-        blocks: surrounds all steps but the first of a completion (`CompiledBlocks`).
+        cfg_interval: guidance is switched off after this position (LlamaGen's `cfg_interval`); -1 keeps it on.
+        max_rows: completions sampled together; 0 is as many as fit into a GPU's memory, and all on a CPU.
     """
-    draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, impl=impl)
+    total = condition.rows
     with gathered(model):
-        rows, parts = _parts(len(class_ids), max_rows or _rows_in_memory(model, guided=cfg_scale != 1.0))
-        padding = (0, rows * parts - len(class_ids))
-        decoder = Decoder(model, rows, draw=draw, cfg_scale=cfg_scale, cfg_interval=cfg_interval)
-        steps = _steps(decoder)
+        rows, parts = _parts(total, max_rows or rows_in_memory(model, guided=cfg_scale != 1.0))
+        condition = condition.padded(rows * parts)
+        row_ids = nn.functional.pad(row_ids, (0, rows * parts - total))
+        sampler = CachedSampler(model, rows, draw=draw, cfg_scale=cfg_scale, cfg_interval=cfg_interval)
+        calls = _calls(sampler)
         drawn = []
-        for part in zip(*(nn.functional.pad(ids, padding).split(rows) for ids in (class_ids, row_ids)), strict=True):
-            decoder.start(*part)
-            with blocks():
-                for position in range(1, decoder.length):
-                    steps[position // SEGMENT]()
-            drawn.append(decoder.read())
-    return Decoded(*(torch.cat(values)[: len(class_ids)] for values in zip(*drawn, strict=True)))
+        for start in range(0, rows * parts, rows):
+            part = slice(start, start + rows)
+            sampler.start(condition.select(part), row_ids[part])
+            for position in range(1, sampler.length):
+                calls[position // SEGMENT]()
+            drawn.append(sampler.read())
+    return SampledCodes(*(torch.cat(values)[:total] for values in zip(*drawn, strict=True)))
 
 
 def _parts(total: int, most: int) -> tuple[int, int]:
@@ -74,110 +69,92 @@ def _parts(total: int, most: int) -> tuple[int, int]:
     return math.ceil(total / parts), parts
 
 
-def _rows_in_memory(model: nn.Module, *, guided: bool) -> int:
+def rows_in_memory(model: nn.Module, *, guided: bool) -> int:
     """Completions whose caches fit beside what is in the memory of the model's GPU now."""
     weight = model.output.weight
     if weight.device.type != "cuda":
         return sys.maxsize
-    row = bytes_per_row(model.config, dtype=weight.dtype, copies=2 if guided else 1)
+    row = bytes_per_sequence(model, dtype=weight.dtype, guided=guided)
     return max(1, int(free_memory(weight.device) * MEMORY_SHARE) // row)
 
 
-def _steps(decoder: Decoder) -> list[Callable[[], None]]:
-    """The decode steps of each segment; on a GPU they are replayed as CUDA graphs."""
-    length = decoder.length
-    steps = [partial(decoder.step, min(first + SEGMENT, length)) for first in range(0, length, SEGMENT)]
-    if not decoder.row.is_cuda:
-        return steps
+def _calls(sampler: CachedSampler) -> list[Callable[[], None]]:
+    """The calls of `extend` of each segment; on a GPU they are replayed as CUDA graphs."""
+    length = sampler.length
+    calls = [partial(sampler.extend, min(first + SEGMENT, length)) for first in range(0, length, SEGMENT)]
+    if not sampler.row.is_cuda:
+        return calls
     pool = torch.cuda.graph_pool_handle()
-    return [Replay(step, pool) for step in steps]
+    return [Replay(call, pool) for call in calls]
 
 
 def generate(
     model: nn.Module,
-    class_ids: Tensor,
+    condition: Condition | Tensor,
     *,
     cfg_scale: float = 1.0,
     cfg_interval: int = -1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     row_ids: Tensor | None = None,
-    impl: str = "auto",
+    **draw: float | int | str,
 ) -> Tensor:
-    """Codes [B, T] of one image for each of `class_ids` [B]; see `decode` for the arguments.
+    """Codes [B, T] of one image for each row of a condition, or for each of the class ids [B].
 
-    An image depends on its class, the seed and its row id only (by default its place in `class_ids`), not on what is
-    generated with it.
+    An image depends on its condition, the seed and its row id only (by default its place), not on what is generated
+    with it.
+
+    Args:
+        cfg_scale, cfg_interval, row_ids: see `sample_codes`.
+        draw: `temperature`, `top_k`, `top_p`, `seed` and `impl`, see `Draw`.
     """
+    condition = as_condition(condition)
     if row_ids is None:
-        row_ids = torch.arange(class_ids.shape[0], device=class_ids.device)
-    return decode(
-        model,
-        class_ids,
-        row_ids=row_ids,
-        cfg_scale=cfg_scale,
-        cfg_interval=cfg_interval,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        impl=impl,
-    ).tokens
+        row_ids = torch.arange(condition.rows, device=condition.device)
+    settings = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "draw": Draw(**draw)}
+    return sample_codes(model, condition, row_ids=row_ids, **settings).tokens
 
 
 class AutoregressiveRollout:
-    """G sampled completions of each image's class; a completion is its own context.
+    """G sampled completions of each condition; a completion is its own context.
 
     Args:
-        model: a GPT.
-        encode: images -> codes [B, T], when real images are wanted too, for the auxiliary cross-entropy.
+        model: an image generator.
+        encode: images -> codes [B, T], for the auxiliary cross-entropy.
         config: the rollout section.
-        seed: of the run.
-        impl: backend of sampling.
-        compiled: decode with compiled blocks, see `compilation_pays`.
+        draw: how codes are drawn.
+        schedule: sizes of the step.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        encode: Callable[[ImageBatch], Tensor] | None,
+        encode: Callable[[ImageBatch], Tensor],
         config: Rollout,
         *,
-        seed: int,
-        impl: str,
-        compiled: bool = False,
+        draw: Draw,
+        schedule: Schedule,
     ) -> None:
-        self.model, self.encode, self.config, self.seed, self.impl = model, encode, config, seed, impl
-        self.blocks = CompiledBlocks(model) if compiled else nullcontext
+        self.model, self.encode, self.config, self.draw, self.schedule = model, encode, config, draw, schedule
 
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] conditions -> Trajectory with R = B * G rows in groups of G, M = 1."""
-        config = self.config
-        group = torch.arange(config.num_generations, device=batch.class_ids.device)
-        completion_ids = (batch.sample_ids[:, None] * config.num_generations + group).flatten()  # [B*G]
-        class_ids = batch.class_ids.repeat_interleave(config.num_generations)
-        tokens, log_probs, kept_mass = decode(
+        group_size = self.schedule.group_size
+        group = torch.arange(group_size, device=batch.condition.device)
+        completion_ids = (batch.sample_ids[:, None] * group_size + group).flatten()  # [B*G]
+        condition = batch.condition.repeat_interleave(group_size)
+        tokens, log_probs, kept_mass = sample_codes(
             self.model,
-            class_ids,
+            condition,
             row_ids=completion_ids,
-            cfg_scale=config.cfg_scale,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=self.seed,
-            max_rows=config.max_rows,
-            impl=self.impl,
-            blocks=self.blocks,
+            draw=self.draw,
+            cfg_scale=self.config.cfg_scale,
+            max_rows=self.config.max_rows,
         )
-        truncated = config.top_k > 0 or config.top_p < 1.0
         return Trajectory(
-            class_ids=class_ids,
+            condition=condition,
             context=tokens[:, :-1],
             tokens=tokens[:, None],
             old_log_probs=log_probs[:, None],
-            kept_mass=kept_mass[:, None] if truncated else None,
+            kept_mass=kept_mass[:, None] if self.draw.truncates else None,
             completion_ids=completion_ids[:, None],
-            real=None if self.encode is None else real_rows(batch.class_ids, self.encode(batch)),
+            real=real_rows(batch.condition, self.encode(batch)) if self.schedule.scores_targets else None,
         )

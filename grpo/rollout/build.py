@@ -4,12 +4,17 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from grpo.config import Rollout
+from grpo.config import Rollout, Sampling, Schedule
 from grpo.data import ImageBatch
+from grpo.kernels import Draw
 from grpo.rollout.autoregressive import AutoregressiveRollout
-from grpo.rollout.compiled_blocks import compilation_pays
 from grpo.rollout.teacher_forced import TeacherForcedRollout
 from grpo.rollout.trajectory import Trajectory
+
+
+def build_draw(section: Rollout | Sampling, *, seed: int, impl: str) -> Draw:
+    """How a section wants tokens to be drawn."""
+    return Draw(temperature=section.temperature, top_k=section.top_k, top_p=section.top_p, seed=seed, impl=impl)
 
 
 def build_rollout(
@@ -17,11 +22,8 @@ def build_rollout(
     encode: Callable[[ImageBatch], Tensor],
     config: Rollout,
     *,
-    seed: int,
-    impl: str,
-    keep_graph: bool,
-    with_real: bool,
-    rollouts: int = 0,
+    draw: Draw,
+    schedule: Schedule,
 ) -> Callable[[ImageBatch], Trajectory]:
     """A function from [B] images to their trajectory.
 
@@ -29,15 +31,8 @@ def build_rollout(
         model: the policy.
         encode: images -> codes [B, T], by the frozen tokenizer.
         config: the rollout section.
-        seed: of the run.
-        impl: backend of sampling.
-        keep_graph: a teacher-forced forward is trained on directly (`PolicyUpdate.shares_forward`).
-        rollouts: how many there will be, for what costs time once; 0 if nobody knows.
-        with_real: the auxiliary cross-entropy is on: real images must be scored too.
+        draw: how tokens are drawn.
+        schedule: sizes of the step.
     """
-    if config.mode == "teacher_forced":
-        return TeacherForcedRollout(
-            model, encode, config, seed=seed, keep_graph=keep_graph, with_targets=with_real, impl=impl
-        )
-    compiled = compilation_pays(model.output.weight.device, rollouts * model.config.block_size)
-    return AutoregressiveRollout(model, encode if with_real else None, config, seed=seed, impl=impl, compiled=compiled)
+    mode = TeacherForcedRollout if config.mode == "teacher_forced" else AutoregressiveRollout
+    return mode(model, encode, config, draw=draw, schedule=schedule)

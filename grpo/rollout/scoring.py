@@ -1,23 +1,24 @@
 """Log-probs of given tokens under given contexts: the one definition for old, new and reference policies."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from grpo.kernels import linear_token_log_probs
+from grpo.kernels import Draw, linear_token_log_probs
+from grpo.models import Condition
 from grpo.rollout.trajectory import Scores, Trajectory
 
 
-def guided_hidden(model: nn.Module, context: Tensor, class_ids: Tensor, scale: float) -> Tensor:
+def guided_hidden(model: nn.Module, context: Tensor, condition: Condition, scale: float) -> Tensor:
     """Final hidden states [R, T, D], with classifier-free guidance when `scale` is not 1.
 
     The output projection is linear without bias, so guiding hidden states h_u + s (h_c - h_u) and projecting once
     equals guiding the logits (Ho & Salimans, arXiv 2207.12598).
     """
     if scale == 1.0:
-        return model.hidden(context, class_ids)
-    unconditional = torch.full_like(class_ids, model.config.num_classes)
-    both = model.hidden(context.repeat(2, 1), torch.cat([class_ids, unconditional]))
-    return guide(both, scale)
+        return model.hidden(context, condition)
+    return guide(model.hidden(context.repeat(2, 1), condition.with_unconditional()), scale)
 
 
 def guide(hidden: Tensor, scale: float) -> Tensor:
@@ -26,17 +27,14 @@ def guide(hidden: Tensor, scale: float) -> Tensor:
     return torch.lerp(unconditional, conditional, scale)
 
 
-def score(
-    model: nn.Module, trajectory: Trajectory, *, temperature: float, cfg_scale: float = 1.0, impl: str = "auto"
-) -> Scores:
+def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: float = 1.0) -> Scores:
     """Score a trajectory's completions and targets with one forward per context.
 
     Args:
-        model: a GPT (its `hidden` and `output`).
+        model: an image generator (its `hidden` and `output`).
         trajectory: its `scores`, if any, are not used.
-        temperature: divides the logits of the completions; the targets are always scored at 1.
-        cfg_scale: guidance of the distribution that scores the completions.
-        impl: backend of the log-prob operation.
+        draw: the distribution that scores the completions; the targets are always scored at temperature 1.
+        cfg_scale: guidance of that distribution.
 
     Raises:
         ValueError: targets together with guidance (they have no common hidden state).
@@ -45,22 +43,25 @@ def score(
     targets = trajectory.target_tokens
     if targets is not None and completions and cfg_scale != 1.0:
         raise ValueError("targets are scored without guidance: give them rows of their own")
+    untempered = replace(draw, temperature=1.0)
     if completions == 0:
-        cfg_scale = temperature = 1.0
-    hidden = guided_hidden(model, trajectory.context, trajectory.class_ids, cfg_scale)
-    flat = hidden.flatten(0, 1)  # [R*T, D]
+        draw, cfg_scale = untempered, 1.0
+    hidden = guided_hidden(model, trajectory.context, trajectory.condition, cfg_scale).flatten(0, 1)  # [R*T, D]
     tokens = trajectory.tokens.transpose(1, 2)  # [R, T, M]
-    shared = targets is not None and temperature == 1.0
+    shared = targets is not None and draw.temperature == 1.0
     if shared:
         tokens = torch.cat([tokens, targets[..., None]], dim=-1)
-    weight = model.output.weight
-    log_probs, entropy = linear_token_log_probs(
-        flat, weight, tokens.flatten(0, 1), temperature=temperature, return_entropy=True, impl=impl
-    )
+    log_probs, entropy = draw.score(hidden, model.output.weight, tokens.flatten(0, 1))
     log_probs = log_probs.view(rows, length, -1).transpose(1, 2)  # [R, M (+1), T]
     target_log_probs = None
     if shared:
         target_log_probs, log_probs = log_probs[:, -1], log_probs[:, :-1]
     elif targets is not None:
-        target_log_probs = linear_token_log_probs(flat, weight, targets.reshape(-1, 1), impl=impl).view(rows, length)
+        target_log_probs = score_targets(model, hidden, targets, draw=draw)
     return Scores(log_probs, entropy.view(rows, length), target_log_probs)
+
+
+def score_targets(model: nn.Module, hidden: Tensor, targets: Tensor, *, draw: Draw) -> Tensor:
+    """Log-probs [R, T] of the targets [R, T] under hidden states [R*T, D], at temperature 1."""
+    log_probs = linear_token_log_probs(hidden, model.output.weight, targets.reshape(-1, 1), impl=draw.impl)
+    return log_probs.view(targets.shape)

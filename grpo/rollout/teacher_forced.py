@@ -5,26 +5,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from grpo.config import Rollout
+from grpo.config import Rollout, Schedule
 from grpo.data import ImageBatch
-from grpo.kernels import linear_token_log_probs, philox_uniform, sample_and_score, sample_projection
+from grpo.kernels import Draw, philox_uniform
+from grpo.rollout.random_streams import RandomStream
+from grpo.rollout.scoring import score_targets
 from grpo.rollout.trajectory import Scores, Trajectory
-
-NOISE_STREAM = 1  # `step` of the generator for context noise; sampling uses 0
 
 
 class TeacherForcedRollout:
     """G completions of each image, drawn from one row of logits per position in one pass.
 
+    Where the schedule trains on the sampling forward, what is drawn is scored from the same logits, with gradient
+    (`Trajectory.scores`), so that the update needs no forward of its own.
+
     Args:
-        model: a GPT.
+        model: an image generator.
         encode: images -> codes [B, T], by the frozen tokenizer.
         config: the rollout section.
-        seed: of the run.
-        keep_graph: score what is drawn from the same logits, with gradient (`Trajectory.scores`), so that the update
-            needs no forward of its own.
-        with_targets: these scores hold the real codes' too. At temperature 1 they always do; elsewhere it is a pass.
-        impl: backend of sampling.
+        draw: how tokens are drawn.
+        schedule: sizes of the step.
     """
 
     def __init__(
@@ -33,13 +33,10 @@ class TeacherForcedRollout:
         encode: Callable[[ImageBatch], Tensor],
         config: Rollout,
         *,
-        seed: int,
-        keep_graph: bool,
-        with_targets: bool = True,
-        impl: str,
+        draw: Draw,
+        schedule: Schedule,
     ) -> None:
-        self.model, self.encode, self.config = model, encode, config
-        self.seed, self.keep_graph, self.with_targets, self.impl = seed, keep_graph, with_targets, impl
+        self.model, self.encode, self.config, self.draw, self.schedule = model, encode, config, draw, schedule
 
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] images -> Trajectory with R = B rows, M = G."""
@@ -49,21 +46,20 @@ class TeacherForcedRollout:
             batch.sample_ids,
             share=self.config.context_noise_share,
             vocab_size=self.model.config.vocab_size,
-            seed=self.seed,
+            seed=self.draw.seed,
         )
-        with torch.set_grad_enabled(self.keep_graph):
-            hidden = self.model.hidden(context, batch.class_ids).flatten(0, 1)  # [B*T, D]
+        with torch.set_grad_enabled(self.schedule.trains_sampling_forward):
+            hidden = self.model.hidden(context, batch.condition).flatten(0, 1)  # [B*T, D]
             tokens, log_probs, kept_mass, scores = self._sample(hidden, batch.sample_ids, codes)
-        truncated = self.config.top_k > 0 or self.config.top_p < 1.0
-        group = torch.arange(self.config.num_generations, device=codes.device)
+        group = torch.arange(self.schedule.group_size, device=codes.device)
         return Trajectory(
-            class_ids=batch.class_ids,
+            condition=batch.condition,
             context=context,
             tokens=tokens,
             old_log_probs=log_probs.detach(),
             target_tokens=codes,
-            kept_mass=kept_mass[:, None].expand_as(log_probs) if truncated else None,
-            completion_ids=batch.sample_ids[:, None] * self.config.num_generations + group,
+            kept_mass=kept_mass[:, None].expand_as(log_probs) if self.draw.truncates else None,
+            completion_ids=batch.sample_ids[:, None] * self.schedule.group_size + group,
             scores=scores,
         )
 
@@ -71,34 +67,27 @@ class TeacherForcedRollout:
         self, hidden: Tensor, sample_ids: Tensor, codes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Scores | None]:
         """hidden [B*T, D] -> tokens and log-probs [B, G, T], kept mass [B, T], scores with the graph of `hidden`."""
-        config, weight, (rows, length) = self.config, self.model.output.weight, codes.shape
-        settings = {
-            "num_samples": config.num_generations,
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
-            "seed": self.seed,
-            "row_ids": (sample_ids[:, None] * length + torch.arange(length, device=codes.device)).flatten(),
-            "impl": self.impl,
-        }
+        weight, (rows, length) = self.model.output.weight, codes.shape
+        row_ids = (sample_ids[:, None] * length + torch.arange(length, device=codes.device)).flatten()
+        chosen = {"row_ids": row_ids, "num_samples": self.schedule.group_size}
 
         def by_image(values: Tensor) -> Tensor:
-            return values.view(rows, length, -1).transpose(1, 2)
+            return values.view(rows, length, -1).transpose(1, 2).contiguous()
 
-        if not self.keep_graph:
-            tokens, log_probs, kept_mass = sample_projection(hidden, weight, **settings)
-            return by_image(tokens).contiguous(), by_image(log_probs).contiguous(), kept_mass.view(rows, length), None
-        targets = codes.flatten()
-        sample = sample_and_score(hidden, weight, targets=targets if config.temperature == 1.0 else None, **settings)
+        if not self.schedule.trains_sampling_forward:
+            tokens, log_probs, kept_mass = self.draw.sample_projection(hidden, weight, **chosen)
+            return by_image(tokens), by_image(log_probs), kept_mass.view(rows, length), None
+        free_targets = codes.flatten() if self.draw.temperature == 1.0 else None  # they come with the same logits
+        sample = self.draw.sample_and_score(hidden, weight, targets=free_targets, **chosen)
         target_log_probs = sample.target_log_probs
-        if target_log_probs is None and self.with_targets:
-            target_log_probs = linear_token_log_probs(hidden, weight, targets[:, None], impl=self.impl)
+        if target_log_probs is None and self.schedule.scores_targets:
+            target_log_probs = score_targets(self.model, hidden, codes, draw=self.draw)
         scores = Scores(
-            by_image(sample.log_probs).contiguous(),
+            by_image(sample.log_probs),
             sample.entropy.view(rows, length),
             None if target_log_probs is None else target_log_probs.reshape(rows, length),
         )
-        return by_image(sample.tokens).contiguous(), scores.log_probs, sample.kept_mass.view(rows, length), scores
+        return by_image(sample.tokens), scores.log_probs, sample.kept_mass.view(rows, length), scores
 
 
 def perturb(context: Tensor, sample_ids: Tensor, *, share: float, vocab_size: int, seed: int) -> Tensor:
@@ -106,6 +95,6 @@ def perturb(context: Tensor, sample_ids: Tensor, *, share: float, vocab_size: in
     if share == 0.0:
         return context
     length = context.shape[1]
-    uniform = philox_uniform(sample_ids, 2 * length, seed=seed, step=NOISE_STREAM)  # [B, 2(T-1)]
+    uniform = philox_uniform(sample_ids, 2 * length, seed=seed, step=RandomStream.CONTEXT_NOISE)  # [B, 2(T-1)]
     random_codes = (uniform[:, length:] * vocab_size).long().clamp_(max=vocab_size - 1)
     return torch.where(uniform[:, :length] < share, random_codes, context)

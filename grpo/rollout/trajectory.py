@@ -1,10 +1,11 @@
 """What a rollout yields and an update consumes."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from grpo.models import Condition
 
 
 class Scores(NamedTuple):
@@ -23,6 +24,9 @@ class Scores(NamedTuple):
         return Scores(self.log_probs[rows, completions], self.entropy[rows], None if targets is None else targets[rows])
 
 
+PER_COMPLETION = {"per_completion": True}  # metadata of fields whose first two dimensions are [R, M]
+
+
 @dataclass
 class Trajectory:
     """M completions of T tokens under each of R contexts (the rows of one forward).
@@ -32,25 +36,25 @@ class Trajectory:
     (M = 0) and only `target_tokens`: real images for the auxiliary cross-entropy. No later stage needs to know which.
     """
 
-    class_ids: Tensor
-    """[R] int64: the condition of each context."""
+    condition: Condition
+    """R rows: what each context row was asked for."""
     context: Tensor
-    """[R, T-1] int64: the tokens fed to the GPT."""
-    tokens: Tensor
+    """[R, T-1] int64: the tokens fed to the model."""
+    tokens: Tensor = field(metadata=PER_COMPLETION)
     """[R, M, T] int64: the completions scored under that context."""
-    old_log_probs: Tensor
+    old_log_probs: Tensor = field(metadata=PER_COMPLETION)
     """[R, M, T] fp32: under the policy that sampled, of the full tempered distribution."""
-    ref_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = field(default=None, metadata=PER_COMPLETION)
     """[R, M, T] fp32: under the frozen reference."""
     target_tokens: Tensor | None = None
     """[R, T] int64: the codes of the real image, for the auxiliary cross-entropy."""
-    rewards: Tensor | None = None
+    rewards: Tensor | None = field(default=None, metadata=PER_COMPLETION)
     """[R, M] fp32."""
-    advantages: Tensor | None = None
+    advantages: Tensor | None = field(default=None, metadata=PER_COMPLETION)
     """[R, M] fp32."""
-    kept_mass: Tensor | None = None
+    kept_mass: Tensor | None = field(default=None, metadata=PER_COMPLETION)
     """[R, M, T] fp32: probability of the set that top-k and top-p left to draw from; None without truncation."""
-    completion_ids: Tensor | None = None
+    completion_ids: Tensor | None = field(default=None, metadata=PER_COMPLETION)
     """[R, M] int64: global running numbers of the completions, the keys of their random numbers."""
     scores: Scores | None = None
     """Scores of the completions with their graph, when the forward that sampled is also the one to train."""
@@ -63,22 +67,19 @@ class Trajectory:
         return self.tokens.shape[0]
 
     @property
-    def completions(self) -> int:
+    def num_completions(self) -> int:
         """R * M."""
         return self.tokens.shape[0] * self.tokens.shape[1]
 
     def select(self, rows: slice, completions: slice = slice(None)) -> "Trajectory":
         """The given rows and, of each, the given completions, without `real`; views, not copies."""
-        changes = {"real": None}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None or field.name == "real":
-                continue
-            if field.name == "scores":
-                changes["scores"] = value.select(rows, completions)
-                continue
-            per_completion = field.name in _PER_COMPLETION
-            changes[field.name] = value[rows, completions] if per_completion else value[rows]
+        changes = {"real": None, "condition": self.condition.select(rows)}
+        if self.scores is not None:
+            changes["scores"] = self.scores.select(rows, completions)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changes[item.name] = value[rows, completions] if item.metadata else value[rows]
         return replace(self, **changes)
 
     def split(self, rows: int) -> list["Trajectory"]:
@@ -86,19 +87,14 @@ class Trajectory:
         return [self.select(slice(start, start + rows)) for start in range(0, self.rows, rows)]
 
 
-_PER_COMPLETION = {
-    "tokens", "old_log_probs", "ref_log_probs", "rewards", "advantages", "kept_mass", "completion_ids",
-}  # fmt: skip
-
-
-def real_rows(class_ids: Tensor, codes: Tensor) -> Trajectory:
+def real_rows(condition: Condition, codes: Tensor) -> Trajectory:
     """Real images as rows without completions: their codes [B, T] are context and target."""
     empty = codes.new_zeros(codes.shape[0], 0, codes.shape[1])
     return Trajectory(
-        class_ids=class_ids,
+        condition=condition,
         context=codes[:, :-1],
         tokens=empty,
         old_log_probs=empty.float(),
         target_tokens=codes,
-        advantages=empty.new_zeros(empty.shape[:2], dtype=torch.float32),
+        advantages=empty[..., 0].float(),
     )

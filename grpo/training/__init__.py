@@ -1,33 +1,26 @@
-"""What the training jobs share: models of a recipe, the optimizer step, the policy update, the run."""
+"""The life of a training run, its optimizer, the policy update and the loop of supervised jobs."""
 
-from grpo.training.build import build_gpt, build_tokenizer, gpt_config
+from grpo.training.build import autocast, build_classifier, build_generator, build_trainable_tokenizer
 from grpo.training.codebook import Codebook
-from grpo.training.convolutional import autocast, build_classifier, build_trainable_tokenizer
-from grpo.training.metrics import MetricSums
-from grpo.training.optimizer import OptimizerStep, learning_rate
+from grpo.training.optimizer import GuardedOptimizer, build_optimizer, learning_rate
 from grpo.training.phases import Phase, run_phases
 from grpo.training.run import EXPORT_NAME, TrainingRun
-from grpo.training.throughput import Work, grpo_work
-from grpo.training.update import PolicyUpdate, build_update, optimizer_steps
+from grpo.training.supervised import minimise
+from grpo.training.update import PolicyUpdate
 
 __all__ = [
     "EXPORT_NAME",
     "Codebook",
-    "MetricSums",
-    "OptimizerStep",
+    "GuardedOptimizer",
     "Phase",
     "PolicyUpdate",
     "TrainingRun",
-    "Work",
     "autocast",
     "build_classifier",
-    "build_gpt",
-    "build_tokenizer",
+    "build_generator",
+    "build_optimizer",
     "build_trainable_tokenizer",
-    "build_update",
-    "gpt_config",
-    "grpo_work",
     "learning_rate",
-    "optimizer_steps",
+    "minimise",
     "run_phases",
 ]

@@ -1,72 +1,108 @@
-"""Models of a recipe, ready on their devices."""
+"""Models of a recipe to be trained: parallelized, with weights from a checkpoint or, seeded, at random."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from grpo.config import GRPORecipe, PretrainRecipe, UserError
-from grpo.config import Tokenizer as TokenizerConfig
-from grpo.models import GPT, GPTConfig, VQModel, get_model_spec, get_tokenizer_spec, load_gpt, load_vq
-from grpo.parallel import World, load_full_state_dict, parallelize
+from grpo.config import (
+    ActivationCheckpoint,
+    ClassifierRecipe,
+    Compile,
+    GRPORecipe,
+    PretrainRecipe,
+    TokenizerRecipe,
+    Training,
+    TrainingRecipe,
+    UserError,
+)
+from grpo.models import Classifier, ClassifierConfig, VQModel, generator_sizes, get_family, load_vq, tokenizer_sizes
+from grpo.parallel import World, compute_dtype, load_full_state_dict, parallelize
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def gpt_config(recipe: GRPORecipe | PretrainRecipe) -> GPTConfig:
-    """Sizes of the recipe's GPT: the spec, for its images and codes."""
-    return get_model_spec(recipe.model.name).config(
-        image_size=recipe.data.image_size,
-        downsample_size=recipe.tokenizer.downsample_size,
-        vocab_size=recipe.tokenizer.codebook_size,
-        num_classes=recipe.model.num_classes,
-        cls_token_num=recipe.model.cls_token_num,
-        class_dropout=recipe.model.class_dropout,
-        dropout=recipe.model.dropout,
-    )
-
-
-def build_gpt(
+def build_generator(
     recipe: GRPORecipe | PretrainRecipe, *, checkpoint: str | None, mesh: DeviceMesh, world: World
 ) -> nn.Module:
-    """The GPT, parallelized, with weights from a checkpoint or, seeded, at random.
+    """The image generator with the weights of `checkpoint`; None draws them at random."""
+    family = get_family(recipe.model.name)
+    sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
+    bare = recipe.model.from_fsdp and checkpoint == recipe.model.checkpoint
+
+    def load() -> nn.Module:
+        return family.load(checkpoint, sizes, bare=bare)
+
+    make = lambda: family.build(sizes)  # noqa: E731
+    return _spread(make, load if checkpoint else None, recipe, training=recipe.training, mesh=mesh, world=world)
+
+
+def build_trainable_tokenizer(recipe: TokenizerRecipe, *, mesh: DeviceMesh, world: World) -> VQModel:
+    """The recipe's tokenizer; its codebook has no gradient where it follows a moving average."""
+    checkpoint, loss = recipe.tokenizer.checkpoint, recipe.tokenizer_loss
+    sizes = replace(tokenizer_sizes(recipe.tokenizer), commit_weight=loss.commitment_weight)
+
+    def make() -> VQModel:
+        model = VQModel(sizes)
+        model.quantize.requires_grad_(loss.codebook_update == "gradient")
+        return model
+
+    load = (lambda: load_vq(checkpoint, sizes)) if checkpoint else None
+    return _spread(make, load, recipe, training=_full_precision(recipe.training), mesh=mesh, world=world)
+
+
+def build_classifier(recipe: ClassifierRecipe, *, mesh: DeviceMesh, world: World) -> Classifier:
+    """The recipe's classifier."""
+    try:
+        sizes = ClassifierConfig(width=recipe.classifier.width, num_classes=recipe.classifier.num_classes)
+    except ValueError as error:
+        raise UserError(f"classifier.width: {error}") from error
+    make = lambda: Classifier(sizes)  # noqa: E731
+    return _spread(make, None, recipe, training=_full_precision(recipe.training), mesh=mesh, world=world)
+
+
+def autocast(training: Training, device: torch.device) -> torch.autocast:
+    """The context of a convolutional network's forward pass in the recipe's precision."""
+    dtype = compute_dtype(training.mixed_precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _full_precision(training: Training) -> Training:
+    """Parameters of convolutional networks stay fp32 and `autocast` lowers what can be lowered.
+
+    Group statistics and the comparison with the codebook cannot. (The GPT, which does that by itself, has its
+    parameters cast once a step by FSDP2.)
+    """
+    return training.model_copy(update={"mixed_precision": "fp32"})
+
+
+def _spread(
+    make: Callable[[], Network],
+    load: Callable[[], Network] | None,
+    recipe: TrainingRecipe,
+    *,
+    training: Training,
+    mesh: DeviceMesh,
+    world: World,
+) -> Network:
+    """Parallelize what `make` makes, with the weights of `load`, or else of `make` under the recipe's seed.
 
     Rank 0 alone holds the whole model, on its CPU; the others get their shards by broadcast.
     """
-    config = gpt_config(recipe)
-    bare = recipe.model.from_fsdp and checkpoint == recipe.model.checkpoint
-    weights: Mapping[str, Tensor] | None = None
-    if world.is_main:
-        if checkpoint is not None:
-            weights = load_gpt(checkpoint, config, bare=bare).state_dict()
-        else:
-            torch.manual_seed(recipe.training.seed)
-            weights = GPT(config).state_dict()
+    torch.manual_seed(recipe.training.seed)
+    weights = (load or make)().state_dict() if world.is_main else None
     with torch.device("meta"):
-        model = GPT(config)
+        model = make()
     parallelize(
         model,
         mesh=mesh,
         parallel=recipe.parallel,
-        compile=recipe.compile,
-        activation_checkpoint=recipe.activation_checkpoint,
-        training=recipe.training,
+        compile=getattr(recipe, "compile", Compile()),
+        activation_checkpoint=getattr(recipe, "activation_checkpoint", ActivationCheckpoint()),
+        training=training,
     )
     load_full_state_dict(model, weights, device=world.device)
     return model
-
-
-def build_tokenizer(config: TokenizerConfig, *, device: torch.device, seed: int = 0) -> VQModel:
-    """The frozen tokenizer of a recipe, whole on every rank; random weights when it names no checkpoint."""
-    spec = get_tokenizer_spec(config.name)
-    sizes = spec.config(codebook_size=config.codebook_size, codebook_embed_dim=config.codebook_embed_dim)
-    if sizes.downsample_size != config.downsample_size:
-        raise UserError(
-            f"tokenizer.downsample_size: {config.name} has {sizes.downsample_size} pixels a code, not "
-            f"{config.downsample_size}; set it to {sizes.downsample_size} or choose another tokenizer.name"
-        )
-    if config.checkpoint is None:
-        torch.manual_seed(seed)
-        model = VQModel(sizes)
-    else:
-        model = load_vq(config.checkpoint, sizes)
-    return model.to(device).eval().requires_grad_(False)

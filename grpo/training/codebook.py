@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from grpo.config import TokenizerLoss
 from grpo.models.vq import VectorQuantizer
-from grpo.training.optimizer import OptimizerStep
+from grpo.training.optimizer import GuardedOptimizer
 
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -28,11 +28,11 @@ class Codebook:
     Args:
         quantizer: of the parallelized tokenizer; its forward passes in train mode are watched.
         config: the section tokenizer_loss.
-        step: counts the optimizer steps, also those before a resumption.
+        optimizer: counts its steps, also those before a resumption.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, config: TokenizerLoss, step: OptimizerStep) -> None:
-        self.quantizer, self.config, self.step = quantizer, config, step
+    def __init__(self, quantizer: VectorQuantizer, config: TokenizerLoss, optimizer: GuardedOptimizer) -> None:
+        self.quantizer, self.config, self.optimizer = quantizer, config, optimizer
         self._statistics: Tensor | None = None  # [K, C + 1], sums of unit latents and counts since the last update
         self._latents: Tensor | None = None  # [N, C], the last micro-batch's
         self._errors: Tensor | None = None  # [N], 1 - cosine to their codes
@@ -49,10 +49,10 @@ class Codebook:
         sums, counts = self._statistics[:, :-1], self._statistics[:, -1]
         self._statistics = None
         moved = 0
-        if self.step.skipped_in_a_row == 0:  # the latents of a skipped step may not be finite
-            if self.step.steps == self.config.unquantised_steps:
+        if self.optimizer.skipped_in_a_row == 0:  # the latents of a skipped step may not be finite
+            if self.optimizer.steps == self.config.unquantised_steps:
                 self._assign(self._draw_latents(len(sums), weights=None) * (counts.sum() / len(sums)))
-            elif self.step.steps > self.config.unquantised_steps and self.config.codebook_update == "ema":
+            elif self.optimizer.steps > self.config.unquantised_steps and self.config.codebook_update == "ema":
                 moved = self._follow(sums)
         shares = counts / counts.sum()
         entropy = -torch.xlogy(shares, shares).sum()
@@ -95,7 +95,7 @@ class Codebook:
                 self._statistics = unit.new_zeros(size, length + 1)
             counted = F.pad(self._latents, (0, 1), value=1.0)
             self._statistics.index_add_(0, codes.flatten(), counted)
-        if self.step.steps >= self.config.unquantised_steps:
+        if self.optimizer.steps >= self.config.unquantised_steps:
             return None
         return unit, torch.zeros_like(vq_loss), torch.zeros_like(commit_loss), codes
 

@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and the optimizer step that refuses non-finite gradients."""
+"""AdamW, its learning rate, and the step that refuses non-finite gradients."""
 
 import math
 
@@ -6,18 +6,18 @@ import torch
 from torch import nn
 
 from grpo.config import Optimizer as OptimizerConfig
-from grpo.parallel import clip_grad_norm
-from grpo.training.offload import OffloadedAdamW
+from grpo.config import TrainingRecipe
+from grpo.parallel import World, clip_grad_norm, grad_scaler
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; matrices are decayed, norms and biases are not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return (OffloadedAdamW if config.cpu_offload else torch.optim.AdamW)(
+    return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -44,8 +44,8 @@ def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> fl
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class OptimizerStep:
-    """Clip, step, zero; or skip when a gradient is not finite.
+class GuardedOptimizer:
+    """AdamW that clips and steps, or skips a step whose gradient is not finite.
 
     Args:
         model: its parameters' gradients are clipped together, over all ranks.
@@ -66,7 +66,7 @@ class OptimizerStep:
     ) -> None:
         self.model, self.config, self.total_steps = model, config, total_steps
         self.max_skipped_steps, self.scaler = max_skipped_steps, scaler
-        self.optimizer = build_optimizer(model, config)
+        self.adamw = build_adamw(model, config)
         self.steps = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -81,7 +81,7 @@ class OptimizerStep:
         loss = loss * (1 + 0 * loss.detach())  # times exactly 1, or NaN: its gradient alone may well be finite
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def __call__(self) -> dict[str, float]:
+    def step(self) -> dict[str, float]:
         """Take the step with the gradients there are.
 
         Returns:
@@ -89,20 +89,20 @@ class OptimizerStep:
             used, and how many steps the run has skipped.
         """
         if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+            self.scaler.unscale_(self.adamw)
         rate = self.lr
-        for group in self.optimizer.param_groups:
+        for group in self.adamw.param_groups:
             group["lr"] = rate
         norm = float(clip_grad_norm(self.model, self.config.max_grad_norm))
         if math.isfinite(norm):
-            self.optimizer.step()
+            self.adamw.step()
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
         if self.scaler is not None:
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adamw.zero_grad(set_to_none=True)
         self.steps += 1
         return {"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped)}
 
@@ -126,3 +126,16 @@ class OptimizerStep:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def build_optimizer(
+    model: nn.Module, recipe: TrainingRecipe, world: World, *, steps_per_training_step: int = 1
+) -> GuardedOptimizer:
+    """The optimizer of a recipe."""
+    return GuardedOptimizer(
+        model,
+        recipe.optimizer,
+        total_steps=recipe.training.steps * steps_per_training_step,
+        max_skipped_steps=recipe.training.max_skipped_steps,
+        scaler=grad_scaler(recipe.training.mixed_precision, world.device),
+    )

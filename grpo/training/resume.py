@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.checkpoint import CheckpointManager
-from grpo.config import TrainingRecipe, UserError, differences, recipe_from_toml
-
-# Sections and keys that a resumed run may change: they move work around, they do not change it.
-FREE_SECTIONS = ("parallel.", "compile.", "activation_checkpoint.", "checkpoint.", "metrics.", "debug.")
-FREE_KEYS = ("training.steps", "training.max_skipped_steps", "data.num_workers", "data.cache_codes",
-             "data.max_bad_images", "reward.batch_size", "rollout.max_rows", "optimizer.cpu_offload")  # fmt: skip
-
+from grpo.config import TrainingRecipe, UserError, changes_that_matter, recipe_from_toml
 
 def find_checkpoint(
     recipe: TrainingRecipe, checkpoints: CheckpointManager, tell: Callable[[str], None]
@@ -72,7 +66,7 @@ def read_run_state(
             f"{recipe.checkpoint_dir} holds checkpoints of the run {run_dir}: give this run another checkpoint.dir, "
             f"or go on from it with checkpoint.resume = {path}"
         )
-    changes = [line for line in differences(before, recipe) if not line.startswith((*FREE_SECTIONS, *FREE_KEYS))]
+    changes = changes_that_matter(before, recipe)
     if changes and not named:
         raise UserError(
             [f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "

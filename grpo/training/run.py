@@ -13,14 +13,22 @@ from torch import nn
 from grpo.checkpoint import CheckpointManager
 from grpo.config import TrainingRecipe, UserError
 from grpo.data import ImageStream
+from grpo.estimate import Work, device_peaks, throughput
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
-from grpo.parallel import World, all_reduce_max, broadcast_object, full_state_dict
-from grpo.training.optimizer import OptimizerStep
+from grpo.parallel import (
+    MetricSums,
+    World,
+    all_reduce_max,
+    broadcast_object,
+    build_mesh,
+    full_state_dict,
+    set_matmul_precision,
+)
+from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.resume import find_checkpoint, read_run_state
 from grpo.training.run_lock import RunLock
 from grpo.training.stop_request import StopRequest
-from grpo.training.throughput import Work, device_peaks, throughput
 
 EXPORT_NAME = "model.safetensors"
 
@@ -38,12 +46,13 @@ class TrainingRun:
     """The life of one training job on this rank.
 
         with TrainingRun(recipe, world, title="GRPO") as run:
-            run.start(model=model, step=optimizer_step, stream=stream)
+            run.start(model=model, optimizer=optimizer, stream=stream)
             for step in run.steps():
                 ...
-                run.finish(step, metrics)
+                run.finish(step, metrics, images=...)
 
     Attributes:
+        mesh: the ranks, as the recipe arranges them.
         timer: phases of a step, see `PhaseTimer`.
         observer: where images and messages go.
     """
@@ -51,6 +60,8 @@ class TrainingRun:
     def __init__(self, recipe: TrainingRecipe, world: World, *, title: str) -> None:
         self.recipe, self.world, self.title = recipe, world, title
         self.total_steps = recipe.training.steps
+        set_matmul_precision(recipe.training.mixed_precision)
+        self.mesh = build_mesh(recipe.parallel, world)
         self.timer = PhaseTimer(world.device)
         self.checkpoints = CheckpointManager(
             recipe.checkpoint_dir,
@@ -67,18 +78,18 @@ class TrainingRun:
             torch.use_deterministic_algorithms(True)
         self._first_step = 0
 
-    def start(self, *, model: nn.Module, step: OptimizerStep, stream: ImageStream) -> None:
+    def start(self, *, model: nn.Module, optimizer: GuardedOptimizer, stream: ImageStream) -> None:
         """Resume if there is something to resume from, and open the observer.
 
         Args:
             model: parallelized; its weights, the optimizer and the stream are overwritten by the checkpoint's.
-            step: the optimizer step with its counters.
+            optimizer: of the model, with its counters.
             stream: the images; goes on after the last one that the checkpoint has consumed.
 
         Raises:
             UserError: the checkpoint belongs to another run or to a recipe that differs in a way that matters.
         """
-        self._model, self._step, self._stream = model, step, stream
+        self._model, self._optimizer, self._stream = model, optimizer, stream
         self._stop_request.listen()
         self._take_folder()
         self._seed(0)
@@ -114,7 +125,7 @@ class TrainingRun:
     def finish(
         self,
         step: int,
-        metrics: Mapping[str, float],
+        sums: MetricSums,
         *,
         images: int,
         codes: int = 0,
@@ -123,14 +134,14 @@ class TrainingRun:
         """Write a step down, and a checkpoint when it is due.
 
         Args:
-            metrics: means over all ranks.
+            sums: the metrics of this rank; they are added up over ranks here.
             images: images that all ranks together trained on in this step, for the rate.
             codes, work: of one image, and of this rank's step by phase, where the job has them; see `throughput`.
 
         Raises:
             UserError: too many optimizer steps in a row were skipped; there is a checkpoint of this step.
         """
-        times = self.timer.read()
+        metrics, times = sums.means(), self.timer.read()
         rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
         self.observer.log(step, {**metrics, **rates, **times})
         self._note_skipped(step, metrics)
@@ -141,7 +152,7 @@ class TrainingRun:
             self.checkpoints.wait()  # raises
         if last and config.save_final and not config.sharded:
             self._export()
-        stopping = self._step.stuck or (vote == _STOP and not last)
+        stopping = self._optimizer.stuck or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
                 self.save(step)
@@ -156,9 +167,9 @@ class TrainingRun:
 
     def _stop(self, step: int) -> NoReturn:
         """End the run after its checkpoint of this step."""
-        if self._step.stuck:
+        if self._optimizer.stuck:
             raise UserError(
-                f"stopped at step {step}: {self._step.skipped_in_a_row} optimizer steps in a row had a non-finite "
+                f"stopped at step {step}: {self._optimizer.skipped_in_a_row} optimizer steps in a row had a non-finite "
                 f"reward, loss or gradient and were skipped; the weights before them are in "
                 f"{self.recipe.checkpoint_dir}. Lower optimizer.lr, look at the rewards in metrics.jsonl, or raise "
                 "training.max_skipped_steps"
@@ -175,11 +186,11 @@ class TrainingRun:
         self.checkpoints.save(
             step,
             model=self._model,
-            optimizer=self._step.optimizer,
+            optimizer=self._optimizer.adamw,
             run_state={
                 "step": step,
                 "stream": self._stream.state_dict(),
-                "optimizer_step": self._step.state_dict(),
+                "optimizer_step": self._optimizer.state_dict(),
                 "recipe": self.recipe.to_toml(),
                 "run_dir": str(self.recipe.run_dir),
                 "resumed_from": self._resumed_from,
@@ -213,14 +224,14 @@ class TrainingRun:
 
     def _note_skipped(self, step: int, metrics: Mapping[str, float]) -> None:
         """Say that an optimizer step was skipped and what was not finite."""
-        if self._step.skipped == self._skipped_before:
+        if self._optimizer.skipped == self._skipped_before:
             return
-        self._skipped_before = self._step.skipped
+        self._skipped_before = self._optimizer.skipped
         names = ("reward_mean", "loss", "grad_norm")
         culprits = [name for name in names if not math.isfinite(metrics.get(name, 0.0))]
         self.observer.message(
             f"step {step}: {culprits[0] if culprits else 'a gradient'} is not finite, the optimizer step was skipped "
-            f"({self._step.skipped} so far, {self._step.skipped_in_a_row} in a row)"
+            f"({self._optimizer.skipped} so far, {self._optimizer.skipped_in_a_row} in a row)"
         )
 
     def _note_best(self, metrics: Mapping[str, float]) -> None:
@@ -252,16 +263,16 @@ class TrainingRun:
         """Write the final weights under a name that does not change with the number of steps, for the next job."""
         weights = full_state_dict(self._model)
         if self.world.is_main:
-            save_weights(self.recipe.run_dir / EXPORT_NAME, weights)
+            save_weights(self.recipe.run_dir / EXPORT_NAME, weights, config=self._model.config)
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
         state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
-        rank_state = self.checkpoints.load(path, model=self._model, optimizer=self._step.optimizer)
-        self._step.load_state_dict(state["optimizer_step"])
+        rank_state = self.checkpoints.load(path, model=self._model, optimizer=self._optimizer.adamw)
+        self._optimizer.load_state_dict(state["optimizer_step"])
         self._stream.load_state_dict(state["stream"])
         self._first_step = state["step"]
-        self._skipped_before = self._step.skipped
+        self._skipped_before = self._optimizer.skipped
         self._resumed_from = str(path) if named else state.get("resumed_from")
         notes = [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
         if rank_state is not None:

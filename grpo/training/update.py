@@ -5,153 +5,139 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from grpo.config import GRPORecipe, Objective, Rollout, Training
-from grpo.kernels import philox_uniform
+from grpo.config import Objective, Rollout, Schedule
+from grpo.kernels import Draw, philox_uniform
 from grpo.objectives import policy_loss, token_weights
-from grpo.parallel import World, grad_scaler, gradient_sync
-from grpo.rollout import Scores, Trajectory, score
-from grpo.training.metrics import MetricSums
-from grpo.training.optimizer import OptimizerStep
-
-DROPOUT_STREAM = 2  # `step` of the generator for token dropout; see grpo.rollout for the others
+from grpo.parallel import MetricSums, gradient_sync
+from grpo.rollout import RandomStream, Scores, Trajectory, score
+from grpo.training.optimizer import GuardedOptimizer
 
 
 class PolicyUpdate:
     """Optimizer steps on trajectories.
 
-    An optimizer step takes `training.batch_size * gradient_accumulation_steps` completions of this rank. When that is
-    the whole rollout, the policy that sampled is the policy that is trained: old log-probs are the new ones, detached,
-    and a teacher-forced rollout may hand over its own scores (`shares_forward`). Otherwise the rollout is cut into
+    Where a rollout feeds one optimizer step, the policy that sampled is the policy that is trained: old log-probs are
+    the new ones, detached, and a teacher-forced rollout may hand over its own scores. Otherwise the rollout is cut into
     several optimizer steps, and old log-probs are scored first, by the same function as the new ones.
 
     The loss of one optimizer step is divided by global counts, so neither the number of ranks nor the micro-batch size
     changes the gradient.
+
+    Args:
+        policy: the parallelized model.
+        optimizer: of the policy.
+        objective, rollout: sections of the recipe.
+        draw: the distribution that the rollouts sample from.
+        schedule: sizes of the step.
+        reference: the frozen reference where there is a KL term.
     """
 
     def __init__(
         self,
         policy: nn.Module,
-        step: OptimizerStep,
+        optimizer: GuardedOptimizer,
         *,
         objective: Objective,
         rollout: Rollout,
-        training: Training,
-        world: World,
+        draw: Draw,
+        schedule: Schedule,
+        reference: nn.Module | None = None,
     ) -> None:
-        self.policy, self.step, self.objective, self.rollout = policy, step, objective, rollout
-        self.micro_batch, self.seed, self.impl = training.batch_size, training.seed, training.kernels
-        self.world = world
-        self.completions_per_step, self.steps_per_rollout = optimizer_steps(rollout, training)
-        self.on_policy = self.steps_per_rollout == 1
-        self.cfg_scale = rollout.cfg_scale if rollout.guidance_in_loss == "guided" else 1.0
-        self.metrics = MetricSums()
+        self.policy, self.optimizer, self.reference = policy, optimizer, reference
+        self.objective, self.rollout, self.draw, self.schedule = objective, rollout, draw, schedule
         self._pending = 0  # completions whose gradient waits for the optimizer step
 
-    @property
-    def shares_forward(self) -> bool:
-        """Whether a teacher-forced rollout should keep its graph and come in parts of `micro_batch` images.
-
-        A scale over the whole batch needs all rewards before the first backward.
-        """
-        return self.on_policy and can_share_forward(self.objective, self.rollout)
-
-    @property
-    def images_per_part(self) -> int:
-        """Images of one rollout call: a micro-batch when its forward is trained on, else the whole rollout."""
-        return self.micro_batch if self.shares_forward else self.rollout.batch_size
-
-    def prepare(self, trajectory: Trajectory, reference: nn.Module | None) -> None:
-        """Fill in the log-probs that the loss needs and that do not depend on rewards: those before the first step.
-
-        Args:
-            trajectory: of a rollout or a part of one.
-            reference: the frozen reference where there is a KL term.
-        """
-        if reference is not None:
-            trajectory.ref_log_probs = self.score(reference, trajectory)
-        if not self.on_policy:
-            trajectory.old_log_probs = self.score(self.policy, trajectory)
-
-    def __call__(self, trajectory: Trajectory) -> None:
+    def __call__(self, trajectory: Trajectory) -> MetricSums:
         """Backward of a rollout or a part of one, with every optimizer step that this completes.
 
         Args:
-            trajectory: prepared, and with advantages.
+            trajectory: with advantages; its log-probs of before the first step are filled in here.
+
+        Returns:
+            The metrics of the loss and of the steps.
         """
+        metrics, ranks = MetricSums(), self.schedule.ranks
+        self._score_before(trajectory)
         for share in self._plan(trajectory):
-            self._pending += sum(part.completions for part in share.parts)
-            complete = self._pending == self.completions_per_step
-            for index, part in enumerate(share.parts):
-                gradient_sync(self.policy, complete and index == len(share.parts) - 1)
-                loss = self._loss(part, share)
-                self.metrics.add("loss", loss, 0)
-                self.step.backward(loss * self.world.size)  # gradients are averaged over ranks, the loss is a sum
+            self._pending += sum(part.num_completions for part in share.parts)
+            complete = self._pending == self.schedule.completions_per_step
+            for part in share.parts:
+                gradient_sync(self.policy, complete and part is share.parts[-1])
+                loss = self._loss(part, share, metrics)
+                metrics.add("loss", loss, 0)
+                self.optimizer.backward(loss * ranks)  # gradients are averaged over ranks, the loss is a sum
             if complete:
                 self._pending = 0
-                self.metrics.add("loss", 0.0, 1 / self.world.size)
-                for name, value in self.step().items():
-                    self.metrics.add(name, value)
+                metrics.add("loss", 0.0, 1 / ranks)
+                for name, value in self.optimizer.step().items():
+                    metrics.add(name, value)
+        return metrics
+
+    def _score_before(self, trajectory: Trajectory) -> None:
+        """Fill in the log-probs that the loss compares with."""
+        if self.reference is not None:
+            trajectory.ref_log_probs = self.score(self.reference, trajectory)
+        if not self.schedule.on_policy:
+            trajectory.old_log_probs = self.score(self.policy, trajectory)
 
     @torch.no_grad()
     def score(self, model: nn.Module, trajectory: Trajectory) -> Tensor:
         """Log-probs [R, M, T] of a trajectory under any model, by the definition and batch size of the update."""
         bare = replace(trajectory, scores=None, target_tokens=None)
-        return torch.cat([self._score(model, part).log_probs for part in bare.split(self.micro_batch)])
+        return torch.cat([self._score(model, part).log_probs for part in bare.split(self.schedule.micro_batch_size)])
 
     def _score(self, model: nn.Module, part: Trajectory) -> Scores:
-        return score(model, part, temperature=self.rollout.temperature, cfg_scale=self.cfg_scale, impl=self.impl)
+        return score(model, part, draw=self.draw, cfg_scale=self.rollout.loss_cfg_scale)
 
     def _plan(self, trajectory: Trajectory) -> list["_Share"]:
         """Cut a trajectory into optimizer steps and those into micro-batches."""
+        per_step, micro_batch = self.schedule.completions_per_step, self.schedule.micro_batch_size
         per_row, real = trajectory.tokens.shape[1], trajectory.real
-        if not self.objective.aux_ce_weight and self.rollout.temperature != 1.0:
+        if not self.schedule.scores_targets and self.draw.temperature != 1.0:
             trajectory = replace(trajectory, target_tokens=None)  # scoring it would cost a pass, only to be logged
-        if self.on_policy:
+        if self.schedule.on_policy:
             cuts = [trajectory]
-        elif self.completions_per_step >= per_row:
-            cuts = trajectory.split(self.completions_per_step // per_row)
+        elif per_step >= per_row:
+            cuts = trajectory.split(per_step // per_row)
         else:
             cuts = [
-                row.select(slice(None), slice(start, start + self.completions_per_step))
+                row.select(slice(None), slice(start, start + per_step))
                 for row in trajectory.split(1)
-                for start in range(0, per_row, self.completions_per_step)
+                for start in range(0, per_row, per_step)
             ]
-        rows = max(1, self.completions_per_step // per_row)
-        shares = [_Share(cut.split(self.micro_batch), rows=rows, target_rows=rows) for cut in cuts]
+        rows = max(1, per_step // per_row)
+        shares = [_Share(cut.split(micro_batch), rows=rows, target_rows=rows) for cut in cuts]
         if real is not None:
             bounds = [index * real.rows // len(shares) for index in range(len(shares) + 1)]
             for share, start, stop in zip(shares, bounds, bounds[1:], strict=False):
                 share.target_rows = stop - start
-                share.parts += real.select(slice(start, stop)).split(self.micro_batch)
+                share.parts += real.select(slice(start, stop)).split(micro_batch)
         return shares
 
-    def _loss(self, part: Trajectory, share: "_Share") -> Tensor:
+    def _loss(self, part: Trajectory, share: "_Share", metrics: MetricSums) -> Tensor:
         """This micro-batch's part of the optimizer step's loss, already divided by the step's global counts."""
         scores = self._score(self.policy, part) if part.scores is None else part.scores
-        length = part.tokens.shape[-1]
+        length, ranks = part.tokens.shape[-1], self.schedule.ranks
         loss = scores.log_probs.new_zeros(())
-        if part.completions:
-            loss = loss + self._policy_loss(part, scores.log_probs)
+        if part.num_completions:
+            loss = loss + self._policy_loss(part, scores.log_probs, metrics)
             if self.objective.entropy_weight:  # a weight of 0 would still cost a pass over the logits
-                entropy = scores.entropy.sum() / (share.rows * length * self.world.size)
+                entropy = scores.entropy.sum() / (share.rows * length * ranks)
                 loss = loss - self.objective.entropy_weight * entropy
-            self.metrics.add("entropy", scores.entropy.sum(), scores.entropy.numel())
+            metrics.add("entropy", scores.entropy.sum(), scores.entropy.numel())
         if scores.target_log_probs is not None:
             cross_entropy = -scores.target_log_probs.sum()
-            tokens = share.target_rows * length * self.world.size
-            loss = loss + self.objective.aux_ce_weight * cross_entropy / tokens
-            self.metrics.add("aux_ce", cross_entropy, scores.target_log_probs.numel())
+            loss = loss + self.objective.aux_ce_weight * cross_entropy / (share.target_rows * length * ranks)
+            metrics.add("aux_ce", cross_entropy, scores.target_log_probs.numel())
         return loss
 
-    def _policy_loss(self, part: Trajectory, log_probs: Tensor) -> Tensor:
+    def _policy_loss(self, part: Trajectory, log_probs: Tensor, metrics: MetricSums) -> Tensor:
         objective = self.objective
-        old_log_probs = log_probs.detach() if self.on_policy else part.old_log_probs
-        keep = self._kept_tokens(part)
         weights = token_weights(
             tuple(log_probs.shape),
             loss=objective.loss,
-            sequences=self.completions_per_step * self.world.size,
-            keep=keep,
+            sequences=self.schedule.completions_per_step * self.schedule.ranks,
+            keep=self._kept_tokens(part),
             keep_probability=1 - objective.token_dropout_share,
             device=log_probs.device,
         )
@@ -160,7 +146,7 @@ class PolicyUpdate:
             weights = weights * part.kept_mass.clamp(max=self.rollout.importance_weight_cap)
         loss, sums = policy_loss(
             log_probs,
-            old_log_probs,
+            log_probs.detach() if self.schedule.on_policy else part.old_log_probs,
             part.advantages,
             loss=objective.loss,
             clip_low=objective.clip_low,
@@ -169,33 +155,18 @@ class PolicyUpdate:
             ref_log_probs=part.ref_log_probs,
             kl=objective.kl_estimator,
             kl_coef=objective.kl_coef,
-            impl=self.impl,
+            impl=self.draw.impl,
         )
-        self._observe(part, log_probs.detach(), sums)
+        _observe(part, log_probs.detach(), sums, metrics)
         return loss
-
-    def _observe(self, part: Trajectory, log_probs: Tensor, sums: dict[str, Tensor]) -> None:
-        ratios = sums.get("sequences", sums["tokens"])
-        self.metrics.add("ratio", sums["ratio"], ratios)
-        self.metrics.add("clip_low", sums["clipped_low"], ratios)
-        self.metrics.add("clip_high", sums["clipped_high"], ratios)
-        self.metrics.add("clip_fraction", sums["outside"], ratios)
-        if part.ref_log_probs is not None:
-            self.metrics.add("kl", sums["kl_ref"], sums["tokens"])
-        # On-policy the clipped surrogate is minus the mean advantage, 0 by construction; this one is not.
-        self.metrics.add("surrogate", -(part.advantages[..., None] * log_probs).sum(), log_probs.numel())
-        self.metrics.add("old_log_prob_gap", (log_probs - part.old_log_probs).abs().sum(), log_probs.numel())
-        if part.kept_mass is not None:
-            self.metrics.add("kept_mass", part.kept_mass.sum(), part.kept_mass.numel())
 
     def _kept_tokens(self, part: Trajectory) -> Tensor | None:
         """[R, M, T] bool, drawn per completion from the seed; at least one token of each stays."""
         share = self.objective.token_dropout_share
         if share == 0.0:
             return None
-        ids = part.completion_ids.flatten()
-        uniform = philox_uniform(ids, part.tokens.shape[-1], seed=self.seed, step=DROPOUT_STREAM)
-        keep = uniform >= share
+        ids, length = part.completion_ids.flatten(), part.tokens.shape[-1]
+        keep = philox_uniform(ids, length, seed=self.draw.seed, step=RandomStream.TOKEN_DROPOUT) >= share
         keep[:, 0] |= ~keep.any(dim=1)
         return keep.view(part.tokens.shape)
 
@@ -212,27 +183,16 @@ class _Share:
     """Contexts with targets of the whole optimizer step on this rank."""
 
 
-def build_update(recipe: GRPORecipe, policy: nn.Module, world: World) -> PolicyUpdate:
-    """The update of a recipe, with its optimizer."""
-    _, steps_per_rollout = optimizer_steps(recipe.rollout, recipe.training)
-    step = OptimizerStep(
-        policy,
-        recipe.optimizer,
-        total_steps=recipe.training.steps * steps_per_rollout,
-        max_skipped_steps=recipe.training.max_skipped_steps,
-        scaler=grad_scaler(recipe.training.mixed_precision, world.device),
-    )
-    return PolicyUpdate(
-        policy, step, objective=recipe.objective, rollout=recipe.rollout, training=recipe.training, world=world
-    )
-
-
-def can_share_forward(objective: Objective, rollout: Rollout) -> bool:
-    """Whether a rollout that feeds one optimizer step can hand over its own forward, see `shares_forward`."""
-    return rollout.mode == "teacher_forced" and objective.advantage != "batch_std"
-
-
-def optimizer_steps(rollout: Rollout, training: Training) -> tuple[int, int]:
-    """(completions of one optimizer step, optimizer steps of one rollout), both on one rank."""
-    completions = training.batch_size * training.gradient_accumulation_steps
-    return completions, rollout.batch_size * rollout.num_generations // completions
+def _observe(part: Trajectory, log_probs: Tensor, sums: dict[str, Tensor], metrics: MetricSums) -> None:
+    ratios = sums.get("sequences", sums["tokens"])
+    metrics.add("ratio", sums["ratio"], ratios)
+    metrics.add("clip_low", sums["clipped_low"], ratios)
+    metrics.add("clip_high", sums["clipped_high"], ratios)
+    metrics.add("clip_fraction", sums["outside"], ratios)
+    if part.ref_log_probs is not None:
+        metrics.add("kl", sums["kl_ref"], sums["tokens"])
+    # On-policy the clipped surrogate is minus the mean advantage, 0 by construction; this one is not.
+    metrics.add("surrogate", -(part.advantages[..., None] * log_probs).sum(), log_probs.numel())
+    metrics.add("old_log_prob_gap", (log_probs - part.old_log_probs).abs().sum(), log_probs.numel())
+    if part.kept_mass is not None:
+        metrics.add("kept_mass", part.kept_mass.sum(), part.kept_mass.numel())

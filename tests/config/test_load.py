@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import ConvertRecipe, GenerateRecipe, GRPORecipe, PretrainRecipe, UserError, load_recipe
-from grpo.config.flags import REFERENCE_FLAGS
+from grpo.config import (
+    ConvertRecipe,
+    GenerateRecipe,
+    GRPORecipe,
+    PretrainRecipe,
+    UserError,
+    job_of_file,
+    load_recipe,
+)
+from grpo.config.keys import recipe_keys
+from grpo.config.reference_flags import ALL_FLAGS
 
 MINIMAL = ["--data.name", "synthetic"]
 
@@ -35,7 +44,7 @@ def test_flag_overrides_file_overrides_default(recipe_file) -> None:
 
 
 def test_argv_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["grpo.py", *MINIMAL, "--training.steps", "3"])
+    monkeypatch.setattr("sys.argv", ["train_grpo.py", *MINIMAL, "--training.steps", "3"])
     assert load_recipe(GRPORecipe).training.steps == 3
 
 
@@ -75,7 +84,8 @@ def test_none_unsets_an_optional_key(recipe_file) -> None:
 
 def test_negative_numbers() -> None:
     recipe = load_recipe(GRPORecipe, [*MINIMAL, "--objective.entropy_weight=-1e-3", "--reward-rec-weight", "-0.5"])
-    assert (recipe.objective.entropy_weight, recipe.reward.reconstruction_weight) == (-1e-3, -0.5)
+    assert recipe.objective.entropy_weight == -1e-3
+    assert recipe.reward.tables["reconstruction"].weight == -0.5
 
 
 def test_all_mistakes_are_reported_together(recipe_file) -> None:
@@ -105,7 +115,7 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
         f"{path}: [weather]: unknown section; there are model, tokenizer, data, rollout, reward, objective, optimizer, "
         "training, parallel, compile, activation_checkpoint, checkpoint, metrics, debug",
         f"{path}: training.steps must be a whole number > 0, not 2.5",
-        f"{path}: training.batch_size must be a whole number > 0, not true",
+        f"{path}: training.batch_size must be a whole number > 0 or none, not true",
         f'{path}: training.mixed_precision must be one of auto, fp32, tf32, bf16, fp16, not "int8"',
         "--lr abc: optimizer.lr must be a number >= 0",
         "--top-p 1.5: rollout.top_p must be a number > 0 and <= 1",
@@ -151,20 +161,63 @@ def test_key_in_the_wrong_section_is_found(recipe_file) -> None:
 
 
 def test_recipe_of_another_job_is_refused(recipe_file) -> None:
-    path = recipe_file('job = "grpo"\n[rollout]\ntop_k = 1\n')
+    path = recipe_file('job = "train"\n[rollout]\ntop_k = 1\n')
     assert problems_of(PretrainRecipe, ["--config", path]) == [
-        f"{path}: is a recipe of recipes/grpo.py, not of recipes/pretrain.py"
+        f"{path}: is a recipe of `grpo train`, not of `grpo pretrain`"
     ]
-    path = recipe_file("job = ['grpo']\n")
+    path = recipe_file("job = ['train']\n")
     (problem,) = problems_of(PretrainRecipe, ["--config", path])
-    assert problem.startswith(f"{path}: job must be one of grpo, pretrain, ")
+    assert problem.startswith(f"{path}: job must be one of train, pretrain, ")
+
+
+def test_former_names_of_jobs_are_read(recipe_file) -> None:
+    path = recipe_file('job = "grpo"\n[data]\nname = "synthetic"\n')
+    assert load_recipe(GRPORecipe, ["--config", path]).job == "train"
+    assert job_of_file(path) == "train"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            '[reward]\nreconstruction = "l1"\n',
+            "reward.reconstruction: unknown key; it is now reward.rec",
+        ),
+        (
+            "[reward]\nreconstruction_weight = 0.0\n",
+            "reward.reconstruction_weight: unknown key; it is now",
+        ),
+        (
+            "[reward]\nclassifier_checkpoint = 'c'\n",
+            "reward.classifier_checkpoint: unknown key; it is now",
+        ),
+        (
+            "[training]\ngradient_accumulation_steps = 2\n",
+            "training.gradient_accumulation_steps: unknown key; tr",
+        ),
+    ],
+)
+def test_former_keys_name_the_new_ones(recipe_file, settings: str, line: str) -> None:
+    path = recipe_file(f'[data]\nname = "synthetic"\n{settings}')
+    (problem,) = problems_of(GRPORecipe, ["--config", path])
+    assert problem.startswith(f"{path}: {line}")
+
+
+def test_shipped_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    by_name = load_recipe(GRPORecipe, ["--config", "debug"])
+    assert by_name.run_dir == Path("runs/debug")
+    assert load_recipe(GRPORecipe, ["--config", "debug.toml"]) == by_name
+    assert job_of_file("quickstart/tokenizer") == "tokenizer"
+    (problem,) = problems_of(GRPORecipe, ["--config", "quickstart/grp"])
+    assert problem.endswith("did you mean the shipped recipe quickstart/grpo?")
 
 
 def test_combination_names_every_origin(recipe_file) -> None:
     path = recipe_file('[data]\nname = "synthetic"\n[training]\nbatch_size = 12\n')
     assert problems_of(GRPORecipe, ["--config", path, "--sample-batch-size", "4"]) == [
-        f"{path}, --sample-batch-size 4: training.batch_size x gradient_accumulation_steps = 12 completions of one "
-        "optimizer step must divide rollout.batch_size x num_generations = 32 completions of one rollout"
+        f"{path}, --sample-batch-size 4: training.batch_size = 12 completions of one optimizer step must divide "
+        "rollout.batch_size x num_generations = 32 completions of one rollout"
     ]
 
 
@@ -184,7 +237,7 @@ def test_run_folder_has_the_name_of_the_file(recipe_file) -> None:
     recipe = load_recipe(GRPORecipe, ["--config", path])
     assert recipe.metrics.run_dir == "runs/experiment"
     assert recipe.checkpoint_dir == Path("runs/experiment/checkpoints")
-    assert load_recipe(GRPORecipe, MINIMAL).run_dir == Path("runs/grpo")
+    assert load_recipe(GRPORecipe, MINIMAL).run_dir == Path("runs/train")
     moved = load_recipe(GRPORecipe, ["--config", path, "--metrics.run_dir", "there", "--ckpt-dir", "out"])
     assert (moved.run_dir, moved.checkpoint_dir) == (Path("there"), Path("out"))
 
@@ -194,12 +247,23 @@ def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture) -> None:
         load_recipe(GRPORecipe, ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for section_name, section in GRPORecipe.sections().items():
-        for name in section.model_fields:
-            assert f"--{section_name}.{name}" in text
-    for flag, key in REFERENCE_FLAGS.items():
-        assert f"  --{key}, {flag}  (" in text
+    for key in recipe_keys(GRPORecipe):
+        assert f"  --{key}" in text
+    for flag, key in ALL_FLAGS.items():
+        assert f"  --{key}, {flag}  (" in text or f"  {flag}  (" in text
     assert "  --optimizer.lr, --lr  (a number >= 0; default 1e-05)\n      Learning rate (peak).\n" in text
+    assert "kinds: reconstruction, embedding_cosine, class_log_prob, python;" in text
+
+
+def test_help_of_a_section(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        load_recipe(GRPORecipe, ["--help", "reward"])
+    text = capsys.readouterr().out
+    assert "  --reward.reconstruction.distance, --reward-rec-type  (one of l1, l2; default" in text
+    assert "  --reward.class_log_prob.checkpoint  (text; required)" in text
+    assert "optimizer" not in text
+    with pytest.raises(UserError, match="--help rewards: no section of this job; there are reward"):
+        load_recipe(GRPORecipe, ["--help", "rewards"])
 
 
 @pytest.mark.parametrize(
@@ -224,7 +288,7 @@ def test_values_that_would_fail_far_below_are_refused(flags: list[str], line: st
 @pytest.mark.parametrize("text", ["-1", "-1e-3", "-.5"])
 def test_negative_numbers_need_no_equals_sign(text: str) -> None:
     recipe = load_recipe(GRPORecipe, [*MINIMAL, "--reward-rec-weight", text])
-    assert recipe.reward.reconstruction_weight == float(text)
+    assert recipe.reward.tables["reconstruction"].weight == float(text)
 
 
 def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -16,21 +16,23 @@ from grpo.config import (
     PretrainRecipe,
     Recipe,
     Rollout,
+    Schedule,
     TokenizerRecipe,
+    changes_that_matter,
     differences,
     load_recipe,
     recipe_from_toml,
 )
+from grpo.config.help import markdown
 from grpo.config.keys import recipe_keys
-from grpo.config.recipes import WITHOUT_CHECKS
-from grpo.config.reference import markdown
-from grpo.models.specs import get_model_spec, get_tokenizer_spec
+from grpo.config.recipes import ORDER, WITHOUT_CHECKS
+from grpo.models import get_model_spec, get_tokenizer_spec
 
 ROOT = Path(__file__).parents[2]
 SYNTHETIC = {"data": {"name": "synthetic"}}
 AUTOREGRESSIVE = {
     "rollout": {"mode": "autoregressive"},
-    "reward": {"reconstruction_weight": 0, "class_log_prob_weight": 1, "classifier_checkpoint": "c.pth"},
+    "reward": {"class_log_prob": {"checkpoint": "c.pth"}},
 }
 GENERATE = {"model": {"checkpoint": "gpt.pt"}, "tokenizer": {"checkpoint": "vq.pt"}, "output": {"grid": "grid.png"}}
 EVALUATE = {"evaluation": {"images": "images.npz", "reference": "ref.npz", "feature_checkpoint": "judge.pth"}}
@@ -53,10 +55,7 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
         ({"rollout": {"batch_size": 3}, "training": {"batch_size": 16}}, "must divide rollout.batch_size x num_gen"),
         ({"training": {"batch_size": 512}}, "must divide rollout.batch_size x num_generations = 256"),
         ({"rollout": {"batch_size": 3}, "training": {"batch_size": 12}}, "must be a multiple or a divisor of rollout"),
-        ({"reward": {"reconstruction_weight": 0}}, "no reward is on"),
-        ({"reward": {"reconstruction_weight": 0, "embedding_cosine_weight": 1}}, "no reward is on"),
-        ({"reward": {"class_log_prob_weight": 1}}, "needs reward.classifier_checkpoint"),
-        ({"reward": {"lpips_weight": 1}}, "reward.lpips_weight is not available yet"),
+        ({"reward": {"reconstruction": {"weight": 0}}}, "no reward is on"),
         ({"model": {"dropout": 0.1}}, "model.dropout must be 0 in GRPO"),
         ({"model": {"cls_token_num": 120}}, "model.cls_token_num must be 1"),
         ({"data": {"image_size": 100}}, "data.image_size = 100 must be a multiple of"),
@@ -75,8 +74,8 @@ def test_impossible_teacher_forced_settings(settings: Mapping, text: str) -> Non
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"reward": {"reconstruction_weight": 1}}, "reward.reconstruction_weight: must be 0"),
-        ({"reward": {"embedding_cosine": True, "embedding_cosine_weight": 1}}, "reward.embedding_cosine: must be off"),
+        ({"reward": {"reconstruction": {}}}, "reward.reconstruction.weight must be 0"),
+        ({"reward": {"twin": {"kind": "embedding_cosine"}}}, "reward.twin.weight must be 0"),
         ({"rollout": {"use_context_noise": True}}, "rollout.use_context_noise: needs"),
         (
             {"rollout": {"importance_weight_cap": 2, "cfg_scale": 2, "guidance_in_loss": "conditional"}},
@@ -94,7 +93,7 @@ def test_impossible_autoregressive_settings(settings: Mapping, text: str) -> Non
     [
         {"rollout": {"num_generations": 1}, "objective": {"advantage": "batch_std"}},
         {"rollout": {"batch_size": 8, "num_generations": 8}, "training": {"batch_size": 4}},
-        {"rollout": {"batch_size": 16}, "training": {"batch_size": 8, "gradient_accumulation_steps": 16}},
+        {"rollout": {"batch_size": 16}, "training": {"batch_size": 128}},
         {"rollout": {"batch_size": 6}, "training": {"batch_size": 24}},
         AUTOREGRESSIVE,
         merged(AUTOREGRESSIVE, {"rollout": {"cfg_scale": 2, "importance_weight_cap": 2, "top_k": 9}}),
@@ -136,7 +135,7 @@ def test_impossible_settings_of_other_jobs(
 def test_a_recipe_object_is_valid() -> None:
     with pytest.raises(ValidationError, match=r"rollout.num_generations must be at least 2.*; no reward is on"):
         GRPORecipe.model_validate(
-            merged(SYNTHETIC, {"rollout": {"num_generations": 1}, "reward": {"reconstruction_weight": 0}})
+            merged(SYNTHETIC, {"rollout": {"num_generations": 1}, "reward": {"reconstruction": {"weight": 0}}})
         )
 
 
@@ -151,9 +150,10 @@ def test_a_recipe_object_is_valid() -> None:
         ({"rollout": {"importance_weight_cap": 2}}, "rollout.importance_weight_cap"),
         ({"rollout": {"guidance_in_loss": "conditional"}}, "rollout.guidance_in_loss"),
         ({"rollout": {"max_rows": 8}}, "rollout.max_rows"),
-        ({"reward": {"embedding_cosine": True}}, "reward.embedding_cosine"),
-        ({"reward": {"embedding_cosine_weight": 1}}, "reward.embedding_cosine"),
-        ({"reward": {"classifier_checkpoint": "c.pth"}}, "reward.classifier_checkpoint"),
+        (
+            {"reward": {"reconstruction": {}, "embedding_cosine": {"weight": 0}}},
+            "reward.embedding_cosine",
+        ),
         ({"optimizer": {"schedule": "one_cycle", "warmup_steps": 3}}, "optimizer.warmup_steps"),
         ({"metrics": {"wandb_entity": "team"}}, "metrics.wandb_entity"),
         ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best"),
@@ -208,6 +208,14 @@ def test_saved_recipe_loads_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
     assert recipe_keys(type(recipe)).keys() - written <= optional
 
 
+def test_files_of_all_sections_have_one_order() -> None:
+    assert " ".join(GRPORecipe.sections()) == (
+        "model tokenizer data rollout reward objective optimizer training parallel compile activation_checkpoint "
+        "checkpoint metrics debug"
+    )
+    assert all(name in ORDER for recipe_class in RECIPES.values() for name in recipe_class.sections())
+
+
 def test_differences_name_key_and_values() -> None:
     before = GRPORecipe.model_validate(SYNTHETIC)
     after = GRPORecipe.model_validate(
@@ -217,12 +225,37 @@ def test_differences_name_key_and_values() -> None:
     assert differences(before, after) == ["objective.clip_range_high: None -> 0.3", "optimizer.lr: 1e-05 -> 0.1"]
 
 
+def test_changes_that_matter_on_resumption() -> None:
+    before = GRPORecipe.model_validate(merged(SYNTHETIC, {"reward": {"reconstruction": {}}}))
+    free = {
+        "training": {"steps": 7, "micro_batch_size": 2, "max_skipped_steps": 1},
+        "data": {"num_workers": 0, "cache_codes": True, "max_bad_images": 1},
+        "rollout": {"max_rows": 9},
+        "reward": {"reconstruction": {}, "batch_size": 5},
+        "parallel": {"timeout": 5},
+        "checkpoint": {"interval": 1},
+    }
+    assert len(differences(before, GRPORecipe.model_validate(merged(SYNTHETIC, free)))) == 10
+    assert changes_that_matter(before, GRPORecipe.model_validate(merged(SYNTHETIC, free))) == []
+    bound = {
+        "training": {"batch_size": 64},
+        "reward": {"reconstruction": {"weight": 2}, "embedding_cosine": {}, "precision": "fp32"},
+    }
+    assert set(changes_that_matter(before, GRPORecipe.model_validate(merged(SYNTHETIC, bound)))) == {
+        "training.batch_size: None -> 64",
+        "reward.precision: 'auto' -> 'fp32'",
+        "reward.reconstruction.weight: 1.0 -> 2.0",
+        "reward.embedding_cosine.kind: None -> 'embedding_cosine'",
+        "reward.embedding_cosine.weight: None -> 1.0",
+    }
+
+
 RECIPE_FILES = sorted((ROOT / "train_configs").rglob("*.toml"))
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_committed_recipe_loads(path: Path) -> None:
-    job = tomli.loads(path.read_text(encoding="utf-8")).get("job", "grpo")
+    job = tomli.loads(path.read_text(encoding="utf-8"))["job"]
     recipe = load_recipe(RECIPES[job], ["--config", str(path)])
     assert recipe.notes() == []
     if "model" in recipe.sections():
@@ -235,13 +268,17 @@ def test_committed_recipe_loads(path: Path) -> None:
 def test_published_run_has_its_size() -> None:
     recipe = load_recipe(GRPORecipe, ["--config", str(ROOT / "train_configs" / "vapi_xxl_384.toml")])
     rollout, training = recipe.rollout, recipe.training
-    assert 8 * training.steps * rollout.batch_size * rollout.num_generations == 102_400
-    assert training.batch_size * training.gradient_accumulation_steps == rollout.batch_size * rollout.num_generations
+    assert training.steps * rollout.batch_size * rollout.num_generations == 102_400
+    assert (rollout.batch_size, training.batch_size, training.micro_batch_size) == (128, 1024, 8)
+    for ranks in (1, 8, 16):
+        schedule = Schedule.of(rollout=rollout, training=training, objective=recipe.objective, ranks=ranks)
+        assert schedule.on_policy
+        assert schedule.completions * ranks == 1024
 
 
 def test_reference_page_is_current() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == markdown(), "run python -m grpo.config > docs/configuration.md"
+    assert page.endswith("\n\n" + markdown()), "run python -m grpo.config docs/configuration.md"
 
 
 @pytest.mark.parametrize("recipe_class", RECIPES.values(), ids=RECIPES)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from grpo.config import GRPORecipe, PretrainRecipe, UserError, load_recipe
-from grpo.config.flags import REFERENCE_FLAGS
 from grpo.config.keys import recipe_keys
+from grpo.config.reference_flags import ALL_FLAGS, REFERENCE_FLAGS, STEP_FLAGS, Unavailable
 
 SEED_FLAGS = json.loads((Path(__file__).parents[1] / "fixtures" / "seed_flags.json").read_text())
 REQUIRED = {"--vq-ckpt": "vq.pth", "--data-path": "images"}
@@ -38,9 +38,6 @@ ACCEPTED = {
     "--top-k": ("100", 100),
     "--top-p": ("0.9", 0.9),
     "--temperature": ("0.7", 0.7),
-    "--sample-batch-size": ("16", 16),
-    "--train-batch-size": ("4", 4),
-    "--gradient-accumulation-steps": ("2", 2),
     "--num-workers": ("0", 0),
     "--adv-clip-max": ("2", 2.0),
     "--clip-range": ("0.2", 0.2),
@@ -57,8 +54,6 @@ ACCEPTED = {
     "--ckpt-sharded": (None, True),
     "--reward-rec-type": ("l1", "l1"),
     "--reward-rec-weight": ("0.5", 0.5),
-    "--reward-use-embedcos": (None, True),
-    "--reward-embedcos-weight": ("0.3", 0.3),
     "--aux-ce-weight": ("0.1", 0.1),
     "--kl-coef": ("0.05", 0.05),
     "--use-kl-loss": (None, True),
@@ -79,6 +74,22 @@ REFUSED = {
     "--reward-disc-num-layers": ("4", "not available yet"),
     "--reward-disc-ckpt": ("disc.pt", "not available yet"),
 }
+TRANSLATED = {
+    "--sample-batch-size",
+    "--train-batch-size",
+    "--gradient-accumulation-steps",
+    "--reward-use-embedcos",
+    "--reward-embedcos-weight",
+}
+PUBLISHED = (
+    "--vq-ckpt V --data-path D --gpt-ckpt G --from-fsdp --image-size 384 --downsample-size 16 --gpt-model GPT-XXL "
+    "--sample-batch-size 16 --train-batch-size 8 --gradient-accumulation-steps 16 --num-generations 8 "
+    "--temperature 1.0 --top-k 0 --top-p 1.0 --epochs 100 --ckpt-every 100 --lr 1e-6 --weight-decay 1e-4 --beta1 0.9 "
+    "--beta2 0.999 --max-grad-norm 1.0 --clip-range 0.2 --adv-clip-max 5.0 --mixed-precision bf16 --data-parallel fsdp "
+    "--reward-rec-weight 1.0 --reward-perceptual-weight 1.0 --aux-ce-weight 0.1 --sample-model-mode train --use-wandb "
+    "--wandb-project autoreg-grpo --wandb-entity none --wandb-run-name c2i-grpo"
+)
+"""The published command on 8 GPUs."""
 
 
 def command_line(**flags: str | None) -> list[str]:
@@ -87,13 +98,15 @@ def command_line(**flags: str | None) -> list[str]:
 
 
 def value_of(recipe: GRPORecipe, key: str) -> object:
-    section, name = key.split(".")
-    return getattr(getattr(recipe, section), name)
+    section, *table, name = key.split(".")
+    part = getattr(recipe, section)
+    return getattr(part.tables[table[0]] if table else part, name)
 
 
-def test_flags_and_keys_are_those_of_the_reference() -> None:
-    assert {entry["flag"]: entry["key"] for entry in SEED_FLAGS} == dict(REFERENCE_FLAGS)
-    assert {**ACCEPTED, **REFUSED}.keys() == REFERENCE_FLAGS.keys()
+def test_flags_are_those_of_the_reference() -> None:
+    assert {entry["flag"] for entry in SEED_FLAGS} == {*ACCEPTED, *REFUSED, *TRANSLATED} == ALL_FLAGS.keys()
+    moved = {entry["flag"] for entry in SEED_FLAGS if REFERENCE_FLAGS.get(entry["flag"]) != entry["key"]}
+    assert moved == {flag for flag in ALL_FLAGS if flag.startswith("--reward-")} | STEP_FLAGS.keys()
     documented = {entry["flag"] for entry in SEED_FLAGS[:42]}
     assert documented & REFUSED.keys() == {"--cls-token-num"}  # whose only value for these models is its default
 
@@ -102,7 +115,10 @@ def test_flags_and_keys_are_those_of_the_reference() -> None:
 def test_default_is_that_of_the_reference(entry: dict) -> None:
     recipe = load_recipe(GRPORecipe, command_line())
     expected = REQUIRED[entry["flag"]] if entry["default"] == "required" else entry["default"]
-    value = value_of(recipe, entry["key"])
+    if entry["flag"] in TRANSLATED:
+        return
+    section, _, name = ALL_FLAGS[entry["flag"]].partition(".")
+    value = getattr(Unavailable(), name) if section == "unavailable" else value_of(recipe, f"{section}.{name}")
     assert value == expected
     assert type(value) is type(expected)
 
@@ -131,7 +147,7 @@ def test_flag_without_its_feature_is_refused_by_name(flag: str) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(GRPORecipe, command_line(**{flag: text}))
     (line,) = caught.value.problems
-    assert line.startswith(f"{flag} {text or 'true'}: {REFERENCE_FLAGS[flag]}")
+    assert line.startswith(f"{flag} {text or 'true'}: {REFERENCE_FLAGS.get(flag, 'this reward is')}")
     assert reason in line
 
 
@@ -147,19 +163,91 @@ def test_refused_flags_are_accepted_at_their_defaults() -> None:
 
 
 def test_command_line_and_recipe_file_agree(tmp_path: Path) -> None:
-    (tmp_path / "grpo.toml").write_text(
+    (tmp_path / "train.toml").write_text(
         '[tokenizer]\ncheckpoint = "vq.pth"\n[data]\npath = "data"\n[rollout]\nbatch_size = 8\nnum_generations = 8\n'
-        '[training]\nbatch_size = 4\n[checkpoint]\ninterval = 2\ndir = "out"\n'
+        '[training]\nbatch_size = 4\nmicro_batch_size = 4\n[checkpoint]\ninterval = 2\ndir = "out"\n'
     )
     flags = "--vq-ckpt vq.pth --data-path data --sample-batch-size 8 --train-batch-size 4 --num-generations 8"
     by_flags = load_recipe(GRPORecipe, [*flags.split(), "--ckpt-every", "2", "--ckpt-dir", "out"])
-    assert load_recipe(GRPORecipe, ["--config", str(tmp_path / "grpo.toml")]) == by_flags
+    assert load_recipe(GRPORecipe, ["--config", str(tmp_path / "train.toml")]) == by_flags
 
 
 def test_a_flag_and_its_key_together_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(GRPORecipe, [*command_line(), "--lr", "1e-5", "--optimizer.lr=1e-6"])
     assert caught.value.problems == ["--optimizer.lr: optimizer.lr is already set by --lr; give one of them"]
+
+
+def sizes(*flags: str) -> tuple[int, int | None, int]:
+    recipe = load_recipe(GRPORecipe, [*command_line(), *flags])
+    return recipe.rollout.batch_size, recipe.training.batch_size, recipe.training.micro_batch_size
+
+
+def test_batch_flags_count_on_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sizes() == (32, 8, 8)
+    assert sizes("--sample-batch-size", "16", "--gradient-accumulation-steps", "4") == (16, 32, 8)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert sizes() == (128, 32, 8)
+    assert sizes("--train-batch-size", "16") == (128, 64, 16)
+    assert sizes("--rollout.batch_size", "16") == (16, 32, 8)
+
+
+def test_batch_flags_override_a_file_where_they_are_given(tmp_path: Path) -> None:
+    (tmp_path / "grpo.toml").write_text("[rollout]\nbatch_size = 8\n[training]\nbatch_size = 16\n")
+    config = ("--config", str(tmp_path / "grpo.toml"))
+    assert sizes(*config) == (8, 16, 8)
+    assert sizes(*config, "--sample-batch-size", "4") == (4, 16, 8)
+    assert sizes(*config, "--train-batch-size", "4") == (8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--sample-batch-size 4 --rollout.batch_size 8", "--rollout.batch_size: rollout.batch_size is already set by"),
+        ("--training.batch_size 8 --train-batch-size 8", "--training.batch_size: training.batch_size is already set"),
+        ("--training.micro_batch_size 4 --train-batch-size 8", "--train-batch-size: training.micro_batch_size is al"),
+        ("--train-batch-size 0", "--train-batch-size 0: training.micro_batch_size must be a whole number > 0"),
+        ("--train-batch-size 3", "--sample-batch-size 32: training.batch_size = 3 completions"),
+    ],
+)
+def test_mistakes_in_batch_flags(flags: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(GRPORecipe, [*command_line(), *flags.split()])
+    (problem,) = caught.value.problems
+    assert line in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ("--reward-use-embedcos --reward-embedcos-weight 0.3", 0.3),
+        ("--reward-embedcos-weight 0.3", 0.0),
+        ("--reward-use-embedcos false --reward-embedcos-weight 0.3", 0.0),
+        ("--reward-use-embedcos", None),
+        ("", None),
+    ],
+)
+def test_switch_of_the_embedding_reward(flags: str, weight: float | None) -> None:
+    tables = load_recipe(GRPORecipe, [*command_line(), *flags.split()]).reward.tables
+    assert tables["reconstruction"].weight == 1
+    assert (tables["embedding_cosine"].weight if "embedding_cosine" in tables else None) == weight
+
+
+def test_published_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused for what is not there yet, and nothing else; without that it is the shipped recipe."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError) as caught:
+        load_recipe(GRPORecipe, PUBLISHED.split())
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "--reward-perceptual-weight 1.0",
+        "--sample-model-mode train",
+    ]
+    rest = PUBLISHED.replace("--reward-perceptual-weight 1.0", "").replace("--sample-model-mode train", "")
+    recipe = load_recipe(GRPORecipe, rest.split())
+    shipped = load_recipe(GRPORecipe, ["--config", "vapi_xxl_384"])
+    for section in ("rollout", "training", "reward", "objective", "optimizer"):
+        assert getattr(recipe, section) == getattr(shipped, section)
+    assert recipe.metrics.wandb_entity is None
 
 
 def test_other_jobs_take_keys_only() -> None:

@@ -44,6 +44,7 @@ def test_saved_dataset_with_image_and_class_names(saved_dataset, make_images, se
     dataset = build_dataset(section(path, name=name), num_classes=4)
     assert_holds(dataset, images, [1, 0, 1])
     assert dataset.class_names == ["cat", "dog", "2", "3"]
+    assert dataset.captions(dataset.condition([0, 1])) == ["dog", "cat"]
 
 
 @pytest.mark.parametrize("column", ["image", "image_path", "file", "filepath"])

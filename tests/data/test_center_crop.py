@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
-from grpo.data.images import center_crop, normalize, to_pixels, to_rgb
+from grpo.data import normalize, to_image, to_pixels, to_uint8
+from grpo.data.images import center_crop, to_rgb
 
 
 def stripes(width: int, height: int) -> Image.Image:
@@ -59,3 +61,20 @@ def test_normalize_maps_bytes_onto_minus_one_to_one():
     assert values[0] == -1
     assert values[255] == 1
     assert torch.equal(((values + 1) * 127.5).round().to(torch.uint8), torch.arange(256, dtype=torch.uint8))
+
+
+def test_to_uint8_rounds_and_clamps():
+    images = torch.tensor([-2.0, -1.0, -1 + 0.6 / 127.5, 0.0, 1 - 0.4 / 127.5, 1.0, 5.0])
+    assert to_uint8(images).tolist() == [0, 0, 1, 128, 255, 255, 255]
+
+
+def test_to_uint8_undoes_normalize():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert_close(to_uint8(normalize(pixels)), pixels)
+    assert_close(to_uint8(normalize(pixels).bfloat16()), pixels, atol=1, rtol=0)
+
+
+def test_pixels_and_images_are_each_other():
+    pixels = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
+    assert to_image(pixels).size == (5, 4)
+    assert torch.equal(to_pixels(to_image(pixels)), pixels)

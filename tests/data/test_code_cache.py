@@ -4,6 +4,15 @@ import pytest
 import torch
 
 from grpo.data import CodeCache, ImageBatch, build_dataset, build_stream
+from grpo.models import ClassCondition
+from grpo.parallel import World
+
+WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+def batch_of(images: torch.Tensor, indices: torch.Tensor | None = None) -> ImageBatch:
+    ids = torch.zeros(len(images), dtype=torch.int64)
+    return ImageBatch(images, ClassCondition(ids), ids, indices)
 
 
 class Encoder:
@@ -28,7 +37,7 @@ def dataset(class_folders, section):
 def test_cached_equals_encoded(dataset, codebook_size):
     encoder, uncached = Encoder(codebook_size), Encoder(codebook_size)
     cache = CodeCache(encoder, num_images=len(dataset), codebook_size=codebook_size, enabled=True)
-    stream = build_stream(dataset, batch_size=4, seed=0, num_workers=0, rank=0, world_size=1)
+    stream = build_stream(dataset, batch_size=4, seed=0, num_workers=0, world=WORLD)
     for _ in range(10):  # four epochs, with batches of known and new images
         batch = next(stream)
         codes = cache.codes(batch)
@@ -40,14 +49,14 @@ def test_cached_equals_encoded(dataset, codebook_size):
 
 def test_largest_code_survives():
     cache = CodeCache(lambda images: torch.tensor([[2**15 - 1, 0]]), num_images=1, codebook_size=2**15, enabled=True)
-    batch = ImageBatch(torch.zeros(1, 3, 2, 2), torch.zeros(1), torch.zeros(1), torch.tensor([0]))
+    batch = batch_of(torch.zeros(1, 3, 2, 2), torch.tensor([0]))
     assert [cache.codes(batch).tolist() for _ in range(2)] == [[[2**15 - 1, 0]]] * 2
 
 
 def test_one_image_twice_in_a_batch(dataset):
     cache = CodeCache(Encoder(256), num_images=len(dataset), codebook_size=256, enabled=True)
     image = dataset[3][0]
-    codes = cache.codes(ImageBatch(torch.stack([image, image]), torch.zeros(2), torch.arange(2), torch.tensor([3, 3])))
+    codes = cache.codes(batch_of(torch.stack([image, image]), torch.tensor([3, 3])))
     assert torch.equal(codes, Encoder(256)(torch.stack([image, image])))
 
 
@@ -56,5 +65,5 @@ def test_switched_off_encodes_every_batch(dataset):
     cache = CodeCache(encoder, num_images=len(dataset), codebook_size=256, enabled=False)
     images = torch.stack([dataset[0][0]])
     for _ in range(3):
-        assert torch.equal(cache.codes(ImageBatch(images, torch.zeros(1), torch.zeros(1))), Encoder(256)(images))
+        assert torch.equal(cache.codes(batch_of(images)), Encoder(256)(images))
     assert encoder.images == 3

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from grpo.config import UserError
-from grpo.data import ImageBatch, build_dataset, build_stream
-from grpo.data.images import normalize
+from grpo.data import ImageBatch, build_dataset, build_stream, normalize
+from grpo.parallel import World
 
 
 @pytest.fixture
@@ -17,9 +17,8 @@ def dataset(class_folders, section):
 
 
 def stream_of(dataset, *, batch_size=4, seed=0, num_workers=0, rank=0, world_size=1):
-    return build_stream(
-        dataset, batch_size=batch_size, seed=seed, num_workers=num_workers, rank=rank, world_size=world_size
-    )
+    world = World(rank, world_size, rank, world_size, torch.device("cpu"))
+    return build_stream(dataset, batch_size=batch_size, seed=seed, num_workers=num_workers, world=world)
 
 
 def samples_of(batches: list[ImageBatch]) -> dict[int, int]:
@@ -27,6 +26,10 @@ def samples_of(batches: list[ImageBatch]) -> dict[int, int]:
     numbers = torch.cat([batch.sample_ids for batch in batches]).tolist()
     assert len(numbers) == len(set(numbers))
     return dict(zip(numbers, torch.cat([batch.indices for batch in batches]).tolist(), strict=True))
+
+
+def fields(batch: ImageBatch) -> list[torch.Tensor]:
+    return [batch.images, batch.condition.class_ids, batch.sample_ids, batch.indices]
 
 
 def take(stream, count) -> list[ImageBatch]:
@@ -38,9 +41,9 @@ def test_batch_holds_what_the_data_set_holds(section):
     batch = next(stream_of(dataset, batch_size=5))
     assert batch.images.shape == (5, 3, 16, 16)
     assert batch.images.dtype == torch.float32
-    assert {ids.dtype for ids in batch[1:]} == {torch.int64}
+    assert {ids.dtype for ids in (batch.condition.class_ids, *batch[2:])} == {torch.int64}
     assert batch.sample_ids.tolist() == [0, 1, 2, 3, 4]
-    for image, class_id, index in zip(batch.images, batch.class_ids, batch.indices, strict=True):
+    for image, class_id, index in zip(batch.images, batch.condition.class_ids, batch.indices, strict=True):
         assert torch.equal(image, dataset[index][0])
         assert class_id == dataset[index][1]
 
@@ -59,25 +62,25 @@ def test_seed_and_epoch_do_not_add_up(dataset):
     assert second_of_zero != first_of_one
 
 
-@pytest.mark.parametrize(("world_size", "batch_size", "num_workers"), [(1, 12, 1), (2, 6, 0), (3, 4, 2)])
-def test_order_does_not_depend_on_ranks_or_workers(dataset, world_size, batch_size, num_workers):
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (2, 0), (3, 2)])
+def test_order_does_not_depend_on_ranks_or_workers(dataset, world_size, num_workers):
     expected = take(stream_of(dataset, batch_size=12), 4)
     ranks = [
-        take(stream_of(dataset, batch_size=batch_size, num_workers=num_workers, rank=rank, world_size=world_size), 4)
+        take(stream_of(dataset, batch_size=12, num_workers=num_workers, rank=rank, world_size=world_size), 4)
         for rank in range(world_size)
     ]
     for step, batch in enumerate(expected):
-        for position, whole in enumerate(batch):
-            assert torch.equal(torch.cat([batches[step][position] for batches in ranks]), whole)
+        for whole, *parts in zip(fields(batch), *(fields(batches[step]) for batches in ranks), strict=True):
+            assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize(("old_workers", "new_workers"), [(0, 2), (2, 0)])
 def test_resume_in_mid_epoch_on_another_world(dataset, old_workers, new_workers):
     whole = samples_of(take(stream_of(dataset, batch_size=1), 68))
-    old = [stream_of(dataset, num_workers=old_workers, rank=rank, world_size=2) for rank in range(2)]
+    old = [stream_of(dataset, batch_size=8, num_workers=old_workers, rank=rank, world_size=2) for rank in range(2)]
     before = samples_of([batch for stream in old for batch in take(stream, 4)])  # 32 samples, in the second epoch
     assert old[0].state_dict() == old[1].state_dict() == {"samples": 32}
-    new = [stream_of(dataset, batch_size=3, num_workers=new_workers, rank=rank, world_size=3) for rank in range(3)]
+    new = [stream_of(dataset, batch_size=9, num_workers=new_workers, rank=rank, world_size=3) for rank in range(3)]
     for stream in new:
         stream.load_state_dict(old[0].state_dict())
     after = samples_of([batch for stream in new for batch in take(stream, 4)])
@@ -108,20 +111,34 @@ def test_no_more_workers_than_cores(dataset, monkeypatch):
     monkeypatch.setattr("grpo.data.stream._available_cores", lambda: 1)
     stream = stream_of(dataset, num_workers=8)
     next(stream)
-    assert stream._loader.num_workers == 1
+    assert stream._num_workers == 1
 
 
-def test_data_set_smaller_than_a_global_batch(dataset):
+def test_data_set_smaller_than_a_batch(dataset):
     assert next(stream_of(dataset, batch_size=23)).indices.sort().values.tolist() == list(range(23))
-    with pytest.raises(UserError, match=r"23 images, fewer than one batch of 12 on each of 2 ranks"):
-        stream_of(dataset, batch_size=12, world_size=2)
+    with pytest.raises(UserError, match=r"23 images, fewer than one batch of 24: lower .*training\.batch_size"):
+        stream_of(dataset, batch_size=24, world_size=2)
+
+
+def test_batch_that_the_ranks_cannot_share(dataset):
+    with pytest.raises(UserError, match=r"batch of 8 images cannot be shared by 3 ranks: make it a multiple of 3"):
+        stream_of(dataset, batch_size=8, world_size=3)
 
 
 def test_batch_moves_between_devices(dataset):
     batch = next(stream_of(dataset)).to("meta")
-    assert {tensor.device.type for tensor in batch[:3]} == {"meta"}
+    assert {field.device.type for field in batch[:3]} == {"meta"}
     assert batch.indices.device.type == "cpu"
     assert ImageBatch(*batch[:3]).to("meta").indices is None
+
+
+def test_parts_are_the_batch(dataset):
+    batch = next(stream_of(dataset, batch_size=5))
+    parts = batch.parts(2)
+    assert [len(part.images) for part in parts] == [2, 2, 1]
+    for whole, *pieces in zip(fields(batch), *map(fields, parts), strict=True):
+        assert torch.equal(torch.cat(pieces), whole)
+    assert ImageBatch(*batch[:3]).parts(3)[1].indices is None
 
 
 def test_pixels_cross_the_process_border_without_loss(dataset):

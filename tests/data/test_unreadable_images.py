@@ -7,6 +7,7 @@ import torch
 
 from grpo.config import UserError
 from grpo.data import UnreadableImage, build_dataset, build_stream
+from grpo.parallel import World
 
 COUNT = 12
 
@@ -25,8 +26,13 @@ def damaged(class_folders, section):
     return build
 
 
+def stream_of(dataset, *, num_workers=0, rank=0, world_size=1):
+    world = World(rank, world_size, rank, world_size, torch.device("cpu"))
+    return build_stream(dataset, batch_size=4, seed=3, num_workers=num_workers, world=world)
+
+
 def order_of(dataset, steps, **keys) -> dict[int, int]:
-    stream = build_stream(dataset, **{"batch_size": 4, "seed": 3, "num_workers": 0, "rank": 0, "world_size": 1} | keys)
+    stream = stream_of(dataset, **keys)
     batches = [next(stream) for _ in range(steps)]
     assert torch.cat([batch.sample_ids.diff() for batch in batches]).eq(1).all()
     return {
@@ -70,9 +76,9 @@ def test_next_readable_image_of_the_order_takes_the_place(damaged, caplog):
 def test_replacement_does_not_depend_on_ranks_workers_or_start(damaged):
     dataset = damaged([1, 4, 5, 8])
     whole = order_of(dataset, 6)
-    ranks = [order_of(dataset, 6, batch_size=2, num_workers=1, rank=rank, world_size=2) for rank in range(2)]
+    ranks = [order_of(dataset, 6, num_workers=1, rank=rank, world_size=2) for rank in range(2)]
     assert ranks[0] | ranks[1] == whole
-    late = build_stream(dataset, batch_size=4, seed=3, num_workers=2, rank=0, world_size=1)
+    late = stream_of(dataset, num_workers=2)
     late.load_state_dict({"samples": 13})
     batch = next(late)
     assert batch.indices.tolist() == [whole[number] for number in range(13, 17)]

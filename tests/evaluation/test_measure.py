@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from grpo.config import UserError
+from grpo.config import Evaluation, UserError
 from grpo.evaluation import (
     ClassifierJudge,
     DrawnImages,
@@ -19,6 +19,7 @@ from grpo.evaluation import (
     FolderImages,
     InceptionJudge,
     NpzImages,
+    classifier_gap,
     compare,
     evaluate_images,
     measure_images,
@@ -61,10 +62,14 @@ def test_measurements_do_not_depend_on_the_batch_size():
 
 def test_metrics_of_good_and_bad_images():
     reference = colored(CLASS_IDS, noise=60, seed=1)
-    good = evaluate_images(colored(CLASS_IDS, noise=60), reference, JUDGE, batch_size=16, reward=JUDGE)
-    wrong_class = DrawnImages((CLASS_IDS + 1) % 3, reference._draw)
-    bad = evaluate_images(wrong_class, reference, JUDGE, batch_size=16, reward=JUDGE)
-    collapsed = evaluate_images(colored(CLASS_IDS * 0, noise=60), reference, JUDGE, batch_size=16, reward=JUDGE)
+    good = evaluate_images(
+        colored(CLASS_IDS, noise=60), reference, JUDGE, settings=Evaluation(batch_size=16), reward=JUDGE
+    )
+    wrong_class = DrawnImages((CLASS_IDS + 1) % 3, reference.draw)
+    bad = evaluate_images(wrong_class, reference, JUDGE, settings=Evaluation(batch_size=16), reward=JUDGE)
+    collapsed = evaluate_images(
+        colored(CLASS_IDS * 0, noise=60), reference, JUDGE, settings=Evaluation(batch_size=16), reward=JUDGE
+    )
     assert good["accuracy"] == 1
     assert bad["accuracy"] == 0
     assert good["reward_mean"] > bad["reward_mean"]
@@ -80,20 +85,24 @@ def test_reward_is_the_log_probability():
     bright, dark = 10 * (100 / 127.5 - 1), -10
     assert_close(measured.rewards, torch.full((3,), bright - math.log(math.exp(bright) + 2 * math.exp(dark))))
     assert_close(measured.probabilities.sum(1), torch.ones(3))
+    assert classifier_gap(measured) == pytest.approx(0, abs=1e-6)  # reward and judge are one network
+    assert classifier_gap(measured._replace(rewards=measured.rewards + 2)) == pytest.approx(2, abs=1e-6)
 
 
 def test_a_measured_reference_is_as_good_as_its_images():
     images, reference = colored(CLASS_IDS, noise=60), colored(CLASS_IDS, noise=60, seed=1)
     measured = measure_images(reference, JUDGE, batch_size=60)
-    assert evaluate_images(images, measured, JUDGE, batch_size=16) == evaluate_images(
-        images, reference, JUDGE, batch_size=60
+    again, directly = (
+        evaluate_images(images, seen, JUDGE, settings=Evaluation(batch_size=size))
+        for seen, size in ((measured, 16), (reference, 60))
     )
+    assert again == directly
 
 
 def test_unknown_classes_give_no_accuracy_and_no_reward(tmp_path):
     save_pngs(tmp_path, colored(CLASS_IDS, noise=60).pixels(0, 60), torch.arange(60))
     images = FolderImages(tmp_path)
-    metrics = evaluate_images(images, images, JUDGE, batch_size=60)
+    metrics = evaluate_images(images, images, JUDGE)
     assert not {"accuracy", "reward_mean"} & set(metrics)
     with pytest.raises(UserError, match="needs the images' classes"):
         measure_images(images, JUDGE, batch_size=60, reward=JUDGE)
@@ -106,7 +115,7 @@ def test_what_cannot_be_compared_is_told():
     with pytest.raises(UserError, match="3 images are too few"):
         compare(images._replace(features=images.features[:3]), images)
     with pytest.raises(UserError, match=r"classes 0\.\.4 and the judging classifier 3 classes"):
-        measure_images(DrawnImages(torch.arange(5), colored(torch.zeros(5).long(), noise=2)._draw), JUDGE, batch_size=5)
+        measure_images(DrawnImages(torch.arange(5), colored(torch.zeros(5).long(), noise=2).draw), JUDGE, batch_size=5)
 
 
 def test_inception_weights_are_read_safely_and_given_to_torch_fidelity(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Images from an npz, a folder, a data set and a model, and what is said about bad ones."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from grpo.evaluation import (
     open_images,
     save_pngs,
 )
+from grpo.models import Condition
 
 
 def random_pixels(count, *, seed=0, side=6):
@@ -75,18 +78,35 @@ def test_data_set_images_are_its_uint8_pixels():
 
 def test_drawn_images_get_their_class_and_number():
     asked = []
-    images = DrawnImages(torch.tensor([5, 6, 7]), lambda class_ids, row_ids: asked.append((class_ids, row_ids)))
+    images = DrawnImages(torch.tensor([5, 6, 7]), lambda condition, row_ids: asked.append((condition, row_ids)))
     images.pixels(1, 10)
-    assert [part.tolist() for part in asked[0]] == [[6, 7], [1, 2]]
+    condition, row_ids = asked[0]
+    assert condition.class_ids.tolist() == [6, 7]
+    assert row_ids.tolist() == [1, 2]
+
+
+def test_conditions_without_a_class_have_no_class_ids():
+    @dataclass(frozen=True)
+    class Words(Condition):
+        words: torch.Tensor
+
+        @property
+        def rows(self):
+            return len(self.words)
+
+    images = DrawnImages(Words(torch.arange(3)), lambda condition, row_ids: condition.words)
+    assert len(images) == 3
+    assert images.class_ids is None
+    assert images.pixels(1, 9).tolist() == [1, 2]
 
 
 def test_classes_in_turn():
-    assert classes_in_turn([3, 8], 5).tolist() == [3, 8, 3, 8, 3]
+    assert classes_in_turn([3, 8], 5).class_ids.tolist() == [3, 8, 3, 8, 3]
 
 
 def test_batches_in_order_are_all_images():
     pixels = random_pixels(7)
-    images = DrawnImages(torch.arange(7), lambda class_ids, row_ids: pixels[row_ids])
+    images = DrawnImages(torch.arange(7), lambda condition, row_ids: pixels[row_ids])
     batches = list(batches_in_order(images, batch_size=3))
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert_close(torch.cat(batches), pixels)
@@ -132,7 +152,7 @@ def test_damaged_images_and_other_sizes_are_named(tmp_path):
     images = FolderImages(tmp_path)
     with pytest.raises(UserError, match=r"000001.png is 8x8, the first image 6x6"):
         images.pixels(1, 2)
-    with pytest.raises(UserError, match=r"000002.png cannot be read"):
+    with pytest.raises(UserError, match=r"000002.png is not an image file"):
         images.pixels(2, 3)
 
 

@@ -1,4 +1,4 @@
-"""recipes/grpo.py that harms itself at the moments of a plan, and notes what it draws. Run by torchrun, or alone.
+"""recipes/train_grpo.py that harms itself at the moments of a plan, and notes what it draws. Run by torchrun, or alone.
 
     disturbed_recipe.py PLAN.json --config train_configs/debug.toml ...
 
@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-import recipes.grpo as recipe_module
 from grpo.checkpoint import folders, manager
 from grpo.config import GRPORecipe
-from grpo.parallel import World, run_main
+from grpo.jobs import train_grpo
+from grpo.parallel import run_main
 from grpo.parallel.distributed import environment_rank
+from grpo.training import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,18 @@ def main(arguments: Sequence[str]) -> None:
     faults = [Fault(**fault) for fault in plan["faults"]]
     faults = [fault for fault in faults if (fault.rank, fault.start) == (environment_rank(), start)]
     trace = Path(plan["trace"]) / f"rank-{environment_rank()}.jsonl" if plan["trace"] else None
-    build = recipe_module.build
+    build = train_grpo.build
 
-    def disturbed_build(recipe: GRPORecipe, world: World, timer: object) -> recipe_module.Job:
-        return disturb(build(recipe, world, timer), recipe.checkpoint_dir, faults, trace)
+    def disturbed_build(recipe: GRPORecipe, run: TrainingRun) -> train_grpo.Job:
+        return disturb(build(recipe, run), recipe.checkpoint_dir, faults, trace)
 
-    recipe_module.build = disturbed_build
-    recipe_module.main(arguments[1:])
+    train_grpo.build = disturbed_build
+    train_grpo.main(arguments[1:])
 
 
-def disturb(job: recipe_module.Job, checkpoint_dir: Path, faults: list[Fault], trace: Path | None) -> recipe_module.Job:
+def disturb(job: train_grpo.Job, checkpoint_dir: Path, faults: list[Fault], trace: Path | None) -> train_grpo.Job:
     """The job with its faults in place."""
-    step = job.update.step
+    optimizer = job.update.optimizer
 
     def due(place: str, number: int) -> None:
         for fault in faults:
@@ -84,21 +85,21 @@ def disturb(job: recipe_module.Job, checkpoint_dir: Path, faults: list[Fault], t
                 fault.happen(checkpoint_dir)
 
     def rollout(batch: object) -> object:
-        due("rollout", step.steps + 1)
+        due("rollout", optimizer.steps + 1)
         trajectory = job.rollout(batch)
         if trace is not None:
-            note(trace, step.steps + 1, batch, trajectory)
+            note(trace, optimizer.steps + 1, batch, trajectory)
         return trajectory
 
-    backward = step.backward
+    backward = optimizer.backward
 
     def disturbed_backward(loss: torch.Tensor) -> None:
-        nan = any((f.do, f.step) == ("not_a_number", step.steps + 1) for f in faults)
+        nan = any((f.do, f.step) == ("not_a_number", optimizer.steps + 1) for f in faults)
         backward(loss + torch.nan if nan else loss)
         if not nan:
-            due("update", step.steps + 1)
+            due("update", optimizer.steps + 1)
 
-    step.backward = disturbed_backward
+    optimizer.backward = disturbed_backward
     manager.file_sums = before(manager.file_sums, lambda files: due("share", _step_of(list(files))))
     folders.publish = before(folders.publish, lambda partial, final: due("publish", folders.step_of(final)))
     return job._replace(rollout=rollout)
@@ -116,7 +117,7 @@ def before(function: Callable, first: Callable) -> Callable:
 
 def note(trace: Path, step: int, batch: object, trajectory: object) -> None:
     """Write down which images were taken and what was drawn for each: {sample: [place in the data set, tokens]}."""
-    groups = trajectory.tokens.view(len(batch.class_ids), -1)
+    groups = trajectory.tokens.view(batch.rows, -1)
     drawn = {
         str(int(sample)): [int(index), hashlib.sha256(tokens.numpy().tobytes()).hexdigest()]
         for sample, index, tokens in zip(batch.sample_ids, batch.indices, groups, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from grpo.observe import read_metrics
-from grpo.parallel.safe_checkpoint import read_tensors
+from grpo.formats import read_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -35,7 +35,7 @@ def run(
     ]
     settings = {"metrics.run_dir": folder, "training.steps": STEPS, "checkpoint.interval": 3, "data.num_workers": 1,
                 "metrics.image_interval": 0, "objective.kl": "k3", "parallel.timeout": 60,
-                "checkpoint.keep_last": 0}  # fmt: skip
+                "checkpoint.keep_last": 0, "rollout.batch_size": 8, "training.batch_size": 32}  # fmt: skip
     settings |= zip((str(flag).removeprefix("--") for flag in flags[::2]), flags[1::2], strict=True)
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return subprocess.run(

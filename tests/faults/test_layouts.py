@@ -52,16 +52,10 @@ def test_the_data_go_on_without_gap_or_repeat(tmp_path, quiet):
     """The run of two ranks, gone on with on one, on four and on two again; eight images a step throughout."""
     folder = tmp_path / "run"
     shutil.copytree(quiet / "checkpoints" / "step-000003", folder / "checkpoints" / "step-000003")
-    given = folder / "checkpoints" / "step-000003"
-    one = ("--checkpoint.resume", given, "--rollout.batch_size", 8, "--training.batch_size", 32)
-    assert run(folder, *one, "--training.steps", 6, ranks=1).returncode == 0
-    four = ("--checkpoint.resume", folder / "checkpoints" / "step-000006", "--rollout.batch_size", 2,
-            "--training.batch_size", 8)  # fmt: skip
-    result = run(folder, *four, "--training.steps", 9, ranks=4)
+    assert run(folder, "--training.steps", 6, ranks=1).returncode == 0
+    result = run(folder, "--training.steps", 9, ranks=4)
     assert result.returncode == 0, result.stderr
-    two = ("--checkpoint.resume", folder / "checkpoints" / "step-000009", "--parallel.data_parallel", "hsdp",
-           "--parallel.shard_size", 1)  # fmt: skip
-    result = run(folder, *two)
+    result = run(folder, "--parallel.data_parallel", "hsdp", "--parallel.shard_size", 1)
     assert result.returncode == 0, result.stderr
     assert starts(folder) == [3, 6, 9]
 

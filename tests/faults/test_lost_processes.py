@@ -42,7 +42,7 @@ def test_terminated_and_without_a_launcher(tmp_path, quiet):
     ]
     result = run(tmp_path, faults=faults, restarts=1)
     assert result.returncode == 1  # torchrun's own way to end after SIGTERM
-    assert "recipes/grpo.py" not in result.stderr  # no traceback of ours
+    assert "recipes/train_grpo.py" not in result.stderr  # no traceback of ours
     log = (tmp_path / "log.txt").read_text()
     assert "stopped at step 4 (another rank was asked to)" in log
     assert "stopped at step 7 (SIGTERM)" in log

@@ -1,4 +1,4 @@
-"""The GPT computes LlamaGen's numbers, and decoding computes the same as the forward pass."""
+"""The GPT computes LlamaGen's numbers, and extending row by row computes the same as the forward pass."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from grpo.models import GPT, GPTConfig
+from grpo.models import GPT, ClassCondition, Condition, GPTConfig
 from grpo.models.gpt import rotary_table
 
 ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
@@ -26,27 +26,33 @@ def small_gpt(**sizes) -> GPT:
     return model.eval()
 
 
-def decoded_rows(model: GPT, tokens: torch.Tensor, class_ids: torch.Tensor, cache=None) -> torch.Tensor:
+def extended_rows(model: GPT, tokens: torch.Tensor, class_ids: torch.Tensor, cache=None) -> torch.Tensor:
     """The rows of `hidden`, one at a time through the cache."""
     cache = cache or model.init_cache(len(class_ids), dtype=torch.float32, device="cpu")
     rows = [model.prefill(class_ids, cache)]
     for position, previous in enumerate(tokens.unbind(1), start=1):
-        rows.append(model.decode(previous, torch.tensor(position), cache))
+        rows.append(model.extend(previous, torch.tensor(position), cache))
     return torch.stack(rows, dim=1)
 
 
 def generate_greedily(model: GPT, class_ids: torch.Tensor, scale: float, last_guided: int) -> torch.Tensor:
-    conditions = torch.cat([class_ids, torch.full_like(class_ids, model.config.num_classes)])
-    cache = model.init_cache(len(conditions), dtype=torch.float32, device="cpu")
-    hidden, tokens = model.prefill(conditions, cache), []
+    condition = ClassCondition(class_ids).with_unconditional()
+    cache = model.init_cache(condition.rows, dtype=torch.float32, device="cpu")
+    hidden, tokens = model.prefill(condition, cache), []
     for position in range(1, model.config.block_size + 1):
         conditional, unconditional = hidden.chunk(2)
         guided = last_guided < 0 or position - 2 <= last_guided
         combined = torch.lerp(unconditional, conditional, scale if guided else 1.0)
         tokens.append(model.output(combined).argmax(-1))
         if position < model.config.block_size:
-            hidden = model.decode(tokens[-1].repeat(2), torch.tensor(position), cache)
+            hidden = model.extend(tokens[-1].repeat(2), torch.tensor(position), cache)
     return torch.stack(tokens, dim=1)
+
+
+class Prompts(Condition):
+    """Two rows of another kind than classes."""
+
+    rows = 2
 
 
 @torch.no_grad()
@@ -69,10 +75,10 @@ def test_greedy_generation_is_llamagens(gpt, expected, scale, interval):
 
 @pytest.mark.parametrize("n_kv_head", [None, 2, 1])
 @torch.no_grad()
-def test_decoding_equals_the_forward_pass(n_kv_head):
+def test_extending_equals_the_forward_pass(n_kv_head):
     model = small_gpt(n_kv_head=n_kv_head)
     tokens, class_ids = torch.randint(24, (3, 8)), torch.tensor([0, 4, 5])
-    assert_close(decoded_rows(model, tokens, class_ids), model.hidden(tokens, class_ids), **ROUNDING)
+    assert_close(extended_rows(model, tokens, class_ids), model.hidden(tokens, class_ids), **ROUNDING)
 
 
 @torch.no_grad()
@@ -80,9 +86,9 @@ def test_a_used_cache_needs_no_clearing():
     model = small_gpt()
     cache = model.init_cache(3, dtype=torch.float32, device="cpu")
     class_ids = torch.tensor([0, 4, 5])
-    decoded_rows(model, torch.randint(24, (3, 8)), class_ids, cache)
+    extended_rows(model, torch.randint(24, (3, 8)), class_ids, cache)
     tokens = torch.randint(24, (3, 4))
-    assert_close(decoded_rows(model, tokens, class_ids, cache), model.hidden(tokens, class_ids), **ROUNDING)
+    assert_close(extended_rows(model, tokens, class_ids, cache), model.hidden(tokens, class_ids), **ROUNDING)
 
 
 @torch.no_grad()
@@ -91,7 +97,7 @@ def test_a_shorter_cache_serves_the_first_rows():
     tokens, class_ids = torch.randint(24, (2, 3)), torch.tensor([1, 2])
     cache = model.init_cache(2, dtype=torch.float32, device="cpu", length=4)
     assert cache.keys.shape == (2, 2, 4, 4, 8)
-    assert_close(decoded_rows(model, tokens, class_ids, cache), model.hidden(tokens, class_ids), **ROUNDING)
+    assert_close(extended_rows(model, tokens, class_ids, cache), model.hidden(tokens, class_ids), **ROUNDING)
 
 
 @torch.no_grad()
@@ -123,6 +129,29 @@ def test_class_dropout_is_for_training_only():
     conditional, unconditional = model(tokens, class_ids), model(tokens, torch.full_like(class_ids, 5))
     assert not torch.allclose(conditional, unconditional)
     assert torch.equal(model.train()(tokens, class_ids), unconditional)
+
+
+@torch.no_grad()
+def test_a_dropped_row_is_one_of_no_class():
+    model = small_gpt()
+    tokens, class_ids = torch.randint(24, (3, 4)), torch.tensor([0, 1, 2])
+    condition = ClassCondition(class_ids)
+    assert torch.equal(model(tokens, condition), model(tokens, class_ids))
+    some = condition.drop(torch.tensor([False, True, False]))
+    assert torch.equal(model(tokens, some), model(tokens, torch.tensor([0, 5, 2])))
+    assert torch.equal(model(tokens, some.unconditional()), model(tokens, torch.tensor([5, 5, 5])))
+
+
+@torch.no_grad()
+def test_class_dropout_draws_one_number_a_row():
+    model = small_gpt(class_dropout=0.5).train()
+    tokens, class_ids = torch.randint(24, (8, 4)), torch.arange(8) % 5
+    torch.manual_seed(3)
+    logits = model(tokens, class_ids)
+    torch.manual_seed(3)
+    dropped = torch.rand(8) < 0.5
+    assert 0 < dropped.sum() < 8
+    assert torch.equal(logits, model.eval()(tokens, class_ids.masked_fill(dropped, 5)))
 
 
 @torch.no_grad()
@@ -166,15 +195,15 @@ def test_fresh_weights_are_drawn_as_by_llamagen():
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_a_block_and_a_decode_step_compile_without_graph_breaks():
+def test_a_block_and_a_cached_step_compile_without_graph_breaks():
     model = small_gpt()
     block = torch.compile(model.layers[0], backend="eager", fullgraph=True)
     x = torch.randn(2, 9, 32)
     assert torch.equal(block(x), model.layers[0](x))
     cache = model.init_cache(2, dtype=torch.float32, device="cpu")
     tokens, position = torch.tensor([3, 7]), torch.tensor(1)
-    hidden = model.decode(tokens, position, cache)
-    compiled = torch.compile(model.decode, backend="eager", fullgraph=True)
+    hidden = model.extend(tokens, position, cache)
+    compiled = torch.compile(model.extend, backend="eager", fullgraph=True)
     assert torch.equal(compiled(tokens, position, cache), hidden)
 
 
@@ -184,7 +213,10 @@ def test_a_block_and_a_decode_step_compile_without_graph_breaks():
         (torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, dtype=torch.long), "never fed"),
         (torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long), r"\[B, S\]"),
         (torch.zeros(2, 3, dtype=torch.long), torch.zeros(3, dtype=torch.long), r"\[B, S\]"),
-        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), "integers"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), "tokens must be integers"),
+        (torch.zeros(2, 3, dtype=torch.long), torch.zeros(2), r"class ids must be \[B\] integers"),
+        (torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long), r"class ids must be \[B\] integers"),
+        (torch.zeros(2, 3, dtype=torch.long), Prompts(), "takes classes as its condition, not Prompts"),
     ],
 )
 def test_wrong_inputs_are_refused(tokens, class_ids, message):

@@ -12,15 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from grpo.config import UserError
-from grpo.models import (
-    GPT,
-    GPTConfig,
-    infer_gpt_config,
-    load_gpt,
-    load_vq,
-    read_weights,
-    save_weights,
-)
+from grpo.formats import read_config
+from grpo.models import GPT, MODEL_SPECS, GPTConfig, VQModel, load_gpt, load_vq, read_weights, save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -47,12 +40,12 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("key", ["model", "module", "state_dict", None])
 @pytest.mark.parametrize("with_arguments", [True, False])
-def test_pickled_layouts(tmp_path, weights, key, with_arguments):
+def test_pickled_layouts(tmp_path, weights, gpt_config, key, with_arguments):
     content = weights if key is None else {key: weights, "steps": 3}
     if with_arguments and key is not None:
         content["args"] = argparse.Namespace(gpt_model="tiny", lr=1e-4)
     torch.save(content, tmp_path / "weights.pt")
-    assert_same(load_gpt(tmp_path / "weights.pt").state_dict(), weights)
+    assert_same(load_gpt(tmp_path / "weights.pt", gpt_config).state_dict(), weights)
 
 
 def test_released_layouts(llamagen, weights, gpt_config):
@@ -76,55 +69,107 @@ def test_layout_can_be_named_apart_from_the_suffix(tmp_path, weights):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_folder_of_a_distributed_checkpoint(tmp_path, weights, nested):
+def test_folder_of_a_distributed_checkpoint(tmp_path, weights, gpt_config, nested):
     content = {"model": weights, "optimizer": {"step": torch.ones(1)}} if nested else weights
     dcp.save(content, checkpoint_id=tmp_path / "step-000001", no_dist=True)
-    assert_same(load_gpt(tmp_path / "step-000001").state_dict(), weights)
+    assert_same(load_gpt(tmp_path / "step-000001", gpt_config).state_dict(), weights)
 
 
-def test_consolidated_file_of_a_checkpoint_folder_comes_first(tmp_path, weights):
+def test_consolidated_file_of_a_checkpoint_folder_comes_first(tmp_path, weights, gpt_config):
     folder = tmp_path / "step-000001"
     dcp.save({"model": {"other": torch.ones(1)}}, checkpoint_id=folder, no_dist=True)
     torch.save({"model": weights}, folder / "consolidated.pth")
-    assert_same(load_gpt(folder).state_dict(), weights)
+    assert_same(load_gpt(folder, gpt_config).state_dict(), weights)
 
 
-def test_low_precision_files_load_in_full_precision(tmp_path, weights):
+def test_low_precision_files_load_in_full_precision(tmp_path, weights, gpt_config):
     safetensors.torch.save_file(
         {name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "w.safetensors"
     )
-    loaded = load_gpt(tmp_path / "w.safetensors").state_dict()
+    loaded = load_gpt(tmp_path / "w.safetensors", gpt_config).state_dict()
     assert_same(loaded, {name: tensor.bfloat16().float() for name, tensor in weights.items()})
 
 
-@pytest.mark.parametrize("n_kv_head", [None, 2])
-def test_sizes_of_a_known_spec_are_inferred(n_kv_head):
-    config = GPTConfig(dim=64, n_layer=2, n_head=4, n_kv_head=n_kv_head, vocab_size=12, num_classes=3)
-    assert infer_gpt_config(GPT(config).state_dict()) == config
+def test_own_weights_carry_their_sizes(tmp_path):
+    config = GPTConfig(dim=96, n_layer=1, n_head=6, n_kv_head=3, vocab_size=12, num_classes=3, block_size=36)
+    model = GPT(replace(config, dropout=0.5, class_dropout=0.5))
+    save_weights(tmp_path / "gpt.safetensors", model.state_dict(), config=model.config)
+    loaded = load_gpt(tmp_path / "gpt.safetensors")
+    assert loaded.config == config
+    assert (loaded.config.dropout, loaded.config.class_dropout) == (0, 0)  # no sizes: they are not written
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert load_gpt(tmp_path / "gpt.safetensors", replace(config, dropout=0.1)).config.dropout == 0.1
 
 
-def test_sizes_of_an_unknown_spec_assume_heads_of_64():
-    config = GPTConfig(dim=192, n_layer=1, n_head=3, vocab_size=12, num_classes=3, multiple_of=640)
-    assert infer_gpt_config(GPT(config).state_dict()) == config
+def test_own_tokenizers_carry_their_sizes(tmp_path, vq_configs):
+    model = VQModel(vq_configs["vq8"])
+    save_weights(tmp_path / "vq.safetensors", model.state_dict(), config=model.config)
+    assert load_vq(tmp_path / "vq.safetensors").config == vq_configs["vq8"]
 
 
-def test_heads_that_cannot_be_told_are_an_error(tmp_path):
-    config = GPTConfig(dim=96, n_layer=1, n_head=6, n_kv_head=3, vocab_size=12, num_classes=3)
-    save_weights(tmp_path / "odd.pt", GPT(config).state_dict())
-    with pytest.raises(UserError, match="pass its GPTConfig"):
-        load_gpt(tmp_path / "odd.pt")
-    assert load_gpt(tmp_path / "odd.pt", config).config == config
+@pytest.mark.parametrize("load", [load_gpt, load_vq])
+def test_sizes_are_asked_for_where_nothing_says_them(tmp_path, llamagen, load):
+    path = llamagen / ("gpt_c2i.pt" if load is load_gpt else "vq16.pt")
+    with pytest.raises(UserError, match=rf"nothing in it says its sizes; pass a config, such as {load.__name__}\(path"):
+        load(path)
+    save_weights(tmp_path / "weights.safetensors", read_weights(path))
+    with pytest.raises(UserError, match="nothing in it says its sizes"):
+        load(tmp_path / "weights.safetensors")
 
 
-def test_tokenizer_sizes_are_inferred(llamagen, vq_configs):
-    for name, config in vq_configs.items():
-        assert load_vq(llamagen / f"{name}.pt").config == config
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_head": 2}, "n_head 4, the recipe wants 2; set model.name = GPT-tiny"),
+        ({"block_size": 256}, "block_size 36, the recipe wants 256; set the image size to that of 36 codes"),
+        ({"rope_base": 100}, "rope_base 10000.0, the recipe wants 100; set model.name = GPT-tiny"),
+        ({"vocab_size": 256}, "vocab_size 12, the recipe wants 256; set tokenizer.codebook_size = 12"),
+    ],
+)
+def test_a_config_that_differs_from_the_files_own_is_explained(tmp_path, change, message):
+    config = MODEL_SPECS["GPT-tiny"].config(image_size=96, vocab_size=12, num_classes=3)
+    save_weights(tmp_path / "gpt.safetensors", GPT(config).state_dict(), config=config)
+    with pytest.raises(UserError, match=message):
+        load_gpt(tmp_path / "gpt.safetensors", replace(config, **change))
 
 
-def test_tokenizer_without_the_window_of_used_codes(tmp_path, llamagen):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a readable"),
+        ("[" * 100_000, "not a readable"),
+        ("[1]", "sizes in this file are damaged"),
+        ("{}", "no sizes of a class-conditional GPT"),
+        ('{"dim": "64", "n_layer": 2, "n_head": 4}', "no sizes of a class-conditional GPT"),
+        ('{"dim": 64, "n_layer": 2, "n_head": 4, "depth": 3}', "unknown depth"),
+        ('{"dim": 64, "n_layer": 2, "n_head": 3}', "multiple of 4"),
+        ('{"dim": 64, "n_layer": 1000000000, "n_head": 4}', "the sizes that are written with the weights are not"),
+    ],
+)
+def test_crafted_sizes_are_refused(tmp_path, weights, text, message):
+    path = tmp_path / "gpt.safetensors"
+    safetensors.torch.save_file(weights, path, metadata={"config": text})
+    with pytest.raises(UserError, match=message):
+        load_gpt(path)
+
+
+def test_other_layouts_have_no_place_for_sizes(tmp_path, weights, gpt_config):
+    for name in ("weights.pt", "weights"):
+        save_weights(tmp_path / name, weights, config=gpt_config)
+        assert read_config(tmp_path / name) is None
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_what_is_written_has_the_mode_of_any_new_file(tmp_path, weights, name):
+    (tmp_path / "new").touch()
+    save_weights(tmp_path / name, weights)
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_tokenizer_without_the_window_of_used_codes(tmp_path, llamagen, vq_configs):
     weights = read_weights(llamagen / "vq8.pt")
     del weights["quantize.codebook_used"]
-    save_weights(tmp_path / "vq.safetensors", weights)
+    save_weights(tmp_path / "vq.safetensors", weights, config=vq_configs["vq8"])
     assert load_vq(tmp_path / "vq.safetensors").quantize.codebook_used.shape == (65536,)
 
 
@@ -168,11 +213,11 @@ def test_a_fragment_of_a_model_is_refused(tmp_path, shape):
         load_gpt(tmp_path / "gpt.pt")
 
 
-def test_missing_and_superfluous_weights_are_named(tmp_path, weights):
+def test_missing_and_superfluous_weights_are_named(tmp_path, weights, gpt_config):
     weights["extra.weight"] = weights.pop("norm.weight")
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"1 missing \(norm.weight, ...\); 1 unknown \(extra.weight, ...\)"):
-        load_gpt(tmp_path / "weights.pt")
+        load_gpt(tmp_path / "weights.pt", gpt_config)
 
 
 def test_a_bare_state_dict_can_be_insisted_on(llamagen):

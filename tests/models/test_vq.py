@@ -7,7 +7,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from grpo.models import TOKENIZER_SPECS, VQConfig, VQModel
-from grpo.models.vq import entropy_loss
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -92,23 +91,6 @@ def test_usage_counts_the_codes_of_training_only():
     assert quantizer.usage() == 1 / 16
     model.train()(torch.rand(2, 3, 8, 8))
     assert quantizer.codebook_used[-32:].ne(7).any()
-
-
-def test_entropy_loss_is_its_formula_over_squared_distances():
-    latents, codes = (F.normalize(torch.randn(n, 4, dtype=torch.double), dim=-1) for n in (30, 8))
-    assignment = F.softmax(-torch.cdist(latents, codes).square() / 0.01, dim=-1)
-    per_latent = -torch.xlogy(assignment, assignment).sum(-1).mean()
-    overall = -(assignment.mean(0) * (assignment.mean(0) + 1e-5).log()).sum()
-    assert_close(entropy_loss(latents @ codes.T), per_latent - overall)
-
-
-@torch.no_grad()
-def test_entropy_loss_is_part_of_the_codebook_loss():
-    plain, weighted = tiny_vq(), tiny_vq(entropy_weight=0.5)
-    images = torch.rand(2, 3, 8, 8)
-    unit = F.normalize(plain.encode_latents(images), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-    extra = 0.5 * entropy_loss(unit @ plain.quantize.codebook().T)
-    assert_close(weighted(images)[1], plain(images)[1] + extra)
 
 
 @torch.no_grad()

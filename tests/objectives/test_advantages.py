@@ -1,11 +1,14 @@
 """Advantages against hand-computed cases and the reference's numbers."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from grpo.objectives import group_advantages, spreadless_groups
+from grpo.config import Objective
+from grpo.config.sections import AdvantageKind
+from grpo.objectives import credit, group_advantages, spreadless_groups
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]])
 
@@ -66,3 +69,44 @@ def test_mistakes_are_refused():
         group_advantages(REWARDS, kind="median")
     with pytest.raises(ValueError, match="gdpo"):
         group_advantages(REWARDS, kind="gdpo")
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+@pytest.mark.parametrize("kind", ["group_std", "gdpo"])
+def test_credit_is_that_of_the_groups_in_both_modes(shape, kind):
+    """Groups of 4 completions of one context, or of 4 contexts with one completion each."""
+    components = torch.stack([REWARDS, torch.rand(2, 4, generator=torch.Generator().manual_seed(0))])
+    weights = [1.0, 3.0]
+    total = components[0] + 3 * components[1]
+    objective = Objective(advantage=kind, advantage_clip=1.0)
+    advantages, metrics = credit(
+        total.view(shape),
+        group_size=4,
+        objective=objective,
+        components=components.view(2, *shape),
+        component_weights=weights,
+    )
+    expected = group_advantages(total, kind=kind, clip=1.0, components=components, component_weights=weights)
+    assert torch.equal(advantages, expected.view(shape))
+    assert metrics.means() == {"zero_spread": 0, "group_std": pytest.approx(total.std(dim=1).mean().item())}
+
+
+def test_credit_counts_groups_that_teach_nothing():
+    advantages, metrics = credit(REWARDS, group_size=4, objective=Objective(advantage="leave_one_out"))
+    assert metrics.means()["zero_spread"] == 0.5
+    assert torch.equal(advantages, group_advantages(REWARDS, kind="leave_one_out", clip=5.0))
+    _, alone = credit(REWARDS.view(8, 1), group_size=1, objective=Objective(advantage="batch_std"))
+    assert alone.means() == {"zero_spread": 1}
+
+
+@pytest.mark.parametrize("kind", get_args(AdvantageKind))
+def test_every_kind_that_a_recipe_may_ask_for_is_there(kind):
+    advantages, _ = credit(
+        REWARDS,
+        group_size=4,
+        objective=Objective(advantage=kind),
+        components=REWARDS[None],
+        component_weights=[1.0],
+    )
+    assert advantages[0].argmax() == 3
+    assert torch.equal(advantages[1], torch.zeros(4))

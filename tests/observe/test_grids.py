@@ -1,22 +1,9 @@
-"""Pixels, grids and the labelled rollouts."""
+"""Grids and the labelled rollouts."""
 
 import numpy as np
 import torch
-from torch.testing import assert_close
 
-from grpo.data.images import normalize
-from grpo.observe import SampleRow, image_grid, sample_grid, to_uint8
-
-
-def test_to_uint8_rounds_and_clamps():
-    images = torch.tensor([-2.0, -1.0, -1 + 0.6 / 127.5, 0.0, 1 - 0.4 / 127.5, 1.0, 5.0])
-    assert to_uint8(images).tolist() == [0, 0, 1, 128, 255, 255, 255]
-
-
-def test_to_uint8_undoes_normalize():
-    pixels = torch.arange(256, dtype=torch.uint8)
-    assert_close(to_uint8(normalize(pixels)), pixels)
-    assert_close(to_uint8(normalize(pixels).bfloat16()), pixels, atol=1, rtol=0)
+from grpo.observe import SampleRow, image_grid, sample_grid
 
 
 def test_image_grid_places_images_row_by_row():

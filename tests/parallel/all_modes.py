@@ -14,15 +14,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from grpo.config import GRPORecipe, load_recipe
+from grpo.jobs.train_grpo import train
 from grpo.models import GPT, GPTConfig
 from grpo.parallel import World, barrier, distributed
-from recipes.grpo import train
 from tests.parallel.toy import make_parallel
 
 STEPS = 2
 IMAGES, GROUP, PARTS = 8, 2, 2  # of all ranks in a step, completions of each, micro-batches of an optimizer step
 
-ONE_TWO_FOUR, ONE_TWO, TWO_FOUR, TWO, FOUR = (1, 2, 4), (1, 2), (2, 4), (2,), (4,)
+ONE_TWO_FOUR, ONE_TWO, TWO_FOUR, TWO = (1, 2, 4), (1, 2), (2, 4), (2,)
 HSDP = "--parallel.data_parallel hsdp"
 MODES = {
     "fsdp": (ONE_TWO_FOUR, ""),
@@ -36,8 +36,6 @@ MODES = {
         TWO_FOUR,
         f"{HSDP} --parallel.shard_size {{half}} --parallel.defer_gradient_sync false",
     ),
-    "moments on the host": (ONE_TWO, "--optimizer.cpu_offload true"),
-    "hsdp, moments on the host": (FOUR, f"{HSDP} --parallel.shard_size {{half}} --optimizer.cpu_offload true"),
     "selective recomputation": (TWO, "--activation_checkpoint.mode selective"),
     "full recomputation": (ONE_TWO, "--activation_checkpoint.mode full"),
     "compiled blocks": (TWO, "--compile.enabled true"),
@@ -62,16 +60,14 @@ def modes_for(processes: int) -> list[str]:
 
 
 def run(world: World, output: Path, mode: str) -> None:
-    images = IMAGES // world.size
     flags = MODES[mode][1].format(half=max(1, world.size // 2)).split()
     recipe = load_recipe(
         GRPORecipe,
         [
             "--config", "train_configs/debug.toml", "--metrics.run_dir", str(folder_of(output, mode)),
             "--data.image_size", "16", "--training.steps", str(STEPS),
-            "--rollout.batch_size", str(images), "--rollout.num_generations", str(GROUP),
-            "--training.batch_size", str(images // PARTS),
-            "--training.gradient_accumulation_steps", str(GROUP * PARTS),
+            "--rollout.batch_size", str(IMAGES), "--rollout.num_generations", str(GROUP),
+            "--training.micro_batch_size", str(IMAGES // world.size // PARTS),
             "--objective.kl", "k3", "--objective.kl_coef", "0.1", "--metrics.image_interval", "0",
             "--checkpoint.interval", "0", "--checkpoint.save_final", "false", *flags,
         ],

@@ -1,4 +1,4 @@
-"""Run by torchrun: the peak of each rank's host memory while `build_gpt` loads a model.
+"""Run by torchrun: the peak of each rank's host memory while `build_generator` loads a model.
 
 Arguments: weights ("none" for random ones), data_parallel, folder of the outcomes. Each rank writes `rank.<rank>.json`
 with bytes: "model", the whole model's fp32 weights; "shard", what this rank keeps; "peak", by how much its resident
@@ -15,9 +15,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from grpo.config import GRPORecipe, load_recipe
-from grpo.models import GPT
+from grpo.models import generator_sizes, get_family
 from grpo.parallel import barrier, build_mesh, distributed
-from grpo.training import build_gpt, gpt_config
+from grpo.training import build_generator
 
 FLAGS = [
     "--data.name", "synthetic", "--data.image_size", "256", "--model.name", "GPT-B",
@@ -61,17 +61,18 @@ def main(weights: str, data_parallel: str, output: Path) -> None:
         mesh = build_mesh(recipe.parallel, world)
         barrier()
         with PeakMemory() as memory:
-            model = build_gpt(recipe, checkpoint=recipe.model.checkpoint, mesh=mesh, world=world)
+            model = build_generator(recipe, checkpoint=recipe.model.checkpoint, mesh=mesh, world=world)
             barrier()
         with torch.device("meta"):
-            whole = GPT(gpt_config(recipe))
+            sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
+            whole = get_family(recipe.model.name).build(sizes)
         local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-        sizes = {
+        outcome = {
             "model": sum(parameter.numel() for parameter in whole.parameters()) * 4,
             "shard": sum(tensor.untyped_storage().nbytes() for tensor in local),
             "peak": memory.growth,
         }
-        (output / f"rank.{world.rank}.json").write_text(json.dumps(sizes))
+        (output / f"rank.{world.rank}.json").write_text(json.dumps(outcome))
 
 
 if __name__ == "__main__":

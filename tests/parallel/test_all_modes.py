@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from grpo.config import Optimizer, Parallel, Training
+from grpo.config import Parallel, Training
+from grpo.estimate import sharded_bytes
 from grpo.models import GPT
-from grpo.parallel.memory import sharded_bytes
 from tests.parallel.all_modes import MEASURED, MEASURED_MESHES, STEPS, folder_of, modes_for
 from tests.parallel.torchrun import run_ranks
 
@@ -60,16 +60,14 @@ def test_the_same_precision_gives_the_same_losses_on_all_sizes(outputs, processe
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_calculated_bytes_are_the_allocated_ones(outputs, processes, mesh):
     mode, shard_size = MEASURED_MESHES[mesh]
-    shard = processes if shard_size == -1 else shard_size
+    mesh_sizes = (processes,) if shard_size == -1 else (processes // shard_size, shard_size)
     with torch.device("meta"):
         model = GPT(MEASURED)
     calculated = sharded_bytes(
         model,
-        shard=shard,
-        ranks=processes,
+        mesh=mesh_sizes,
         parallel=Parallel(data_parallel=mode),
         training=Training(mixed_precision="fp32"),
-        optimizer=Optimizer(),
         accumulates=False,
     )
     by_rank = [json.loads((outputs[processes] / f"allocated.{rank}.json").read_text()) for rank in range(processes)]

@@ -63,7 +63,7 @@ def test_out_of_memory_is_one_line_of_advice(monkeypatch, capfd, error):
     assert exit_code(monkeypatch, error) == 2
     line, end = capfd.readouterr().err.split("\n")
     assert "ran out of memory" in line
-    assert "training.batch_size" in line
+    assert "training.micro_batch_size, rollout.max_rows or reward.batch_size" in line
     assert end == ""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo.__main__ import JOBS
 from grpo.config import RECIPES, load_recipe
 from grpo.parallel import distributed
 
@@ -22,7 +23,7 @@ def run_here():
     def run(job, *flags):
         recipe = load_recipe(RECIPES[job], [str(flag) for flag in flags])
         with distributed(60) as world:
-            importlib.import_module(f"recipes.{job}").train(recipe, world)
+            importlib.import_module(f"grpo.jobs.{JOBS[job]}").train(recipe, world)
         return read_metrics(recipe.run_dir)
 
     return run
@@ -36,7 +37,7 @@ def run_on_two():
         flags = [str(flag) for flag in flags]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         result = subprocess.run(
-            [*launcher, f"recipes/{job}.py", *flags],
+            [*launcher, "-m", "grpo", job, *flags],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,

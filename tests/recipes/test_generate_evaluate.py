@@ -1,4 +1,4 @@
-"""generate.py and evaluate.py as a user runs them, on one and on two processes."""
+"""The jobs generate and evaluate as a user runs them, on one and on two processes."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from grpo.config import UserError
+from grpo.jobs import evaluate, generate
 from grpo.models import GPT, VQModel, get_model_spec, get_tokenizer_spec, save_weights
 from grpo.models.classifier import Classifier, ClassifierConfig
-from recipes import evaluate, generate
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CLASSES = 3
@@ -40,19 +40,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_here(recipe, *flags, folder):
-    """Runs a recipe in this process, on one thread of a CPU as the processes of torchrun below do."""
+def run_here(job, *flags, folder):
+    """Runs a job in this process, on one thread of a CPU as the processes of torchrun below do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with contextlib.chdir(folder), mock.patch("torch.cuda.is_available", return_value=False):
-            recipe.main([str(flag) for flag in flags])
+            job.main([str(flag) for flag in flags])
     finally:
         torch.set_num_threads(threads)
 
 
 def run_on_two_processes(name, *flags, folder):
-    """Runs a recipe as a user does, under torchrun."""
+    """Runs a job as a user does, under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "recipes" / f"{name}.py"), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -110,7 +110,7 @@ DATA = ("--data.name", "synthetic", "--data.image_size", 16, "--evaluation.num_r
 
 @pytest.fixture(scope="module")
 def evaluated(folder, drawn):
-    """What evaluate.py writes about those 14 images, read from the npz by one process."""
+    """What `evaluate` writes about those 14 images, read from the npz by one process."""
     flags = ("--model.num_classes", NUM_CLASSES, "--evaluation.reward_checkpoint", "classifier.safetensors")
     flags += ("--evaluation.images", "one.npz", "--evaluation.json_path", "npz.json")
     run_here(evaluate, *EVALUATION, *DATA, *flags, folder=folder)
@@ -149,7 +149,7 @@ def test_a_checkpoint_on_two_processes_scores_as_its_npz_on_one(folder, evaluate
 
 
 @pytest.mark.parametrize(
-    ("recipe", "flags", "message"),
+    ("job", "flags", "message"),
     [
         (generate, (*GENERATOR, "--output.folder", "pngs"), "output.folder pngs is not empty"),
         (generate, (*GENERATOR, "--output.grid", "grid.gif"), "output.grid grid.gif must end in .png"),
@@ -163,8 +163,8 @@ def test_a_checkpoint_on_two_processes_scores_as_its_npz_on_one(folder, evaluate
         (evaluate, (*EVALUATION, *DATA, "--evaluation.images", "no.npz"), "no.npz does not exist"),
     ],
 )
-def test_mistakes_are_told_in_one_line(folder, drawn, recipe, flags, message):
+def test_mistakes_are_told_in_one_line(folder, drawn, job, flags, message):
     with pytest.raises(UserError) as caught:
-        run_here(recipe, *flags, folder=folder)
+        run_here(job, *flags, folder=folder)
     assert message in str(caught.value)
     assert len(caught.value.problems) == 1

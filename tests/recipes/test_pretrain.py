@@ -14,7 +14,8 @@ NAMES = ("loss", "entropy", "grad_norm", "lr")
 def tokenizer(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tokenizer") / "vq.safetensors"
-    save_weights(path, VQModel(TOKENIZER_SPECS["VQ-tiny"].config(codebook_size=32)).state_dict())
+    model = VQModel(TOKENIZER_SPECS["VQ-tiny"].config(codebook_size=32))
+    save_weights(path, model.state_dict(), config=model.config)
     return path
 
 
@@ -63,7 +64,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, tiny, tm
 def test_two_processes_accumulation_and_the_cache_of_codes_change_nothing(run_here, run_on_two, tiny, tmp_path):
     flags = [*tiny, "--training.steps", 3, "--checkpoint.save_final", "false"]
     one = run_here("pretrain", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "one")
-    parts = ["--training.batch_size", 2, "--training.gradient_accumulation_steps", 2, "--data.cache_codes", "true"]
+    parts = ["--training.batch_size", 8, "--training.micro_batch_size", 2, "--data.cache_codes", "true"]
     two = run_on_two("pretrain", *flags, *parts, "--metrics.run_dir", tmp_path / "two")
     assert plain(two) == close(one)
 

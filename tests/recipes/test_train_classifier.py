@@ -6,7 +6,7 @@ import torch
 from grpo.config import Data, UserError
 from grpo.data import build_dataset
 from grpo.models import load_classifier
-from recipes.train_classifier import shifted
+from grpo.jobs.train_classifier import shifted
 
 TINY = [
     "--data.name", "digits", "--data.split", "train_a", "--data.image_size", "32", "--data.num_workers", "0",
@@ -16,7 +16,7 @@ TINY = [
 
 def test_it_learns_digits_that_it_has_not_seen(run_here, tmp_path):
     flags = ["--training.steps", 60, "--training.batch_size", 32, "--optimizer.schedule", "one_cycle"]
-    lines = run_here("train_classifier", *TINY, *flags, "--metrics.run_dir", tmp_path / "run")
+    lines = run_here("classifier", *TINY, *flags, "--metrics.run_dir", tmp_path / "run")
     assert lines[0]["accuracy"] < 0.4
     classifier = load_classifier(tmp_path / "run" / "model.safetensors")
     digits = build_dataset(Data(name="digits", split="validation", image_size=32), num_classes=10)
@@ -27,9 +27,9 @@ def test_it_learns_digits_that_it_has_not_seen(run_here, tmp_path):
 
 def test_two_processes_and_accumulation_take_the_steps_of_one(run_here, run_on_two, tmp_path):
     flags = [*TINY, "--training.steps", 3, "--training.mixed_precision", "fp32", "--checkpoint.save_final", "false"]
-    one = run_here("train_classifier", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "one")
-    parts = ["--training.batch_size", 2, "--training.gradient_accumulation_steps", 2]
-    two = run_on_two("train_classifier", *flags, *parts, "--metrics.run_dir", tmp_path / "two")
+    one = run_here("classifier", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "one")
+    parts = ["--training.batch_size", 8, "--training.micro_batch_size", 2]
+    two = run_on_two("classifier", *flags, *parts, "--metrics.run_dir", tmp_path / "two")
     for first, second in zip(one, two, strict=True):
         for name in ("loss", "accuracy", "grad_norm"):
             assert second[name] == pytest.approx(first[name], rel=1e-4), name
@@ -39,12 +39,12 @@ def test_width_that_does_not_fit_is_refused(run_here, tmp_path):
     flags = [*TINY, "--metrics.run_dir", tmp_path / "run"]
     flags[flags.index("--classifier.width") + 1] = "12"
     with pytest.raises(UserError, match=r"classifier.width: width 12 must be a multiple of 8"):
-        run_here("train_classifier", *flags)
+        run_here("classifier", *flags)
 
 
 def test_label_beyond_the_classes_is_refused(run_here, tmp_path):
     with pytest.raises(UserError, match=r"label 4 .* outside 0..3"):
-        run_here("train_classifier", *TINY, "--classifier.num_classes", 4, "--metrics.run_dir", tmp_path / "run")
+        run_here("classifier", *TINY, "--classifier.num_classes", 4, "--metrics.run_dir", tmp_path / "run")
 
 
 def test_shift_moves_images_without_tearing_them():

@@ -24,7 +24,7 @@ def plain(lines):
 
 def test_reconstruction_improves_and_the_tokenizer_loads_by_the_name_that_does_not_change(run_here, tmp_path):
     flags = ["--training.steps", 30, "--training.batch_size", 16, "--tokenizer_loss.unquantised_steps", 10]
-    lines = run_here("train_tokenizer", *TINY, *flags, "--metrics.run_dir", tmp_path / "run")
+    lines = run_here("tokenizer", *TINY, *flags, "--metrics.run_dir", tmp_path / "run")
     assert lines[-1]["reconstruction"] < 0.4 * lines[0]["reconstruction"]
     assert lines[-1]["perplexity"] > 4
     tokenizer = load_vq(tmp_path / "run" / "model.safetensors")
@@ -36,10 +36,10 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, tmp_path
     """Across the step that sets the codebook, with codes restarted on both sides of the interruption."""
     flags = [*TINY, "--training.batch_size", 8, "--tokenizer_loss.unquantised_steps", 1]
     flags += ["--tokenizer_loss.restart_threshold", 2, "--tokenizer_loss.codebook_ema", 0.1]
-    whole = run_here("train_tokenizer", *flags, "--training.steps", 5, "--metrics.run_dir", tmp_path / "whole")
+    whole = run_here("tokenizer", *flags, "--training.steps", 5, "--metrics.run_dir", tmp_path / "whole")
     broken = [*flags, "--metrics.run_dir", tmp_path / "broken"]
-    run_here("train_tokenizer", *broken, "--training.steps", 3)
-    resumed = run_here("train_tokenizer", *broken, "--training.steps", 5)
+    run_here("tokenizer", *broken, "--training.steps", 3)
+    resumed = run_here("tokenizer", *broken, "--training.steps", 5)
     assert all(line["codes_restarted"] > 0 for line in whole[2:])
     assert plain(resumed) == plain(whole)
     weights = [read_weights(tmp_path / name / "model.safetensors") for name in ("whole", "broken")]
@@ -51,9 +51,9 @@ def test_accumulation_does_not_change_the_steps(run_here, tmp_path, update):
     flags = [*TINY, "--training.steps", 3, "--tokenizer_loss.codebook_update", update]
     flags += ["--tokenizer_loss.unquantised_steps", 0, "--tokenizer_loss.restart_threshold", 0]
     flags += ["--checkpoint.save_final", "false"]
-    once = run_here("train_tokenizer", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "once")
-    parts = ["--training.batch_size", 4, "--training.gradient_accumulation_steps", 2]
-    twice = run_here("train_tokenizer", *flags, *parts, "--metrics.run_dir", tmp_path / "twice")
+    once = run_here("tokenizer", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "once")
+    parts = ["--training.batch_size", 8, "--training.micro_batch_size", 4]
+    twice = run_here("tokenizer", *flags, *parts, "--metrics.run_dir", tmp_path / "twice")
     assert plain(twice) == values(once)
 
 
@@ -61,8 +61,8 @@ def test_two_processes_take_the_steps_of_one(run_here, run_on_two, tmp_path):
     """Same losses, gradients and codebook: its statistics are those of all ranks."""
     flags = [*TINY, "--training.steps", 3, "--tokenizer_loss.unquantised_steps", 0]
     flags += ["--tokenizer_loss.restart_threshold", 0]
-    one = run_here("train_tokenizer", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "one")
-    two = run_on_two("train_tokenizer", *flags, "--training.batch_size", 4, "--metrics.run_dir", tmp_path / "two")
+    one = run_here("tokenizer", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "one")
+    two = run_on_two("tokenizer", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "two")
     assert plain(two) == values(one)
     codes = [
         read_weights(tmp_path / name / "model.safetensors")["quantize.embedding.weight"] for name in ("one", "two")
@@ -74,5 +74,5 @@ def test_factor_of_another_tokenizer_is_refused(run_here, tmp_path):
     flags = [*TINY, "--metrics.run_dir", tmp_path / "run"]
     flags[flags.index("--tokenizer.downsample_size") + 1] = "8"
     with pytest.raises(UserError, match=r"tokenizer.downsample_size: VQ-tiny makes one code of 4 pixels, not 8"):
-        run_here("train_tokenizer", *flags)
+        run_here("tokenizer", *flags)
     assert not (tmp_path / "run").exists()

@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from grpo.config import Compile, Reward
-from grpo.models import TOKENIZER_SPECS, Classifier, ClassifierConfig, VQModel, save_weights
-from grpo.rewards import EmbeddingCosine, Reconstruction, RewardSum, build_rewards, networks
+from grpo.config import Compile, Rewards
+from grpo.models import TOKENIZER_SPECS, ClassCondition, Classifier, ClassifierConfig, VQModel, save_weights
+from grpo.rewards import RewardSum, build_rewards, networks
+from grpo.rewards.class_log_prob import ClassLogProb
+from grpo.rewards.embedding_cosine import EmbeddingCosine
 from grpo.rewards.networks import decode_batch, reward_dtype
+from grpo.rewards.reconstruction import Reconstruction
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -23,21 +26,30 @@ def groups():
     """8 groups of 16 random completions of 32 x 32 pixels, and their real images."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(256, (8, 16, 64), generator=generator)
-    return tokens, torch.zeros(8, dtype=torch.int64), torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1
+    condition = ClassCondition(torch.zeros(8, dtype=torch.int64))
+    return tokens, condition, torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1
 
 
-def build(config, tokenizer, **changes):
-    settings = {"num_classes": 10, "device": CPU, "compile": Compile()} | changes
-    return build_rewards(config, tokenizer, **settings)
+NEAR = {"near": Reconstruction.Settings(kind="reconstruction")}
+COSINE = {"cosine": EmbeddingCosine.Settings(kind="embedding_cosine")}
+
+
+def build(tokenizer, tables=NEAR, *, compile=False, **keys):
+    return build_rewards(
+        Rewards(tables=tables, **keys),
+        tokenizer,
+        class_names=[str(i) for i in range(10)],
+        num_classes=10,
+        device=CPU,
+        compile=Compile(enabled=compile),
+    )
 
 
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 def test_bf16_ranks_completions_as_fp32_does(tokenizer, groups, distance):
     """Of the pairs of a group whose rewards differ by more than 1 %, at least 99 % are in the same order."""
-    exact, low = (
-        build(Reward(reconstruction=distance, precision=precision), tokenizer)(*groups).total
-        for precision in ("fp32", "bf16")
-    )
+    tables = {"near": Reconstruction.Settings(kind="reconstruction", distance=distance)}
+    exact, low = (build(tokenizer, tables, precision=precision)(*groups).total for precision in ("fp32", "bf16"))
     assert not torch.equal(exact, low)
 
     def differences(rewards):
@@ -51,12 +63,12 @@ def test_bf16_ranks_completions_as_fp32_does(tokenizer, groups, distance):
 
 
 def test_low_precision_leaves_the_tokenizer_that_finds_codes_alone(tokenizer):
-    rewards = build(Reward(precision="bf16"), tokenizer)
+    rewards = build(tokenizer, precision="bf16")
     weight = rewards.tokenizer.decoder.conv_in.weight
     assert weight.dtype == torch.bfloat16
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert {parameter.dtype for parameter in tokenizer.parameters()} == {torch.float32}
-    assert build(Reward(precision="fp32"), tokenizer).tokenizer is tokenizer
+    assert build(tokenizer, precision="fp32").tokenizer is tokenizer
 
 
 def test_auto_precision_is_bf16_on_a_gpu_only():
@@ -69,7 +81,7 @@ def test_each_real_image_is_encoded_once(tokenizer, groups, batch_size, monkeypa
     encoded = []
     encode = tokenizer.encode_latents
     monkeypatch.setattr(tokenizer, "encode_latents", lambda images: encoded.append(images) or encode(images))
-    terms = [(EmbeddingCosine(tokenizer), 1.0), (Reconstruction("l1"), 1.0)]
+    terms = build(tokenizer, NEAR | COSINE).terms
     total = RewardSum(tokenizer, terms, batch_size=batch_size)(*groups).total
     assert torch.equal(torch.cat(encoded), groups[2])
     one_by_one = RewardSum(tokenizer, terms, batch_size=5)(*groups).total  # cuts through groups
@@ -89,9 +101,9 @@ def test_compilation_covers_the_networks_in_use(tokenizer, tmp_path, monkeypatch
     save_weights(tmp_path / "c.safetensors", Classifier(ClassifierConfig(width=8)).state_dict())
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
-    config = Reward(class_log_prob_weight=1, classifier_checkpoint=str(tmp_path / "c.safetensors"))
-    build(config, tokenizer)
+    classes = ClassLogProb.Settings(kind="class_log_prob", checkpoint=str(tmp_path / "c.safetensors"))
+    build(tokenizer, {"class": classes})
     assert compiled == []
-    build(config, tokenizer, compile=Compile(enabled=True))
-    build(Reward(embedding_cosine=True, embedding_cosine_weight=1), tokenizer, compile=Compile(enabled=True))
+    build(tokenizer, {"class": classes}, compile=True)
+    build(tokenizer, COSINE, compile=True)
     assert compiled == ["Decoder", "Classifier", "Decoder", "Encoder"]

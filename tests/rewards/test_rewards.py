@@ -1,89 +1,191 @@
-"""Rewards by hand, their sum, and that batches can be cut anywhere."""
+"""Rewards by hand, their sum, that batches can be cut anywhere, and what abstaining means."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from grpo.config import Compile, Reward, UserError
-from grpo.models import TOKENIZER_SPECS, Classifier, ClassifierConfig, VQModel, save_weights
-from grpo.rewards import ClassLogProb, Completions, EmbeddingCosine, Reconstruction, RewardSum, build_rewards
+from grpo.config import Compile, Rewards, UserError
+from grpo.models import ClassCondition, Classifier, ClassifierConfig, load_classifier, save_weights
+from grpo.rewards import DecodedBatch, Reward, RewardSum, build_rewards
+from grpo.rewards.class_log_prob import ClassLogProb
+from grpo.rewards.embedding_cosine import EmbeddingCosine
+from grpo.rewards.reconstruction import Reconstruction
 
-CPU = torch.device("cpu")
+SHAPES = {"teacher_forced": (3, 4), "autoregressive": (12, 1)}  # R, M of 3 conditions with 4 completions each
+NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    torch.manual_seed(0)
-    return VQModel(TOKENIZER_SPECS["VQ-tiny"].config(codebook_size=32)).eval()
+def reconstruction(distance):
+    return Reconstruction(Reconstruction.Settings(kind="reconstruction", distance=distance), None)
+
+
+def decoded(images, tokens, real_images):
+    places = torch.arange(len(images))
+    return DecodedBatch(images, tokens, ClassCondition(places % 4), real_images, places)
 
 
 @pytest.fixture
-def completions(tokenizer):
+def batch(tokenizer):
     tokens = torch.randint(32, (3, 16), generator=torch.Generator().manual_seed(0))
-    images, real = torch.full((3, 3, 16, 16), 0.5), torch.zeros(3, 3, 16, 16)
-    return Completions(images, tokens, torch.tensor([0, 1, 2]), real, torch.arange(3))
+    return decoded(torch.full((3, 3, 16, 16), 0.5), tokens, torch.zeros(3, 3, 16, 16))
 
 
-def test_reconstruction_by_hand(completions):
-    torch.testing.assert_close(Reconstruction("l1")(completions), torch.full((3,), -0.5))
-    torch.testing.assert_close(Reconstruction("l2")(completions), torch.full((3,), -0.25))
+@pytest.fixture
+def rollout():
+    """Flat tokens [12, T], condition and real images of 3 conditions with 4 completions each."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(32, (12, 16), generator=generator)
+    return tokens, ClassCondition(torch.tensor([3, 0, 1])), torch.rand(3, 3, 16, 16, generator=generator) * 2 - 1
 
 
-def test_class_log_prob_by_hand(completions):
-    logits = torch.tensor([[2.0, 1.0, 0.0]]).log_softmax(-1)
-    reward = ClassLogProb(lambda images: logits.expand(len(images), -1))
-    torch.testing.assert_close(reward(completions), logits[0])
+def test_reconstruction_by_hand(batch):
+    torch.testing.assert_close(reconstruction("l1")(batch), torch.full((3,), -0.5))
+    torch.testing.assert_close(reconstruction("l2")(batch), torch.full((3,), -0.25))
 
 
-def test_embedding_cosine_is_zero_for_the_real_codes_own_vectors(tokenizer):
+@pytest.fixture
+def classifier_file(tmp_path):
+    torch.manual_seed(0)
+    save_weights(tmp_path / "c.safetensors", Classifier(ClassifierConfig(width=8, num_classes=4)).state_dict())
+    return str(tmp_path / "c.safetensors")
+
+
+def test_class_log_prob_is_that_of_the_requested_class(batch, context, classifier_file):
+    settings = ClassLogProb.Settings(kind="class_log_prob", checkpoint=classifier_file)
+    log_probs = load_classifier(classifier_file)(batch.images).log_softmax(-1)
+    torch.testing.assert_close(ClassLogProb(settings, context)(batch), log_probs[torch.arange(3), torch.arange(3)])
+
+
+def test_embedding_cosine_is_zero_for_the_real_codes_own_vectors(tokenizer, context):
     """A completion whose code vectors point along the latents has cosine 1."""
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     tokens = tokenizer.encode(images)
-    reward = EmbeddingCosine(tokenizer)
-    own = reward(Completions(images, tokens, torch.zeros(2), images, torch.arange(2)))
-    other = reward(Completions(images, (tokens + 7) % 32, torch.zeros(2), images, torch.arange(2)))
+    reward = EmbeddingCosine(EmbeddingCosine.Settings(kind="embedding_cosine"), context)
+    own, other = reward(decoded(images, tokens, images)), reward(decoded(images, (tokens + 7) % 32, images))
     latents, vectors = tokenizer.encode_latents(images).flatten(1), tokenizer.lookup(tokens).flatten(1)
     cosine = (latents * vectors).sum(1) / (latents.norm(dim=1) * vectors.norm(dim=1))
     torch.testing.assert_close(own, cosine - 1, rtol=1e-5, atol=1e-6)
     assert (own > other).all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_weighted_sum_over_any_batches(tokenizer, batch_size):
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(32, (3, 4, 16), generator=generator)
-    real = torch.rand(3, 3, 16, 16, generator=generator) * 2 - 1
-    total = RewardSum(tokenizer, [(Reconstruction("l2"), 2.0), (Reconstruction("l1"), -0.5)], batch_size=batch_size)
-    rewards = total(tokens, torch.arange(3), real, show=2)
-    images = tokenizer.decode(tokens.flatten(0, 1)).view(3, 4, 3, 16, 16)
-    l2 = -((images - real[:, None]) ** 2).mean(dim=(2, 3, 4))
-    l1 = -(images - real[:, None]).abs().mean(dim=(2, 3, 4))
-    torch.testing.assert_close(rewards.components, torch.stack([l2, l1]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rewards.total, 2 * l2 - 0.5 * l1, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rewards.images, images[:2], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("mode", SHAPES)
+@pytest.mark.parametrize("batch_size", [1, 5, 6, 64])
+def test_weighted_sum_over_any_batches(tokenizer, rollout, batch_size, mode):
+    """In both modes the 3 x 4 completions are scored as a naive computation does it."""
+    tokens, condition, real = rollout
+    terms = {"square": (reconstruction("l2"), 2.0), "absolute": (reconstruction("l1"), -0.5)}
+    shape = SHAPES[mode]
+    rewarded = RewardSum(tokenizer, terms, batch_size=batch_size)(tokens.view(*shape, 16), condition, real, show=2)
+    images = tokenizer.decode(tokens).view(3, 4, 3, 16, 16)
+    l2 = -((images - real[:, None]) ** 2).mean(dim=(2, 3, 4)).view(shape)
+    l1 = -(images - real[:, None]).abs().mean(dim=(2, 3, 4)).view(shape)
+    torch.testing.assert_close(rewarded.components, torch.stack([l2, l1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rewarded.total, 2 * l2 - 0.5 * l1, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rewarded.images, images[:2], rtol=1e-4, atol=1e-5)
+    assert (rewarded.names, rewarded.weights, rewarded.abstained) == (["square", "absolute"], [2.0, -0.5], {})
 
 
-def test_started_rewards_are_those_of_the_call(tokenizer):
-    tokens = torch.randint(32, (2, 4, 16), generator=torch.Generator().manual_seed(1))
-    rewards = RewardSum(tokenizer, [(Reconstruction("l2"), 1.0)], batch_size=3, other_work=True)
-    arguments = (tokens, torch.arange(2), torch.zeros(2, 3, 16, 16))
-    phases = []
+def test_both_modes_and_naive_batches_agree_in_every_bit(tokenizer, rollout):
+    tokens, condition, real = rollout
+    total = RewardSum(tokenizer, {"rec": (reconstruction("l2"), 1.0)}, batch_size=6)  # so batches of one group
+    forced, free = (total(tokens.view(*shape, 16), condition, real).total for shape in SHAPES.values())
+    naive = [-(tokenizer.decode(tokens[4 * i : 4 * i + 4]) - real[i]).square().mean(dim=(1, 2, 3)) for i in range(3)]
+    assert torch.equal(forced, torch.stack(naive))
+    assert torch.equal(free.flatten(), forced.flatten())
+
+
+class Fixed(Reward):
+    """Given numbers; notes the conditions and tokens that it is asked about."""
+
+    def __init__(self, values, *, may_abstain):
+        self.values, self.may_abstain, self.asked = list(values), may_abstain, []
+
+    def __call__(self, batch):
+        self.asked += batch.condition.class_ids.tolist()
+        return torch.tensor([self.values.pop(0) for _ in batch.images])
+
+
+def test_conditions_and_phases_go_with_their_completions(tokenizer, rollout):
+    tokens, condition, real = rollout
+    reward, phases = Fixed(range(12), may_abstain=False), []
 
     @contextmanager
     def timer(phase):
         phases.append(phase)
         yield
 
-    started, called = rewards.start(*arguments, show=1, timer=timer)(), rewards(*arguments, show=1)
-    assert all(map(torch.equal, started, called))
+    rewarded = RewardSum(tokenizer, {"fixed": (reward, 1.0)}, batch_size=5)(
+        tokens.view(12, 1, 16), condition, real, timer=timer
+    )
+    assert reward.asked == [3] * 4 + [0] * 4 + [1] * 4
+    assert torch.equal(rewarded.total, torch.arange(12.0).view(12, 1))
+    assert rewarded.images.numel() == 0
     assert phases == ["reward", "decode", "decode", "decode"]
 
 
-def test_built_from_a_recipe(tokenizer, tmp_path):
-    save_weights(tmp_path / "c.safetensors", Classifier(ClassifierConfig(width=8, num_classes=4)).state_dict())
-    config = Reward(class_log_prob_weight=0.5, classifier_checkpoint=str(tmp_path / "c.safetensors"))
-    rewards = build_rewards(config, tokenizer, num_classes=4, device=CPU, compile=Compile())
-    assert (rewards.names, rewards.weights) == (["reconstruction", "class_log_prob"], [1.0, 0.5])
-    with pytest.raises(UserError, match="knows 4 classes"):
-        build_rewards(config, tokenizer, num_classes=10, device=CPU, compile=Compile())
+VALUES = [1.0, NAN, 4.0, 1.0, NAN, NAN, NAN, NAN, 5.0, 6.0, 7.0, 8.0]
+
+
+@pytest.mark.parametrize("mode", SHAPES)
+def test_who_abstains_neither_helps_nor_hurts(tokenizer, rollout, mode):
+    """NaN counts as the mean of the group's others, and as 0 where the whole group abstains."""
+    tokens, condition, real = rollout
+    terms = {"sure": (Fixed(range(12), may_abstain=False), 1.0), "shy": (Fixed(VALUES, may_abstain=True), 10.0)}
+    rewarded = RewardSum(tokenizer, terms, batch_size=5)(tokens.view(*SHAPES[mode], 16), condition, real)
+    filled = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0, 0.0, 0.0, 0.0, 5.0, 6.0, 7.0, 8.0]).view(SHAPES[mode])
+    assert torch.equal(rewarded.components[1], filled)
+    assert torch.equal(rewarded.total, torch.arange(12.0).view(SHAPES[mode]) + 10 * filled)
+    assert torch.equal(rewarded.abstained["shy"], torch.tensor(VALUES).isnan().view(SHAPES[mode]))
+    metrics = rewarded.metrics().means()
+    assert metrics["reward/shy_abstained"] == pytest.approx(5 / 12)
+    assert metrics["reward/shy_mean"] == pytest.approx(32 / 7)  # of those that have an opinion
+    assert set(metrics) == {"reward/shy_abstained"} | {
+        f"reward{name}_{kind}" for name in ("", "/sure", "/shy") for kind in ("mean", "std")
+    }
+
+
+@pytest.mark.parametrize(("value", "may_abstain"), [(NAN, False), (INF, False), (INF, True), (-INF, True)])
+def test_other_non_finite_rewards_stay_so(tokenizer, rollout, value, may_abstain):
+    """They are faults: the step with them is skipped."""
+    tokens, condition, real = rollout
+    reward = Fixed([value, NAN, *range(10)], may_abstain=may_abstain)
+    total = RewardSum(tokenizer, {"it": (reward, 1.0)}, batch_size=0)(tokens.view(3, 4, 16), condition, real).total
+    assert not total[0, :2].isfinite().any()
+    assert total[1:].isfinite().all()
+
+
+def build(tables, tokenizer, **changes):
+    settings = {"class_names": "abcd", "num_classes": 4, "device": torch.device("cpu"), "compile": Compile()}
+    return build_rewards(Rewards(tables=tables), tokenizer, **(settings | changes))
+
+
+def test_built_from_a_recipe(tokenizer, classifier_file):
+    tables = {
+        "near": Reconstruction.Settings(kind="reconstruction"),
+        "off": Reconstruction.Settings(kind="reconstruction", weight=0),
+        "class": ClassLogProb.Settings(kind="class_log_prob", weight=0.5, checkpoint=classifier_file),
+    }
+    assert {name: weight for name, (_, weight) in build(tables, tokenizer).terms.items()} == {"near": 1, "class": 0.5}
+    tables["other"] = ClassLogProb.Settings(kind="class_log_prob", checkpoint="missing.safetensors")
+    with pytest.raises(UserError) as error:
+        build(tables, tokenizer, num_classes=10)
+    first, second = error.value.problems
+    assert first.startswith("reward.class: checkpoint: ")
+    assert "knows 4 classes, model.num_classes is 10" in first
+    assert second.startswith("reward.other: ")
+    assert "missing.safetensors" in second
+
+
+def test_a_kind_is_found_by_its_name(tokenizer, monkeypatch):
+    """What the registry gives is built with the table and the context, whatever it is."""
+    built = []
+    monkeypatch.setattr(
+        "grpo.rewards.reward_sum.reward_class",
+        lambda kind: lambda table, context: built.append((kind, table, context)) or SimpleNamespace(networks=()),
+    )
+    table = Reconstruction.Settings(kind="anything")
+    build({"mine": table}, tokenizer)
+    (kind, given, context) = built[0]
+    assert (kind, given, context.class_names, context.tokenizer) == ("anything", table, "abcd", tokenizer)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo.data import ImageBatch
-from grpo.models import GPT, GPTConfig
+from grpo.models import GPT, ClassCondition, GPTConfig
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def model():
 def batch():
     """6 images; their codes are a function of the image, as a tokenizer's are."""
     ids = torch.arange(100, 106)
-    return ImageBatch(torch.rand(6, 3, 8, 8), torch.arange(6) % 5, ids, ids)
+    return ImageBatch(torch.rand(6, 3, 8, 8), ClassCondition(torch.arange(6) % 5), ids, ids)
 
 
 @pytest.fixture

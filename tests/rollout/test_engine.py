@@ -1,4 +1,4 @@
-"""The decode engine: the same draws however the work is laid out, no memory kept, and a way out of a failed capture."""
+"""The sampling engine: the same draws however the work is laid out, no memory kept, and a way out of a failed capture."""
 
 import gc
 import logging
@@ -9,20 +9,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.config import Rollout
-from grpo.kernels import sample_tokens
-from grpo.models import MODEL_SPECS
-from grpo.rollout import AutoregressiveRollout, autoregressive, compiled_blocks, decode, decoder
-from grpo.rollout.autoregressive import _parts, _rows_in_memory
-from grpo.rollout.compiled_blocks import compilation_pays
-from grpo.rollout.decoder import Decoder, Replay, bytes_per_row
+from grpo.kernels import Draw, sample_tokens
+from grpo.models import GPT, MODEL_SPECS, ClassCondition
+from grpo.rollout import autoregressive, cuda_graphs, sample_codes
+from grpo.rollout.autoregressive import _parts, rows_in_memory
+from grpo.rollout.cached_sampler import CachedSampler, bytes_per_sequence
+from grpo.rollout.cuda_graphs import Replay
 from grpo.rollout.scoring import guide
 
 SETTINGS = [{}, {"cfg_scale": 1.7}, {"cfg_scale": 2.0, "cfg_interval": 6}, {"top_k": 9, "temperature": 0.7}]
 
 
-def draw(model, rows=6, **settings):
-    return decode(model, torch.arange(rows) % 5, row_ids=torch.arange(50, 50 + rows), seed=3, **settings)
+def draw(model, rows=6, *, top_k=0, temperature=1.0, **settings):
+    condition, row_ids = ClassCondition(torch.arange(rows) % 5), torch.arange(50, 50 + rows)
+    how = Draw(top_k=top_k, temperature=temperature, seed=3)
+    return sample_codes(model, condition, row_ids=row_ids, draw=how, **settings)
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ class NoHostReads(TorchDispatchMode):
 
 def test_a_step_is_the_same_work_on_the_same_memory(model):
     """What a CUDA graph needs: no buffer moves, and the host takes no part."""
-    engine = Decoder(model, 3, draw=partial(sample_tokens, seed=1), cfg_scale=1.5, cfg_interval=2)
+    engine = CachedSampler(model, 3, draw=Draw(seed=1), cfg_scale=1.5, cfg_interval=2)
 
     def addresses():
         buffers = (*engine.cache, *engine.drawn, engine.row, engine.row_ids, engine.previous)
@@ -82,10 +83,10 @@ def test_a_step_is_the_same_work_on_the_same_memory(model):
 
     before = addresses()
     for first in (0, 10):
-        engine.start(torch.arange(3), torch.arange(3) + first)
+        engine.start(ClassCondition(torch.arange(3)), torch.arange(3) + first)
         with NoHostReads():
             for _ in range(15):
-                engine.step(16)
+                engine.extend(16)
     assert addresses() == before
     assert engine.row.item() == 16
 
@@ -101,7 +102,7 @@ def test_cache_is_freed_with_the_call(model, monkeypatch):
         return cache
 
     monkeypatch.setattr(model, "init_cache", remembered)
-    monkeypatch.setattr(autoregressive, "_steps", partial(replayed_steps, autoregressive._steps))
+    monkeypatch.setattr(autoregressive, "_calls", partial(replayed_calls, autoregressive._calls))
     gc.disable()
     try:
         draw(model, max_rows=3)
@@ -111,9 +112,9 @@ def test_cache_is_freed_with_the_call(model, monkeypatch):
         gc.enable()
 
 
-def replayed_steps(steps, engine):
+def replayed_calls(calls, engine):
     """As on a GPU, with captures that fail for want of one."""
-    return [Replay(step, pool=(0, 0)) for step in steps(engine)]
+    return [Replay(call, pool=(0, 0)) for call in calls(engine)]
 
 
 def test_a_step_is_run_then_captured_then_replayed(monkeypatch):
@@ -123,7 +124,7 @@ def test_a_step_is_run_then_captured_then_replayed(monkeypatch):
         log.append("capture")
         return lambda: log.append("replay")
 
-    monkeypatch.setattr(decoder, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
     step = Replay(lambda: log.append("run"), pool=(0, 0))
     for _ in range(4):
         step()
@@ -137,11 +138,11 @@ def test_a_failed_capture_falls_back_with_one_line(model, monkeypatch, caplog):
         attempts.append(function)
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
-    monkeypatch.setattr(decoder, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
     monkeypatch.setattr(autoregressive, "SEGMENT", 4)
     expected = draw(model)
-    monkeypatch.setattr(autoregressive, "_steps", partial(replayed_steps, autoregressive._steps))
-    decoder._log_fallback.cache_clear()
+    monkeypatch.setattr(autoregressive, "_calls", partial(replayed_calls, autoregressive._calls))
+    cuda_graphs._log_fallback.cache_clear()
     with caplog.at_level(logging.WARNING):
         drawn = draw(model)
     assert torch.equal(drawn.tokens, expected.tokens)
@@ -150,44 +151,13 @@ def test_a_failed_capture_falls_back_with_one_line(model, monkeypatch, caplog):
     assert record.getMessage().endswith("without a CUDA graph: operation not permitted when stream is capturing")
 
 
-def test_memory_of_a_row_by_hand(model, monkeypatch):
+def test_memory_of_a_sequence_by_hand(model):
     """GPT-XXL at 384 pixels in bf16: 48 layers x 24 heads x 64 x 576 rows of keys and of values, 2 bytes each."""
-    config = MODEL_SPECS["GPT-XXL"].config(image_size=384)
+    with torch.device("meta"):
+        large = GPT(MODEL_SPECS["GPT-XXL"].config(image_size=384))
     cache = 2 * 48 * 24 * 64 * 576 * 2
-    assert bytes_per_row(config, dtype=torch.bfloat16, copies=2) == 2 * cache + 8 * 16384
-    engine = Decoder(model, 3, draw=sample_tokens, cfg_scale=2.0, cfg_interval=-1)
+    assert bytes_per_sequence(large, dtype=torch.bfloat16, guided=True) == 2 * cache + 8 * 16384
+    engine = CachedSampler(model, 3, draw=Draw(), cfg_scale=2.0, cfg_interval=-1)
     held = sum(tensor.nbytes for tensor in engine.cache)
-    assert 3 * (bytes_per_row(model.config, dtype=torch.float32, copies=2) - 8 * 64) == held
-    assert _rows_in_memory(model, guided=True) >= 10**6  # nothing is bounded on a CPU
-
-
-def test_compiled_blocks_decode_the_same_and_only_there(model, batch, monkeypatch):
-    """The codes are those of the plain blocks; a forward for training does not meet the compiled ones.
-
-    Traced and made functional, but not turned into C++, which would take half a minute.
-    """
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    config = Rollout(num_generations=2, mode="autoregressive", cfg_scale=1.5)
-    plain, compiled = (
-        AutoregressiveRollout(model, None, config, seed=7, impl="auto", compiled=compiled) for compiled in (False, True)
-    )
-    compiled_frames = torch._dynamo.utils.counters["frames"]
-    before = compiled_frames["ok"]
-    expected = plain(batch)
-    assert compiled_frames["ok"] == before
-    drawn = compiled(batch)
-    assert compiled_frames["ok"] > before
-    assert torch.equal(drawn.tokens, expected.tokens)
-    torch.testing.assert_close(drawn.old_log_probs, expected.old_log_probs, rtol=1e-4, atol=1e-4)
-    after = compiled_frames["ok"]
-    model.hidden(drawn.context, drawn.class_ids).sum().backward()  # training is as it was
-    assert compiled_frames["ok"] == after
-
-
-def test_only_a_long_run_on_a_cpu_with_a_compiler_compiles(monkeypatch):
-    monkeypatch.setattr(compiled_blocks.shutil, "which", lambda name: "found" if name == "clang++" else None)
-    assert compilation_pays(torch.device("cpu"), compiled_blocks.STEPS_THAT_PAY)
-    assert not compilation_pays(torch.device("cpu"), compiled_blocks.STEPS_THAT_PAY - 1)
-    assert not compilation_pays(torch.device("cuda"), 10**9)
-    monkeypatch.setattr(compiled_blocks.shutil, "which", lambda name: None)
-    assert not compilation_pays(torch.device("cpu"), 10**9)
+    assert 3 * (bytes_per_sequence(model, dtype=torch.float32, guided=True) - 8 * 64) == held
+    assert rows_in_memory(model, guided=True) >= 10**6  # nothing is bounded on a CPU

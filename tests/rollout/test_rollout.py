@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.config import Rollout
-from grpo.kernels import sample_and_score
-from grpo.models import GPTConfig, load_gpt
-from grpo.rollout import AutoregressiveRollout, TeacherForcedRollout, decode, generate, real_rows, score
+from grpo.config import Objective, Rollout, Schedule, Training
+from grpo.kernels import Draw, sample_and_score
+from grpo.models import ClassCondition, GPTConfig, load_gpt
+from grpo.rollout import build_draw, build_rollout, generate, real_rows, sample_codes, score
 from grpo.rollout.teacher_forced import perturb
 
 sample_and_score_module = sys.modules[sample_and_score.__module__]  # the package has a function of its name
@@ -27,25 +27,32 @@ def test_greedy_generation_equals_llamagen(scale, interval):
     assert torch.equal(tokens, expected[f"greedy_cfg{scale}_interval{interval}"])
 
 
-def teacher_forced(model, encode, *, keep_graph=False, with_targets=True, **config):
-    config = Rollout(num_generations=4, **config)
-    return TeacherForcedRollout(
-        model, encode, config, seed=7, keep_graph=keep_graph, with_targets=with_targets, impl="auto"
+def make(model, encode, *, trains=False, with_targets=True, **config):
+    """A rollout of 6 images x 4 completions that feeds one optimizer step, or else two."""
+    rollout = Rollout(num_generations=4, batch_size=6, **config)
+    training = Training(batch_size=24 if trains else 12, seed=7)
+    objective = Objective(aux_ce_weight=0.1 if with_targets else 0.0)
+    schedule = Schedule.of(rollout=rollout, training=training, objective=objective, ranks=1)
+    return build_rollout(
+        model, encode, rollout, draw=build_draw(rollout, seed=7, impl="auto"), schedule=schedule
     )
 
 
+def teacher_forced(model, encode, **config):
+    return make(model, encode, **config)
+
+
 def autoregressive(model, **config):
-    config = Rollout(num_generations=4, mode="autoregressive", **config)
-    return AutoregressiveRollout(model, None, config, seed=7, impl="auto")
+    return make(model, None, with_targets=False, mode="autoregressive", **config)
 
 
 def test_teacher_forced_shapes_and_log_probs(model, encode, batch):
     trajectory = teacher_forced(model, encode, temperature=0.8)(batch)
     assert trajectory.tokens.shape == trajectory.old_log_probs.shape == (6, 4, 16)
     assert torch.equal(trajectory.context, encode(batch)[:, :-1])
-    scores = score(model, trajectory, temperature=0.8)
+    scores = score(model, trajectory, draw=Draw(temperature=0.8))
     torch.testing.assert_close(scores.log_probs, trajectory.old_log_probs, rtol=1e-5, atol=1e-5)
-    logits = model(trajectory.context, trajectory.class_ids).double()
+    logits = model(trajectory.context, trajectory.condition).double()
     p = torch.log_softmax(logits / 0.8, dim=-1)
     torch.testing.assert_close(scores.entropy.double(), -(p.exp() * p).sum(-1), rtol=1e-5, atol=1e-5)
     targets = torch.log_softmax(logits, dim=-1).gather(-1, encode(batch)[..., None])[..., 0]
@@ -58,12 +65,12 @@ def test_the_sampling_forward_can_be_the_training_forward(model, encode, batch, 
     """What the rollout hands over has the values and the gradients of scores with a forward of their own."""
     monkeypatch.setattr(sample_and_score_module, "_KEPT_ELEMENTS", {"cpu": 1 << 24} if kept else {})
     monkeypatch.setattr(sample_and_score_module, "CHUNK_ELEMENTS", {"cpu": 20 * 64})  # the last chunk is shorter
-    trajectory = teacher_forced(model, encode, keep_graph=True, temperature=temperature)(batch)
+    trajectory = teacher_forced(model, encode, trains=True, temperature=temperature)(batch)
     plain = teacher_forced(model, encode, temperature=temperature)(batch)
     assert torch.equal(trajectory.tokens, plain.tokens)
     assert plain.scores is None
     results = []
-    for scores in (trajectory.scores, score(model, plain, temperature=temperature)):
+    for scores in (trajectory.scores, score(model, plain, draw=Draw(temperature=temperature))):
         model.zero_grad()
         log_probs, entropy, targets = scores
         (log_probs.square().sum() + entropy.square().sum() + targets.square().sum()).backward()
@@ -75,7 +82,7 @@ def test_the_sampling_forward_can_be_the_training_forward(model, encode, batch, 
 
 def test_targets_are_scored_at_temperature_one_only_where_they_are_wanted(model, encode, batch):
     for temperature, wanted, scored in ((1.0, False, True), (0.7, True, True), (0.7, False, False)):
-        rollout = teacher_forced(model, encode, keep_graph=True, with_targets=wanted, temperature=temperature)
+        rollout = teacher_forced(model, encode, trains=True, with_targets=wanted, temperature=temperature)
         assert (rollout(batch).scores.target_log_probs is not None) == scored
 
 
@@ -88,16 +95,17 @@ def test_autoregressive_log_probs_are_those_of_the_loss(model, batch, settings):
     scores = score(
         model,
         trajectory,
-        temperature=settings.get("temperature", 1.0),
+        draw=Draw(temperature=settings.get("temperature", 1.0)),
         cfg_scale=settings.get("cfg_scale", 1.0),
     )
     torch.testing.assert_close(scores.log_probs, trajectory.old_log_probs, rtol=1e-4, atol=1e-4)
     assert (trajectory.kept_mass is not None) == ("top_k" in settings)
 
 
-@pytest.mark.parametrize("make", [teacher_forced, autoregressive])
-def test_draws_do_not_depend_on_the_split_or_order(model, encode, batch, make):
-    rollout = make(model, encode, use_context_noise=True) if make is teacher_forced else make(model)
+@pytest.mark.parametrize("mode", ["teacher_forced", "autoregressive"])
+def test_draws_do_not_depend_on_the_split_or_order(model, encode, batch, mode):
+    forced = mode == "teacher_forced"
+    rollout = teacher_forced(model, encode, use_context_noise=True) if forced else autoregressive(model)
     whole = rollout(batch)
     parts = [rollout(part) for part in batch.parts(2)]
     assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
@@ -121,7 +129,8 @@ def test_sampled_frequencies_follow_the_model(model):
     """The first token of 4,000 images against its exact distribution: chi-square over the codes of mass > 0.1 %."""
     count = 4_000
     class_ids = torch.full((count,), 3)
-    first = decode(model, class_ids, row_ids=torch.arange(count)).tokens[:, 0]
+    row_ids = torch.arange(count)
+    first = sample_codes(model, ClassCondition(class_ids), row_ids=row_ids, draw=Draw()).tokens[:, 0]
     p = torch.softmax(model(torch.empty(1, 0, dtype=torch.int64), class_ids[:1])[0, 0].double(), dim=-1)
     expected, observed = p * count, first.bincount(minlength=64).double()
     likely = expected > 20
@@ -140,8 +149,8 @@ def test_context_noise_replaces_the_stated_share(model):
 
 def test_rows_without_completions_are_scored_on_their_targets(model, encode, batch):
     codes = encode(batch)
-    scores = score(model, real_rows(batch.class_ids, codes), temperature=0.5, cfg_scale=2.0)
-    logits = model(codes[:, :-1], batch.class_ids)
+    scores = score(model, real_rows(batch.condition, codes), draw=Draw(temperature=0.5), cfg_scale=2.0)
+    logits = model(codes[:, :-1], batch.condition)
     expected = torch.log_softmax(logits, dim=-1).gather(-1, codes[..., None])[..., 0]
     torch.testing.assert_close(scores.target_log_probs, expected, rtol=1e-5, atol=1e-5)
     assert scores.log_probs.shape == (6, 0, 16)
@@ -153,4 +162,4 @@ def test_selecting_rows_and_completions(model, encode, batch):
     assert torch.equal(part.tokens, trajectory.tokens[2:4, 1:3])
     assert torch.equal(part.context, trajectory.context[2:4])
     assert [p.rows for p in trajectory.split(4)] == [4, 2]
-    assert replace(part).completions == 4
+    assert replace(part).num_completions == 4

@@ -12,7 +12,7 @@ from grpo.training import Codebook
 
 
 class Steps:
-    """Stands for an OptimizerStep: how many there were, and whether the last was skipped."""
+    """Stands for an optimizer: how many there were, and whether the last was skipped."""
 
     def __init__(self, steps=0):
         self.steps = steps

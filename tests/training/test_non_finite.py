@@ -2,39 +2,33 @@
 
 import json
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
-import recipes.grpo
 from grpo.config import UserError
-from grpo.parallel.safe_checkpoint import read_tensors
+from grpo.formats import read_tensors
+from grpo.jobs import train_grpo
 
 FLAGS = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0", "--training.max_skipped_steps", "3"]
 
 
-class SpoiltReward:
-    """A reward that is not a number for one completion of each image."""
-
-    def __init__(self, reward, bad: Callable[[], bool]) -> None:
-        self.names, self.weights, self._reward, self._bad = reward.names, reward.weights, reward, bad
-
-    def start(self, *arguments, **named):
-        rewards = self._reward(*arguments, **named)
-        if self._bad():
-            rewards = rewards._replace(total=rewards.total.index_fill(1, torch.tensor([0]), torch.nan))
-        return lambda: rewards
-
-
 def reward_mean(job, bad):
-    return job._replace(reward=SpoiltReward(job.reward, bad))
+    """A reward that is not a number for the first completion of each image."""
+
+    def reward(*arguments, **named):
+        rewarded = job.reward(*arguments, **named)
+        if bad():
+            rewarded = rewarded._replace(total=rewarded.total.index_fill(1, torch.tensor([0]), torch.nan))
+        return rewarded
+
+    return job._replace(reward=reward)
 
 
 def loss(job, bad):
     """An infinite loss whose gradient is finite."""
     part_of_loss = job.update._loss
-    job.update._loss = lambda part, share: part_of_loss(part, share) + (torch.inf if bad() else 0)
+    job.update._loss = lambda *given: part_of_loss(*given) + (torch.inf if bad() else 0)
     return job
 
 
@@ -49,15 +43,15 @@ def run(monkeypatch, tmp_path):
     """run(spoil, bad_steps): the debugging recipe with those steps spoilt; its lines of metrics and its log."""
 
     def start(spoil, bad_steps):
-        original = recipes.grpo.build
+        original = train_grpo.build
 
-        def build(recipe, world, timer):
-            job = original(recipe, world, timer)
-            return spoil(job, lambda: job.update.step.steps + 1 in bad_steps)
+        def build(recipe, run):
+            job = original(recipe, run)
+            return spoil(job, lambda: job.update.optimizer.steps + 1 in bad_steps)
 
-        monkeypatch.setattr(recipes.grpo, "build", build)
+        monkeypatch.setattr(train_grpo, "build", build)
         flags = ["--checkpoint.interval", "1", "--checkpoint.keep_last", "0", "--metrics.run_dir", str(tmp_path)]
-        recipes.grpo.main([*FLAGS, *flags])
+        train_grpo.main([*FLAGS, *flags])
 
     return start
 

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from recipes.grpo import main
+from grpo.jobs.train_grpo import main
 
 
 def test_a_run_opens_no_connection_to_the_outside(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The optimizer step: decay, schedule, clipping, and what happens to non-finite gradients."""
+"""The optimizer: decay, schedule, clipping, and what happens to non-finite gradients."""
 
 import math
 
@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from grpo.config import Optimizer
-from grpo.training import OptimizerStep, learning_rate
+from grpo.training import GuardedOptimizer, learning_rate
 
 
-def make_step(model, **settings):
-    return OptimizerStep(model, Optimizer(**settings), total_steps=10, max_skipped_steps=2)
+def make_optimizer(model, **settings):
+    return GuardedOptimizer(model, Optimizer(**settings), total_steps=10, max_skipped_steps=2)
 
 
 def test_norms_and_biases_are_not_decayed():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    step = make_step(model, weight_decay=0.3)
-    decay = {id(p): group["weight_decay"] for group in step.optimizer.param_groups for p in group["params"]}
+    optimizer = make_optimizer(model, weight_decay=0.3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.adamw.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.3,
         "0.bias": 0.0,
@@ -28,10 +28,10 @@ def test_norms_and_biases_are_not_decayed():
 
 def test_a_step_clips_and_reports_the_norm_before():
     model = nn.Linear(1, 1, bias=False)
-    step = make_step(model, lr=0.1, weight_decay=0.0, max_grad_norm=0.5)
+    optimizer = make_optimizer(model, lr=0.1, weight_decay=0.0, max_grad_norm=0.5)
     before = model.weight.item()
-    step.backward(3.0 * model.weight.sum())
-    taken = step()
+    optimizer.backward(3.0 * model.weight.sum())
+    taken = optimizer.step()
     assert taken["grad_norm"] == pytest.approx(3.0)
     assert taken["lr"] == 0.1
     assert model.weight.item() == pytest.approx(before - 0.1, abs=1e-6)  # Adam's first step has length lr
@@ -41,28 +41,28 @@ def test_a_step_clips_and_reports_the_norm_before():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_gradients_are_skipped_and_counted(bad):
     model = nn.Linear(2, 2)
-    step = make_step(model, lr=0.1)
+    optimizer = make_optimizer(model, lr=0.1)
     before = [parameter.clone() for parameter in model.parameters()]
     for count in (1, 2):
-        step.backward(bad * model.weight.sum())
-        assert step()["skipped_steps"] == count
+        optimizer.backward(bad * model.weight.sum())
+        assert optimizer.step()["skipped_steps"] == count
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert step.stuck
-    step.backward(model.weight.sum())
-    step()  # a good step in between starts the count anew
-    assert not step.stuck
-    assert step.skipped == 2
+    assert optimizer.stuck
+    optimizer.backward(model.weight.sum())
+    optimizer.step()  # a good step in between starts the count anew
+    assert not optimizer.stuck
+    assert optimizer.skipped == 2
 
 
 def test_counters_survive_a_resume():
     model = nn.Linear(2, 2)
-    step = make_step(model)
-    step.backward(model.weight.sum())
-    step()
-    again = make_step(model)
-    again.load_state_dict(step.state_dict())
-    assert again.lr == step.lr
-    assert again.state_dict() == step.state_dict()
+    optimizer = make_optimizer(model)
+    optimizer.backward(model.weight.sum())
+    optimizer.step()
+    again = make_optimizer(model)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.lr == optimizer.lr
+    assert again.state_dict() == optimizer.state_dict()
 
 
 def test_schedules_by_hand():

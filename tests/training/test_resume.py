@@ -13,7 +13,7 @@ import pytest
 
 from grpo.config import UserError
 from grpo.training.run import Terminated
-from recipes.grpo import main
+from grpo.jobs.train_grpo import main
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0"]

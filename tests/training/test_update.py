@@ -7,20 +7,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from grpo.config import Objective, Rollout, Training
+from grpo.config import Objective, Rollout, Schedule
 from grpo.data import ImageBatch
-from grpo.models import GPT, GPTConfig
+from grpo.kernels import Draw
+from grpo.models import GPT, ClassCondition, GPTConfig
 from grpo.objectives import group_advantages
-from grpo.parallel import World
 from grpo.rollout import Trajectory, build_rollout, real_rows, score
 from grpo.training import PolicyUpdate
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 B, G, T, V = 4, 6, 16, 64
 
 
 class Recorder:
-    """Stands in for the optimizer step: keeps the gradients of each step, never changes the weights."""
+    """Stands in for the optimizer: keeps the gradients of each step, never changes the weights."""
 
     def __init__(self, model):
         self.model, self.gradients = model, []
@@ -28,7 +27,7 @@ class Recorder:
     def backward(self, loss):
         loss.backward()
 
-    def __call__(self):
+    def step(self):
         self.gradients.append([parameter.grad.clone() for parameter in self.model.parameters()])
         self.model.zero_grad()
         return {}
@@ -49,7 +48,7 @@ def trajectory():
     codes = torch.randint(V, (B, T), generator=generator)
     log_probs = -4 + 0.5 * torch.randn(B, G, T, generator=generator)
     return Trajectory(
-        class_ids=torch.arange(B),
+        condition=ClassCondition(torch.arange(B)),
         context=codes[:, :-1],
         tokens=torch.randint(V, (B, G, T), generator=generator),
         old_log_probs=log_probs,
@@ -60,32 +59,27 @@ def trajectory():
     )
 
 
-def gradients(
-    model,
-    trajectory,
-    *,
-    batch_size,
-    accumulation,
-    objective,
-    temperature=1.0,
-    rollout_images=B,
-    prepare=False,
-    **rollout,
-):
-    """Gradients of each optimizer step of the update."""
-    recorder = Recorder(model)
-    update = PolicyUpdate(
-        model,
-        recorder,
-        objective=objective,
-        rollout=Rollout(batch_size=rollout_images, num_generations=G, temperature=temperature, **rollout),
-        training=Training(batch_size=batch_size, gradient_accumulation_steps=accumulation),
-        world=ALONE,
+def make_update(model, *, micro_batch, step=B * G, objective, images=B, temperature=1.0, **rollout):
+    """An update that keeps gradients, for rollouts of `images` x G completions and `step` completions a step."""
+    schedule = Schedule(
+        ranks=1,
+        images=images,
+        group_size=G,
+        completions_per_step=step,
+        micro_batch_size=micro_batch,
+        trains_sampling_forward=rollout.get("mode") != "autoregressive" and step == images * G,
+        scores_targets=objective.aux_ce_weight > 0,
     )
-    if prepare:
-        update.prepare(trajectory, None)
+    draw = Draw(temperature=temperature)
+    rollout = Rollout(batch_size=images, num_generations=G, **rollout)
+    return PolicyUpdate(model, Recorder(model), objective=objective, rollout=rollout, draw=draw, schedule=schedule)
+
+
+def gradients(model, trajectory, **settings):
+    """Gradients of each optimizer step of the update."""
+    update = make_update(model, **settings)
     update(trajectory)
-    return recorder.gradients
+    return update.optimizer.gradients
 
 
 def naive_gradients(model, trajectory, *, on_policy, clip, kl_coef, aux_ce_weight, temperature):
@@ -94,7 +88,7 @@ def naive_gradients(model, trajectory, *, on_policy, clip, kl_coef, aux_ce_weigh
     def repeated(tensor):
         return tensor.repeat_interleave(G, dim=0)
 
-    logits = model(repeated(trajectory.context), repeated(trajectory.class_ids))  # [B*G, T, V]
+    logits = model(repeated(trajectory.context), trajectory.condition.repeat_interleave(G))  # [B*G, T, V]
     tokens, advantages = trajectory.tokens.flatten(0, 1), trajectory.advantages.flatten()[:, None]
     new = torch.log_softmax(logits / temperature, dim=-1).gather(-1, tokens[..., None])[..., 0]
     old = new.detach() if on_policy else trajectory.old_log_probs.flatten(0, 1)
@@ -127,56 +121,45 @@ def test_gradient_equals_the_naive_algorithm(model, trajectory, on_policy, tempe
     (ours,) = gradients(
         model,
         trajectory,
-        batch_size=B * G,
-        accumulation=1,
+        micro_batch=B * G,
         objective=Objective(clip_range=0.2, kl="k3", **settings),
         temperature=temperature,
-        rollout_images=B if on_policy else 2 * B,
+        images=B if on_policy else 2 * B,
     )
     theirs = naive_gradients(model, trajectory, on_policy=on_policy, clip=0.2, temperature=temperature, **settings)
     assert relative_difference(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
-@pytest.mark.parametrize("batch_size", [1, 3, 12])
-def test_gradient_does_not_depend_on_the_micro_batch(model, trajectory, loss, batch_size):
+@pytest.mark.parametrize("micro_batch", [1, 3, 12])
+def test_gradient_does_not_depend_on_the_micro_batch(model, trajectory, loss, micro_batch):
     objective = Objective(
         loss=loss, clip_range=0.2, kl="k3", kl_coef=0.05, aux_ce_weight=0.1, entropy_weight=0.01, use_token_dropout=True
     )
-    (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
-    (cut,) = gradients(model, trajectory, batch_size=batch_size, accumulation=B * G // batch_size, objective=objective)
+    (whole,) = gradients(model, trajectory, micro_batch=B * G, objective=objective)
+    (cut,) = gradients(model, trajectory, micro_batch=micro_batch, objective=objective)
     assert relative_difference(cut, whole) < 1e-5
 
 
 def test_parts_of_a_rollout_add_up_to_one_step(model, trajectory):
     """A teacher-forced rollout may come in parts, each with scores of its own."""
     objective = Objective(clip_range=0.2, kl="k3", aux_ce_weight=0.1)
-    (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
-    recorder = Recorder(model)
-    update = PolicyUpdate(
-        model,
-        recorder,
-        objective=objective,
-        rollout=Rollout(batch_size=B, num_generations=G),
-        training=Training(batch_size=2, gradient_accumulation_steps=B * G // 2),
-        world=ALONE,
-    )
-    assert update.shares_forward
+    (whole,) = gradients(model, trajectory, micro_batch=B * G, objective=objective)
+    update = make_update(model, micro_batch=2, objective=objective)
+    assert update.schedule.trains_sampling_forward
     forwards = count_forwards(model)
     for part in trajectory.split(1):
-        update(replace(part, scores=score(model, part, temperature=1.0)))
-    assert relative_difference(recorder.gradients[0], whole) < 1e-5
+        update(replace(part, scores=score(model, part, draw=Draw())))
+    assert relative_difference(update.optimizer.gradients[0], whole) < 1e-5
     assert len(forwards) == B  # those of the parts; the update had none of its own
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "steps"), [(2, 1, 12), (3, 2, 4), (6, 2, 2)])
-def test_several_optimizer_steps_of_a_rollout(model, trajectory, batch_size, accumulation, steps):
+@pytest.mark.parametrize(("micro_batch", "step", "steps"), [(2, 2, 12), (3, 6, 4), (6, 12, 2)])
+def test_several_optimizer_steps_of_a_rollout(model, trajectory, micro_batch, step, steps):
     """Weights stay as they are here, so the steps' gradients average to that of the whole rollout."""
     objective = Objective(clip_range=0.2, aux_ce_weight=0.1)
-    (whole,) = gradients(model, trajectory, batch_size=B * G, accumulation=1, objective=objective)
-    several = gradients(
-        model, trajectory, batch_size=batch_size, accumulation=accumulation, objective=objective, prepare=True
-    )
+    (whole,) = gradients(model, trajectory, micro_batch=B * G, objective=objective)
+    several = gradients(model, trajectory, micro_batch=micro_batch, step=step, objective=objective)
     assert len(several) == steps
     mean = [torch.stack(tensors).mean(dim=0) for tensors in zip(*several, strict=True)]
     assert relative_difference(mean, whole) < 1e-5
@@ -186,17 +169,17 @@ def test_real_images_beside_autoregressive_completions(model, trajectory):
     """Rows without completions add exactly aux_ce_weight times the mean cross-entropy on their codes."""
     tokens = trajectory.tokens.flatten(0, 1)
     completions = Trajectory(
-        class_ids=trajectory.class_ids.repeat_interleave(G),
+        condition=trajectory.condition.repeat_interleave(G),
         context=tokens[:, :-1],
         tokens=tokens[:, None],
         old_log_probs=trajectory.old_log_probs.flatten(0, 1)[:, None],
         advantages=trajectory.advantages.flatten()[:, None],
-        real=real_rows(trajectory.class_ids, trajectory.target_tokens),
+        real=real_rows(trajectory.condition, trajectory.target_tokens),
     )
-    arguments = {"batch_size": 4, "accumulation": 6, "mode": "autoregressive"}
+    arguments = {"micro_batch": 4, "mode": "autoregressive"}
     (without,) = gradients(model, completions, objective=Objective(aux_ce_weight=0.0), **arguments)
     (with_real,) = gradients(model, completions, objective=Objective(aux_ce_weight=0.3), **arguments)
-    logits = model(trajectory.context, trajectory.class_ids)
+    logits = model(trajectory.context, trajectory.condition)
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), trajectory.target_tokens.flatten())
     expected = torch.autograd.grad(0.3 * cross_entropy, list(model.parameters()))
     added = [a - b for a, b in zip(with_real, without, strict=True)]
@@ -205,14 +188,7 @@ def test_real_images_beside_autoregressive_completions(model, trajectory):
 
 def test_token_dropout_keeps_the_stated_share(model, trajectory):
     objective = Objective(use_token_dropout=True, token_dropout=0.75)
-    update = PolicyUpdate(
-        model,
-        Recorder(model),
-        objective=objective,
-        rollout=Rollout(batch_size=B, num_generations=G),
-        training=Training(batch_size=B * G),
-        world=ALONE,
-    )
+    update = make_update(model, micro_batch=B * G, objective=objective)
     many = replace(trajectory, completion_ids=torch.arange(B * G).view(B, G) * 1000)
     keep = update._kept_tokens(many)
     assert keep.shape == (B, G, T)
@@ -223,28 +199,22 @@ def test_token_dropout_keeps_the_stated_share(model, trajectory):
 @pytest.mark.parametrize("mode", ["teacher_forced", "autoregressive"])
 def test_nothing_waits_for_the_device_before_the_optimizer_step(mode):
     """Rollout, advantages and update on tensors without values: whoever asks for one fails."""
-    batch_size, accumulation = (2, B * G // 2) if mode == "teacher_forced" else (B * G, 1)
-    rollout = Rollout(batch_size=B, num_generations=G, mode=mode, top_k=8, importance_weight_cap=1.0)
+    rollout = {"mode": mode, "top_k": 8, "importance_weight_cap": 1.0}
     objective = Objective(aux_ce_weight=0.1, entropy_weight=0.01, use_token_dropout=True)
     with FakeTensorMode():
         model = GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=V, block_size=T, num_classes=5)).eval()
-        update = PolicyUpdate(
-            model,
-            Recorder(model),
-            objective=objective,
-            rollout=rollout,
-            training=Training(batch_size=batch_size, gradient_accumulation_steps=accumulation),
-            world=ALONE,
-        )
+        micro_batch = 2 if mode == "teacher_forced" else B * G
+        update = make_update(model, micro_batch=micro_batch, objective=objective, **rollout)
         codes = torch.zeros(B, T, dtype=torch.int64)
-        draw = build_rollout(
-            model, lambda batch: codes[: len(batch.class_ids)], rollout,
-            seed=0, impl="auto", keep_graph=update.shares_forward, with_real=True,
+        sample = build_rollout(
+            model, lambda batch: codes[: batch.rows], update.rollout,
+            draw=Draw(top_k=8), schedule=update.schedule,
         )  # fmt: skip
-        batch = ImageBatch(torch.zeros(B, 0), *(torch.zeros(B, dtype=torch.int64) for _ in range(3)))
-        for part in batch.parts(update.images_per_part):
-            trajectory = draw(part)
-            rewards = torch.zeros(len(part.class_ids), G)
+        ids = torch.zeros(B, dtype=torch.int64)
+        batch = ImageBatch(torch.zeros(B, 0), ClassCondition(ids), ids, ids)
+        for part in batch.parts(update.schedule.images_per_part):
+            trajectory = sample(part)
+            rewards = torch.zeros(part.rows, G)
             trajectory.advantages = group_advantages(rewards).view(trajectory.tokens.shape[:2])
             update(trajectory)
-        assert len(update.step.gradients) == 1
+        assert len(update.optimizer.gradients) == 1

@@ -6,19 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.config import Objective, Rollout, Training
-from grpo.models import GPTConfig, load_gpt
+from grpo.config import Objective, Rollout, Schedule
+from grpo.kernels import Draw
+from grpo.models import ClassCondition, GPTConfig, load_gpt
 from grpo.objectives import group_advantages
-from grpo.parallel import World
 from grpo.rollout import Trajectory
 from grpo.training import PolicyUpdate
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "llamagen"
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
 
 class Gradients:
-    """Stands in for the optimizer step: collects gradients, never steps."""
+    """Stands in for the optimizer: collects gradients, never steps."""
 
     def __init__(self):
         self.loss = 0.0
@@ -27,7 +26,7 @@ class Gradients:
         self.loss += loss.item()
         loss.backward()
 
-    def __call__(self):
+    def step(self):
         return {}
 
 
@@ -47,16 +46,24 @@ def test_loss_and_gradients(step, case, micro_batch):
     update = PolicyUpdate(
         policy,
         gradients,
+        rollout=Rollout(),
+        draw=Draw(temperature=float(step["temperature"])),
         # Twice as many completions a rollout as an optimizer step takes: old log-probs are then not the new ones.
-        rollout=Rollout(batch_size=8, num_generations=6, temperature=float(step["temperature"])),
-        training=Training(batch_size=micro_batch, gradient_accumulation_steps=24 // micro_batch),
+        schedule=Schedule(
+            ranks=1,
+            images=8,
+            group_size=6,
+            completions_per_step=24,
+            micro_batch_size=micro_batch,
+            trains_sampling_forward=False,
+            scores_targets=aux_ce_weight > 0,
+        ),
         objective=Objective(
             clip_range=clip_range, kl="k3", kl_coef=kl_coef, advantage_clip=advantage_clip, aux_ce_weight=aux_ce_weight
         ),
-        world=ALONE,
     )
     trajectory = Trajectory(
-        class_ids=step["class_ids"],
+        condition=ClassCondition(step["class_ids"]),
         context=step["context"],
         tokens=step["actions"],
         old_log_probs=step["old_log_probs"],
@@ -65,10 +72,11 @@ def test_loss_and_gradients(step, case, micro_batch):
         advantages=group_advantages(step["rewards"], clip=advantage_clip),
     )
     torch.testing.assert_close(update.score(policy, trajectory), step["new_log_probs"], rtol=1e-5, atol=1e-5)
-    update(trajectory)
+    update._score_before = lambda trajectory: None  # the old log-probs are given
+    metrics = update(trajectory)
 
     assert gradients.loss == pytest.approx(step[f"case{case}_loss"].item(), rel=2e-5)
-    assert update.metrics.means()["kl"] == pytest.approx(step[f"case{case}_kl"].item(), rel=2e-5)
+    assert metrics.means()["kl"] == pytest.approx(step[f"case{case}_kl"].item(), rel=2e-5)
     named = dict(policy.named_parameters())
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in named.values()])
     assert norm.item() == pytest.approx(step[f"case{case}_grad_norm"].item(), rel=2e-5)

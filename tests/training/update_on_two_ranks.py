@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from grpo.config import Objective, Rollout, Training
+from grpo.config import Objective, Rollout, Schedule, Training
 from grpo.data import ImageBatch
+from grpo.kernels import Draw
+from grpo.models import ClassCondition
 from grpo.parallel import World, distributed
 from grpo.rollout import TeacherForcedRollout
 from grpo.training import PolicyUpdate
@@ -23,7 +25,7 @@ REDUCTIONS = ("c10d::_reduce_scatter_base_", "c10d::reduce_scatter_", "c10d::red
 
 
 class KeepGradients:
-    """Stands in for the optimizer step."""
+    """Stands in for the optimizer."""
 
     gradients: dict[str, torch.Tensor]
 
@@ -33,7 +35,7 @@ class KeepGradients:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def __call__(self) -> dict[str, float]:
+    def step(self) -> dict[str, float]:
         named = self.model.named_parameters()
         self.gradients = {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in named}
         return {}
@@ -46,22 +48,16 @@ def step(model: torch.nn.Module, world: World) -> tuple[list[int], dict[str, tor
     codes = torch.randint(CONFIG.vocab_size, (IMAGES, CONFIG.block_size), generator=generator)
     advantages = torch.randn(IMAGES, GROUP, generator=generator)
     mine = ids.chunk(world.size)[world.rank]
-    batch = ImageBatch(torch.zeros(len(mine), 0), mine % CONFIG.num_classes, mine, mine)
-    sizes = Rollout(batch_size=len(mine), num_generations=GROUP)
-    rollout = TeacherForcedRollout(
-        model, lambda part: codes[part.sample_ids], sizes, seed=0, keep_graph=True, impl="auto"
-    )
+    batch = ImageBatch(torch.zeros(len(mine), 0), ClassCondition(mine % CONFIG.num_classes), mine, mine)
+    objective, training = Objective(aux_ce_weight=0.1), Training(micro_batch_size=1)
+    sizes = Rollout(batch_size=IMAGES, num_generations=GROUP)
+    schedule = Schedule.of(rollout=sizes, training=training, objective=objective, ranks=world.size)
+    shared = {"draw": Draw(), "schedule": schedule}
+    rollout = TeacherForcedRollout(model, lambda part: codes[part.sample_ids], sizes, **shared)
     kept = KeepGradients(model)
-    update = PolicyUpdate(
-        model,
-        kept,
-        objective=Objective(aux_ce_weight=0.1),
-        rollout=sizes,
-        training=Training(batch_size=1, gradient_accumulation_steps=len(mine) * GROUP),
-        world=world,
-    )
+    update = PolicyUpdate(model, kept, objective=objective, rollout=sizes, **shared)
     reductions = []
-    for part in batch.parts(update.images_per_part):
+    for part in batch.parts(schedule.images_per_part):
         trajectory = rollout(part)
         trajectory.advantages = advantages[part.sample_ids]
         with profile() as profiler:

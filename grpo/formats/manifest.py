@@ -12,10 +12,9 @@ MANIFEST_NAME = "manifest.json"
 
 
 class FileSum(NamedTuple):
-    """What a file held when it was written."""
+    """What a file held when it was written: so many bytes, with this checksum."""
 
     size: int
-    """Bytes."""
     sha256: str
 
 
@@ -34,11 +33,7 @@ def manifest_text(sums: Mapping[str, FileSum]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
-    """The files that a checkpoint is made of.
-
-    Raises:
-        UserError: no manifest, a damaged one, or one that names files elsewhere.
-    """
+    """The files of a checkpoint. Raises a UserError for no manifest, a damaged one, or one that leaves the folder."""
     path = folder / MANIFEST_NAME
     try:
         entries = json.loads(path.read_text())
@@ -57,7 +52,8 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
 
 def missing_files(folder: Path, sums: Mapping[str, FileSum]) -> list[str]:
     """Names of the files that are absent or not as long as they were written, without reading them."""
-    return [name for name, known in sums.items() if not _has_size(folder / name, known.size)]
+    found = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return [name for name, known in sums.items() if found.get(name) != known.size]
 
 
 def damaged_files(folder: Path, sums: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> list[str]:
@@ -68,7 +64,3 @@ def damaged_files(folder: Path, sums: Mapping[str, FileSum], *, part: int = 0, p
     """
     share = sorted(sums, key=lambda name: (-sums[name].size, name))[part::parts]
     return [name for name in share if file_sums([folder / name])[name] != sums[name]]
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size

@@ -1,4 +1,4 @@
-"""recipes/grpo.py as a user runs it: one and two processes, resumed, with the reference trainer's flags."""
+"""recipes/train_grpo.py as a user runs it: one and two processes, resumed, with the reference trainer's flags."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from grpo.models import (
     VQModel,
     save_weights,
 )
-from recipes.grpo import main
+from grpo.jobs.train_grpo import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0"]
@@ -30,7 +30,7 @@ DEBUG = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0"
 def run(*arguments, processes=1, check=True, **variables):
     """Run the recipe; several processes are started by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "recipes/grpo.py", *map(str, arguments)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "recipes/train_grpo.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     if check:
@@ -72,11 +72,10 @@ def test_two_processes_compute_what_one_does(tmp_path, classifier):
     """The same images in the same order, the same completions, the same losses, with half the batch each."""
     one, two = tmp_path / "one", tmp_path / "two"
     common = [*DEBUG, "--training.steps", 2, "--checkpoint.save_final", "false", "--checkpoint.interval", 0]
-    common += ["--rollout.mode", "autoregressive", "--reward.reconstruction_weight", 0]
-    common += ["--reward.class_log_prob_weight", 1, "--reward.classifier_checkpoint", classifier]
-    common += ["--objective.kl", "k3", "--rollout.cfg_scale", 1.5, "--training.gradient_accumulation_steps", 2]
-    run(*common, "--metrics.run_dir", one, "--rollout.batch_size", 4, "--training.batch_size", 8)
-    run(*common, "--metrics.run_dir", two, "--rollout.batch_size", 2, "--training.batch_size", 4, processes=2)
+    common += ["--rollout.mode", "autoregressive", "--reward.class_log_prob.checkpoint", classifier]
+    common += ["--objective.kl", "k3", "--rollout.cfg_scale", 1.5, "--training.micro_batch_size", 4]
+    run(*common, "--metrics.run_dir", one)
+    run(*common, "--metrics.run_dir", two, processes=2)
     for first, second in zip(metrics(one), metrics(two), strict=True):
         for name in ("loss", "reward_mean", "reward_std", "grad_norm", "kl", "ratio", "aux_ce", "entropy"):
             assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-7), name
@@ -157,7 +156,7 @@ def test_a_mistake_ends_the_program_with_its_line_only(processes):
     assert result.returncode == (2 if processes == 1 else 1)  # torchrun's own code is 1
     lines = [line for line in result.stderr.splitlines() if "missing.pth" in line]
     assert len(lines) == 1
-    assert 'recipes/grpo.py", line' not in result.stderr  # torchrun has a traceback of its own, we have none
+    assert 'recipes/train_grpo.py", line' not in result.stderr  # torchrun has a traceback of its own, we have none
     if processes == 1:
         assert result.stderr.splitlines() == lines
 

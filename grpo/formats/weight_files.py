@@ -1,6 +1,7 @@
 """State dicts in and out of files: LlamaGen's layouts, safetensors, distributed checkpoint folders."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -8,23 +9,25 @@ import shutil
 import struct
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grpo.config import UserError
-from grpo.parallel.safe_checkpoint import METADATA_NAME, read_tensors
+from grpo.formats.distributed_folders import METADATA_NAME, read_tensors
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
 _WRAPPERS = ("model", "module", "state_dict")
 _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
+_CONFIG = "config"  # in the metadata of a .safetensors file
 
 
 def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[str, Tensor]:
@@ -35,8 +38,6 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
     - a `.safetensors` file;
     - a folder with `consolidated.pth`, else with a distributed checkpoint, of which the entries under `model` are
       taken, or all tensors if nothing is there.
-
-    Nothing in a file is executed.
 
     Args:
         bare: insist that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it.
@@ -59,6 +60,26 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
     return _read_pickle(path, bare=bare)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The sizes that `save_weights` wrote with the weights; None where there are none.
+
+    Raises:
+        UserError: not a readable .safetensors file, or damaged sizes.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" or path.is_dir():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_CONFIG)
+        config = None if text is None else json.loads(text)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
+    if not isinstance(config, dict | None):
+        raise UserError(f"{path}: the sizes in this file are damaged")
+    return config
 
 
 def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
@@ -85,7 +106,9 @@ def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
     return dict(content)
 
 
-def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], *, layout: Layout = "auto") -> None:
+def save_weights(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], *, layout: Layout = "auto", config: Any = None
+) -> None:
     """Write a state dict; what is at `path` is replaced only when the new one is complete.
 
     Args:
@@ -93,6 +116,8 @@ def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor],
         state_dict: whole tensors of any device.
         layout: `llamagen` is a pickle of `{"model": weights}`; `auto` follows the suffix: .pt and .pth, .safetensors,
             none for a distributed checkpoint.
+        config: the model's sizes, a dataclass or what `read_config` has read. They go with the weights where the
+            layout is safetensors, the only one with a place for them.
 
     Raises:
         UserError: an unknown suffix, or a folder in the way.
@@ -107,7 +132,7 @@ def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor],
     unfinished = path.with_name(f".{path.name}.unfinished")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     if layout == "safetensors":
-        safetensors.torch.save_file(tensors, unfinished)
+        _write_safetensors(unfinished, tensors, config)
     elif layout == "llamagen":
         torch.save({"model": tensors}, unfinished)
     else:
@@ -115,3 +140,13 @@ def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor],
         with warnings.catch_warnings(action="ignore"):  # that there is no process group is intended
             dcp.save({"model": tensors}, checkpoint_id=unfinished, no_dist=True)
     os.replace(unfinished, path)
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Any) -> None:
+    if config is not None and not isinstance(config, Mapping):
+        config = {field.name: getattr(config, field.name) for field in fields(config) if field.compare}
+    path.touch()
+    mode = path.stat().st_mode  # the library makes a file that its owner alone can read
+    metadata = {"format": "pt"} | ({} if config is None else {_CONFIG: json.dumps(config)})
+    safetensors.torch.save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)

@@ -8,7 +8,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from grpo.config import UserError
-from grpo.parallel.safe_checkpoint import SafeFileSystemReader, read_metadata, read_tensors, safe_load
+from grpo.formats import SafeFileSystemReader, read_tensors, safe_load
+from grpo.formats.distributed_folders import read_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from grpo.parallel import all_reduce_sums
+from grpo.parallel.distributed import all_reduce_sums
 
 
 class MetricSums:
@@ -25,6 +25,11 @@ class MetricSums:
         values = values.detach().double()
         self.add(f"{name}_mean", values.sum(), values.numel())
         self.add(f"{name}_square", values.square().sum(), values.numel())
+
+    def merge(self, *others: "MetricSums") -> None:
+        """Add everything that was added to the others, which stay as they are."""
+        for key, value in (item for other in others for item in other._sums.items()):
+            self._sums[key] = self._sums.get(key, 0.0) + value
 
     def means(self) -> dict[str, float]:
         """Means over everything added on every rank; starts anew. Collective: all ranks add the same names."""

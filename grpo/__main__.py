@@ -1,0 +1,82 @@
+"""The command `grpo JOB ...`: training, sampling and measuring of autoregressive image generators.
+
+`python -m grpo` and, for several ranks, `torchrun -m grpo` do the same. Nothing heavy is imported before a job runs.
+"""
+
+import ast
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from grpo.config import RECIPES, UserError, help_text, help_topics
+
+JOBS = {
+    "train": "train_grpo",
+    "pretrain": "pretrain",
+    "tokenizer": "train_tokenizer",
+    "classifier": "train_classifier",
+    "generate": "generate",
+    "evaluate": "evaluate",
+    "convert": "convert",
+    "quickstart": "quickstart",
+    "memory": "memory",
+}
+"""Word of the command -> module of `grpo.jobs`, the folder recipes/ of a checkout."""
+
+
+def main() -> NoReturn:
+    """The console script `grpo`."""
+    job, *arguments = sys.argv[1:] or ["--help"]
+    if job in ("--help", "-h"):
+        print(overview())
+        sys.exit(0)
+    if job not in JOBS:
+        nearest = difflib.get_close_matches(job, JOBS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(JOBS)}"
+        _refuse(f"{job}: unknown job; {hint}")
+    run_job(job, arguments)
+
+
+def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a job, or print its help, and end the process.
+
+    Args:
+        name: a key of `JOBS`.
+        arguments: its flags; None takes those of this process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    topics = help_topics(arguments)
+    if topics is not None:
+        try:
+            print(help_text(RECIPES[name], topics) if name in RECIPES else _documentation(name))
+        except UserError as error:
+            _refuse(str(error))
+        sys.exit(0)
+    from grpo.parallel import run_main  # torch
+
+    run_main(lambda _: import_module(f"grpo.jobs.{JOBS[name]}").main(arguments))
+
+
+def overview() -> str:
+    """What `grpo --help` prints: the jobs, a line each."""
+    width = max(map(len, JOBS)) + 2
+    lines = [f"  {job:<{width}}{_documentation(job).partition(chr(10))[0]}" for job in JOBS]
+    return "\n".join(["usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job."])
+
+
+def _documentation(job: str) -> str:
+    """The docstring of a job's module, which is not imported for it."""
+    file = Path(__file__).parent / "jobs" / f"{JOBS[job]}.py"
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+def _refuse(line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The reference of all keys: `--help` of a job, and the page docs/configuration.md for all jobs."""
+
+import difflib
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from grpo.config import reference_flags as reference
+from grpo.config.errors import UserError
+from grpo.config.keys import Key, section_keys
+from grpo.config.recipes import RECIPES, GRPORecipe, Recipe
+from grpo.config.reward_kinds import REWARD_KINDS, reward_class, reward_kinds
+from grpo.config.sections import Section
+
+WIDTH = 110
+FLAG_OF_KEY = {key: flag for flag, key in reference.ALL_FLAGS.items()}
+
+
+def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
+    """The keys of a job by section, with their flags, the values they take, their defaults and their meaning.
+
+    Args:
+        topics: sections to show; none are all of them. Only where `reward` is asked for are the rewards imported,
+            to tell the keys of each kind.
+
+    Raises:
+        UserError: there is no such section.
+    """
+    sections = recipe_class.sections()
+    unknown = [topic for topic in topics if topic not in sections]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], sections, n=1) or list(sections)
+        raise UserError(f"--help {unknown[0]}: no section of this job; there are {', '.join(nearest)}")
+    lines = [
+        recipe_class.__doc__,
+        "",
+        f"usage: grpo {recipe_class.job} [--config NAME] [--section.key VALUE ...]",
+        "A flag overrides the recipe file, the file overrides the default. --help SECTION shows that section only.",
+    ]
+    is_grpo = recipe_class is GRPORecipe
+    for name in topics or sections:
+        lines += [
+            "",
+            f"[{name}] {_title(sections[name])}",
+            *_describe(_keys(name, sections[name]), with_reference=is_grpo),
+        ]
+        if name == "reward" and topics:
+            for kind in reward_kinds():
+                lines += ["", f"[reward.{kind}] {_title(reward_class(kind))}"]
+                lines += _describe(_kind_keys(kind), with_reference=True)
+        elif name == "reward":
+            lines += [f"  --reward.NAME.key  (kinds: {', '.join(reward_kinds())}; --help reward tells their keys)"]
+    if is_grpo and not topics:
+        lines += ["", "Flags of the reference trainer besides those above"]
+        lines += [f"  {flag}  (sets {key})" for flag, key in reference.REFERENCE_FLAGS.items() if key.count(".") > 1]
+        for title, section in reference.SECTIONS.items():
+            lines += ["", _title(section), *_describe(_keys(title, section), with_reference=True)]
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The tables of docs/configuration.md."""
+    lines = ["## Jobs", "", "| job | what it does | sections |", "|---|---|---|"]
+    sections: dict[str, type[Section]] = {}
+    for job, recipe_class in RECIPES.items():
+        names = " ".join(f"`[{name}]`" for name in recipe_class.sections())
+        lines.append(f"| `grpo {job}` | {recipe_class.__doc__} | {names} |")
+        sections |= recipe_class.sections()
+    for name, section in sections.items():
+        lines += ["", f"## [{name}]", "", _title(section), *_table(_keys(name, section))]
+        if name == "reward":
+            for kind in REWARD_KINDS:
+                lines += ["", f"### [reward.{kind}]", "", _title(reward_class(kind))]
+                lines += _table(_kind_keys(kind))
+    lines += ["", "## Flags of the reference trainer that are no keys"]
+    for title, section in reference.SECTIONS.items():
+        lines += ["", _title(section), *_table(_keys(title, section))]
+    return "\n".join(lines) + "\n"
+
+
+def _keys(name: str, section: type[Section]) -> Iterable[Key]:
+    return section_keys(name, section).values()
+
+
+def _kind_keys(kind: str) -> list[Key]:
+    """The keys of a table of this name, which has no need of the key `kind`."""
+    keys = section_keys(f"reward.{kind}", reward_class(kind).Settings)
+    return [key for key in keys.values() if key.name != "kind"]
+
+
+def _describe(keys: Iterable[Key], *, with_reference: bool) -> list[str]:
+    lines = []
+    for key in keys:
+        flags = [f"--{key}"] if key.section not in reference.SECTIONS else []
+        flags += [FLAG_OF_KEY[str(key)]] if with_reference and str(key) in FLAG_OF_KEY else []
+        lines.append(f"  {', '.join(flags)}  ({key.allowed}; {_default(key)})")
+        lines += textwrap.wrap(key.meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
+
+
+def _table(keys: Iterable[Key]) -> list[str]:
+    lines = ["", "| key | values | default | meaning |", "|---|---|---|---|"]
+    for key in keys:
+        names = [str(key)] if key.section not in reference.SECTIONS else []
+        names += [FLAG_OF_KEY[str(key)]] if str(key) in FLAG_OF_KEY else []
+        cell = "<br>".join(f"`{name}`" for name in names)
+        default = "required" if key.default is None else f"`{key.default}`"
+        lines.append(f"| {cell} | {key.allowed} | {default} | {key.meaning} |")
+    return lines
+
+
+def _default(key: Key) -> str:
+    return "required" if key.default is None else f"default {key.default}"
+
+
+def _title(documented: type) -> str:
+    """The first paragraph of its documentation, on one line."""
+    return " ".join((documented.__doc__ or "").partition("\n\n")[0].split())

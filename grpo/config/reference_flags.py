@@ -1,0 +1,100 @@
+"""The flags of the reference trainer, and what they mean in keys."""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Set
+from typing import Any
+
+from pydantic import FiniteFloat
+
+from grpo.config.sections import PositiveInt, Section
+
+_TABLE = """
+model: name gpt-model, checkpoint gpt-ckpt, from_fsdp from-fsdp, num_classes num-classes, cls_token_num cls-token-num,
+  class_dropout uncond-prob
+tokenizer: name vq-model, checkpoint vq-ckpt, codebook_size codebook-size, codebook_embed_dim codebook-embed-dim,
+  downsample_size downsample-size
+data: name dataset, path data-path, image_size image-size, num_workers num-workers
+rollout: batch_size sample-batch-size, num_generations num-generations, temperature temperature, top_k top-k,
+  top_p top-p, use_context_noise use-token-noise, context_noise token-noise-prob
+reward: reconstruction.distance reward-rec-type, reconstruction.weight reward-rec-weight,
+  embedding_cosine.weight reward-embedcos-weight
+objective: advantage_clip adv-clip-max, clip_range clip-range, aux_ce_weight aux-ce-weight, use_kl_loss use-kl-loss,
+  kl_coef kl-coef, reference_checkpoint kl-base-ckpt, use_token_dropout use-token-dropout,
+  token_dropout token-dropout-ratio
+optimizer: lr lr, weight_decay weight-decay, beta1 beta1, beta2 beta2, max_grad_norm max-grad-norm
+training: micro_batch_size train-batch-size, steps epochs, seed global-seed, mixed_precision mixed-precision,
+  grad_precision grad-precision, dropout_mode sample-model-mode
+parallel: data_parallel data-parallel
+checkpoint: interval ckpt-every, dir ckpt-dir, sharded ckpt-sharded
+metrics: wandb use-wandb, wandb_project wandb-project, wandb_entity wandb-entity, wandb_run_name wandb-run-name,
+  image_interval log-image-every, interval log-interval
+"""
+
+REFERENCE_FLAGS: Mapping[str, str] = {
+    f"--{flag}": f"{section}.{key}"
+    for section, pairs in re.findall(r"^(\w+):(.*(?:\n  .*)*)", _TABLE, re.MULTILINE)
+    for key, flag in map(str.split, pairs.split(","))
+}
+"""Flag of the reference trainer -> the key that it sets as it is."""
+
+
+class ReferenceOnly(Section):
+    """Flags of the reference trainer that are no keys of a recipe."""
+
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forwards and backwards of --train-batch-size completions in one optimizer step."""
+    reward_use_embedcos: bool = False
+    """Switch of the reward embedding_cosine: while it is off, --reward-embedcos-weight is 0."""
+
+
+class Unavailable(Section):
+    """Flags of rewards that do not exist here yet: accepted at the reference's defaults only."""
+
+    reward_perceptual_weight: FiniteFloat = 0.0
+    """Weight of minus LPIPS."""
+    reward_use_gan: bool = False
+    """Reward by a PatchGAN discriminator."""
+    reward_gan_weight: FiniteFloat = 1.0
+    """Its weight."""
+    reward_disc_dim: PositiveInt = 64
+    """Its width."""
+    reward_disc_num_layers: PositiveInt = 3
+    """Its depth."""
+    reward_disc_ckpt: str | None = None
+    """Its weights."""
+
+
+SECTIONS: Mapping[str, type[Section]] = {"reference": ReferenceOnly, "unavailable": Unavailable}
+"""These two as sections, which are no part of a recipe."""
+
+ALL_FLAGS: Mapping[str, str] = {
+    **REFERENCE_FLAGS,
+    **{f"--{key.replace('_', '-')}": f"{name}.{key}" for name, part in SECTIONS.items() for key in part.model_fields},
+}
+"""Flag of the reference trainer -> its key, in a recipe or in one of the sections above."""
+
+EMBEDDING_SWITCH = ALL_FLAGS["--reward-use-embedcos"]
+BATCH_DEFAULTS = {"--sample-batch-size": 32, "--train-batch-size": 8, "--gradient-accumulation-steps": 1}
+STEP_FLAGS = {flag: ALL_FLAGS[flag] for flag in ("--train-batch-size", "--gradient-accumulation-steps")}
+
+
+def whole_batch(values: Mapping[str, Any], flags: Set[str]) -> dict[str, tuple[int, dict[str, int]]]:
+    """The keys of the whole batch that follow from the reference's flags and defaults, which count on each process.
+
+    Args:
+        values: value of every key that is set, where flags of the reference still have their own numbers.
+        flags: the reference's flags that are given.
+
+    Returns:
+        Key -> its value, and the flags behind it with their defaults. A key of the file stays unless a flag is given.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    counts = {"rollout.batch_size": ["--sample-batch-size"], "training.batch_size": list(STEP_FLAGS)}
+    keys = {}
+    for key, names in counts.items():
+        if key not in values or not flags.isdisjoint(names):
+            numbers = [values.get(ALL_FLAGS[flag], BATCH_DEFAULTS[flag]) for flag in names]
+            keys[key] = (math.prod(numbers) * ranks, {flag: BATCH_DEFAULTS[flag] for flag in names})
+    return keys

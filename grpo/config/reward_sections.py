@@ -1,0 +1,78 @@
+"""The section [reward] and its tables [reward.NAME], each typed by its kind."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    Field,
+    FiniteFloat,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from grpo.config.reward_kinds import reward_class
+from grpo.config.sections import MayChange, NonNegativeInt, Section
+
+REFERENCE_REWARD = "reconstruction"
+"""The reference trainer's reward, where a recipe names none: minus the squared error."""
+
+
+class RewardTable(Section):
+    """What every reward's table [reward.NAME] has; a kind adds keys of its own."""
+
+    path_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys whose value is FILE or FILE:NAME, relative to the folder of the recipe's file; loaded they are absolute."""
+
+    kind: str
+    """What is rewarded; the table's own name unless given."""
+    weight: FiniteFloat = 1.0
+    """Its weight in the sum of rewards; 0 switches it off."""
+
+    def resolved(self) -> Self:
+        """The table as it is saved with a run; a kind that depends on files may note their hashes or refuse them.
+
+        Raises:
+            UserError: a file is missing, or is not the one that was noted.
+        """
+        return self
+
+
+def reward_table(name: str, keys: dict[str, Any]) -> RewardTable:
+    """[reward.NAME] with these keys."""
+    table = {"kind": name, **keys}
+    return reward_class(table["kind"]).Settings.model_validate(table)
+
+
+class Rewards(Section):
+    """The weighted sum of rewards of one completion; each reward is a table of its own, [reward.NAME]."""
+
+    batch_size: Annotated[NonNegativeInt, MayChange] = 64
+    """Completions decoded and scored at once on each rank; 0 is what fits into a GPU's memory, and 64 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the decoder and the networks that reward; auto is bf16 on a GPU and fp32 on a CPU."""
+    tables: dict[str, SerializeAsAny[RewardTable]] = Field(
+        default_factory=lambda: {REFERENCE_REWARD: reward_table(REFERENCE_REWARD, {})}
+    )
+    """Name -> table; in a file, and dumped, each table is an entry of its own beside the other keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_tables(cls, values: Any) -> Any:
+        entries = values.items() if isinstance(values, dict) else ()
+        found = {name: keys for name, keys in entries if isinstance(keys, dict) and name not in cls.model_fields}
+        if not found:
+            return values
+        own = {name: value for name, value in entries if name not in found}
+        return {**own, "tables": {name: reward_table(name, keys) for name, keys in found.items()}}
+
+    @model_serializer(mode="wrap")
+    def _spread_tables(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = dump(self)
+        tables = values.pop("tables")
+        return {**values, **tables}
+
+    @property
+    def active(self) -> dict[str, RewardTable]:
+        """The tables with a weight other than 0."""
+        return {name: table for name, table in self.tables.items() if table.weight}

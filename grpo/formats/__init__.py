@@ -1,0 +1,31 @@
+"""State dicts in files and folders, read beside written: nothing in a file is ever executed."""
+
+from grpo.formats.distributed_folders import METADATA_NAME, SafeFileSystemReader, read_tensors, safe_load
+from grpo.formats.manifest import (
+    MANIFEST_NAME,
+    FileSum,
+    damaged_files,
+    file_sums,
+    manifest_text,
+    missing_files,
+    read_manifest,
+)
+from grpo.formats.weight_files import Layout, read_config, read_weights, save_weights
+
+__all__ = [
+    "MANIFEST_NAME",
+    "METADATA_NAME",
+    "FileSum",
+    "Layout",
+    "SafeFileSystemReader",
+    "damaged_files",
+    "file_sums",
+    "manifest_text",
+    "missing_files",
+    "read_config",
+    "read_manifest",
+    "read_tensors",
+    "read_weights",
+    "safe_load",
+    "save_weights",
+]

@@ -1,0 +1,75 @@
+"""Families of generators: all that the rest of the project knows about a model.
+
+A new family is a file with its model, a file with a class like `LlamaGen`, and a line in `FAMILIES`.
+"""
+
+import os
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from grpo.config import Model, Tokenizer
+from grpo.models.llamagen import LlamaGen
+from grpo.models.specs import named_spec
+
+
+class ModelFamily(Protocol):
+    """How the models of a family are made. A model of V codes, T an image and width D has
+
+    - `config`: its sizes, a frozen dataclass with `block_size` T, `vocab_size` V and `dim` D;
+    - `layers`: its blocks, the units of recomputation, compilation and sharding;
+    - `output`: the projection of hidden states to V logits;
+    - `hidden(tokens [B, S], condition) -> [B, S + 1, D]`, what `output` is applied to, and `forward`, after it;
+    - `init_cache(batch_size, *, dtype, device, length=None)`, `prefill(condition, cache) -> [B, D]` and
+      `extend(tokens [B], position, cache) -> [B, D]`: the same, row by row, in static shapes;
+    - `forward_methods`: the names of those that are called besides `forward` and need whole parameters;
+    - `reset_buffers()`: rebuilds what is not in the state dict;
+
+    and embeds the conditions that it knows, their dropped rows as its own unconditional ones.
+    """
+
+    name: str
+    specs: Mapping[str, Any]
+    """Its named sizes; a name belongs to one family."""
+    costs: ModuleType
+    """Floating-point operations and bytes by `config`, as in `grpo.models.costs`."""
+
+    def sizes(self, model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:
+        """The `config` of the spec `model.name` for a recipe's sections. Raises a UserError if they do not fit."""
+
+    def build(self, config: Any) -> nn.Module:
+        """A model with fresh weights."""
+
+    def load(self, path: str | os.PathLike[str], config: Any = None, *, bare: bool = False) -> nn.Module:
+        """A model with the weights at `path`, in any layout in which the family is published; see `load_gpt`."""
+
+    def export(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by the names under which the family is published."""
+
+
+FAMILIES: tuple[ModelFamily, ...] = (LlamaGen(),)
+
+MODEL_SPECS: Mapping[str, Any] = MappingProxyType(
+    {name: spec for family in FAMILIES for name, spec in family.specs.items()}
+)
+
+
+def get_model_spec(name: str) -> Any:
+    """The generator's spec of that name. Raises a UserError, with the nearest name, if there is none."""
+    return named_spec(MODEL_SPECS, name, key="model.name")
+
+
+def get_family(spec_name: str) -> ModelFamily:
+    """The family that the spec belongs to. Raises as `get_model_spec`."""
+    return named_spec({name: family for family in FAMILIES for name in family.specs}, spec_name, key="model.name")
+
+
+def generator_sizes(model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:
+    """Sizes of a recipe's generator: its spec, for the recipe's images, codes and conditions.
+
+    Raises:
+        UserError: no such spec, or the image is not a whole number of codes wide.
+    """
+    return get_family(model.name).sizes(model, tokenizer, image_size=image_size)

@@ -1,0 +1,130 @@
+"""A reward by a function of the user's own, in a file of theirs."""
+
+import hashlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from grpo.config import RewardTable, UserError
+from grpo.rewards.base import DecodedBatch, Reward, RewardContext
+
+OFFERED: dict[str, Callable[[DecodedBatch, Sequence[str]], Any]] = {
+    "class_ids": lambda batch, names: batch.condition.class_ids.clone(),
+    "class_names": lambda batch, names: [names[i] for i in batch.condition.class_ids.tolist()],
+    "real_images": lambda batch, names: batch.real_images[batch.image_of].float(),
+    "tokens": lambda batch, names: batch.tokens.clone(),
+}
+"""To a function that names them, from a batch and the names of all classes; it may write into all of it."""
+
+
+class PythonFunction(Reward):
+    """What the function returns for images [n, 3, H, W] fp32 in [-1, 1]: [n] numbers, NaN where it abstains.
+
+    A function that raises or returns anything else is a `UserError` that names its file and line.
+    """
+
+    class Settings(RewardTable):
+        """A function of your own."""
+
+        path_keys = frozenset({"function"})
+
+        function: str
+        """FILE:NAME, such as "my_rewards.py:sharpness": the file, relative to the recipe's, and the function in it."""
+        arguments: dict[str, Any] = Field(default_factory=dict)
+        """Keyword arguments of the function."""
+        sha256: str | None = None
+        """Of the file; a saved recipe has it, so that another version of the file is refused."""
+
+        def resolved(self) -> Self:
+            return self.model_copy(update={"sha256": hashlib.sha256(self.source()).hexdigest()})
+
+        def source(self) -> bytes:
+            """What is in the file, if that is what `sha256` is of."""
+            file = self.function.rpartition(":")[0]
+            if not file:
+                raise UserError(f"function: must be FILE:NAME, not {self.function}")
+            try:
+                source = Path(file).read_bytes()
+            except OSError as error:
+                raise UserError(f"function: cannot read {file}: {error.strerror}") from error
+            if self.sha256 not in (None, hashlib.sha256(source).hexdigest()):
+                raise UserError(f"function: {file} has changed: bring back what sha256 says, or delete sha256")
+            return source
+
+    may_abstain = True
+
+    def __init__(self, settings: Settings, context: RewardContext) -> None:
+        self.context, self.arguments = context, settings.arguments
+        self.file, _, self.name = settings.function.rpartition(":")
+        self.function = getattr(_load(self.file, settings.source()), self.name, None)
+        if not callable(self.function):
+            raise UserError(f"function: {self.file} has no function {self.name}")
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        self.place = f"{code.co_filename}:{code.co_firstlineno}" if code else self.file
+        try:
+            parameters = inspect.signature(self.function)
+            self.wanted = [name for name in OFFERED if name in parameters.parameters and name not in self.arguments]
+            parameters.bind("images", **dict.fromkeys(self.wanted), **self.arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"function: {self.place}: cannot call {self.name}: {error}. It gets the images, by name its arguments "
+                f"and, if it names them, {', '.join(OFFERED)}; there are no prompts yet"
+            ) from error
+
+    def __call__(self, batch: DecodedBatch) -> Tensor:
+        """-> [n] fp32."""
+        images = batch.images.float().clamp(-1, 1)
+        offered = {name: OFFERED[name](batch, self.context.class_names) for name in self.wanted}
+        try:
+            returned = self.function(images, **offered, **self.arguments)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise  # the launcher has advice
+        except (Exception, SystemExit) as error:
+            raise UserError(_tell(error, self.file, f"{self.name} raised ", place=self.place)) from error
+        found = type(returned).__name__
+        try:
+            # a copy, because torch takes no array that is reversed
+            scores = torch.as_tensor(returned.copy() if isinstance(returned, np.ndarray) else returned).detach()
+            found = f"{list(scores.shape)} of {str(scores.dtype).removeprefix('torch.')}"
+            if scores.shape != (len(images),) or scores.is_complex():
+                raise ValueError
+        except Exception as error:  # of many types, for as many things that are no numbers
+            text = f"{self.place}: {self.name} must return {len(images)} numbers, one an image, not {found}"
+            raise UserError(text) from error
+        return scores.to(self.context.device, torch.float32)
+
+
+def _load(file: str, source: bytes) -> ModuleType:
+    """The file as a module, once for all functions in it; its folder is not searched for other modules.
+
+    It is not imported by its name, so that what runs is the `source` whose hash the recipe has.
+    """
+    name = f"_grpo_reward_{hashlib.sha256(file.encode() + source).hexdigest()[:16]}"
+    if name not in sys.modules:
+        module = sys.modules[name] = ModuleType(name)  # there, because dataclasses look for their module
+        module.__file__ = file
+        try:
+            exec(compile(source, file, "exec"), module.__dict__)
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
+            hint = "; modules beside the file are not found by themselves" if isinstance(error, ImportError) else ""
+            raise UserError(f"function: {_tell(error, file)}{hint}") from error
+    return sys.modules[name]
+
+
+def _tell(error: BaseException, file: str, what: str = "", *, place: str | None = None) -> str:
+    """An error in a line that begins with the last line of the file that it passed through, or with `place`."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    text = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+    return f"{f'{file}:{lines[-1]}' if lines else place or file}: {what}{text}"

@@ -1,0 +1,63 @@
+"""From conditions to images: what generating, evaluating and the quickstart draw with."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grpo.config import Model, Sampling
+from grpo.config import Tokenizer as TokenizerConfig
+from grpo.data import to_uint8
+from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, get_family
+from grpo.parallel import MetricSums, compute_dtype, set_matmul_precision
+from grpo.rollout.autoregressive import sample_codes
+from grpo.rollout.build import build_draw
+
+
+class ImageSampler:
+    """Draws images with a generator and its tokenizer; an image depends on its condition, its row id and the seed only.
+
+    Args:
+        model: the generator, parallelized or not.
+        tokenizer: decodes its codes.
+        sampling: temperature, truncation, guidance, seed, batch and size.
+        device: of both.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> None:
+        self.model, self.tokenizer, self.sampling, self.device = model, tokenizer, sampling, device
+        self.draw = build_draw(sampling, seed=sampling.seed, impl=sampling.kernels)
+        self._drawn = MetricSums()
+
+    @torch.no_grad()
+    def __call__(self, condition: Condition, row_ids: Tensor) -> Tensor:
+        """B rows and row_ids [B] int64 -> images [B, 3, H, W] uint8."""
+        condition, row_ids, size = condition.to(self.device), row_ids.to(self.device), self.sampling.batch_size
+        parts = [slice(start, start + size) for start in range(0, condition.rows, size)]
+        return torch.cat([self._draw(condition.select(part), row_ids[part]) for part in parts])
+
+    def entropy(self) -> float:
+        """Estimate of the policy's entropy, nats a token: the mean of -log p of what all ranks have drawn. Collective.
+
+        Starts anew with each call. Where top-k or top-p truncate the draw it is too low.
+        """
+        return self._drawn.means()["entropy"]
+
+    def _draw(self, condition: Condition, row_ids: Tensor) -> Tensor:
+        sampling = self.sampling
+        guidance = {"cfg_scale": sampling.cfg_scale, "cfg_interval": sampling.cfg_interval}
+        drawn = sample_codes(self.model, condition, row_ids=row_ids, draw=self.draw, **guidance)
+        self._drawn.add("entropy", -drawn.log_probs.sum(), drawn.log_probs.numel())
+        images = self.tokenizer.decode(drawn.tokens).float().clamp(-1, 1)
+        if sampling.resize_to is not None:
+            images = F.interpolate(images, size=(sampling.resize_to,) * 2, mode="bicubic", antialias=True)
+        return to_uint8(images)
+
+
+def load_sampler(model: Model, tokenizer: TokenizerConfig, sampling: Sampling, *, device: torch.device) -> ImageSampler:
+    """The sampler of a recipe's checkpoints, whole on this rank, in the recipe's precision."""
+    sizes = generator_sizes(model, tokenizer, image_size=sampling.image_size)
+    dtype = compute_dtype(sampling.mixed_precision)
+    set_matmul_precision(sampling.mixed_precision)
+    generator = get_family(model.name).load(model.checkpoint, sizes, bare=model.from_fsdp)
+    generator = generator.to(device, dtype).requires_grad_(False)
+    return ImageSampler(generator, build_tokenizer(tokenizer, device=device).to(dtype), sampling, device=device)

@@ -1,0 +1,54 @@
+"""The loop of the jobs that minimise a loss on real images: pre-training, tokenizer, classifier."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from grpo.data import ImageBatch, ImageDataset, build_stream
+from grpo.parallel import MetricSums, gradient_sync
+from grpo.training.optimizer import GuardedOptimizer
+from grpo.training.run import TrainingRun
+
+Loss = Callable[[ImageBatch], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+def minimise(
+    run: TrainingRun,
+    model: nn.Module,
+    dataset: ImageDataset,
+    loss: Loss,
+    *,
+    optimizer: GuardedOptimizer,
+    after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
+) -> None:
+    """Train to the last step of the run, resuming if there is something to resume from.
+
+    Args:
+        model: parallelized, in train mode.
+        loss: a micro-batch -> its mean loss [] and means of other metrics by name, each over the micro-batch's images.
+        optimizer: of the model.
+        after_step: called after each optimizer step with its number; gives more metrics, which are means over ranks.
+    """
+    training, world = run.recipe.training, run.world
+    stream = build_stream(
+        dataset,
+        batch_size=training.images,
+        seed=training.seed,
+        num_workers=run.recipe.data.num_workers,
+        world=world,
+    )
+    run.start(model=model, optimizer=optimizer, stream=stream)
+    for step in run.steps():
+        metrics = MetricSums()
+        with run.timer("data"):
+            images = next(stream).to(world.device)  # [B]
+        for batch in (parts := images.parts(training.micro_batch_size)):
+            gradient_sync(model, batch is parts[-1])
+            value, means = loss(batch)
+            with run.timer("backward"):
+                optimizer.backward(value * (batch.rows / images.rows))
+            for name, mean in {"loss": value, **means}.items():
+                metrics.add(name, mean.detach().double() * batch.rows, batch.rows)
+        for name, number in {**optimizer.step(), **after_step(step)}.items():
+            metrics.add(name, number)
+        run.finish(step, metrics, images=images.rows * world.size)

@@ -1,0 +1,133 @@
+"""GRPO of an autoregressive image generator: rollout -> reward -> credit -> update -> observe.
+
+grpo train --config debug
+torchrun --nproc_per_node=8 -m grpo train --config vapi_xxl_384
+torchrun --nproc_per_node=8 recipes/train_grpo.py --config train_configs/vapi_xxl_384.toml
+"""
+
+if __name__ == "__main__":  # before the imports, so that --help does without torch
+    from grpo.__main__ import run_job
+
+    run_job("train")
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from torch import nn
+
+from grpo.config import GRPORecipe, Schedule, load_recipe
+from grpo.data import CodeCache, ImageBatch, ImageStream, build_dataset, build_stream
+from grpo.estimate import Work, grpo_work
+from grpo.models import build_tokenizer
+from grpo.objectives import credit
+from grpo.observe import SampleRow
+from grpo.parallel import MetricSums, World, distributed
+from grpo.rewards import Rewarded, RewardSum, build_rewards
+from grpo.rollout import Trajectory, build_draw, build_rollout
+from grpo.training import PolicyUpdate, TrainingRun, build_generator, build_optimizer
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the recipe, join the process group, train."""
+    recipe = load_recipe(GRPORecipe, arguments)
+    with distributed(recipe.parallel.timeout) as world:
+        train(recipe, world)
+
+
+def train(recipe: GRPORecipe, world: World) -> None:
+    """The whole job on this rank."""
+    with TrainingRun(recipe, world, title="GRPO") as run:
+        job = build(recipe, run)
+        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream)
+        for step in run.steps():
+            metrics, shown = MetricSums(), []
+            with run.timer("data"):
+                images = next(job.stream).to(world.device)  # [B] images and what they were asked to be
+            for batch in images.parts(job.schedule.images_per_part):
+                show = recipe.metrics.image_groups if run.observer.wants_images(step) and not shown else 0
+                with run.timer("rollout"):
+                    trajectory = job.rollout(batch)  # tokens [R, M, T]
+                rewarded = job.reward(trajectory.tokens, batch.condition, batch.images, show=show, timer=run.timer)
+                trajectory.rewards = rewarded.total  # [R, M]
+                trajectory.advantages, credited = job.credit(rewarded)  # [R, M]
+                with run.timer("update"):
+                    updated = job.update(trajectory)  # clipped ratio, in micro-batches
+                metrics.merge(rewarded.metrics(), credited, updated)
+                shown = shown or sample_rows(batch, rewarded, job)
+            run.observer.images(step, shown)
+            run.finish(step, metrics, images=job.schedule.completions * world.size, codes=job.codes, work=job.work)
+
+
+class Job(NamedTuple):
+    """What a GRPO run works with."""
+
+    schedule: Schedule
+    stream: ImageStream
+    policy: nn.Module
+    rollout: Callable[[ImageBatch], Trajectory]
+    reward: RewardSum
+    credit: Callable
+    update: PolicyUpdate
+    codes: int
+    work: Work
+    shows_real: bool
+
+
+def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
+    """Data, models, rollout, rewards and update of a recipe."""
+    training, objective, world = recipe.training, recipe.objective, run.world
+    schedule = Schedule.of(rollout=recipe.rollout, training=training, objective=objective, ranks=world.size)
+    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)
+    stream = build_stream(
+        dataset,
+        batch_size=recipe.rollout.batch_size,
+        seed=training.seed,
+        num_workers=recipe.data.num_workers,
+        world=world,
+    )
+    tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
+    codes = CodeCache.of(tokenizer, dataset, enabled=recipe.data.cache_codes).codes
+    generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
+    policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
+    if objective.kl_estimator != "none":
+        frozen = objective.reference_checkpoint or recipe.model.checkpoint
+        reference = generator(checkpoint=frozen).eval().requires_grad_(False)
+    draw = build_draw(recipe.rollout, seed=training.seed, impl=training.kernels)
+    reward = build_rewards(
+        recipe.reward,
+        tokenizer,
+        class_names=dataset.class_names,
+        num_classes=recipe.model.num_classes,
+        device=world.device,
+        compile=recipe.compile,
+    )
+    update = PolicyUpdate(
+        policy,
+        build_optimizer(policy, recipe, world, steps_per_training_step=schedule.steps_per_rollout),
+        objective=objective,
+        rollout=recipe.rollout,
+        draw=draw,
+        schedule=schedule,
+        reference=reference,
+    )
+    return Job(
+        schedule=schedule,
+        stream=stream,
+        policy=policy,
+        rollout=build_rollout(policy, run.timer("encode")(codes), recipe.rollout, draw=draw, schedule=schedule),
+        reward=reward,
+        credit=partial(credit, group_size=schedule.group_size, objective=objective),
+        update=update,
+        codes=policy.config.block_size,
+        work=grpo_work(recipe, policy.config, schedule),
+        shows_real=recipe.rollout.mode == "teacher_forced",
+    )
+
+
+def sample_rows(batch: ImageBatch, rewarded: Rewarded, job: Job) -> list[SampleRow]:
+    """Rows of the image grid: the real image (where completions are of it), completions, rewards, what was asked for."""
+    groups = rewarded.total.view(batch.rows, -1)  # [B, G]
+    captions = job.stream.dataset.captions(batch.condition)
+    rows = zip(batch.images, rewarded.images, groups, captions, strict=False)
+    return [SampleRow(real if job.shows_real else None, drawn, rewards, text) for real, drawn, rewards, text in rows]
