@@ -18,8 +18,7 @@ HEADLINES = {
     "clip_fraction": "clipped",
     "images_per_second": "images/s",
 }
-"""The metrics that the console shows, in this order and under these names; those that a job does not have are left
-out."""
+"""The metrics that the console shows, in this order and under these names, as far as a job has them."""
 
 
 def headline(metrics: Mapping[str, float]) -> str:
@@ -78,7 +77,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, headline=headline(metrics))
         elif line:
-            self._print(self.line(step, metrics))
+            self.message(self.line(step, metrics))
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
         """`train 20/100  reward -0.81  loss 0.004  1:32 left`: the step as plain text, time left by the mean pace."""
@@ -88,9 +87,6 @@ class ProgressDisplay:
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
@@ -101,14 +97,12 @@ class ProgressDisplay:
 def progress(
     items: Iterable[Item], description: str, *, total: int | None = None, show: bool = True, seconds: float = 10.0
 ) -> Iterator[Item]:
-    """Yields `items` and shows how far it is: for loops without metrics, such as decoding or scoring images.
+    """Yields `items` and shows how far it is: for loops without metrics, such as drawing or measuring images.
 
     Args:
-        items: anything to loop over.
-        description: name of the phase.
         total: number of items; None is their length, and without a length none is shown.
         show: False only passes the items on (ranks other than the main one).
-        seconds: seconds between plain lines where there is no terminal.
+        seconds: between plain lines where there is no terminal.
     """
     if total is None:
         total = len(items) if hasattr(items, "__len__") else 0
