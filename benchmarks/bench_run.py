@@ -14,7 +14,6 @@ is that of those few images; both sides' is the peak above the loaded models, an
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,22 +21,19 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
+from recipes.grpo import train
 from torch.nn import functional as F
 
-from benchmarks import reference_algorithm
-from benchmarks.bench_update import now, plot
-from benchmarks.harness import peak_bytes
+import reference_algorithm
+from bench_update import now, plot
 from grpo.config import GRPORecipe, load_recipe
 from grpo.models import GPT, VQModel
 from grpo.observe import environment, read_metrics
 from grpo.parallel import compute_dtype, distributed
 from grpo.training import gpt_config
 from grpo.training.build import build_tokenizer
-from recipes.grpo import train
+from harness import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SYNTHETIC = (

@@ -7,17 +7,12 @@ does.
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case, Result, Target, main
 from grpo.kernels import sample_tokens
+from harness import DEVICE, Case, Result, Target, main
 
 N, V = (512, 16384) if DEVICE.type == "cuda" else (128, 16384)
 

@@ -4,17 +4,12 @@ python benchmarks/bench_token_log_probs.py [--json results.json]
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case, Result, Target, compiled, main, peers
 from grpo.kernels import token_log_probs
+from harness import DEVICE, Case, Result, Target, compiled, main, peers
 
 N, V, DTYPE = (65536, 16384, torch.bfloat16) if DEVICE.type == "cuda" else (256, 16384, torch.float32)
 

@@ -102,7 +102,7 @@ def test_nobody_edits_the_path_or_names_an_issue():
         for file in (ROOT / folder).rglob("*.py"):
             text = file.read_text()
             if file != Path(__file__):
-                assert "sys.path" not in text, file
+                assert not re.search(r"sys\.path(\[0\] =|\.(insert|append))", text), file
                 assert not re.search(r"\bissue \d", text, re.IGNORECASE), file
 
 
