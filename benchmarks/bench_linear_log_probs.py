@@ -108,7 +108,7 @@ def difference(gradients: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> flo
 
 
 def targets(results: dict[str, Result]) -> list[Target]:
-    """Of issue 3, N=65536, D=1536. Scratch memory is held against fp32 logits, which eager makes beside its own."""
+    """For N=65536, D=1536 on one H200. Scratch memory is held against fp32 logits, which eager makes beside its own."""
     wanted, logits = [], 4 * N * V
     for M in (8, 1):
         forward, both = results[f"D=1536 forward M={M}"], results[f"D=1536 forward + backward M={M}"]

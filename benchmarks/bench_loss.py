@@ -75,7 +75,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def targets(results: dict[str, Result]) -> list[Target]:
-    """Of issue 3, 65536 tokens."""
+    """For 65536 tokens on one H200."""
     forward, both = results["forward"], results["forward + backward"]
     return [
         Target("launches of loss, metrics and gradient", forward.sizes["launches"], 1, at_most=True),

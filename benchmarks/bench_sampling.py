@@ -74,7 +74,7 @@ def case(logits, fast, options, num_samples: int, top_k: int, top_p: float) -> C
 
 
 def targets(results: dict[str, Result]) -> list[Target]:
-    """Of issue 3, N=512, V=16384 on one H200."""
+    """For N=512, V=16384 on one H200."""
     one, eight, both = results["G=1"], results["G=8"], results["G=8 top-k 1000 top-p 0.9"]
     wanted = [
         Target("one draw, speed of eager", one.ratio("eager"), 3),

@@ -82,7 +82,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def targets(results: dict[str, Result]) -> list[Target]:
-    """Of issue 3, N=65536."""
+    """For N=65536 on one H200."""
     wanted = []
     for name, limit in (("forward", 0.8), ("backward", 0.75)):
         eight, one = results[f"{name} M=8"], results[f"{name} M=1"]
