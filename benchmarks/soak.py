@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from grpo.observe import environment
 from soak_job import Job, Watch, compare_runs
+
+from grpo.observe import environment
 
 RECOVERY_SECONDS = 300
 
