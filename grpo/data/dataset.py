@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from grpo.config import Data, UserError
-from grpo.data.images import center_crop, normalize, to_pixels, to_rgb
-from grpo.models import ClassCondition, Condition
+from grpo.data.images import center_crop, to_pixels, to_rgb
+from grpo.models import ClassCondition, Condition, normalize
 
 logger = logging.getLogger(__name__)
 

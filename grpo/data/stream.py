@@ -21,8 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from grpo.config import UserError
 from grpo.data.dataset import ImageDataset, UnreadableImage
-from grpo.data.images import normalize
-from grpo.models import Condition
+from grpo.models import Condition, normalize
 from grpo.parallel import World
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import Evaluation, UserError
-from grpo.data import normalize
-from grpo.models import load_classifier, read_weights
+from grpo.models import load_classifier, normalize, read_weights
 
 
 class Judge(Protocol):
