@@ -13,15 +13,15 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import reference_algorithm
 import torch
 from comparison import DEVICE, header, now, random_model, write
-from harness import peak_bytes
 
+import reference_algorithm
 from grpo.estimate import measured_peaks
 from grpo.models import GPT
 from grpo.models.costs import extension_bytes
 from grpo.rollout import generate
+from harness import peak_bytes
 
 
 @dataclass(frozen=True)

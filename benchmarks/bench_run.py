@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import reference_algorithm
 import torch
 from comparison import DEVICE, header, now, spread_logits, write
-from harness import peak_bytes
 from torch.nn import functional as F
 
+import reference_algorithm
 from grpo.config import GRPORecipe, load_recipe
 from grpo.jobs.train_grpo import train
 from grpo.models import ClassCondition, VQModel, build_tokenizer, generator_sizes, get_family, tokenizer_sizes
 from grpo.observe import read_metrics
 from grpo.parallel import compute_dtype, distributed
+from harness import peak_bytes
 
 SYNTHETIC = (
     "--data.name synthetic --data.path none --model.checkpoint none --tokenizer.checkpoint none "

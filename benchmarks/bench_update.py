@@ -20,11 +20,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import reference_algorithm
 import torch
 from comparison import DEVICE, header, now, random_model, write
-from harness import peak_bytes
 
+import reference_algorithm
 from grpo.config import Objective, Optimizer, Rollout, Schedule, Training
 from grpo.data import ImageBatch
 from grpo.kernels import Draw
@@ -32,6 +31,7 @@ from grpo.models import GPT, ClassCondition
 from grpo.parallel import MetricSums
 from grpo.rollout import TeacherForcedRollout
 from grpo.training import GuardedOptimizer, PolicyUpdate
+from harness import peak_bytes
 
 CLIP, AUX_CE_WEIGHT = 0.2, 0.1
 

@@ -23,9 +23,8 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from soak_job import Job, Watch, compare_runs
-
 from grpo.observe import environment
+from soak_job import Job, Watch, compare_runs
 
 RECOVERY_SECONDS = 300
 

@@ -40,17 +40,16 @@ from grpo.config import (
     PretrainRecipe,
     Recipe,
     TokenizerRecipe,
-    UserError,
     load_recipe,
 )
 from grpo.data import build_dataset
 from grpo.evaluation import ClassifierJudge, DatasetImages, DrawnImages, classes_in_turn, compare, measure_images
-from grpo.models import load_classifier
-from grpo.observe import image_grid, progress, write_report
 from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_classifier import train as train_classifier
 from grpo.jobs.train_grpo import train as train_policy
 from grpo.jobs.train_tokenizer import train as train_tokenizer
+from grpo.models import load_classifier
+from grpo.observe import image_grid, progress, write_report
 from grpo.parallel import World, distributed
 from grpo.rollout import load_sampler
 from grpo.training import EXPORT_NAME, Phase, run_phases

@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,19 +22,6 @@ from grpo.config.shipped import nearest_recipe, recipe_path
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A value that the user gave: the text of a flag, or a typed value of a recipe file."""
-
-    key: str
-    value: Any
-    origin: str
-    """The flag with its text, or the name of the file."""
-    folder: Path = Path()
-    """What a path that belongs to the recipe is relative to."""
-    is_text: bool = False
 
 
 class RecipeBuilder(Generic[RecipeT]):
@@ -107,8 +93,8 @@ class RecipeBuilder(Generic[RecipeT]):
         settings = self._name_flags(flags)
         for name, section in self._file.items():
             self._read_section(name, section)
-        for setting in settings:
-            self._take(setting)
+        for key, text, origin in settings:
+            self._take(key, text, origin, is_text=True)
         values = self._values
         if self._is_grpo:
             self._translate(flags)
@@ -129,8 +115,8 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(line)
         self._suspects |= {CONFIG}
 
-    def _name_flags(self, flags: Sequence[Flag]) -> list[Setting]:
-        """The settings of the flags; a line for each that is unknown, lacks its value or was given twice."""
+    def _name_flags(self, flags: Sequence[Flag]) -> list[tuple[str, str, str]]:
+        """Key, text and origin of the flags; a line for each that is unknown, lacks its value or was given twice."""
         settings, seen = [], {}
         broken = tuple(f"--reward.{name}." for name in self._kinds if f"reward.{name}" not in self._sections)
         for flag in flags:
@@ -147,7 +133,7 @@ class RecipeBuilder(Generic[RecipeT]):
                 self._suspects.add(key)
             elif key != CONFIG:
                 text = "true" if flag.text is None else flag.text
-                settings.append(Setting(key, text, f"{flag.name} {text or '(empty)'}", is_text=True))
+                settings.append((key, text, f"{flag.name} {text or '(empty)'}"))
             seen.setdefault(key, flag.name)
         return settings
 
@@ -184,7 +170,7 @@ class RecipeBuilder(Generic[RecipeT]):
         for key, value in section.items():
             full_name = f"{title}.{key}"
             if full_name in self._keys:
-                self._take(Setting(full_name, value, self._origin, self._folder))
+                self._take(full_name, value, self._origin)
             elif full_name in self._sections and isinstance(value, dict):
                 self._read_section(key, value, parent=f"{title}.")
             elif not (title == "reward" and key in self._kinds and isinstance(value, dict)):  # of an unknown kind
@@ -214,28 +200,27 @@ class RecipeBuilder(Generic[RecipeT]):
         hint = f"; did you mean [{nearest[0]}]?" if nearest else f"; there are {', '.join(sections)}"
         return f"[{name}]: unknown section{hint}"
 
-    def _take(self, setting: Setting) -> None:
+    def _take(self, name: str, value: Any, origin: str, *, is_text: bool = False) -> None:
         """Convert one value to the type of its key. Flags are text; a recipe file has types, which must be right."""
-        if setting.key not in self._keys:  # a flag for an entry of a table of free keys
-            table, _, entry = setting.key.rpartition(".")
-            section, _, name = table.rpartition(".")
+        if name not in self._keys:  # a flag for an entry of a table of free keys
+            table, _, entry = name.rpartition(".")
+            section, _, own_name = table.rpartition(".")
             values = self._values.setdefault(section, {})
-            values[name] = {**values.get(name, {}), entry: _free_value(setting.value)}
+            values[own_name] = {**values.get(own_name, {}), entry: _free_value(value)}
             return
-        key = self._keys[setting.key]
+        key = self._keys[name]
         try:
-            is_none = setting.value == "none" and key.is_optional
-            value = None if is_none else key.convert(setting.value, is_text=setting.is_text)
+            given = None if value == "none" and key.is_optional else key.convert(value, is_text=is_text)
         except ValidationError as error:
-            typed = "" if setting.is_text else f", not {_quoted(setting.value)}"
-            subject = "" if key.section in reference.SECTIONS else f"{setting.key} "
-            self._problems.append(f"{setting.origin}: {subject}must be {key.allowed}{_broken_limit(error)}{typed}")
-            self._suspects.add(setting.key)
+            typed = "" if is_text else f", not {_quoted(value)}"
+            subject = "" if key.section in reference.SECTIONS else f"{name} "
+            self._problems.append(f"{origin}: {subject}must be {key.allowed}{_broken_limit(error)}{typed}")
+            self._suspects.add(name)
             return
-        if value is not None and key.is_path:
-            value = os.path.abspath(setting.folder / value)
-        self._values.setdefault(key.section, {})[key.name] = value
-        self._sources[setting.key] = setting.origin
+        if given is not None and key.is_path:
+            given = os.path.abspath(given if is_text else self._folder / given)
+        self._values.setdefault(key.section, {})[key.name] = given
+        self._sources[name] = origin
 
     def _find_rewards(self, flags: Sequence[Flag]) -> None:
         """Learn the keys of the tables [reward.NAME] of the file, of the flags and of the reference trainer."""
@@ -295,7 +280,7 @@ class RecipeBuilder(Generic[RecipeT]):
         elif not used.keys().isdisjoint(reference.BATCH_DEFAULTS) or (used and not self._origin):
             for key, (number, names) in reference.whole_batch(values, used.keys()).items():
                 origin = ", ".join(used.get(flag, f"{flag} {default}") for flag, default in names.items())
-                self._take(Setting(key, number, origin))
+                self._take(key, number, origin)
         if not self._suspects.isdisjoint(reference.STEP_FLAGS.values()):
             self._suspects.add("training.batch_size")
         is_on = values.get(reference.EMBEDDING_SWITCH, "embedding_cosine" in self._tables_of_file)

@@ -38,11 +38,8 @@ def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
     ]
     is_grpo = recipe_class is GRPORecipe
     for name in topics or sections:
-        lines += [
-            "",
-            f"[{name}] {_title(sections[name])}",
-            *_describe(_keys(name, sections[name]), with_reference=is_grpo),
-        ]
+        lines += ["", f"[{name}] {_title(sections[name])}"]
+        lines += _describe(_keys(name, sections[name]), with_reference=is_grpo)
         if name == "reward" and topics:
             for kind in reward_kinds():
                 lines += ["", f"[reward.{kind}] {_title(reward_class(kind))}"]
@@ -90,9 +87,9 @@ def _kind_keys(kind: str) -> list[Key]:
 def _describe(keys: Iterable[Key], *, with_reference: bool) -> list[str]:
     lines = []
     for key in keys:
-        flags = [f"--{key}"] if key.section not in reference.SECTIONS else []
-        flags += [FLAG_OF_KEY[str(key)]] if with_reference and str(key) in FLAG_OF_KEY else []
-        lines.append(f"  {', '.join(flags)}  ({key.allowed}; {_default(key)})")
+        flags = ", ".join(_names(key, prefix="--", with_reference=with_reference))
+        default = "required" if key.default is None else f"default {key.default}"
+        lines.append(f"  {flags}  ({key.allowed}; {default})")
         lines += textwrap.wrap(key.meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines
 
@@ -100,16 +97,16 @@ def _describe(keys: Iterable[Key], *, with_reference: bool) -> list[str]:
 def _table(keys: Iterable[Key]) -> list[str]:
     lines = ["", "| key | values | default | meaning |", "|---|---|---|---|"]
     for key in keys:
-        names = [str(key)] if key.section not in reference.SECTIONS else []
-        names += [FLAG_OF_KEY[str(key)]] if str(key) in FLAG_OF_KEY else []
-        cell = "<br>".join(f"`{name}`" for name in names)
+        names = "<br>".join(f"`{name}`" for name in _names(key))
         default = "required" if key.default is None else f"`{key.default}`"
-        lines.append(f"| {cell} | {key.allowed} | {default} | {key.meaning} |")
+        lines.append(f"| {names} | {key.allowed} | {default} | {key.meaning} |")
     return lines
 
 
-def _default(key: Key) -> str:
-    return "required" if key.default is None else f"default {key.default}"
+def _names(key: Key, *, prefix: str = "", with_reference: bool = True) -> list[str]:
+    """The key, if a recipe has it, and the flag of the reference trainer that sets it."""
+    own = [f"{prefix}{key}"] if key.section not in reference.SECTIONS else []
+    return own + ([FLAG_OF_KEY[str(key)]] if with_reference and str(key) in FLAG_OF_KEY else [])
 
 
 def _title(documented: type) -> str:

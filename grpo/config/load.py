@@ -63,7 +63,7 @@ def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "r
 def job_of_file(config: str) -> str | None:
     """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
     try:
-        job = tomli.loads(recipe_path(config).read_text(encoding="utf-8")).get("job")
+        job = tomli.loads(recipe_path(config).read_text(encoding="utf-8-sig")).get("job")
     except (OSError, ValueError):  # of decoding text and TOML
         return None
     job = FORMER_JOBS.get(str(job), job)
