@@ -6,10 +6,10 @@ python benchmarks/bench_linear_log_probs.py [--json results.json]
 import argparse
 
 import torch
-from harness import DEVICE, Case, Result, Target, compiled, main, peers
 from torch import Tensor
 
 from grpo.kernels import linear_token_log_probs
+from harness import DEVICE, Case, Result, Target, compiled, main, peers
 
 ON_GPU = DEVICE.type == "cuda"
 N, V, DTYPE = (65536, 16384, torch.bfloat16) if ON_GPU else (1024, 16384, torch.float32)

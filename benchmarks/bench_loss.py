@@ -6,10 +6,10 @@ python benchmarks/bench_loss.py [--json results.json]
 import argparse
 
 import torch
-from harness import DEVICE, Case, Result, Target, compiled, launches, main
 from torch import Tensor
 
 from grpo.kernels import clipped_ratio_loss
+from harness import DEVICE, Case, Result, Target, compiled, launches, main
 
 R, M, T = (16, 8, 512) if DEVICE.type == "cuda" else (64, 8, 576)
 CLIP_LOW, CLIP_HIGH, KL_COEF = 0.2, 0.28, 0.1

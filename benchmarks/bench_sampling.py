@@ -9,11 +9,11 @@ does.
 import argparse
 
 import torch
-from harness import DEVICE, Case, Result, Target, compiled, main
-from reference_algorithm import filtered
 from torch import Tensor
 
 from grpo.kernels import sample_tokens
+from harness import DEVICE, Case, Result, Target, compiled, main
+from reference_algorithm import filtered
 
 N, V = (512, 16384) if DEVICE.type == "cuda" else (128, 16384)
 

@@ -6,10 +6,10 @@ python benchmarks/bench_token_log_probs.py [--json results.json]
 import argparse
 
 import torch
-from harness import DEVICE, Case, Result, Target, compiled, main, peers
 from torch import Tensor
 
 from grpo.kernels import token_log_probs
+from harness import DEVICE, Case, Result, Target, compiled, main, peers
 
 N, V, DTYPE = (65536, 16384, torch.bfloat16) if DEVICE.type == "cuda" else (256, 16384, torch.float32)
 
