@@ -9,24 +9,19 @@ of the cache that is filled, at the copy bandwidth measured in the same run.
 """
 
 import argparse
-import json
 import statistics
-import sys
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
+from comparison import DEVICE, header, now, random_model, write
 
-from benchmarks import reference_algorithm
-from benchmarks.bench_update import now, plot
-from benchmarks.harness import peak_bytes
-from grpo.models import GPT, GPTConfig
-from grpo.observe import environment
+import reference_algorithm
+from grpo.estimate import measured_peaks
+from grpo.models import GPT
+from grpo.models.costs import extension_bytes
 from grpo.rollout import generate
+from harness import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -61,18 +56,15 @@ def main() -> None:
     options = parser.parse_args()
     sizes = PRESETS[options.preset]
     model = build(sizes)
-    bandwidth = copy_bandwidth(model.output.weight.device)
-    rows = [measure(model, sizes, images, bandwidth=bandwidth, repeats=options.repeats) for images in sizes.batches]
-    result = {**environment(), "date": date.today().isoformat(), "threads": torch.get_num_threads()}
-    result |= {"preset": options.preset, "sizes": asdict(sizes), "sampling": SAMPLING, "copy_bandwidth": bandwidth}
+    bandwidth = measured_peaks(DEVICE).bandwidth
+    rows = [measure(model, images, bandwidth=bandwidth, repeats=options.repeats) for images in sizes.batches]
+    result = {**header(), "preset": options.preset, "sizes": asdict(sizes)}
+    result |= {"sampling": SAMPLING, "copy_bandwidth": bandwidth}
     result |= {name: rows[-1][name] for name in ("sides", "speedup", "memory_ratio")} | {"batches": rows}
     if options.sweep:
         del model
         result["sweeps"] = sweep(sizes, bandwidth)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-        if options.sweep:
-            plot(result["sweeps"], options.json.with_suffix(".png"), seconds_of="rollout")
+    write(result, options.json, seconds_of="rollout")
 
 
 def sweep(sizes: Sizes, bandwidth: float) -> dict[str, list[dict]]:
@@ -84,26 +76,21 @@ def sweep(sizes: Sizes, bandwidth: float) -> dict[str, list[dict]]:
             setting = sizes if name == "images" else replace(sizes, **{name: value})
             images = value if name == "images" else sizes.batches[0]
             print(f"{name} {value}: ", end="")
-            results[name].append(
-                {name: value, **measure(build(setting), setting, images, bandwidth=bandwidth, repeats=1)}
-            )
+            results[name].append({name: value, **measure(build(setting), images, bandwidth=bandwidth, repeats=1)})
     return results
 
 
 def build(sizes: Sizes) -> GPT:
-    """A GPT with random weights whose distribution is as spread as a trained one's."""
-    torch.manual_seed(0)
-    config = GPTConfig(
-        dim=sizes.dim, n_layer=sizes.n_layer, n_head=sizes.n_head, vocab_size=sizes.V, block_size=sizes.T
+    """A frozen GPT with random weights."""
+    model = random_model(
+        dim=sizes.dim, n_layer=sizes.n_layer, n_head=sizes.n_head, V=sizes.V, T=sizes.T, dtype=sizes.dtype
     )
-    model = GPT(config).eval().requires_grad_(False)
-    torch.nn.init.normal_(model.output.weight, std=2.0 / sizes.dim**0.5)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, sizes.dtype))
+    return model.requires_grad_(False)
 
 
-def measure(model: GPT, sizes: Sizes, images: int, *, bandwidth: float, repeats: int) -> dict:
+def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
     """Both sides in turn for one number of images."""
-    class_ids = torch.arange(images, device=model.output.weight.device) % 1000
+    class_ids = torch.arange(images, device=DEVICE) % 1000
     runs = {
         "reference": lambda: reference_algorithm.generate(model, class_ids, **SAMPLING),
         "ours": lambda: generate(model, class_ids, **SAMPLING),
@@ -119,7 +106,7 @@ def measure(model: GPT, sizes: Sizes, images: int, *, bandwidth: float, repeats:
             run()
             seconds[name].append(now() - start)
     sides = {name: {"seconds": statistics.median(seconds[name]), "peak_bytes": peaks[name]} for name in runs}
-    floor = floor_bytes(model, sizes, images) / bandwidth
+    floor = extension_bytes(model.config, 2 * images, dtype=model.output.weight.dtype) / bandwidth  # both halves
     result = {
         "images": images,
         "sides": sides,
@@ -135,26 +122,6 @@ def measure(model: GPT, sizes: Sizes, images: int, *, bandwidth: float, repeats:
         flush=True,
     )
     return result
-
-
-def floor_bytes(model: GPT, sizes: Sizes, images: int) -> int:
-    """Bytes that T decode steps must read: weights every step, and the filled part of both halves' caches."""
-    weights = sum(p.numel() * p.element_size() for p in (*model.layers.parameters(), *model.output.parameters()))
-    row = 2 * sizes.n_layer * sizes.dim * model.output.weight.element_size()  # keys and values of one position
-    filled = sizes.T * (sizes.T + 1) // 2
-    return weights * sizes.T + 2 * images * row * filled
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read a second by a large copy (it reads and writes as much), the best of a few."""
-    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(6):
-        start = now()
-        target.copy_(source)
-        best = min(best, now() - start)
-    return 2 * source.numel() / best
 
 
 if __name__ == "__main__":

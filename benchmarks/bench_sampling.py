@@ -7,17 +7,12 @@ does.
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case, Result, Target, main
 from grpo.kernels import sample_tokens
+from harness import DEVICE, Case, Result, Target, main
 
 N, V = (512, 16384) if DEVICE.type == "cuda" else (128, 16384)
 
@@ -79,7 +74,7 @@ def case(logits, fast, options, num_samples: int, top_k: int, top_p: float) -> C
 
 
 def targets(results: dict[str, Result]) -> list[Target]:
-    """Of issue 3, N=512, V=16384 on one H200."""
+    """For N=512, V=16384 on one H200."""
     one, eight, both = results["G=1"], results["G=8"], results["G=8 top-k 1000 top-p 0.9"]
     wanted = [
         Target("one draw, speed of eager", one.ratio("eager"), 3),

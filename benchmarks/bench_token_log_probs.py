@@ -4,17 +4,12 @@ python benchmarks/bench_token_log_probs.py [--json results.json]
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Case, Result, Target, compiled, main, peers
 from grpo.kernels import token_log_probs
+from harness import DEVICE, Case, Result, Target, compiled, main, peers
 
 N, V, DTYPE = (65536, 16384, torch.bfloat16) if DEVICE.type == "cuda" else (256, 16384, torch.float32)
 
@@ -87,7 +82,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def targets(results: dict[str, Result]) -> list[Target]:
-    """Of issue 3, N=65536."""
+    """For N=65536 on one H200."""
     wanted = []
     for name, limit in (("forward", 0.8), ("backward", 0.75)):
         eight, one = results[f"{name} M=8"], results[f"{name} M=1"]

@@ -11,7 +11,6 @@ where they do not. Wall times need a quiet machine; beside other programs compar
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -19,22 +18,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
+from comparison import DEVICE, header, now, random_model, write
 
-from benchmarks import reference_algorithm
-from grpo.config import Objective, Optimizer, Rollout, Training
+import reference_algorithm
+from grpo.config import Objective, Optimizer, Rollout, Schedule, Training
 from grpo.data import ImageBatch
-from grpo.models import GPT, GPTConfig
-from grpo.observe import environment
-from grpo.parallel import World
-from grpo.rollout import TeacherForcedRollout, Trajectory
-from grpo.training import OptimizerStep, PolicyUpdate
+from grpo.kernels import Draw
+from grpo.models import GPT, ClassCondition
+from grpo.parallel import MetricSums
+from grpo.rollout import TeacherForcedRollout
+from grpo.training import GuardedOptimizer, PolicyUpdate
+from harness import peak_bytes
 
 CLIP, AUX_CE_WEIGHT = 0.2, 0.1
 
@@ -82,9 +79,7 @@ def main() -> None:
         return
     sizes = PRESETS[options.preset]
     result = {
-        **environment(),
-        "date": date.today().isoformat(),
-        "threads": torch.get_num_threads(),
+        **header(),
         "preset": options.preset,
         "sizes": asdict(sizes),
         "gradient_difference": check(sizes),
@@ -97,10 +92,7 @@ def main() -> None:
     )
     if options.sweep:
         result["sweeps"] = sweep(sizes)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-        if options.sweep:
-            plot(result["sweeps"], options.json.with_suffix(".png"))
+    write(result, options.json)
     if result["gradient_difference"] > MAX_GRADIENT_DIFFERENCE:
         sys.exit(f"the gradients differ by more than {MAX_GRADIENT_DIFFERENCE}")
 
@@ -178,60 +170,46 @@ def spawn(side: str, sizes: Sizes, options: argparse.Namespace) -> dict:
 
 def setting(sizes: Sizes) -> tuple[GPT, ImageBatch, torch.Tensor, torch.Tensor]:
     """Model, images' ids, codes [B, T] and advantages [B, G] of a setting, on its device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(dim=sizes.dim, n_layer=sizes.n_layer, n_head=sizes.n_head, vocab_size=sizes.V, block_size=sizes.T)
+    model = random_model(
+        dim=sizes.dim, n_layer=sizes.n_layer, n_head=sizes.n_head, V=sizes.V, T=sizes.T, dtype=sizes.dtype
     )
-    # LlamaGen starts with an output layer of zeros; this one gives logits as spread as a trained model's (7-8 nats).
-    torch.nn.init.normal_(model.output.weight, std=2.0 / sizes.dim**0.5)
     ids = torch.arange(sizes.B)
-    batch = ImageBatch(torch.empty(sizes.B, 0), ids % 1000, ids, ids)
+    batch = ImageBatch(torch.empty(sizes.B, 0), ClassCondition(ids % 1000), ids, ids)
     codes, advantages = torch.randint(sizes.V, (sizes.B, sizes.T)), torch.randn(sizes.B, sizes.G)
-    model = model.eval().to(device, getattr(torch, sizes.dtype))
-    return model, batch.to(device), codes.to(device), advantages.to(device)
+    return model, batch.to(DEVICE), codes.to(DEVICE), advantages.to(DEVICE)
+
+
+def our_parts(
+    model: GPT, optimizer: GuardedOptimizer, codes: torch.Tensor, sizes: Sizes
+) -> tuple[Schedule, TeacherForcedRollout, PolicyUpdate]:
+    """Schedule, rollout and update of the training recipe, one optimizer step a rollout; encoding gives `codes`."""
+    config = Rollout(num_generations=sizes.G, batch_size=sizes.B)
+    objective = Objective(clip_range=CLIP, aux_ce_weight=AUX_CE_WEIGHT)
+    training = Training(micro_batch_size=sizes.contexts)
+    schedule = Schedule.of(rollout=config, training=training, objective=objective, ranks=1)
+    shared = {"draw": Draw(), "schedule": schedule}
+    rollout = TeacherForcedRollout(model, lambda batch: codes[batch.sample_ids], config, **shared)
+    return schedule, rollout, PolicyUpdate(model, optimizer, objective=objective, rollout=config, **shared)
 
 
 def our_step(sizes: Sizes) -> Callable[[], float]:
     """A function that takes a step and returns the seconds of its sampling."""
     model, batch, codes, advantages = setting(sizes)
-    optimizer = OptimizerStep(model, Optimizer(), total_steps=1000, max_skipped_steps=1)
-    update = policy_update(model, optimizer, sizes)
-    rollout = our_rollout(model, codes, sizes)
+    optimizer = GuardedOptimizer(model, Optimizer(), total_steps=1000, max_skipped_steps=1)
+    schedule, rollout, update = our_parts(model, optimizer, codes, sizes)
 
     def step() -> float:
-        sampling = 0.0
-        for part in batch.parts(sizes.contexts):
+        sampling, metrics = 0.0, MetricSums()
+        for part in batch.parts(schedule.images_per_part):
             start = now()
             trajectory = rollout(part)
             sampling += now() - start
             trajectory.advantages = advantages[part.sample_ids]
-            update(trajectory)
-        update.metrics.means()
+            metrics.merge(update(trajectory))
+        metrics.means()
         return sampling
 
     return step
-
-
-def our_rollout(model: GPT, codes: torch.Tensor, sizes: Sizes) -> TeacherForcedRollout:
-    """The rollout of the training recipe; its encoder returns the given codes."""
-    config = Rollout(num_generations=sizes.G, batch_size=sizes.B)
-    return TeacherForcedRollout(
-        model, lambda batch: codes[batch.sample_ids], config, seed=0, keep_graph=True, impl="auto"
-    )
-
-
-def policy_update(model: GPT, optimizer: OptimizerStep, sizes: Sizes) -> PolicyUpdate:
-    """One optimizer step per rollout."""
-    device = next(model.parameters()).device
-    return PolicyUpdate(
-        model,
-        optimizer,
-        objective=Objective(clip_range=CLIP, aux_ce_weight=AUX_CE_WEIGHT),
-        rollout=Rollout(num_generations=sizes.G, batch_size=sizes.B),
-        training=Training(batch_size=sizes.contexts, gradient_accumulation_steps=sizes.B * sizes.G // sizes.contexts),
-        world=World(rank=0, size=1, local_rank=0, local_size=1, device=device),
-    )
 
 
 def reference_step(sizes: Sizes) -> Callable[[], float]:
@@ -241,7 +219,7 @@ def reference_step(sizes: Sizes) -> Callable[[], float]:
 
     def step() -> float:
         start = now()
-        trajectory = reference_algorithm.sample(model, batch.class_ids, codes, num_generations=sizes.G)
+        trajectory = reference_algorithm.sample(model, batch.condition, codes, num_generations=sizes.G)
         sampling = now() - start
         trajectory.advantages = advantages
         reference_algorithm.update(
@@ -258,85 +236,41 @@ def reference_step(sizes: Sizes) -> Callable[[], float]:
 def measure(side: str, sizes: Sizes, *, repeats: int) -> dict:
     """Seconds of each step and peak memory above the loaded model."""
     step = (our_step if side == "ours" else reference_step)(sizes)
-    loaded = memory(reset=True)
-    step()
     seconds, sampling, cpu_seconds = [], [], []
-    for _ in range(repeats):
-        start, start_cpu = now(), time.process_time()
-        sampling.append(step())
-        seconds.append(now() - start)
-        cpu_seconds.append(time.process_time() - start_cpu)
-    return {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "sampling_seconds": sampling,
-        "peak_bytes": memory() - loaded,
-    }
+
+    def steps() -> None:
+        step()
+        for _ in range(repeats):
+            start, start_cpu = now(), time.process_time()
+            sampling.append(step())
+            seconds.append(now() - start)
+            cpu_seconds.append(time.process_time() - start_cpu)
+
+    peak = peak_bytes(steps)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "sampling_seconds": sampling, "peak_bytes": peak}
 
 
 def check(sizes: Sizes) -> float:
     """Relative difference of the two gradients for the same completions (fp32, one image, few layers)."""
     small = replace(sizes, B=1, contexts=1, n_layer=2, dtype="float32")
     model, batch, codes, advantages = setting(small)
-    trajectory: Trajectory = our_rollout(model, codes, small)(batch)
-    trajectory.advantages = advantages
     kept: list[torch.Tensor] = []
 
-    class Keep(OptimizerStep):
-        def __call__(self) -> dict[str, float]:
+    class Keep(GuardedOptimizer):
+        def step(self) -> dict[str, float]:
             kept.extend(parameter.grad.clone() for parameter in model.parameters())
             model.zero_grad()
             return {}
 
-    policy_update(model, Keep(model, Optimizer(), total_steps=1, max_skipped_steps=1), small)(trajectory)
+    optimizer = Keep(model, Optimizer(), total_steps=1, max_skipped_steps=1)
+    _, rollout, update = our_parts(model, optimizer, codes, small)
+    trajectory = rollout(batch)
+    trajectory.advantages = advantages
+    update(trajectory)
     reference_algorithm.update(model, trajectory, batch_size=8, clip=CLIP, aux_ce_weight=AUX_CE_WEIGHT)
     theirs = [parameter.grad for parameter in model.parameters()]
     difference = torch.nn.utils.get_total_norm([a - b for a, b in zip(kept, theirs, strict=True)])
     return (difference / torch.nn.utils.get_total_norm(theirs)).item()
-
-
-def now() -> float:
-    """Seconds; the GPU has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def memory(*, reset: bool = False) -> int:
-    """Peak bytes since the reset: of the GPU's allocator, or of the whole process on a CPU (Linux)."""
-    if torch.cuda.is_available():
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def plot(sweeps: dict[str, list[dict]], file: Path, *, seconds_of: str = "step") -> None:
-    """Time and memory of both sides over each size."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 6), layout="constrained", squeeze=False)
-    for column, (name, points) in zip(axes.T, sweeps.items(), strict=True):
-        for axis, quantity, unit in ((column[0], "seconds", 1.0), (column[1], "peak_bytes", 2**30)):
-            for side in ("reference", "ours"):
-                heights = [point["sides"][side][quantity] / unit for point in points]
-                axis.plot([point[name] for point in points], heights, marker="o", label=side)
-            axis.set(
-                xlabel=name, ylabel=f"seconds a {seconds_of}" if unit == 1.0 else "GiB above the model", ylim=(0, None)
-            )
-            axis.grid(alpha=0.3)
-    axes[0][0].legend()
-    figure.savefig(file, dpi=110)
-    print(f"wrote {file}")
 
 
 if __name__ == "__main__":

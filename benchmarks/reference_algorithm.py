@@ -8,13 +8,14 @@ the context, in micro-batches of completions, and takes the log-softmax of logit
 import torch
 from torch import Tensor, nn
 
+from grpo.models import ClassCondition, Condition
 from grpo.rollout import Trajectory
 
 
 @torch.no_grad()
-def sample(model: nn.Module, class_ids: Tensor, codes: Tensor, *, num_generations: int) -> Trajectory:
-    """[B] classes and codes [B, T] -> Trajectory with R = B rows and M = G completions, without advantages."""
-    logits = model(codes[:, :-1], class_ids).float()  # [B, T, V]
+def sample(model: nn.Module, condition: Condition, codes: Tensor, *, num_generations: int) -> Trajectory:
+    """B conditions and codes [B, T] -> Trajectory with R = B rows and M = G completions, without advantages."""
+    logits = model(codes[:, :-1], condition).float()  # [B, T, V]
     flat = logits.flatten(0, 1)
     tokens, log_probs = [], []
     for _ in range(num_generations):
@@ -23,7 +24,7 @@ def sample(model: nn.Module, class_ids: Tensor, codes: Tensor, *, num_generation
         tokens.append(drawn.view(codes.shape))
         log_probs.append(distribution.gather(1, drawn).view(codes.shape))
     return Trajectory(
-        class_ids=class_ids,
+        condition=condition,
         context=codes[:, :-1],
         tokens=torch.stack(tokens, dim=1),
         old_log_probs=torch.stack(log_probs, dim=1),
@@ -38,13 +39,13 @@ def update(model: nn.Module, trajectory: Trajectory, *, batch_size: int, clip: f
     def repeated(tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(completions, dim=0)
 
-    class_ids, context = repeated(trajectory.class_ids), repeated(trajectory.context)
+    condition, context = trajectory.condition.repeat_interleave(completions), repeated(trajectory.context)
     targets = repeated(trajectory.target_tokens)
     tokens, old = trajectory.tokens.flatten(0, 1), trajectory.old_log_probs.flatten(0, 1)
     advantages = trajectory.advantages.flatten()[:, None]
     for start in range(0, rows * completions, batch_size):
         part = slice(start, start + batch_size)
-        logits = model(context[part], class_ids[part]).float()
+        logits = model(context[part], condition.select(part)).float()
         log_probs = torch.log_softmax(logits, dim=-1).gather(-1, tokens[part][..., None])[..., 0]
         ratio = torch.exp(log_probs - old[part])
         surrogate = torch.maximum(-advantages[part] * ratio, -advantages[part] * ratio.clamp(1 - clip, 1 + clip))
@@ -63,15 +64,15 @@ def generate(
     token; the cache is read in full.
     """
     length = model.config.block_size
-    conditions = torch.cat([class_ids, torch.full_like(class_ids, model.config.num_classes)])
+    condition = ClassCondition(class_ids).with_unconditional()
     dtype, device = model.output.weight.dtype, class_ids.device
-    cache = model.init_cache(len(conditions), dtype=dtype, device=device)
+    cache = model.init_cache(condition.rows, dtype=dtype, device=device)
     tokens: list[Tensor] = []
     for position in range(length):
         if position == 0:
-            hidden = model.prefill(conditions, cache)
+            hidden = model.prefill(condition, cache)
         else:
-            hidden = model.decode(tokens[-1].repeat(2), torch.tensor(position, device=device), cache)
+            hidden = model.extend(tokens[-1].repeat(2), torch.tensor(position, device=device), cache)
         conditional, unconditional = model.output(hidden).float().chunk(2)
         logits = filtered((unconditional + cfg_scale * (conditional - unconditional)) / temperature, top_k, top_p)
         tokens.append(torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)[:, 0])

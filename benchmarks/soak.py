@@ -23,11 +23,8 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from benchmarks.soak_job import Job, Watch, compare_runs
 from grpo.observe import environment
+from soak_job import Job, Watch, compare_runs
 
 RECOVERY_SECONDS = 300
 

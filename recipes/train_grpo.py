@@ -126,7 +126,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
 
 
 def sample_rows(batch: ImageBatch, rewarded: Rewarded, job: Job) -> list[SampleRow]:
-    """Rows of the image grid: the real image (where completions are of it), completions, rewards, what was asked for."""
+    """Rows of the image grid: the real image, where completions are of it, completions, rewards, the caption."""
     groups = rewarded.total.view(batch.rows, -1)  # [B, G]
     captions = job.stream.dataset.captions(batch.condition)
     rows = zip(batch.images, rewarded.images, groups, captions, strict=False)

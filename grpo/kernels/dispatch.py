@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: its Triton kernels or its torch reference."""
+"""Which implementation of an op runs: its Triton kernels or its torch reference; what all ops check and sum in."""
 
 import functools
 import importlib.util
@@ -22,8 +22,7 @@ def use_triton(impl: str, *, op: str, device: torch.device, obstacle: str | None
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "reference":
         return False
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         obstacle = f"the tensors are on {device.type}, not on a GPU"
     elif importlib.util.find_spec("triton") is None:
         obstacle = "triton is not installed"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grpo.kernels.dispatch import use_triton
 from grpo.kernels.row_math import (
+    ScoredRows,
     cached_rows,
     check_arguments,
     check_tokens,
@@ -40,15 +41,16 @@ def _forward(
     logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_tokens(tokens, logits.shape[1])
+    outputs = new_outputs(tokens, with_entropy, logits)
     if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=_obstacle(logits)):
         from grpo.kernels.triton_log_probs import launch_forward
 
         with torch.cuda.device_of(logits):
-            return launch_forward(logits, tokens, temperature, with_entropy)
-    log_probs, lse, entropy = new_outputs(tokens, with_entropy, logits)
-    for rows, scores in _tempered_chunks(logits, temperature, lse.dtype):
-        score_rows(scores, tokens[rows], log_probs[rows], lse[rows], entropy[rows])
-    return log_probs, lse, entropy
+            launch_forward(logits, tokens, temperature, *outputs)
+        return outputs
+    for rows, scores in _tempered_chunks(logits, temperature, outputs[0].dtype):
+        score_rows(scores, tokens[rows], *(output[rows] for output in outputs))
+    return outputs
 
 
 @_forward.register_fake
@@ -67,17 +69,16 @@ def _backward(
     temperature: float,
     impl: str,
 ) -> Tensor:
+    scored = ScoredRows(tokens, lse, entropy, grad_log_probs, grad_entropy)
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=_obstacle(logits)):
         from grpo.kernels.triton_log_probs import launch_backward
 
         with torch.cuda.device_of(logits):
-            return launch_backward(grad_log_probs, grad_entropy, logits, tokens, lse, entropy, temperature)
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    grad_log_probs = grad_log_probs / temperature
-    grad_entropy = None if grad_entropy is None else grad_entropy / temperature
+            launch_backward(logits, scored, temperature, grad_logits)
+        return grad_logits
     for rows, scores in _tempered_chunks(logits, temperature, lse.dtype):
-        grad_h = None if grad_entropy is None else grad_entropy[rows]
-        score_rows_backward(scores, tokens[rows], lse[rows], entropy[rows], grad_log_probs[rows], grad_h)
+        score_rows_backward(scores, scored.rows(rows), temperature)
         grad_logits[rows] = scores
     return grad_logits
 
@@ -89,18 +90,15 @@ def _(grad_log_probs, grad_entropy, logits, tokens, lse, entropy, temperature, i
 
 def _setup_context(ctx, inputs, output):
     logits, tokens, ctx.temperature, _, ctx.impl = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(logits, tokens, lse, entropy)
+    ctx.save_for_backward(logits, tokens, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_log_probs, grad_lse, grad_entropy):
-    logits, tokens, lse, entropy = ctx.saved_tensors
-    if grad_log_probs is None:
-        grad_log_probs = torch.zeros(tokens.shape, dtype=lse.dtype, device=lse.device)
-    grad_entropy = grad_entropy if entropy.numel() else None
+    logits, *saved = ctx.saved_tensors
+    scored = ScoredRows.of(saved, grad_log_probs, grad_entropy)
     gradient = torch.ops.grpo.token_log_probs_backward(
-        grad_log_probs, grad_entropy, logits, tokens, lse, entropy, ctx.temperature, ctx.impl
+        scored.grad_log_probs, scored.grad_entropy, logits, *scored[:3], ctx.temperature, ctx.impl
     )
     return gradient, None, None, None, None
 

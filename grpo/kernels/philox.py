@@ -1,4 +1,4 @@
-"""Counter-based random numbers: Philox4x32-10 and the Gumbel noise of one draw.
+"""Counter-based random numbers: Philox4x32-10, the Gumbel noise of one draw, uniform numbers.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words are the low 32 bits of int64.
 
@@ -14,8 +14,6 @@ with q = ceil(n / 4) groups, number i is word i // q of group i % q.
 import numpy
 import torch
 from torch import Tensor
-
-Integers = Tensor | numpy.ndarray
 
 BLOCK = 128
 MAX_SAMPLES = 1 << 12
@@ -44,6 +42,24 @@ def philox(
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
+def _words(number: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+    """The low and the high 32 bits."""
+    return number & _MASK, number >> 32 & _MASK
+
+
+def philox_uniform(row_ids: Tensor, count: int, *, seed: int, step: int = 0) -> Tensor:
+    """`count` fp32 numbers in [0, 1) for each of `row_ids` [N] int64: [N, count]. They depend on nothing else.
+
+    Counters have sample 0 and groups 0 .. ceil(count / 4) - 1; draws that use the same row ids for another purpose take
+    another `step`.
+    """
+    groups = torch.arange(-(-count // 4), device=row_ids.device)
+    row_ids = row_ids[:, None]
+    counter = (groups, torch.full_like(row_ids, step), *_words(row_ids))
+    words = torch.stack(philox(counter, _words(seed)), dim=-1)  # [N, groups, 4]
+    return (words.flatten(1)[:, :count] >> 8).to(torch.float32) * 2.0**-24  # 24 bits: exact in fp32, never 1
+
+
 def gumbel(bits: Tensor) -> Tensor:
     """Standard Gumbel noise, fp32, of 32-bit words. Fine in the upper tail, the one that decides a maximum."""
     uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
@@ -62,9 +78,8 @@ def draw_noise(
     groups = torch.arange(column_groups + block_groups, device=row_ids.device)
     samples = torch.arange(num_samples, device=row_ids.device)[:, None]
     row_ids = row_ids[:, None, None]
-    step = (step & _MASK).expand_as(row_ids)
-    counter = ((samples << 20 | groups)[None], step, row_ids & _MASK, row_ids >> 32 & _MASK)
-    key = (seed & _MASK, seed >> 32 & _MASK)
+    counter = ((samples << 20 | groups)[None], (step & _MASK).expand_as(row_ids), *_words(row_ids))
+    key = _words(seed)
     if row_ids.device.type == "cpu":  # NumPy does this arithmetic about twice as fast as torch there
         arrays = philox(tuple(word.numpy() for word in counter), tuple(word.item() for word in key))
         words = torch.from_numpy(numpy.stack(arrays, axis=2))

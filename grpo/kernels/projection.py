@@ -1,7 +1,15 @@
-"""Logits of a few rows, with the accumulator's precision."""
+"""Logits of a projection hidden [N, D] @ weight.T [D, V], whole for a few rows or in chunks of rows with gradients."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from grpo.kernels.dispatch import accumulation_dtype
+from grpo.kernels.row_math import ScoredRows, row_chunks, score_rows, score_rows_backward
+
+# Logits held at once, by device type. A chunk too small re-reads the weight too often, one too large leaves the cache.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 @torch.no_grad()
@@ -12,8 +20,67 @@ def project_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     half-precision numbers keeps the fp32 of its accumulator. Use it for the rows that are sampled now, in chunks;
     log-probs under a gradient come from `linear_token_log_probs`.
     """
-    if hidden.dtype == weight.dtype == torch.float32:
-        return hidden @ weight.t()
-    if hidden.is_cuda and hidden.dtype == weight.dtype:
+    if hidden.dtype == weight.dtype and mixed_products(hidden):
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return hidden.float() @ weight.float().t()
+    dtype = accumulation_dtype(hidden, weight)
+    return hidden.to(dtype) @ weight.to(dtype).t()
+
+
+def mixed_products(operand: Tensor) -> bool:
+    """Whether the library multiplies these half-precision operands into an fp32 result; cuBLAS does."""
+    return operand.dtype.itemsize == 2 and operand.is_cuda and torch.version.hip is None
+
+
+def projection_chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """The rows of each chunk of logits."""
+    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
+    return row_chunks(len(hidden), max(1, elements // len(weight)))
+
+
+class LogitChunks:
+    """The scores (logits / temperature) of a projection in chunks, in fp32 (fp64 where an input is), and its gradients.
+
+    A product of bf16 or fp16 numbers is exact in fp32. A chunk lies in a buffer that the next one overwrites. The
+    gradients that are needed, of (`hidden`, `weight`), add up in `backward`.
+    """
+
+    widens = True  # takes the operands to the type of the sums
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, temperature: float, needs: tuple[bool, bool] = (False, False)
+    ) -> None:
+        self.dtypes, self.dtype = (hidden.dtype, weight.dtype), accumulation_dtype(hidden, weight)
+        operands = (hidden.to(self.dtype), weight.to(self.dtype)) if self.widens else (hidden, weight)
+        (self.hidden, self.weight), self.temperature = operands, temperature
+        self.grad_hidden = self.hidden.new_empty(hidden.shape) if needs[0] else None
+        self.grad_weight = weight.new_zeros(weight.shape, dtype=self.dtype) if needs[1] else None
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of each chunk and their scores [n, V]."""
+        chunks = list(projection_chunks(self.hidden, self.weight))
+        buffer = self.hidden.new_empty(chunks[0].stop, len(self.weight), dtype=self.dtype)  # no chunk is larger
+        for rows in chunks:
+            scores = buffer[: rows.stop - rows.start]
+            self.product(self.hidden[rows], scores)
+            yield rows, scores
+
+    def product(self, hidden: Tensor, scores: Tensor) -> None:
+        """Fills scores [n, V]."""
+        torch.addmm(scores, hidden, self.weight.t(), beta=0, alpha=1 / self.temperature, out=scores)
+
+    def score(self, scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
+        """Fills log_probs [n, M], lse [n] and entropy [n] or [0] from scores [n, V], which are used up."""
+        score_rows(scores, tokens, log_probs, lse, entropy)
+
+    def backward(self, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
+        """Adds these rows' part of the gradients. `scores` [n, V] are used up; `scored` are all N rows."""
+        score_rows_backward(scores, scored.rows(rows), self.temperature)
+        if self.grad_hidden is not None:
+            torch.mm(scores, self.weight, out=self.grad_hidden[rows])
+        if self.grad_weight is not None:
+            self.grad_weight.addmm_(scores.t(), self.hidden[rows])
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of hidden and weight, in their types; None for what is not needed."""
+        gradients = zip((self.grad_hidden, self.grad_weight), self.dtypes, strict=True)
+        return tuple(gradient if gradient is None else gradient.to(dtype) for gradient, dtype in gradients)

@@ -1,35 +1,10 @@
-"""The clipped-ratio policy loss: loss, gradient and every metric's sum in one pass over the tokens.
-
-Per token, with A the advantage, r = exp(log p - log p_old) and c = clip(r, 1 - clip_low, 1 + clip_high):
-
-    "clip"   -min(A r, A c)                     Schulman et al., arXiv 1707.06347; clip-higher: DAPO, arXiv 2503.14476
-    "cispo"  -stop_gradient(c) A log p          MiniMax-M1, arXiv 2506.13585
-
-plus kl_coef times an estimator of KL(policy || reference), with d = log p_ref - log p (Schulman, "Approximating KL
-divergence", 2020): k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. Both log-ratios are clamped to +-20 before `exp`; beyond
-that the exponential is constant and has no gradient.
-"""
+"""The clipped-ratio policy loss: loss, gradient and every metric's sum in one pass over the tokens."""
 
 import torch
 from torch import Tensor
 
 from grpo.kernels.dispatch import accumulation_dtype, use_triton
-
-SURROGATES = ("clip", "cispo")
-KL_ESTIMATORS = ("none", "k1", "k2", "k3")
-LOG_RATIO_LIMIT = 20.0
-METRICS = (
-    "policy_loss",
-    "kl_loss",
-    "tokens",
-    "ratio",
-    "ratio_squared",
-    "kl_old",
-    "kl_ref",
-    "clipped_low",
-    "clipped_high",
-    "outside",
-)
+from grpo.kernels.ratio_reference import KL_ESTIMATORS, METRICS, SURROGATES, Terms, ratio_loss
 
 
 def clipped_ratio_loss(
@@ -46,7 +21,7 @@ def clipped_ratio_loss(
     surrogate: str = "clip",
     impl: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the per-token losses above, and the sums that its metrics are made of.
+    """The weighted sum of the per-token losses of `ratio_reference.py`, and the sums that its metrics are made of.
 
     `log_probs`, `old_log_probs`, `ref_log_probs` and `weights` are [R, M, T], `advantages` [R, M]; all but `log_probs`
     are constants. `weights` holds the normalisation, so the same op serves a mean over sequences or over tokens; a
@@ -75,18 +50,11 @@ def clipped_ratio_loss(
     for name, tensor in {"old_log_probs": old_log_probs, "weights": weights, "ref_log_probs": ref_log_probs}.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}; log_probs is {list(shape)}")
+    constants = [x if x is None else x.detach() for x in (old_log_probs, advantages, weights, ref_log_probs)]
+    if kl == "none":  # a reference is then measured only
+        kl, kl_coef = "k3", 0.0
     loss, sums, _ = torch.ops.grpo.clipped_ratio_loss(
-        log_probs,
-        old_log_probs.detach(),
-        advantages.detach(),
-        weights.detach(),
-        None if ref_log_probs is None else ref_log_probs.detach(),
-        clip_low,
-        clip_high,
-        "k3" if kl == "none" else kl,
-        0.0 if kl == "none" else kl_coef,
-        surrogate,
-        impl,
+        log_probs, *constants, clip_low, clip_high, kl, kl_coef, surrogate, impl
     )
     return loss, dict(zip(METRICS, sums.detach().unbind(), strict=True))
 
@@ -106,13 +74,14 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the sums of `METRICS`, and d loss / d log_probs [R, M, T]."""
-    arguments = (log_probs, old_log_probs, advantages, weights, ref_log_probs, clip_low, clip_high)
-    if use_triton(impl, op="clipped_ratio_loss", device=log_probs.device, obstacle=_obstacle(*arguments[:5])):
+    tensors = (log_probs, old_log_probs, advantages, weights, ref_log_probs)
+    terms = Terms(clip_low, clip_high, kl, kl_coef, surrogate)
+    if use_triton(impl, op="clipped_ratio_loss", device=log_probs.device, obstacle=_obstacle(*tensors)):
         from grpo.kernels.triton_ratio_loss import launch
 
         with torch.cuda.device_of(log_probs):
-            return launch(*arguments, kl, kl_coef, surrogate)
-    return _reference(*arguments, kl, kl_coef, surrogate)
+            return launch(*tensors, terms)
+    return ratio_loss(*tensors, terms)
 
 
 @_forward.register_fake
@@ -135,75 +104,6 @@ def _autograd(ctx, grad_loss, grad_sums, grad_gradient):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def _reference(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    ref_log_probs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    kl: str,
-    kl_coef: float,
-    surrogate: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(log_probs)
-    gradient = torch.empty_like(log_probs, dtype=dtype)
-    counted = weights != 0
-    weights = weights.to(dtype)
-    # What a token left out holds must not reach the sums, not even as NaN times 0.
-    log_probs, old_log_probs = (x.to(dtype).where(counted, 0) for x in (log_probs, old_log_probs))
-    advantages = advantages.to(dtype)[..., None].where(counted, 0)
-
-    log_ratio, ratio, inside = _clamped_exp(log_probs - old_log_probs)
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
-    if surrogate == "clip":
-        clipped_low, clipped_high = below & (advantages < 0), above & (advantages > 0)
-        policy = -torch.minimum(advantages * ratio, advantages * bounded)
-        d_policy = -advantages * ratio * (inside & ~clipped_low & ~clipped_high)
-    else:
-        clipped_low, clipped_high = below, above
-        policy = -bounded * advantages * log_probs
-        d_policy = -bounded * advantages
-
-    if ref_log_probs is None:
-        divergence = d_divergence = torch.zeros_like(ratio)
-    else:
-        divergence, d_divergence = _kl_estimate(ref_log_probs.to(dtype).where(counted, 0) - log_probs, kl)
-
-    policy_loss, kl_loss = (weights * policy).sum(), kl_coef * (weights * divergence).sum()
-    per_token = (
-        counted,
-        ratio * counted,
-        (ratio * ratio) * counted,
-        (ratio - 1 - log_ratio),
-        divergence,
-        clipped_low,
-        clipped_high,
-        below | above,
-    )
-    sums = torch.stack([policy_loss, kl_loss, *(x.sum(dtype=dtype) for x in per_token)])
-    torch.mul(weights, d_policy + kl_coef * d_divergence, out=gradient)
-    return policy_loss + kl_loss, sums, gradient
-
-
-def _clamped_exp(exponent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The exponent clamped, its exponential, and where the clamp changes nothing."""
-    clamped = exponent.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return clamped, clamped.exp(), clamped == exponent
-
-
-def _kl_estimate(difference: Tensor, kl: str) -> tuple[Tensor, Tensor]:
-    """Estimate of KL(policy || reference) from log p_ref - log p, and its derivative with respect to log p."""
-    if kl == "k1":
-        return -difference, torch.ones_like(difference)
-    if kl == "k2":
-        return difference.square() / 2, -difference
-    _, exponential, inside = _clamped_exp(difference)
-    return exponential - difference - 1, 1 - exponential * inside
 
 
 def _obstacle(*tensors: Tensor | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Reference arithmetic on a chunk of rows of scores, shared by the log-prob ops; scores are logits / temperature.
+"""Reference arithmetic on chunks of rows of scores, shared by the log-prob ops; scores are logits / temperature.
 
 With p = softmax(scores), lse their log-sum-exp and H = lse - sum_j p_j scores_j, the derivatives are
 
@@ -6,6 +6,7 @@ With p = softmax(scores), lse their log-sum-exp and H = lse - sum_j p_j scores_j
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +22,34 @@ _GPU_ELEMENTS = 1 << 27
 _LOG_ZERO = -1e4
 
 
+class ScoredRows(NamedTuple):
+    """What a backward pass knows of N scored rows beside their scores."""
+
+    tokens: Tensor  # [N, M] int64
+    lse: Tensor  # [N]
+    entropy: Tensor  # [N], or [0] where nobody asked for it
+    grad_log_probs: Tensor  # [N, M]
+    grad_entropy: Tensor | None  # [N]
+
+    @classmethod
+    def of(cls, saved: list[Tensor], grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> "ScoredRows":
+        """From (tokens, lse, entropy) and the gradients that autograd hands over, None for an unused output."""
+        tokens, lse, entropy = saved
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros(tokens.shape, dtype=lse.dtype, device=lse.device)
+        grad_entropy = None if grad_entropy is None or not entropy.numel() else grad_entropy.contiguous()
+        return cls(tokens, lse, entropy, grad_log_probs.contiguous(), grad_entropy)  # that of a sum is expanded
+
+    def rows(self, rows: slice) -> "ScoredRows":
+        """Some of the rows."""
+        return ScoredRows(*(column if column is None else column[rows] for column in self))
+
+
 def check_arguments(rows: Tensor, tokens: Tensor, temperature: float) -> None:
     """Refuses rows that are not [N, ...], tokens that are not [N, M] int64, a temperature out of range."""
     if rows.ndim != 2 or tokens.ndim != 2 or tokens.shape[0] != rows.shape[0] or tokens.dtype != torch.int64:
-        raise ValueError(
-            f"expected rows [N, ...] and tokens [N, M] int64, not {list(rows.shape)} "
-            f"and {list(tokens.shape)} {tokens.dtype}"
-        )
+        found = f"{list(rows.shape)} and {list(tokens.shape)} {tokens.dtype}"
+        raise ValueError(f"expected rows [N, ...] and tokens [N, M] int64, not {found}")
     check_temperature(temperature)
 
 
@@ -53,8 +75,8 @@ def new_outputs(tokens: Tensor, with_entropy: bool, *inputs: Tensor) -> tuple[Te
 
 
 def row_chunks(num_rows: int, size: int) -> Iterator[slice]:
-    """Slices of `size` rows, the last one shorter."""
-    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+    """Slices of `size` rows, the last one shorter. Of no rows one slice, so that results have their shapes."""
+    return (slice(start, min(start + size, num_rows)) for start in range(0, max(1, num_rows), size))
 
 
 def cached_rows(scores: Tensor) -> int:
@@ -66,7 +88,7 @@ def cached_rows(scores: Tensor) -> int:
 def score_rows(scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
     """Fills log_probs [n, M], lse [n] and entropy [n] or [0] from scores [n, V], which are overwritten."""
     for rows in row_chunks(scores.shape[0], cached_rows(scores)):
-        _score(scores[rows], tokens[rows], log_probs[rows], lse[rows], entropy[rows])
+        _score(*(column[rows] for column in (scores, tokens, log_probs, lse, entropy)))
 
 
 def _score(scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
@@ -84,24 +106,24 @@ def _score(scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entro
     log_probs.sub_(lse[:, None])
 
 
-def score_rows_backward(
-    scores: Tensor, tokens: Tensor, lse: Tensor, entropy: Tensor, grad_log_probs: Tensor, grad_entropy: Tensor | None
-) -> None:
-    """Turns scores [n, V] into the gradient with respect to them, in place."""
+def score_rows_backward(scores: Tensor, scored: ScoredRows, temperature: float) -> None:
+    """Turns scores [n, V] into the gradient with respect to the logits, in place."""
+    grad_entropy = None if scored.grad_entropy is None else scored.grad_entropy / temperature
+    scored = scored._replace(grad_log_probs=scored.grad_log_probs / temperature, grad_entropy=grad_entropy)
     for rows in row_chunks(scores.shape[0], cached_rows(scores)):
-        grad_h = None if grad_entropy is None else grad_entropy[rows]
-        _slope(scores[rows], lse[rows], entropy[rows], grad_log_probs[rows], grad_h)
+        _slope(scores[rows], scored.rows(rows))
+    tokens, grads = scored.tokens, scored.grad_log_probs
     for m in range(tokens.shape[1]):  # one column at a time: a token drawn twice in a row is then added in order
-        scores.scatter_add_(1, tokens[:, m : m + 1], grad_log_probs[:, m : m + 1])
+        scores.scatter_add_(1, tokens[:, m : m + 1], grads[:, m : m + 1])
 
 
-def _slope(scores: Tensor, lse: Tensor, entropy: Tensor, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> None:
+def _slope(scores: Tensor, scored: ScoredRows) -> None:
     """The part of the gradient that every column has: all but the tokens' own."""
-    log_p = scores.sub_(lse[:, None])
-    weight = grad_log_probs.sum(1, keepdim=True).neg_()
-    if grad_entropy is None:
+    log_p = scores.sub_(scored.lse[:, None])
+    weight = scored.grad_log_probs.sum(1, keepdim=True).neg_()
+    if scored.grad_entropy is None:
         log_p.exp_().mul_(weight)
     else:
         p = log_p.clamp_(min=_LOG_ZERO).exp()
-        weight.sub_((grad_entropy * entropy)[:, None])
-        log_p.mul_(-grad_entropy[:, None]).add_(weight).mul_(p)
+        weight.sub_((scored.grad_entropy * scored.entropy)[:, None])
+        log_p.mul_(-scored.grad_entropy[:, None]).add_(weight).mul_(p)

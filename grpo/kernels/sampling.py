@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo.kernels.dispatch import check_temperature, use_triton
 from grpo.kernels.philox import MAX_SAMPLES, MAX_VOCABULARY
-from grpo.kernels.sampling_reference import sample_rows
+from grpo.kernels.sampling_reference import Filter, new_sample, sample_rows
 
 
 class Sample(NamedTuple):
@@ -65,21 +65,12 @@ def sample_tokens(
     if noise is not None and noise.shape != (N, num_samples, V):
         raise ValueError(f"noise must be {[N, num_samples, V]}, not {list(noise.shape)}")
     top_k = top_k if 0 < top_k < V else 0
-    tokens, log_probs, *kept = torch.ops.grpo.sample_tokens(
-        logits.detach(),
-        _scalar("seed", seed, logits.device),
-        _scalar("step", step, logits.device),
-        torch.arange(N, device=logits.device) if row_ids is None else row_ids,
-        noise,
-        num_samples,
-        temperature,
-        top_k,
-        min(top_p, 1.0),
-        impl,
+    row_ids = torch.arange(N, device=logits.device) if row_ids is None else row_ids
+    seed, step = _scalar("seed", seed, logits.device), _scalar("step", step, logits.device)
+    tokens, log_probs, kept_log_probs, kept_mass = torch.ops.grpo.sample_tokens(
+        logits.detach(), seed, step, row_ids, noise, num_samples, temperature, top_k, min(top_p, 1.0), impl
     )
-    if top_k == 0 and top_p >= 1:
-        return Sample(tokens, log_probs, log_probs, kept[1])
-    return Sample(tokens, log_probs, *kept)
+    return Sample(tokens, log_probs, kept_log_probs if top_k or top_p < 1 else log_probs, kept_mass)
 
 
 def _scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
@@ -109,7 +100,7 @@ def _sample_tokens(
     top_p: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = (logits, seed, step, row_ids, noise, num_samples, temperature, top_k, top_p)
+    arguments = (logits, seed, step, row_ids, noise, num_samples, Filter(temperature, top_k, top_p))
     if use_triton(impl, op="sample_tokens", device=logits.device, obstacle=_obstacle(logits)):
         from grpo.kernels.triton_sampling import launch
 
@@ -130,8 +121,4 @@ def _obstacle(logits: Tensor) -> str | None:
 
 @_sample_tokens.register_fake
 def _(logits, seed, step, row_ids, noise, num_samples, temperature, top_k, top_p, impl):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    shape = (logits.shape[0], num_samples)
-    tokens = logits.new_empty(shape, dtype=torch.int64)
-    log_probs, kept_log_probs = logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=dtype)
-    return tokens, log_probs, kept_log_probs, logits.new_empty(shape[:1], dtype=dtype)
+    return new_sample(logits, num_samples)

@@ -1,6 +1,7 @@
 """The plain-torch reference of `sample_tokens`, also its CPU path."""
 
 import math
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -9,38 +10,35 @@ from torch.nn.functional import pad
 
 from grpo.kernels.dispatch import accumulation_dtype
 from grpo.kernels.philox import BLOCK, draw_noise
+from grpo.kernels.row_math import cached_rows, row_chunks
 
-# Elements of logits worked on at once: about the second-level cache of a CPU core, and enough to fill a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+class Filter(NamedTuple):
+    """The settings of a distribution; top_k 0 and top_p 1 are off."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
 
 
 def sample_rows(
-    logits: Tensor,
-    seed: Tensor,
-    step: Tensor,
-    row_ids: Tensor,
-    noise: Tensor | None,
-    num_samples: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor, noise: Tensor | None, num_samples: int, filters: Filter
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """tokens, log_probs, kept_log_probs [N, num_samples] and kept_mass [N]; see `sample_tokens`."""
-    N, V = logits.shape
-    dtype = accumulation_dtype(logits)
-    tokens = logits.new_empty(N, num_samples, dtype=torch.int64)
-    log_probs = logits.new_empty(N, num_samples, dtype=dtype)
-    kept_log_probs = torch.empty_like(log_probs)
-    kept_mass = logits.new_empty(N, dtype=dtype)
-    num_rows = max(1, min(N, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 20) // V))
+    (N, V), dtype = logits.shape, accumulation_dtype(logits)
+    tokens, log_probs, kept_log_probs, kept_mass = outputs = new_sample(logits, num_samples)
+    num_rows = min(max(1, N), cached_rows(logits))
     buffer = logits.new_empty(num_rows, V, dtype=dtype)
-    for start in range(0, N, num_rows):
-        rows = slice(start, start + num_rows)
-        scores, peak, flags = _tempered(logits[rows].to(dtype), temperature)
+    for rows in row_chunks(N, num_rows):
+        scores, peak, flags = _tempered(logits[rows].to(dtype), filters.temperature)
         weights = torch.sub(scores, peak, out=buffer[: scores.shape[0]]).exp_()  # [n, V]
         mass = block_mass = _block_sums(weights)  # [n, blocks]
-        if top_k or top_p < 1:
-            keep = kept_columns(scores, peak, top_k, top_p)
+        if filters.truncates:
+            keep = kept_columns(scores, peak, filters.top_k, filters.top_p)
             scores = scores.masked_fill(~keep, -math.inf)
             block_mass = _block_sums(weights.mul_(keep))
         if noise is None:
@@ -55,7 +53,14 @@ def sample_rows(
         log_probs[rows] = chosen - total.log() + flags
         kept_log_probs[rows] = chosen - kept.log() + flags
         kept_mass[rows] = (kept / total + flags)[:, 0]
-    return tokens, log_probs, kept_log_probs, kept_mass
+    return outputs
+
+
+def new_sample(logits: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised tokens, log_probs, kept_log_probs [N, num_samples] and kept_mass [N] for logits [N, V]."""
+    shape, dtype = (logits.shape[0], num_samples), accumulation_dtype(logits)
+    numbers = (logits.new_empty(size, dtype=dtype) for size in (shape, shape, shape[:1]))
+    return logits.new_empty(shape, dtype=torch.int64), *numbers
 
 
 def _tempered(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,12 +2,10 @@
 
 Forward, bf16 and fp16: tiles of logits live in registers only. A program walks over one split of the vocabulary for
 one tile of rows and leaves the split's maximum, sum of exponentials and first moment; a second kernel merges the splits
-in order and adds the logits of the tokens. Splits depend on V alone, so a row's result does not depend on how many rows
-come with it.
+in order and adds the logits of the tokens. Splits depend on V alone, so a row's result depends on no other row.
 
 Backward, and the forward pass of fp32: chunks of rows. The library's matrix product writes fp32 logits, the row kernels
-of `triton_log_probs.py` read log-probs off them and turn them in place into gradients, which two more products use. At
-V=16384 another forward product is cheaper than the traffic of kept logits.
+of `triton_log_probs.py` read log-probs off them and turn them in place into gradients, which two more products use.
 """
 
 import torch
@@ -16,31 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import triton_log_probs
-from grpo.kernels.linear_chunks import LogitChunks
-from grpo.kernels.row_math import new_outputs
+from grpo.kernels.projection import LogitChunks, mixed_products
+from grpo.kernels.row_math import ScoredRows, new_outputs
+from grpo.kernels.triton_log_probs import absorb_tile
 
 _SPLIT = 2048
 
 
 @triton.jit
 def split_kernel(
-    hidden_ptr,
-    weight_ptr,
-    peak_ptr,
-    total_ptr,
-    moment_ptr,
-    N,
-    stride_hidden,
-    stride_weight,
-    inverse_temperature,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_V: tl.constexpr,
-    TILE_D: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-):
+    hidden_ptr, weight_ptr, peak_ptr, total_ptr, moment_ptr,
+    N, stride_hidden, stride_weight, inverse_temperature,
+    V: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_V: tl.constexpr, TILE_D: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     split = tl.program_id(1)
     features = tl.arange(0, TILE_D)
@@ -54,26 +41,13 @@ def split_kernel(
         scores = tl.zeros((TILE_N, TILE_V), tl.float32)
         for start in range(0, D, TILE_D):
             feature = start + features
-            hidden = tl.load(
-                hidden_rows + feature[None, :], mask=(rows[:, None] < N) & (feature[None, :] < D), other=0.0
-            )
-            weight = tl.load(
-                weight_rows + feature[:, None], mask=(columns[None, :] < V) & (feature[:, None] < D), other=0.0
-            )
+            hidden_mask = (rows[:, None] < N) & (feature[None, :] < D)
+            weight_mask = (columns[None, :] < V) & (feature[:, None] < D)
+            hidden = tl.load(hidden_rows + feature[None, :], mask=hidden_mask, other=0.0)
+            weight = tl.load(weight_rows + feature[:, None], mask=weight_mask, other=0.0)
             scores = tl.dot(hidden, weight, scores)
         scores = tl.where(columns[None, :] < V, scores * inverse_temperature, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        scores -= new_peak[:, None]
-        shrink = tl.exp(peak - new_peak)
-        if WITH_ENTROPY:
-            weights = tl.exp(scores)
-            moved = tl.where(total > 0, total * (peak - new_peak), 0.0)  # not 0 * -inf before the first tile
-            moment = shrink * (moment + moved)
-            moment += tl.sum(tl.where(weights > 0, weights * scores, 0.0), axis=1)
-            total = total * shrink + tl.sum(weights, axis=1)
-        else:
-            total = total * shrink + tl.sum(tl.exp(scores), axis=1)
-        peak = new_peak
+        peak, total, moment = absorb_tile(scores, peak, total, moment, 1, WITH_ENTROPY)
     partial = split.to(tl.int64) * N + rows
     tl.store(peak_ptr + partial, peak, mask=rows < N)
     tl.store(total_ptr + partial, total, mask=rows < N)
@@ -83,28 +57,11 @@ def split_kernel(
 
 @triton.jit
 def merge_kernel(
-    hidden_ptr,
-    weight_ptr,
-    tokens_ptr,
-    peak_ptr,
-    total_ptr,
-    moment_ptr,
-    log_probs_ptr,
-    lse_ptr,
-    entropy_ptr,
-    N,
-    stride_hidden,
-    stride_weight,
-    inverse_temperature,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILE_SPLITS: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_D: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-):
+    hidden_ptr, weight_ptr, tokens_ptr, peak_ptr, total_ptr, moment_ptr, log_probs_ptr, lse_ptr, entropy_ptr,
+    N, stride_hidden, stride_weight, inverse_temperature,
+    V: tl.constexpr, D: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
+    TILE_SPLITS: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, TILE_SPLITS)
     partial = splits.to(tl.int64) * N + row
@@ -129,11 +86,8 @@ def merge_kernel(
     for start in range(0, D, TILE_D):
         feature = start + tl.arange(0, TILE_D)
         hidden = tl.load(hidden_ptr + row * stride_hidden + feature, mask=feature < D, other=0.0).to(tl.float32)
-        chosen = tl.load(
-            weight_ptr + tokens[:, None] * stride_weight + feature[None, :],
-            mask=inside[:, None] & (feature[None, :] < D),
-            other=0.0,
-        )
+        weight_rows = weight_ptr + tokens[:, None] * stride_weight
+        chosen = tl.load(weight_rows + feature[None, :], mask=inside[:, None] & (feature[None, :] < D), other=0.0)
         products += hidden[None, :] * chosen.to(tl.float32)
     # A token out of range has no log-prob, and reads nothing.
     scores = tl.where(inside, tl.sum(products, axis=1) * inverse_temperature, float("nan"))
@@ -143,100 +97,46 @@ def merge_kernel(
 def launch_forward(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probs [N, M], lse [N] and entropy [N] (or [0]) of hidden [N, D] and weight [V, D]."""
-    log_probs, lse, entropy = new_outputs(tokens, with_entropy, hidden)
-    N, D = hidden.shape
-    V, M = weight.shape[0], tokens.shape[1]
+    """log-probs [N, M], lse [N] and entropy [N] (or [0]) of hidden [N, D] and weight [V, D] in bf16 or fp16."""
+    outputs = new_outputs(tokens, with_entropy, hidden)
+    (N, D), V, M = hidden.shape, weight.shape[0], tokens.shape[1]
     if N == 0:
-        return log_probs, lse, entropy
-    if hidden.dtype == torch.float32:
-        chunks = TritonLogitChunks(hidden, weight, temperature=temperature, needs_hidden=False, needs_weight=False)
-        for rows, logits in chunks:
-            outputs = chunks.score(logits, tokens[rows], with_entropy)
-            for whole, part in zip((log_probs, lse, entropy), outputs, strict=True):
-                whole[rows] = part
-        return log_probs, lse, entropy
-    options = split_options(V, D, with_entropy)
-    splits = triton.cdiv(V, _SPLIT)
+        return outputs
+    options, splits = split_options(V, D, with_entropy), triton.cdiv(V, _SPLIT)
     partials = hidden.new_empty(3, splits, N, dtype=torch.float32)
-    split_kernel[(triton.cdiv(N, options["TILE_N"]), splits)](
-        hidden,
-        weight,
-        *partials,
-        N,
-        hidden.stride(0),
-        weight.stride(0),
-        1 / temperature,
-        **options,
-    )
+    layout = (N, hidden.stride(0), weight.stride(0), 1 / temperature)
+    split_kernel[(triton.cdiv(N, options["TILE_N"]), splits)](hidden, weight, *partials, *layout, **options)
     merge_kernel[(N,)](
-        hidden,
-        weight,
-        tokens.contiguous(),
-        *partials,
-        log_probs,
-        lse,
-        entropy,
-        N,
-        hidden.stride(0),
-        weight.stride(0),
-        1 / temperature,
-        **merge_options(V, D, M, with_entropy),
+        hidden, weight, tokens.contiguous(), *partials, *outputs, *layout, **merge_options(V, D, M, with_entropy)
     )
-    return log_probs, lse, entropy
+    return outputs
 
 
 class TritonLogitChunks(LogitChunks):
     """The same with the row kernels. A chunk's logits are not divided by the temperature: the kernels do that."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, *, temperature: float, needs_hidden: bool, needs_weight: bool
-    ) -> None:
-        self.hidden, self.weight, self.temperature = hidden, weight, temperature
-        self.grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else None
-        self.grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if needs_weight else None
+    widens = False
 
-    def _product(self, hidden: Tensor, scores: Tensor) -> None:
-        if _mixed_products(hidden):
+    def product(self, hidden: Tensor, scores: Tensor) -> None:
+        if mixed_products(hidden):
             torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=scores)
         else:
             torch.mm(hidden.float(), self.weight.t().float(), out=scores)
 
-    def score(self, scores: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return triton_log_probs.launch_forward(scores, tokens, self.temperature, with_entropy)
+    def score(self, scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
+        triton_log_probs.launch_forward(scores, tokens, self.temperature, log_probs, lse, entropy)
 
-    def backward(
-        self,
-        rows: slice,
-        scores: Tensor,
-        tokens: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-    ) -> None:
+    def backward(self, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
         # The gradient takes the place of the logits, in the type of the products that follow.
         gradient = scores.view(self.hidden.dtype)[:, : self.weight.shape[0]]
-        triton_log_probs.launch_backward(
-            grad_log_probs, grad_entropy, scores, tokens, lse, entropy, self.temperature, gradient
-        )
+        triton_log_probs.launch_backward(scores, scored.rows(rows), self.temperature, gradient)
         if self.grad_hidden is not None:
             torch.mm(gradient, self.weight, out=self.grad_hidden[rows])
-        if self.grad_weight is not None:
-            _add_product(self.grad_weight, gradient.t(), self.hidden[rows])
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in fp32."""
-    if _mixed_products(a):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
-
-
-def _mixed_products(operand: Tensor) -> bool:
-    """Whether the library multiplies these half-precision operands into an fp32 result; cuBLAS does."""
-    return operand.dtype != torch.float32 and operand.is_cuda and torch.version.hip is None
+        if self.grad_weight is not None and mixed_products(gradient):
+            total, hidden = self.grad_weight, self.hidden[rows]
+            torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
+        elif self.grad_weight is not None:
+            self.grad_weight.addmm_(gradient.t().float(), self.hidden[rows].float())
 
 
 def split_options(V: int, D: int, with_entropy: bool) -> dict:
@@ -248,17 +148,8 @@ def split_options(V: int, D: int, with_entropy: bool) -> dict:
 
 def merge_options(V: int, D: int, M: int, with_entropy: bool) -> dict:
     """Compile-time options of `merge_kernel`, as the launcher and the compile tests use them."""
-    splits = triton.cdiv(V, _SPLIT)
-    tile_m = max(1, triton.next_power_of_2(M))
-    return {
-        "V": V,
-        "D": D,
-        "M": M,
-        "SPLITS": splits,
-        "TILE_SPLITS": triton.next_power_of_2(splits),
-        "TILE_M": tile_m,
-        "TILE_D": max(32, min(triton.next_power_of_2(D), 4096 // tile_m)),
-        "WITH_ENTROPY": with_entropy,
-        "num_warps": 4,
-        "enable_fp_fusion": True,
-    }
+    splits, tile_m = triton.cdiv(V, _SPLIT), max(1, triton.next_power_of_2(M))
+    tile_d = max(32, min(triton.next_power_of_2(D), 4096 // tile_m))
+    tiles = {"TILE_SPLITS": triton.next_power_of_2(splits), "TILE_M": tile_m, "TILE_D": tile_d}
+    launch = {"num_warps": 4, "enable_fp_fusion": True}
+    return {"V": V, "D": D, "M": M, "SPLITS": splits, "WITH_ENTROPY": with_entropy, **tiles, **launch}

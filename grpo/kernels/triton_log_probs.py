@@ -1,50 +1,49 @@
 """Triton kernels of `token_log_probs`: one program for each row, the row read once in tiles, and once written back."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.row_math import new_outputs
+from grpo.kernels.row_math import ScoredRows
 
 _MAX_TILE = 16384
 
 
 @triton.jit
+def absorb_tile(scores, peak, total, moment, AXIS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
+    """One more tile of scores along `AXIS` taken into the online softmax of a row or of several.
+
+    `peak` is the largest score so far, `total` the sum of the weights exp(score - peak), `moment` that of weight *
+    (score - peak), which the entropy needs.
+    """
+    new_peak = tl.maximum(peak, tl.max(scores, axis=AXIS))
+    relative = scores - tl.expand_dims(new_peak, AXIS)
+    weights = tl.exp(relative)
+    shrink = tl.exp(peak - new_peak)
+    if WITH_ENTROPY:
+        moved = tl.where(total > 0, total * (peak - new_peak), 0.0)  # not 0 * -inf before the first tile
+        moment = shrink * (moment + moved)
+        moment += tl.sum(tl.where(weights > 0, weights * relative, 0.0), axis=AXIS)
+    total = total * shrink + tl.sum(weights, axis=AXIS)
+    return new_peak, total, moment
+
+
+@triton.jit
 def forward_kernel(
-    logits_ptr,
-    tokens_ptr,
-    log_probs_ptr,
-    lse_ptr,
-    entropy_ptr,
-    stride_row,
-    inverse_temperature,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-):
+    logits_ptr, tokens_ptr, log_probs_ptr, lse_ptr, entropy_ptr,
+    stride_row, inverse_temperature,
+    V: tl.constexpr, M: tl.constexpr, TILE_M: tl.constexpr, TILE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     columns = tl.arange(0, TILE)
     # Floored, so that a tile of -inf alone gives weights of 0 and not NaN.
     peak = tl.full((), -3.4e38, tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    moment = tl.full((), 0.0, tl.float32)  # sum of weight * (score - peak)
+    moment = tl.full((), 0.0, tl.float32)
     for start in range(0, V, TILE):
         logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
-        scores = logits * inverse_temperature
-        new_peak = tl.maximum(peak, tl.max(scores, axis=0))
-        relative = scores - new_peak
-        weights = tl.exp(relative)
-        shrink = tl.exp(peak - new_peak)
-        if WITH_ENTROPY:
-            moved = tl.where(total > 0, total * (peak - new_peak), 0.0)  # not 0 * -inf before the first tile
-            moment = shrink * (moment + moved)
-            moment += tl.sum(tl.where(weights > 0, weights * relative, 0.0), axis=0)
-        total = total * shrink + tl.sum(weights, axis=0)
-        peak = new_peak
+        peak, total, moment = absorb_tile(logits * inverse_temperature, peak, total, moment, 0, WITH_ENTROPY)
     lse = peak + tl.log(total)
     tl.store(lse_ptr + row, lse)
     if WITH_ENTROPY:
@@ -70,22 +69,10 @@ def _row_gradient(logits, lse, entropy, grad_sum, grad_entropy, inverse_temperat
 
 @triton.jit
 def backward_kernel(
-    grad_log_probs_ptr,
-    grad_entropy_ptr,
-    logits_ptr,
-    tokens_ptr,
-    lse_ptr,
-    entropy_ptr,
-    grad_logits_ptr,
-    stride_row,
-    stride_grad_row,
-    inverse_temperature,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-):
+    grad_log_probs_ptr, grad_entropy_ptr, logits_ptr, tokens_ptr, lse_ptr, entropy_ptr, grad_logits_ptr,
+    stride_row, stride_grad_row, inverse_temperature,
+    V: tl.constexpr, M: tl.constexpr, TILE_M: tl.constexpr, TILE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+):  # fmt: skip
     """`grad_logits` may lie over `logits`, with elements of the same size or half of it and rows at the same addresses.
 
     A tile is then read whole before it is written, and what is written never reaches a tile that is still to be read.
@@ -94,8 +81,7 @@ def backward_kernel(
     row_ptr = logits_ptr + row * stride_row
     grad_row_ptr = grad_logits_ptr + row * stride_grad_row
     lse = tl.load(lse_ptr + row)
-    entropy = lse
-    grad_entropy = lse
+    entropy, grad_entropy = lse, lse
     if WITH_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
         grad_entropy = tl.load(grad_entropy_ptr + row)
@@ -125,65 +111,32 @@ def backward_kernel(
 
 
 def launch_forward(
-    logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probs [N, M], lse [N] and entropy [N] (or [0]) of logits [N, V]."""
-    log_probs, lse, entropy = new_outputs(tokens, with_entropy, logits)
+    logits: Tensor, tokens: Tensor, temperature: float, log_probs: Tensor, lse: Tensor, entropy: Tensor
+) -> None:
+    """Fills log_probs [N, M], lse [N] and entropy [N] (or [0]) from logits [N, V]."""
     N, V = logits.shape
     if N:
-        forward_kernel[(N,)](
-            logits,
-            tokens.contiguous(),
-            log_probs,
-            lse,
-            entropy,
-            logits.stride(0),
-            1 / temperature,
-            **kernel_options(V, tokens.shape[1], with_entropy),
-        )
-    return log_probs, lse, entropy
+        options = kernel_options(V, tokens.shape[1], entropy.numel() > 0)
+        outputs = (log_probs, lse, entropy)
+        forward_kernel[(N,)](logits, tokens.contiguous(), *outputs, logits.stride(0), 1 / temperature, **options)
 
 
-def launch_backward(
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    tokens: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    temperature: float,
-    grad_logits: Tensor | None = None,
-) -> Tensor:
-    """Gradient with respect to logits [N, V], written into `grad_logits` if given."""
+def launch_backward(logits: Tensor, scored: ScoredRows, temperature: float, grad_logits: Tensor) -> None:
+    """Fills grad_logits [N, V] with the gradient with respect to logits [N, V]."""
     N, V = logits.shape
-    if grad_logits is None:
-        grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    tokens, lse, entropy, grad_log_probs, grad_entropy = scored
     if N:
         backward_kernel[(N,)](
-            grad_log_probs.contiguous(),
-            lse if grad_entropy is None else grad_entropy.contiguous(),
-            logits,
-            tokens.contiguous(),
-            lse,
-            entropy,
-            grad_logits,
-            logits.stride(0),
-            grad_logits.stride(0),
-            1 / temperature,
+            grad_log_probs.contiguous(), lse if grad_entropy is None else grad_entropy.contiguous(),
+            logits, tokens.contiguous(), lse, entropy, grad_logits,
+            logits.stride(0), grad_logits.stride(0), 1 / temperature,
             **kernel_options(V, tokens.shape[1], grad_entropy is not None),
-        )
-    return grad_logits
+        )  # fmt: skip
 
 
 def kernel_options(V: int, M: int, with_entropy: bool) -> dict:
     """Compile-time options of both kernels, as the launchers and the compile tests use them."""
     tile = min(triton.next_power_of_2(V), _MAX_TILE)
-    return {
-        "V": V,
-        "M": M,
-        "TILE_M": max(1, triton.next_power_of_2(M)),
-        "TILE": tile,
-        "WITH_ENTROPY": with_entropy,
-        "num_warps": 16 if tile > 8192 else 8 if tile > 2048 else 4,
-        "enable_fp_fusion": True,
-    }
+    tiles = {"TILE": tile, "TILE_M": max(1, triton.next_power_of_2(M))}
+    launch = {"num_warps": 16 if tile > 8192 else 8 if tile > 2048 else 4, "enable_fp_fusion": True}
+    return {"V": V, "M": M, "WITH_ENTROPY": with_entropy, **tiles, **launch}

@@ -5,25 +5,34 @@ adds the sums up in the order of the programs, whichever it is: one launch, and 
 """
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.ratio_loss import LOG_RATIO_LIMIT, METRICS
+from grpo.kernels.ratio_reference import LOG_RATIO_LIMIT, METRICS, Terms
 
 _TILE = 512
 _TILE_PROGRAMS = 128
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 _SUMS = tl.constexpr(len(METRICS))
 _TILE_SUMS = tl.constexpr(triton.next_power_of_2(len(METRICS)))
+_STRIDED = ("log_probs", "old", "advantages", "weights", "ref", "gradient")
+_STRIDES = [f"{name}_{axis}" for name in _STRIDED for axis in range(3)]
+_NAN = tl.constexpr(tl.PropagateNan.ALL)  # of a minimum or maximum: a NaN log-prob must reach the loss
+
+
+@triton.jit
+def _clamp(values, lowest, highest):
+    return tl.minimum(tl.maximum(values, lowest, propagate_nan=_NAN), highest, propagate_nan=_NAN)
 
 
 @triton.jit
 def _clamped_exp(exponent):
     """The exponent clamped, its exponential, and where the clamp changes nothing."""
-    clamped = tl.minimum(tl.maximum(exponent, -_LIMIT), _LIMIT)
+    clamped = _clamp(exponent, -_LIMIT, _LIMIT)
     return clamped, tl.exp(clamped), clamped == exponent
 
 
@@ -36,7 +45,7 @@ def _kl_estimate(difference, KL: tl.constexpr):
         return difference * difference / 2, -difference
     else:
         _, exponential, inside = _clamped_exp(difference)
-        return exponential - difference - 1, 1 - tl.where(inside, exponential, 0.0)
+        return exponential - difference - 1, 1 - exponential * tl.where(inside, 1.0, 0.0)
 
 
 @triton.jit
@@ -68,54 +77,15 @@ def _add_up(partial_ptr, sums_ptr, loss_ptr, TILE_PROGRAMS: tl.constexpr):
     tl.store(loss_ptr, tl.sum(tl.where(index < 2, totals, 0.0), axis=0))
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("log_probs_0", "log_probs_1", "log_probs_2", "old_0", "old_1", "old_2", "advantages_0", "advantages_1"),
-        *("advantages_2", "weights_0", "weights_1", "weights_2", "ref_0", "ref_1", "ref_2", "gradient_0"),
-        *("gradient_1", "gradient_2", "count", "size_1", "size_2"),
-    ]
-)
+@triton.jit(do_not_specialize=[*_STRIDES, "count", "size_1", "size_2"])
 def ratio_loss_kernel(
-    log_probs_ptr,
-    old_log_probs_ptr,
-    advantages_ptr,
-    weights_ptr,
-    ref_log_probs_ptr,
-    gradient_ptr,
-    partial_ptr,
-    arrivals_ptr,
-    sums_ptr,
-    loss_ptr,
-    log_probs_0,
-    log_probs_1,
-    log_probs_2,
-    old_0,
-    old_1,
-    old_2,
-    advantages_0,
-    advantages_1,
-    advantages_2,
-    weights_0,
-    weights_1,
-    weights_2,
-    ref_0,
-    ref_1,
-    ref_2,
-    gradient_0,
-    gradient_1,
-    gradient_2,
-    count,
-    size_1,
-    size_2,
-    lowest,
-    highest,
-    kl_coef,
-    KL: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    CLIP: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_PROGRAMS: tl.constexpr,
-):
+    log_probs_ptr, old_log_probs_ptr, advantages_ptr, weights_ptr, ref_log_probs_ptr, gradient_ptr,
+    partial_ptr, arrivals_ptr, sums_ptr, loss_ptr,
+    log_probs_0, log_probs_1, log_probs_2, old_0, old_1, old_2, advantages_0, advantages_1, advantages_2,
+    weights_0, weights_1, weights_2, ref_0, ref_1, ref_2, gradient_0, gradient_1, gradient_2,
+    count, size_1, size_2, lowest, highest, kl_coef,
+    KL: tl.constexpr, HAS_REF: tl.constexpr, CLIP: tl.constexpr, TILE: tl.constexpr, TILE_PROGRAMS: tl.constexpr,
+):  # fmt: skip
     """Every tensor is seen as three-dimensional, by its three strides."""
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     i2, rest = token % size_2, token // size_2
@@ -130,14 +100,15 @@ def ratio_loss_kernel(
     advantage = tl.load(advantage_ptr, mask=counted, other=0.0)
 
     log_ratio, ratio, inside = _clamped_exp(log_p - old_log_p)
-    bounded = tl.minimum(tl.maximum(ratio, lowest), highest)
+    bounded = _clamp(ratio, lowest, highest)
     below = ratio < lowest
     above = ratio > highest
     if CLIP:
         clipped_low = below & (advantage < 0)
         clipped_high = above & (advantage > 0)
-        policy = -tl.minimum(advantage * ratio, advantage * bounded)
-        gradient = tl.where(inside & (clipped_low == 0) & (clipped_high == 0), -advantage * ratio, 0.0)
+        policy = -tl.minimum(advantage * ratio, advantage * bounded, propagate_nan=_NAN)
+        moves = inside & (clipped_low == 0) & (clipped_high == 0)
+        gradient = -advantage * ratio * tl.where(moves, 1.0, 0.0)
     else:
         clipped_low = below
         clipped_high = above
@@ -173,43 +144,25 @@ def ratio_loss_kernel(
 
 
 def launch(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    ref_log_probs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    kl: str,
-    kl_coef: float,
-    surrogate: str,
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, ref: Tensor | None, terms: Terms
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the sums of `METRICS`, and d loss / d log_probs [R, M, T] in the layout of log_probs."""
-    gradient = torch.empty_like(log_probs)
-    count = log_probs.numel()
+    """As `ratio_loss` of the reference; the gradient has the layout of log_probs."""
+    gradient, count = torch.empty_like(log_probs), log_probs.numel()
     if not count:
         return log_probs.new_zeros(()), log_probs.new_zeros(len(METRICS)), gradient
     loss, sums = log_probs.new_empty(()), log_probs.new_empty(len(METRICS))
     programs = triton.cdiv(count, _TILE)
     constants = (old_log_probs, advantages[..., None].expand_as(log_probs), weights)
-    tensors = (log_probs, *constants, log_probs if ref_log_probs is None else ref_log_probs, gradient)
+    tensors = (log_probs, *constants, log_probs if ref is None else ref, gradient)
     # Along the memory of log_probs, whatever its layout: neighbours in a tile are neighbours there.
     order = sorted(range(3), key=log_probs.stride, reverse=True)
+    strides = (tensor.stride(axis) for tensor in tensors for axis in order)
     ratio_loss_kernel[(programs,)](
-        *tensors,
-        log_probs.new_empty(programs, len(METRICS)),
-        _arrivals(log_probs.device),
-        sums,
-        loss,
-        *(tensor.stride(axis) for tensor in tensors for axis in order),
-        count,
-        log_probs.shape[order[1]],
-        log_probs.shape[order[2]],
-        1 - clip_low,
-        1 + clip_high,
-        kl_coef,
-        **kernel_options(kl, ref_log_probs is not None, surrogate),
-    )
+        *tensors, log_probs.new_empty(programs, len(METRICS)), _arrivals(log_probs.device), sums, loss,
+        *strides, count, log_probs.shape[order[1]], log_probs.shape[order[2]],
+        1 - terms.clip_low, 1 + terms.clip_high, terms.kl_coef,
+        **kernel_options(terms.kl, ref is not None, terms.surrogate),
+    )  # fmt: skip
     return loss, sums, gradient
 
 
@@ -220,36 +173,26 @@ def kernel_options(kl: str, has_ref: bool, surrogate: str) -> dict:
     return {**constants, **tiles, "num_warps": 4, "enable_fp_fusion": False}
 
 
-class _Counters:
-    """Counters of one device for the programs of a launch that have arrived: 0 before it, and set back to 0 by it.
+_RING = 1 << 15
+_counters: dict[torch.device, tuple[Tensor, Iterator[int], Iterator[int]]] = {}
+
+
+def _arrivals(device: torch.device) -> Tensor:
+    """A counter of arrived programs for one launch: 0 before it, and set back to 0 by it.
 
     Launches on different streams may run at the same time, so each takes the next counter of a ring too long to come
     round while a launch still waits. A counter that a CUDA graph captured stays the graph's, which may run at any time.
     """
-
-    RING = 1 << 15
-    CAPTURED = 1 << 15
-
-    def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(self.RING + self.CAPTURED, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # once: zero before any stream uses them
-        self.launches, self.captures = itertools.count(), itertools.count()
-
-    def next(self, capturing: bool) -> Tensor | None:
-        """The counter of the next launch; None when no more are left for graphs."""
-        index = self.RING + next(self.captures) if capturing else next(self.launches) % self.RING
-        return self.values[index : index + 1] if index < len(self.values) else None
-
-
-_counters: dict[torch.device, _Counters] = {}
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """A counter at 0 for one launch."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if device not in _counters and not capturing:
-        _counters[device] = _Counters(device)
-    counter = _counters[device].next(capturing) if device in _counters else None
+        counters = torch.zeros(2 * _RING, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once: zero before any stream uses them
+        _counters[device] = counters, itertools.cycle(range(_RING)), iter(range(_RING, 2 * _RING))
+    if device in _counters:
+        counters, launches, captures = _counters[device]
+        index = next(captures if capturing else launches, None)
+        if index is not None:
+            return counters[index : index + 1]
     # A graph that has none gets one of its own, which each replay sets to 0 first.
-    return torch.zeros(1, dtype=torch.int32, device=device) if counter is None else counter
+    return torch.zeros(1, dtype=torch.int32, device=device)

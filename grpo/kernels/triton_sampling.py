@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.philox import BLOCK
+from grpo.kernels.sampling_reference import Filter, new_sample
 
 _BLOCK = tl.constexpr(BLOCK)
 _GROUPS = tl.constexpr(BLOCK // 4)
@@ -172,20 +173,10 @@ def _column_score(row_ptr, bits, column, temperature, least_first, threshold, la
 
 @triton.jit
 def _draw_two_level(
-    row_ptr,
-    mass_ptr,
-    seed_ptr,
-    step_ptr,
-    row_id_ptr,
-    temperature,
-    least_first,
-    threshold,
-    last_tie,
-    V: tl.constexpr,
-    TILE_SAMPLES: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    HEAT: tl.constexpr,
-):
+    row_ptr, mass_ptr, seed_ptr, step_ptr, row_id_ptr,
+    temperature, least_first, threshold, last_tie,
+    V: tl.constexpr, TILE_SAMPLES: tl.constexpr, TILE_GROUPS: tl.constexpr, HEAT: tl.constexpr,
+):  # fmt: skip
     """Tokens [TILE_SAMPLES] of the row: a block by its kept mass, then a kept column of it."""
     sample = tl.arange(0, TILE_SAMPLES)[:, None]
     seed = tl.load(seed_ptr)
@@ -216,30 +207,13 @@ def _draw_two_level(
 
 @triton.jit
 def sample_kernel(
-    logits_ptr,
-    seed_ptr,
-    step_ptr,
-    row_ids_ptr,
-    noise_ptr,
-    block_mass_ptr,
-    tokens_ptr,
-    log_probs_ptr,
-    kept_log_probs_ptr,
-    kept_mass_ptr,
-    stride_row,
-    temperature,
-    top_k,
-    top_p,
-    V: tl.constexpr,
-    NUM_SAMPLES: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-    TILE_SAMPLES: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    HEAT: tl.constexpr,
-    HAS_TOP_K: tl.constexpr,
-    HAS_TOP_P: tl.constexpr,
+    logits_ptr, seed_ptr, step_ptr, row_ids_ptr, noise_ptr, block_mass_ptr,
+    tokens_ptr, log_probs_ptr, kept_log_probs_ptr, kept_mass_ptr,
+    stride_row, temperature, top_k, top_p,
+    V: tl.constexpr, NUM_SAMPLES: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_SAMPLES: tl.constexpr,
+    TILE_GROUPS: tl.constexpr, HEAT: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
     HAS_NOISE: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     columns = tl.arange(0, TILE_BLOCKS)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
@@ -290,59 +264,28 @@ def sample_kernel(
 
 
 def launch(
-    logits: Tensor,
-    seed: Tensor,
-    step: Tensor,
-    row_ids: Tensor,
-    noise: Tensor | None,
-    num_samples: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor, noise: Tensor | None, num_samples: int, filters: Filter
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """tokens, log_probs, kept_log_probs [N, num_samples] and kept_mass [N]; see `sample_tokens`."""
     N, V = logits.shape
-    num_blocks = triton.cdiv(V, BLOCK)
-    tokens = logits.new_empty(N, num_samples, dtype=torch.int64)
-    log_probs = logits.new_empty(N, num_samples, dtype=torch.float32)
-    kept_log_probs = torch.empty_like(log_probs)
-    kept_mass = logits.new_empty(N, dtype=torch.float32)
-    block_mass = logits.new_empty(N, num_blocks, dtype=torch.float32)
-    if N == 0:
-        return tokens, log_probs, kept_log_probs, kept_mass
-    sample_kernel[(N,)](
-        logits,
-        seed,
-        step,
-        row_ids.contiguous(),
-        block_mass if noise is None else noise.contiguous(),
-        block_mass,
-        tokens,
-        log_probs,
-        kept_log_probs,
-        kept_mass,
-        logits.stride(0),
-        temperature,
-        top_k,
-        top_p,
-        V=V,
-        HAS_NOISE=noise is not None,
-        **kernel_options(V, num_samples, temperature, top_k, top_p),
-    )
-    return tokens, log_probs, kept_log_probs, kept_mass
+    outputs = new_sample(logits, num_samples)
+    block_mass = logits.new_empty(N, triton.cdiv(V, BLOCK), dtype=torch.float32)
+    if N:
+        noise_or_any = block_mass if noise is None else noise.contiguous()
+        options = kernel_options(V, num_samples, *filters)
+        sample_kernel[(N,)](
+            logits, seed, step, row_ids.contiguous(), noise_or_any, block_mass, *outputs,
+            logits.stride(0), *filters, V=V, HAS_NOISE=noise is not None, **options,
+        )  # fmt: skip
+    return outputs
 
 
 def kernel_options(V: int, num_samples: int, temperature: float, top_k: int, top_p: float) -> dict:
     """Compile-time options of `sample_kernel`, as the launcher and the compile tests use them."""
-    tile_blocks = triton.next_power_of_2(triton.cdiv(V, BLOCK))
-    return {
-        "NUM_SAMPLES": num_samples,
-        "TILE_BLOCKS": tile_blocks,
-        "TILE_SAMPLES": triton.next_power_of_2(num_samples),
-        "TILE_GROUPS": triton.next_power_of_2(triton.cdiv(triton.cdiv(V, BLOCK), 4)),
-        "HEAT": temperature != 1,
-        "HAS_TOP_K": top_k > 0,
-        "HAS_TOP_P": top_p < 1,
-        "num_warps": 16 if tile_blocks > 64 else 8 if tile_blocks > 16 else 4,
-        "enable_fp_fusion": False,  # the reference rounds after every operation
-    }
+    num_blocks, power = triton.cdiv(V, BLOCK), triton.next_power_of_2
+    tiles = {"TILE_BLOCKS": power(num_blocks), "TILE_SAMPLES": power(num_samples)}
+    tiles["TILE_GROUPS"] = power(triton.cdiv(num_blocks, 4))
+    flags = {"HEAT": temperature != 1, "HAS_TOP_K": top_k > 0, "HAS_TOP_P": top_p < 1}
+    num_warps = 16 if num_blocks > 64 else 8 if num_blocks > 16 else 4
+    # Without fusion: the reference rounds after every operation.
+    return {"NUM_SAMPLES": num_samples, **tiles, **flags, "num_warps": num_warps, "enable_fp_fusion": False}

@@ -89,8 +89,11 @@ def _vq_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    """Number of modules in a list, from the indices in the weights' names."""
-    return 1 + max(int(found[1]) for found in (re.match(pattern, name) for name in weights) if found)
+    """Number of modules in a list, by the different indices in the weights' names."""
+    indices = {found[1] for found in (re.match(pattern, name) for name in weights) if found}
+    if not indices:
+        raise ValueError(f"no {pattern}")
+    return len(indices)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Curves of a run as inline SVG."""
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo.observe.metrics_file import Metrics
@@ -19,26 +20,21 @@ class Curve:
     """One metric over the steps: what the report's template draws and what its script reads on hovering."""
 
     title: str
-    name: str
     points: list[Point]  # (step, value)
     pixels: list[Point]  # of the points
-    raw_path: str
-    smooth_path: str
+    smooth_pixels: list[Point]  # of their running mean
     x_ticks: list[tuple[float, str]]  # (pixel, label)
     y_ticks: list[tuple[float, str]]
 
     @property
-    def last(self) -> str:
-        """The newest value."""
-        return f"{self.points[-1][1]:.4g}"
+    def hover_data(self) -> str:
+        """What the page's script needs to show the value under the pointer: [pixel x, pixel y, text] of each point."""
+        placed = zip(self.pixels, self.points, strict=True)
+        return json.dumps([[*pixel, f"step {step:.0f}: {value:.4g}"] for pixel, (step, value) in placed])
 
 
 def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
-    """The curve of a metric, or None if fewer than two lines have a number for it.
-
-    The thin line is the metric, averaged over neighbours where a run has more than 600 steps; the bold one is its
-    running mean over 3 % of the steps.
-    """
+    """The curve of a metric, or None if fewer than two lines have a number for it."""
     values = [(float(line["step"]), line[name]) for line in metrics if isinstance(line.get(name), int | float)]
     if len(values) < 2:
         return None
@@ -53,11 +49,9 @@ def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
 
     return Curve(
         title=title,
-        name=name,
         points=points,
         pixels=[place(point) for point in points],
-        raw_path=_path(map(place, points)),
-        smooth_path=_path(map(place, smooth)),
+        smooth_pixels=[place(point) for point in smooth],
         x_ticks=[(place((tick, y_low))[0], f"{tick:g}") for tick in ticks(x_low, x_high) if tick == int(tick)],
         y_ticks=[(place((x_low, tick))[1], f"{tick:.6g}") for tick in ticks(y_low, y_high)],
     )
@@ -92,7 +86,3 @@ def _running_mean(points: list[Point], *, window: int) -> list[Point]:
     values = [value for _, value in points]
     means = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
     return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
-
-
-def _path(pixels: Iterable[Point]) -> str:
-    return "M" + "L".join(f"{x},{y}" for x, y in pixels)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 Item = TypeVar("Item")
@@ -18,8 +18,7 @@ HEADLINES = {
     "clip_fraction": "clipped",
     "images_per_second": "images/s",
 }
-"""The metrics that the console shows, in this order and under these names; those that a job does not have are left
-out."""
+"""The metrics that the console shows, in this order and under these names, as far as a job has them."""
 
 
 def headline(metrics: Mapping[str, float]) -> str:
@@ -46,11 +45,9 @@ class _BarOverMetrics(Progress):
 
 
 class ProgressDisplay:
-    """The progress of one phase: a bar with the time left on a terminal, plain lines otherwise.
+    """The progress of one phase of `total` steps: a bar with the time left on a terminal, plain lines otherwise.
 
     Args:
-        description: name of the phase.
-        total: steps of the phase.
         start: steps done before, by the run that this one continues.
         console: where to write; None is standard error.
     """
@@ -61,14 +58,8 @@ class ProgressDisplay:
         self._started = time.perf_counter()
         self._bar: Progress | None = None
         if self.console.is_terminal:
-            columns = [
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(compact=True),
-            ]
+            counts = BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
+            columns = "[bold]{task.description}", *counts, "left", TimeRemainingColumn(compact=True)
             self._bar = _BarOverMetrics(*columns, console=self.console, expand=True)
             self._task = self._bar.add_task(description, total=total, completed=start, headline="")
             self._bar.start()
@@ -78,7 +69,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, headline=headline(metrics))
         elif line:
-            self._print(self.line(step, metrics))
+            self.message(self.line(step, metrics))
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
         """`train 20/100  reward -0.81  loss 0.004  1:32 left`: the step as plain text, time left by the mean pace."""
@@ -88,9 +79,6 @@ class ProgressDisplay:
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
@@ -101,22 +89,19 @@ class ProgressDisplay:
 def progress(
     items: Iterable[Item], description: str, *, total: int | None = None, show: bool = True, seconds: float = 10.0
 ) -> Iterator[Item]:
-    """Yields `items` and shows how far it is: for loops without metrics, such as decoding or scoring images.
+    """Yields `items` and shows how far it is: for loops without metrics, such as drawing or measuring images.
 
     Args:
-        items: anything to loop over.
-        description: name of the phase.
         total: number of items; None is their length, and without a length none is shown.
         show: False only passes the items on (ranks other than the main one).
-        seconds: seconds between plain lines where there is no terminal.
+        seconds: between plain lines where there is no terminal.
     """
     if total is None:
         total = len(items) if hasattr(items, "__len__") else 0
     if not show or total == 0:
         yield from items
         return
-    display = ProgressDisplay(description, total)
-    last_line = time.perf_counter()
+    display, last_line = ProgressDisplay(description, total), time.perf_counter()
     try:
         for done, item in enumerate(items, 1):
             yield item

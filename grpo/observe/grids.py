@@ -15,18 +15,11 @@ BACKGROUND, FOREGROUND, BEST, WORST = "#ffffff", "#333333", "#15803d", "#b91c1c"
 
 
 class SampleRow(NamedTuple):
-    """One image of a rollout with its completions.
+    """One image of a rollout with its completions; images are in [-1, 1]."""
 
-    Attributes:
-        real: [3, H, W] in [-1, 1], or None where the condition is a class alone.
-        completions: [G, 3, H, W] in [-1, 1].
-        rewards: [G].
-        caption: the class name.
-    """
-
-    real: torch.Tensor | None
-    completions: torch.Tensor
-    rewards: torch.Tensor
+    real: torch.Tensor | None  # [3, H, W]; None where the condition is all there is
+    completions: torch.Tensor  # [G, 3, H, W]
+    rewards: torch.Tensor  # [G]
     caption: str
 
 
@@ -48,7 +41,9 @@ def sample_grid(rows: Sequence[SampleRow]) -> Image.Image:
     Small images are enlarged to about 96 pixels, large ones reduced to 256; at most 16 completions of a row are shown.
     """
     rows = [SampleRow(*row) for row in rows]
-    side = _tile_side(rows[0].completions.shape[-1])
+    width = rows[0].completions.shape[-1]
+    side = width * max(1, round(96 / width)) if width <= 256 else 256
+    resampling = Image.Resampling.NEAREST if side >= width else Image.Resampling.LANCZOS
     has_real = any(row.real is not None for row in rows)
     columns = has_real + max(min(len(row.completions), MAX_COLUMNS) for row in rows)
     row_height = side + 2 * TEXT_HEIGHT + MARGIN
@@ -63,7 +58,7 @@ def sample_grid(rows: Sequence[SampleRow]) -> Image.Image:
         offset = has_real and row.real is None
         for column, (image, label, color) in enumerate(tiles, int(offset)):
             left = MARGIN + column * (side + MARGIN)
-            picture.paste(_picture(image).resize((side, side), _resampling(image, side)), (left, top + TEXT_HEIGHT))
+            picture.paste(_picture(image).resize((side, side), resampling), (left, top + TEXT_HEIGHT))
             draw.text((left, top + TEXT_HEIGHT + side + 1), label, fill=color, font=font)
     return picture
 
@@ -74,14 +69,6 @@ def _labelled_completions(row: SampleRow) -> list[tuple[torch.Tensor, str, str]]
     colors = {best: BEST, worst: WORST} if best > worst else {}
     labelled = zip(row.completions, rewards, strict=True)
     return [(image, f"{reward:.4g}", colors.get(reward, FOREGROUND)) for image, reward in labelled][:MAX_COLUMNS]
-
-
-def _tile_side(side: int) -> int:
-    return side * max(1, round(96 / side)) if side <= 256 else 256
-
-
-def _resampling(image: torch.Tensor, side: int) -> Image.Resampling:
-    return Image.Resampling.NEAREST if side >= image.shape[-1] else Image.Resampling.LANCZOS
 
 
 def _picture(image: torch.Tensor) -> Image.Image:

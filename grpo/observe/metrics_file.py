@@ -27,14 +27,12 @@ class MetricsFile:
 
     Args:
         path: the file; its folder exists.
-        start_step: the step that the run continues from; lines after it belong to work that is now repeated and are
-            dropped.
+        start_step: the step that the run continues from; lines after it, whose work is repeated, are dropped.
     """
 
     def __init__(self, path: str | Path, *, start_step: int = 0) -> None:
         self.path = Path(path)
-        kept = read_metrics(self.path)
-        kept = [line for line in kept if line["step"] <= start_step]
+        kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._stream = self.path.open("a")
 

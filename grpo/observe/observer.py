@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from grpo.config import UserError
-from grpo.config.sections import Metrics
+from grpo.config import Metrics, UserError
 from grpo.observe.console import ProgressDisplay
 from grpo.observe.files import write_atomically
 from grpo.observe.grids import SampleRow, sample_grid
@@ -23,19 +21,16 @@ RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples"
 class RunObserver:
     """Writes a run's folder and shows its progress.
 
-    In the folder: recipe.toml, metrics.jsonl (every step), log.txt, samples/step-000100.png, report.html. Only the main
-    rank writes; on the others every method does nothing, so that callers need no `if`. The metrics of a step are the
-    caller's: already reduced over ranks.
+    Only the main rank writes; on the others every method does nothing, so that callers need no `if`.
 
     Args:
         run_dir: the run's folder, made when missing.
-        metrics: the recipe's section.
         total_steps: steps of the whole run.
         recipe_text: the resolved recipe as TOML.
         title: name of the job in the bar and the report.
         main: whether this rank writes.
         start_step: the step that the run continues from; lines of metrics.jsonl after it are dropped. 0 is a new run:
-            what an older one left in the folder is moved into `previous/` there.
+            what an older one has left is moved into `previous/`.
 
     Raises:
         UserError: the folder cannot be written, or Weights & Biases is asked for and not installed (on every rank).
@@ -74,7 +69,7 @@ class RunObserver:
             self.message(f"the results of an earlier run in {self.run_dir} are now in {aside}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records the metrics of a finished step (1-based)."""
+        """Records the metrics of a finished step (1-based), already reduced over ranks."""
         if not self.main:
             return
         self._step = step
@@ -87,20 +82,12 @@ class RunObserver:
                 self._wandb.log(step, metrics)
 
     def wants_images(self, step: int) -> bool:
-        """Whether a grid is due: every `metrics.image_interval` steps, and at the first and the last one.
-
-        The answer is the same on every rank.
-        """
+        """Whether a grid is due, the same on every rank: every `image_interval` steps, at the first and the last."""
         interval = self._settings.image_interval
         return interval > 0 and (step % interval == 0 or step in (1, self._total_steps))
 
     def images(self, step: int, rows: Sequence[SampleRow]) -> None:
-        """Draws a grid of rollouts into samples/ and to Weights & Biases, and refreshes the report.
-
-        Args:
-            step: the step whose rollout it is.
-            rows: (real image or None, completions [G, 3, H, W], rewards [G], caption) of each image.
-        """
+        """Draws a grid of the step's rollouts into samples/ and to Weights & Biases, and refreshes the report."""
         if not self.main or not rows:
             return
         grid = sample_grid(rows)
@@ -130,9 +117,7 @@ class RunObserver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(status="finished" if kind is None else f"stopped by {kind.__name__}")
 
     def _write_report(self, status: str) -> None:

@@ -1,7 +1,6 @@
 """The report of a run: one HTML file that needs nothing else."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -47,8 +46,7 @@ def write_report(
 
     Args:
         run_dir: the run's folder; its metrics.jsonl, samples/ and recipe.toml are shown when they are there.
-        title: heading.
-        summary: one line under it.
+        title, summary: heading and one line under it.
         table: rows of a table of results, the same keys in each; floats are shown with four digits.
         images: (caption, PNG) pairs shown large, such as grids of the same seeds before and after. PNGs that are
             missing are an error.
@@ -57,30 +55,27 @@ def write_report(
     """
     run_dir = Path(run_dir)
     recipe = run_dir / "recipe.toml"
-    if curves is None:
-        curves = [("", run_dir / "metrics.jsonl")]
+    curves = [("", run_dir / "metrics.jsonl")] if curves is None else curves
     page = _template().render(
         title=title,
         summary=summary,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
-        table=[{name: _cell(value) for name, value in row.items()} for row in table],
+        table=table,
         images=[(caption, _data_url(Path(path)), _is_small(Path(path))) for caption, path in images],
         groups=[(heading, *_split(read_metrics(path))) for heading, path in curves],
-        samples=[(_step_name(path), _data_url(path)) for path in _chosen_samples(run_dir / "samples")],
+        samples=[(int(path.stem.removeprefix("step-")), _data_url(path)) for path in _chosen(run_dir / "samples")],
         notes=notes,
         recipe=recipe.read_text() if recipe.exists() else "",
         environment=environment(),
     )
-    path = run_dir / "report.html"
-    write_atomically(path, page)
-    return path
+    write_atomically(run_dir / "report.html", page)
+    return run_dir / "report.html"
 
 
 def _template() -> Template:
     loader = PackageLoader("grpo.observe", package_path="")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     templates.globals.update(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP)
-    templates.filters["hover_data"] = _hover_data
     return templates.get_template("report.html")
 
 
@@ -90,16 +85,6 @@ def _split(metrics: list[Metrics]) -> tuple[list[Curve], list[Curve]]:
     first = [curve(title, name, metrics) for name, title in CURVES.items()]
     rest = [curve(name, name, metrics) for name in names]
     return [found for found in first if found], [found for found in rest if found]
-
-
-def _hover_data(shown: Curve) -> str:
-    """What the page's script needs to show the value under the pointer: [pixel x, pixel y, text] of each point."""
-    placed = zip(shown.pixels, shown.points, strict=True)
-    return json.dumps([[*pixel, f"step {step:.0f}: {value:.4g}"] for pixel, (step, value) in placed])
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _data_url(path: Path) -> str:
@@ -112,13 +97,9 @@ def _is_small(path: Path) -> bool:
         return image.width < SMALL_WIDTH
 
 
-def _chosen_samples(folder: Path) -> list[Path]:
+def _chosen(folder: Path) -> list[Path]:
     """At most six of the grids: the first, the last, and others evenly between."""
     paths = sorted(folder.glob("step-*.png"))
     if len(paths) <= MAX_GRIDS:
         return paths
     return [paths[round(i * (len(paths) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
-
-
-def _step_name(path: Path) -> str:
-    return f"Step {int(path.stem.removeprefix('step-'))}"

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 
@@ -11,8 +12,8 @@ import torch
 class PhaseTimer:
     """Times the phases of a step without holding up the GPU.
 
-    On a GPU each phase is bracketed by CUDA events, so a phase costs two records and the host waits only in `read`; on
-    a CPU by `perf_counter`. A phase entered several times adds up; one inside another is not counted to the outer one.
+    On a GPU a mark is a CUDA event, so a phase costs two records and the host waits only in `read`; on a CPU it is
+    `perf_counter`. A phase entered several times adds up; one inside another is not counted to the outer one.
 
         timer = PhaseTimer(device)
         with timer("rollout"):
@@ -22,44 +23,34 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._on_gpu = torch.device(device).type == "cuda"
-        self._spans: dict[str, list[tuple]] = defaultdict(list)
-        self._inside: dict[str, list[tuple]] = defaultdict(list)  # what other phases took within a phase
-        self._open: list[str] = []
+        self._phase: str | None = None
+        self._marks: list[tuple[str | None, torch.cuda.Event | float]] = []  # the phase that begins, and when
         self._step_start = time.perf_counter()
-
-    def _mark(self) -> torch.cuda.Event | float:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Counts what runs inside to `phase`."""
-        self._open.append(phase)
-        start = self._mark()
+        outer = self._phase
+        self._begin(phase)
         yield
-        span = start, self._mark()
-        self._spans[self._open.pop()].append(span)
-        if self._open:
-            self._inside[self._open[-1]].append(span)
+        self._begin(outer)
+
+    def _begin(self, phase: str | None) -> None:
+        self._phase, now = phase, time.perf_counter()
+        if self._on_gpu:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._marks.append((phase, now))
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last read, and of all (`seconds/step`, wall time); waits for the GPU."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        seconds = {
-            f"seconds/{phase}": sum(map(self._length, spans)) - sum(map(self._length, self._inside[phase]))
-            for phase, spans in self._spans.items()
-        }
+        seconds = defaultdict(float)
+        for (phase, start), (_, end) in pairwise(self._marks):
+            if phase is not None:
+                seconds[f"seconds/{phase}"] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+        self._marks = self._marks[-1:]
         now = time.perf_counter()
-        seconds["seconds/step"] = now - self._step_start
-        self._step_start = now
-        self._spans.clear()
-        self._inside.clear()
-        return seconds
-
-    def _length(self, span: tuple) -> float:
-        start, end = span
-        return start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+        seconds["seconds/step"], self._step_start = now - self._step_start, now
+        return dict(seconds)

@@ -8,8 +8,7 @@ from uuid import uuid4
 
 from PIL import Image
 
-from grpo.config import UserError
-from grpo.config.sections import Metrics
+from grpo.config import Metrics, UserError
 
 
 def require_wandb(metrics: Metrics) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from grpo.checkpoint import CheckpointManager
 from grpo.config import TrainingRecipe, UserError, changes_that_matter, recipe_from_toml
 
+
 def find_checkpoint(
     recipe: TrainingRecipe, checkpoints: CheckpointManager, tell: Callable[[str], None]
 ) -> tuple[Path | None, bool]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from grpo.observe import read_metrics
 from grpo.formats import read_tensors
+from grpo.observe import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12

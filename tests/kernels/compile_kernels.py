@@ -86,6 +86,7 @@ def resources(compiled, target: GPUTarget) -> dict:
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared,
         "matrix": bool(re.search(r"mma\.sync|wgmma\.|tcgen05\.mma", compiled.asm["ptx"])),
+        "drops_nan": bool(re.search(r"\b(min|max)\.f32", compiled.asm["ptx"])),
     }
 
 

@@ -6,13 +6,7 @@ The comparisons with the references run on the GPU through `test_triton.py`.
 import pytest
 import torch
 
-from grpo.kernels import (
-    clipped_ratio_loss,
-    fused_linear_loss,
-    linear_token_log_probs,
-    sample_tokens,
-    token_log_probs,
-)
+from grpo.kernels import clipped_ratio_loss, linear_token_log_probs, sample_tokens, token_log_probs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -135,20 +129,6 @@ def test_the_loss_is_one_launch_and_gives_the_same_bits_whatever_else_runs():
     for result in results:
         assert torch.equal(result[0], expected[0])
         assert torch.equal(result[1], expected[1])
-
-
-def test_a_loss_fused_with_the_projection_equals_both_apart():
-    hidden, weight, tokens = projection()
-
-    def loss(rows, log_probs, entropy):
-        return log_probs.sum() - entropy.sum()
-
-    fused = fused_linear_loss(hidden, weight, tokens, loss, with_entropy=True, impl="triton")
-    apart = loss(None, *linear_token_log_probs(hidden, weight, tokens, return_entropy=True, impl="triton"))
-    torch.testing.assert_close(fused, apart, rtol=1e-5, atol=0)
-    gradients = [torch.autograd.grad(total, (hidden, weight)) for total in (fused, apart)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=0.01 * theirs.abs().max().item(), rtol=0.02)
 
 
 def test_tokens_out_of_range_are_seen():

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from grpo.kernels import clipped_ratio_loss, linear_token_log_probs, row_math, token_log_probs
-from grpo.kernels.linear_chunks import CHUNK_ELEMENTS
+from grpo.kernels.projection import CHUNK_ELEMENTS
 
 N, V, D, M = 5, 40, 4, 3
 

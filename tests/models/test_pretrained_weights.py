@@ -153,6 +153,12 @@ def test_crafted_sizes_are_refused(tmp_path, weights, text, message):
         load_gpt(path)
 
 
+def test_a_name_with_a_huge_index_builds_no_huge_model(tmp_path, weights, gpt_config):
+    torch.save({**weights, "layers.999999999.ffn_norm.weight": torch.ones(1)}, tmp_path / "gpt.pt")
+    with pytest.raises(UserError, match="n_layer 3, the recipe wants 2"):
+        load_gpt(tmp_path / "gpt.pt", gpt_config)
+
+
 def test_other_layouts_have_no_place_for_sizes(tmp_path, weights, gpt_config):
     for name in ("weights.pt", "weights"):
         save_weights(tmp_path / name, weights, config=gpt_config)

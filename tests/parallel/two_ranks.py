@@ -23,7 +23,7 @@ from grpo.parallel import (
     gradient_sync,
     load_full_state_dict,
 )
-from grpo.training.optimizer import OptimizerStep
+from grpo.training import GuardedOptimizer
 from tests.parallel.toy import CONFIG, loss_sum, make_batch, make_model, make_parallel, plain_gradients, relative_error
 
 
@@ -104,17 +104,17 @@ def overflow_is_noticed_by_all(world: World, *, in_loss: bool = False, **how) ->
     """An infinite loss, or gradient in one shard, of one rank makes every rank skip the step and halve the scale."""
     model = make_parallel(world, mixed_precision="fp16", **how)
     scaler = grad_scaler("fp16", world.device)
-    step = OptimizerStep(model, Optimizer(lr=1e-3), total_steps=9, max_skipped_steps=3, scaler=scaler)
+    guarded = GuardedOptimizer(model, Optimizer(lr=1e-3), total_steps=9, max_skipped_steps=3, scaler=scaler)
     tokens, class_ids = make_batch()
     before = full_state_dict(model)
     before = {name: value.clone() for name, value in before.items()}
     for overflows in (True, False):
         factor = torch.inf if overflows and world.is_main and in_loss else 1e-5
-        step.backward(loss_sum(model, tokens, class_ids) / tokens.numel() * factor)
+        guarded.backward(loss_sum(model, tokens, class_ids) / tokens.numel() * factor)
         if overflows and world.is_main and not in_loss:
             model.output.weight.grad.to_local()[0, 0] = torch.inf
-        step()
-        assert (step.skipped, scaler.get_scale()) == (1, 2.0**15)
+        guarded.step()
+        assert (guarded.skipped, scaler.get_scale()) == (1, 2.0**15)
         unchanged = [torch.equal(value, before[name]) for name, value in full_state_dict(model).items()]
         assert all(unchanged) == overflows or not world.is_main
 

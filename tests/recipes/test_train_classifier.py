@@ -5,8 +5,8 @@ import torch
 
 from grpo.config import Data, UserError
 from grpo.data import build_dataset
-from grpo.models import load_classifier
 from grpo.jobs.train_classifier import shifted
+from grpo.models import load_classifier
 
 TINY = [
     "--data.name", "digits", "--data.split", "train_a", "--data.image_size", "32", "--data.num_workers", "0",

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from grpo.config import UserError
+from grpo.jobs.train_grpo import main
 from grpo.models import (
     GPT,
     MODEL_SPECS,
@@ -21,7 +22,6 @@ from grpo.models import (
     VQModel,
     save_weights,
 )
-from grpo.jobs.train_grpo import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0"]

@@ -1,4 +1,4 @@
-"""The sampling engine: the same draws however the work is laid out, no memory kept, and a way out of a failed capture."""
+"""The sampling engine: the same draws however the work is laid out, no memory kept, a way out of a failed capture."""
 
 import gc
 import logging

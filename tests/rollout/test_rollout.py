@@ -33,9 +33,7 @@ def make(model, encode, *, trains=False, with_targets=True, **config):
     training = Training(batch_size=24 if trains else 12, seed=7)
     objective = Objective(aux_ce_weight=0.1 if with_targets else 0.0)
     schedule = Schedule.of(rollout=rollout, training=training, objective=objective, ranks=1)
-    return build_rollout(
-        model, encode, rollout, draw=build_draw(rollout, seed=7, impl="auto"), schedule=schedule
-    )
+    return build_rollout(model, encode, rollout, draw=build_draw(rollout, seed=7, impl="auto"), schedule=schedule)
 
 
 def teacher_forced(model, encode, **config):

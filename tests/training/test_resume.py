@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from grpo.config import UserError
-from grpo.training.run import Terminated
 from grpo.jobs.train_grpo import main
+from grpo.training.run import Terminated
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0"]

@@ -40,6 +40,23 @@ def check_equals_the_reference(surrogate, kl):
     torch.testing.assert_close(*both(*batch(), kl=kl, surrogate=surrogate), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kl", ["none", "k1", "k2", "k3"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+def check_a_nan_reaches_the_loss_its_metrics_and_its_own_gradient(surrogate, kl):
+    """Of a token that counts. That no minimum or maximum drops it on a GPU is seen in `test_triton.py`."""
+    tensors = batch()
+    place = tuple(tensors[3].nonzero()[0])
+    for i in (0, 1):
+        log_probs, old, *rest = (tensor.clone() for tensor in tensors)
+        (log_probs, old)[i][place] = torch.nan
+        ours, reference = both(log_probs, old, *rest, kl=kl, surrogate=surrogate)
+        for _, metrics, gradient in (ours, reference):
+            assert metrics["policy_loss"].isnan()
+            assert metrics["ratio"].isnan()
+            assert gradient.isnan().nonzero().tolist() == [list(place)]
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def check_any_layout():
     """As the update hands them over: log-probs [R, T, M + 1] seen as [R, M, T], weights in order."""
     log_probs, old, advantages, weights, ref = batch((2, 4, 300))
@@ -60,4 +77,4 @@ def check_more_programs_than_the_last_one_adds_at_a_time_and_counters_that_retur
     (again, again_metrics, _), _ = both(*arguments)
     assert torch.equal(again, loss)
     assert again_metrics == metrics
-    assert all(counters.values.eq(0).all() for counters in triton_ratio_loss._counters.values())
+    assert all(counters.eq(0).all() for counters, *_ in triton_ratio_loss._counters.values())

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from grpo.kernels import (
-    fused_linear_loss,
     linear_token_log_probs,
+    sample_and_score,
     token_log_probs,
     triton_linear_log_probs,
     triton_log_probs,
 )
-from grpo.kernels.linear_chunks import CHUNK_ELEMENTS
+from grpo.kernels.projection import CHUNK_ELEMENTS
+from grpo.kernels.row_math import ScoredRows, new_outputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter gets it wrong
@@ -98,20 +99,17 @@ def check_a_row_of_the_projection_does_not_depend_on_the_batch():
     assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def check_a_loss_fused_with_the_projection(dtype, monkeypatch):
-    monkeypatch.setitem(CHUNK_ELEMENTS, DEVICE, 4 * 300)
-    factors = random(6, 2, seed=2)
-
-    def fused(hidden, weight, tokens, *, temperature, return_entropy, impl):
-        def loss(rows, log_probs, entropy):
-            return (factors[rows] * log_probs).sum() - entropy.sum()
-
-        options = {"temperature": temperature, "with_entropy": True, "group": 2, "impl": impl}
-        return fused_linear_loss(hidden, weight, tokens, loss, **options)[None]
-
-    inputs = [random(6, 40, dtype=dtype), random(300, 40, dtype=dtype, seed=1) / 4]
-    assert_as_good_as_torch(fused, inputs, tokens_of(6, 2, 300), False)
+def check_no_rows():
+    """Log-probs, and draws scored, of nothing: shapes, and gradients of zero."""
+    hidden, weight = (random(n, 40).requires_grad_() for n in (0, 300))
+    row_ids = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    scored = sample_and_score(hidden, weight, num_samples=2, seed=0, row_ids=row_ids, targets=row_ids, impl="triton")
+    assert scored.tokens.shape == scored.log_probs.shape == (0, 2)
+    given = linear_token_log_probs(hidden, weight, scored.tokens, impl="triton")
+    for log_probs in (scored.log_probs, given):
+        grad_hidden, grad_weight = torch.autograd.grad(log_probs.sum(), (hidden, weight))
+        assert grad_hidden.shape == (0, 40)
+        assert grad_weight.eq(0).all()
 
 
 def check_a_token_out_of_range_is_seen_and_touches_nothing():
@@ -119,13 +117,14 @@ def check_a_token_out_of_range_is_seen_and_touches_nothing():
     V = 300
     memory = random(4, V + 8)
     logits, tokens = memory[1:3, :V], torch.tensor([[5, V], [-1, 7]], device=DEVICE)
-    log_probs, lse, entropy = triton_log_probs.launch_forward(logits, tokens, 0.8, True)
+    log_probs, lse, entropy = outputs = new_outputs(tokens, True, logits)
+    triton_log_probs.launch_forward(logits, tokens, 0.8, *outputs)
     wrong = torch.tensor([[False, True], [True, False]], device=DEVICE)
     assert torch.equal(log_probs.isnan(), wrong)
     assert lse.isfinite().all()
     gradients = torch.zeros_like(memory)
-    arguments = (logits, tokens, lse, entropy, 0.8, gradients[1:3, :V])
-    triton_log_probs.launch_backward(torch.ones(2, 2, device=DEVICE), None, *arguments)
+    scored = ScoredRows(tokens, lse, entropy, torch.ones(2, 2, device=DEVICE), None)
+    triton_log_probs.launch_backward(logits, scored, 0.8, gradients[1:3, :V])
     assert gradients[1:3, :V].isnan().all()
     assert gradients[[0, 3]].eq(0).all()
     assert gradients[:, V:].eq(0).all()
@@ -146,9 +145,10 @@ def check_rows_without_tokens_have_an_entropy():
 def check_gradient_over_the_logits(V, dtype):
     """The gradient written over the fp32 logits, in their type or in half of their bytes, as the projection does."""
     logits, tokens, grads = random(3, V), tokens_of(3, 4, V), random(3, 4, seed=2)
-    _, lse, entropy = triton_log_probs.launch_forward(logits, tokens, 0.8, False)
-    arguments = (tokens, lse, entropy, 0.8)
-    apart = triton_log_probs.launch_backward(grads, None, logits, *arguments, torch.empty_like(logits, dtype=dtype))
+    outputs = new_outputs(tokens, False, logits)
+    triton_log_probs.launch_forward(logits, tokens, 0.8, *outputs)
+    scored, apart = ScoredRows(tokens, *outputs[1:], grads, None), torch.empty_like(logits, dtype=dtype)
+    triton_log_probs.launch_backward(logits, scored, 0.8, apart)
     over = logits.view(dtype)[:, :V]
-    triton_log_probs.launch_backward(grads, None, logits, *arguments, over)
+    triton_log_probs.launch_backward(logits, scored, 0.8, over)
     assert torch.equal(over, apart)

@@ -7,15 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.config import GRPORecipe, load_recipe
+from grpo.config import GRPORecipe, UserError, load_recipe
+from grpo.estimate import recipe_memory
+from grpo.jobs.memory import main
 from grpo.models import GPT, GPTConfig
+from grpo.models.costs import activation_bytes
+from grpo.parallel import GIB
 from grpo.parallel.activation_checkpoint import checkpoint_activations
-from grpo.parallel.memory.__main__ import main
-from grpo.training.memory import activation_bytes, recipe_memory
-from tests.training.live_bytes import LiveBytes
+from tests.estimate.live_bytes import LiveBytes
 
 ROOT = Path(__file__).resolve().parents[2]
-GIB = 2**30
+ONE_STEP = ["--training.batch_size", "8192"]
+SAMPLED = [
+    "--rollout.mode", "autoregressive", "--reward.reconstruction.weight", "0", "--reward.class_log_prob.weight", "1",
+    "--reward.class_log_prob.checkpoint", "classifier.pth",
+]  # fmt: skip
 SIZES = [(128, 8, 4, 64, 4), (256, 4, 4, 144, 2)]  # D, layers, heads, T, sequences
 
 
@@ -41,18 +47,24 @@ def test_activations_are_within_an_eighth_of_the_measured_ones(size, dtype, mode
 
 
 def estimate(*flags, mesh=(8,), memory=80 * GIB):
-    arguments = ["--config", str(ROOT / "train_configs/vapi_xxl_384.toml"), *flags]
+    arguments = ["--config", "vapi_xxl_384", *flags]
     return recipe_memory(load_recipe(GRPORecipe, arguments), mesh=mesh, memory=memory)
 
 
 def test_settings_move_what_they_should():
     plain = estimate()
-    assert estimate("--optimizer.cpu_offload", "true").lasting["optimizer"] == 0
     assert estimate("--parallel.defer_gradient_sync", "false").lasting["unreduced gradients"] == 0
     assert plain.lasting["unreduced gradients"] == pytest.approx(8 * plain.lasting["weights"], rel=1e-3)
     assert "reference" not in plain.lasting
     assert estimate("--objective.kl", "k3").lasting["reference"] == plain.lasting["weights"]
-    assert estimate(mesh=(2, 8)).lasting == plain.lasting
+    two_hosts = estimate("--training.micro_batch_size", "4", mesh=(2, 8))
+    assert two_hosts.lasting == plain.lasting
+    assert (
+        estimate("--training.micro_batch_size", "4").phases["update"]["activations"]
+        < (plain.phases["update"]["activations"])
+    )
+    one_forward = estimate(mesh=(16,)).lasting  # 8 images a rank are one micro-batch: no gradient waits
+    assert one_forward["unreduced gradients"] == 0
     assert estimate("--activation_checkpoint.mode", "none").peak > plain.peak
     gathered = estimate("--parallel.data_parallel", "sdp").phases["update"]["gathered weights"]
     assert gathered > 5 * plain.phases["update"]["gathered weights"]
@@ -60,15 +72,27 @@ def test_settings_move_what_they_should():
 
 def test_sizes_that_follow_the_free_memory_stay_inside_of_it():
     for memory in (24 * GIB, 80 * GIB):
-        free = estimate("--reward.batch_size", "0", "--rollout.batch_size", "128", memory=memory)
+        free = estimate("--reward.batch_size", "0", "--rollout.batch_size", "1024", *ONE_STEP, memory=memory)
         assert free.peak <= memory
-        flags = "--rollout.mode autoregressive --reward.reconstruction_weight 0 --reward.class_log_prob_weight 1"
-        sampled = estimate(*flags.split(), "--reward.classifier_checkpoint", "classifier.pth", memory=memory)
+        sampled = estimate(*SAMPLED, memory=memory)
         assert 0 < sampled.phases["rollout"]["cache"] < memory
 
 
+def test_the_networks_of_rewards_are_as_large_as_their_files(tmp_path):
+    small, large = tmp_path / "small.pth", tmp_path / "large.pth"
+    small.write_bytes(bytes(10))
+    large.write_bytes(bytes(1010))
+    sizes = [estimate(*SAMPLED[:-1], str(file)).lasting["tokenizer and rewards"] for file in (small, large)]
+    assert sizes[1] - sizes[0] == 1000
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_a_mistake():
+    with pytest.raises(UserError, match=r"rollout\.batch_size = 128 cannot be shared by 3 ranks"):
+        estimate(mesh=(3,))
+
+
 def test_the_program_prints_a_table(capsys):
-    flags = ["--config", str(ROOT / "train_configs/debug.toml"), "--gpus", "4", "--hosts", "2"]
+    flags = ["--config", "debug", "--gpus", "4", "--hosts", "2"]
     main(flags)
     text = capsys.readouterr().out
     assert text.startswith("GPT-tiny, 4 GPUs on 2 host(s), GiB on one GPU\n")
@@ -85,14 +109,13 @@ def test_the_program_prints_a_table(capsys):
     [
         (["--gpus", "three"], "--gpus"),
         (["--gpus", "3", "--hosts", "2"], "--hosts"),
-        (["--config", "train_configs/quickstart/tokenizer.toml"], "train_tokenizer"),
+        (["--config", "quickstart/tokenizer"], "grpo tokenizer"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
     ],
 )
 def test_a_mistake_is_one_line(flags, line):
-    result = subprocess.run(
-        [sys.executable, "-m", "grpo.parallel.memory", *flags], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "grpo", "memory", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
     (only,) = result.stderr.splitlines()

@@ -7,21 +7,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo.config import GRPORecipe, load_recipe
+from grpo.config import GRPORecipe, Schedule, load_recipe
+from grpo.estimate import Peaks, Work, device_peaks, grpo_work, measured_peaks, throughput
+from grpo.jobs.train_grpo import main
 from grpo.models import GPT, GPTConfig
+from grpo.models.costs import blocks_flops, extension_bytes, projection_flops
 from grpo.parallel import free_memory, read_peak_memory
-from grpo.training import throughput as module
-from grpo.training.throughput import (
-    Peaks,
-    Work,
-    blocks_flops,
-    decode_bytes,
-    device_peaks,
-    grpo_work,
-    projection_flops,
-    throughput,
-)
-from recipes.grpo import main
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SECONDS = {"seconds/rollout": 2.0, "seconds/update": 4.0, "seconds/step": 8.0}
@@ -60,51 +51,56 @@ def recipe(**changes):
     """8 images x 4 completions, 32 of them a step."""
     settings = {"rollout.batch_size": 8, "rollout.num_generations": 4, "training.batch_size": 32} | changes
     flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    return load_recipe(GRPORecipe, ["--config", "train_configs/debug.toml", *flags])
+    return load_recipe(GRPORecipe, ["--config", "debug", *flags])
+
+
+def work_of(recipe, config, *, ranks=1):
+    schedule = Schedule.of(rollout=recipe.rollout, training=recipe.training, objective=recipe.objective, ranks=ranks)
+    return grpo_work(recipe, config, schedule)
 
 
 CONDITIONAL = {"rollout.cfg_scale": 2, "rollout.guidance_in_loss": "conditional"}
 AUTOREGRESSIVE = {
-    "rollout.mode": "autoregressive", "reward.reconstruction_weight": 0, "reward.class_log_prob_weight": 1,
-    "reward.classifier_checkpoint": "c", "objective.aux_ce_weight": 0,
+    "rollout.mode": "autoregressive", "reward.reconstruction.weight": 0, "reward.class_log_prob.weight": 1,
+    "reward.class_log_prob.checkpoint": "c", "objective.aux_ce_weight": 0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("changes", "shared", "rollout", "update"),
+    ("changes", "rollout", "update"),
     [
-        ({}, True, (8, 8), (16, 16)),  # one forward of 8 contexts serves both
-        ({}, False, (8, 8), (24, 24)),
-        ({"training.batch_size": 16}, False, (8, 8), (32, 32)),  # two steps: old log-probs are scored
-        ({"training.batch_size": 2}, False, (8, 8), (56, 56)),  # half a group a step: twice through the model
-        ({"objective.kl": "k3"}, False, (8, 8), (32, 32)),
-        (AUTOREGRESSIVE, False, (32, 32), (96, 96)),
-        (AUTOREGRESSIVE | {"objective.aux_ce_weight": 1}, False, (32, 32), (120, 120)),
-        (AUTOREGRESSIVE | {"rollout.cfg_scale": 2}, False, (64, 32), (192, 96)),
-        (
-            AUTOREGRESSIVE | {"rollout.cfg_scale": 2, "rollout.guidance_in_loss": "conditional"},
-            False,
-            (64, 32),
-            (96, 96),
-        ),
+        ({}, (8, 8), (16, 16)),  # one forward of 8 contexts serves both
+        ({"objective.advantage": "batch_std"}, (8, 8), (24, 24)),  # waits for all rewards: a forward of its own
+        ({"training.batch_size": 16}, (8, 8), (32, 32)),  # two steps: old log-probs are scored
+        ({"training.batch_size": 2}, (8, 8), (56, 56)),  # half a group a step: twice through the model
+        ({"objective.kl": "k3"}, (8, 8), (24, 24)),
+        (AUTOREGRESSIVE, (32, 32), (96, 96)),
+        (AUTOREGRESSIVE | {"objective.aux_ce_weight": 1}, (32, 32), (120, 120)),
+        (AUTOREGRESSIVE | {"rollout.cfg_scale": 2}, (64, 32), (192, 96)),
+        (AUTOREGRESSIVE | CONDITIONAL, (64, 32), (96, 96)),
     ],
 )
-def test_work_of_a_step(config, changes, shared, rollout, update):
+def test_work_of_a_step(config, changes, rollout, update):
     """In forwards of one sequence through the blocks, and of its rows through the projection."""
-    work = grpo_work(recipe(**changes), config, shares_forward=shared)
+    work = work_of(recipe(**changes), config)
     assert set(work.bytes) == ({"rollout"} if "rollout.mode" in changes else set())
-    flops = work.flops
     for phase, (blocks, projections) in (("rollout", rollout), ("update", update)):
-        assert flops[phase] == blocks * blocks_flops(config) + projections * projection_flops(config, 16), phase
+        expected = blocks * blocks_flops(config) + projections * projection_flops(config, 16)
+        assert work.flops[phase] == expected, phase
 
 
-def test_bytes_of_decoding_by_hand(config):
+def test_ranks_share_the_work(config):
+    alone, shared = (work_of(recipe(), config, ranks=ranks).flops for ranks in (1, 4))
+    assert shared == {phase: flops / 4 for phase, flops in alone.items()}
+
+
+def test_bytes_of_sampling_by_hand(config):
     """Weights of 2 blocks and of the projection in each of 16 steps, and 1 + 2 + .. + 16 rows of the caches."""
     weights = 2 * (32 * 64 + 32 * 32 + 3 * 32 * 48) + 32 * 64
     row = 2 * 2 * 16  # keys and values of 2 layers, one head of 16
-    assert decode_bytes(config, 3, itemsize=2) == 2 * (16 * weights + 3 * row * 136)
-    work = grpo_work(recipe(**AUTOREGRESSIVE, **CONDITIONAL), config, shares_forward=False)
-    assert work.bytes["rollout"] == decode_bytes(config, 2 * 32, itemsize=4)
+    assert extension_bytes(config, 3, dtype=torch.bfloat16) == 2 * (16 * weights + 3 * row * 136)
+    work = work_of(recipe(**AUTOREGRESSIVE, **CONDITIONAL), config)
+    assert work.bytes["rollout"] == extension_bytes(config, 2 * 32, dtype=torch.float32)
 
 
 def test_rates_of_a_step(monkeypatch):
@@ -113,7 +109,7 @@ def test_rates_of_a_step(monkeypatch):
     assert (metrics["images_per_second"], metrics["tokens_per_second"]) == (5.0, 1280.0)
     assert 0.05 < metrics["memory/peak_gb"] < 1000
     assert not any(name.startswith(("mfu", "bandwidth")) for name in metrics)
-    monkeypatch.setattr(module, "device_peaks", lambda device: Peaks(1e13, 1e10))
+    monkeypatch.setattr("grpo.estimate.speed.device_peaks", lambda device: Peaks(1e13, 1e10))
     metrics = throughput(SECONDS, images=40, codes=0, work=work, device=CPU)
     assert metrics["mfu"] == pytest.approx(9e12 / 8 / 1e13)
     assert metrics["mfu/rollout"] == pytest.approx(0.05)
@@ -133,17 +129,15 @@ def test_rates_of_a_step(monkeypatch):
     ],
 )
 def test_peaks_of_known_devices(monkeypatch, name, flops, bandwidth):
-    device_peaks.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert device_peaks(CUDA) == (flops, bandwidth)
-    device_peaks.cache_clear()
 
 
 def test_peaks_of_another_device_are_measured():
     peaks = device_peaks(CPU)
     assert 1e8 < peaks.flops < 1e14
     assert 1e8 < peaks.bandwidth < 1e13
-    assert device_peaks(CPU) is peaks  # once
+    assert peaks is device_peaks(CPU) is measured_peaks(CPU)  # once
 
 
 def test_memory_of_a_gpu(monkeypatch):
@@ -164,7 +158,7 @@ def test_memory_of_a_gpu(monkeypatch):
 
 
 def test_a_trace_of_one_step_changes_nothing_else(tmp_path):
-    flags = ["--config", "train_configs/debug.toml", "--training.steps", "3", "--metrics.image_interval", "0"]
+    flags = ["--config", "debug", "--training.steps", "3", "--metrics.image_interval", "0"]
     flags += ["--checkpoint.interval", "0", "--checkpoint.save_final", "false"]
     for name, profile in (("plain", "0"), ("traced", "2")):
         main([*flags, "--metrics.run_dir", str(tmp_path / name), "--debug.profile", profile])

@@ -1,0 +1,131 @@
+"""How much memory a recipe takes on one GPU, from its sizes alone."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from grpo.config import GRPORecipe, PretrainRecipe, Rewards, Schedule
+from grpo.estimate.sharded import ShardedBytes, count_parameters, sharded_bytes
+from grpo.kernels import CHUNK_ELEMENTS
+from grpo.models import VQModel, generator_sizes, get_family, tokenizer_sizes
+from grpo.parallel import compute_dtype
+from grpo.rewards.networks import MEMORY_SHARE as DECODING_SHARE
+from grpo.rewards.networks import bytes_per_image, reward_dtype
+from grpo.rollout.autoregressive import MEMORY_SHARE as SAMPLING_SHARE
+from grpo.rollout.cached_sampler import bytes_per_sequence
+
+FP32, GPU = torch.float32.itemsize, torch.device("cuda")
+
+
+class RecipeMemory(NamedTuple):
+    """Bytes on one GPU: what stays for the whole step, and what the phases of a step have for themselves."""
+
+    lasting: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+
+    @property
+    def peak(self) -> int:
+        """All that lasts, and the largest phase."""
+        return sum(self.lasting.values()) + max(sum(phase.values()) for phase in self.phases.values())
+
+
+def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...], memory: int) -> RecipeMemory:
+    """The estimate for one of the ranks of a mesh.
+
+    Sizes that the run chooses by the memory that is free (`rollout.max_rows = 0`, `reward.batch_size = 0`) are chosen
+    for what a GPU of `memory` bytes has left. Not counted: the CUDA context, NCCL's buffers and the fragmentation of
+    the allocator, for which a tenth of the GPU should stay free, and the images of a batch.
+
+    Args:
+        mesh: see `mesh_shape`; its sizes multiply to the number of ranks.
+        memory: bytes of the GPU.
+
+    Raises:
+        UserError: sizes that do not fit together, or a batch that so many ranks cannot share.
+    """
+    training, ranks, schedule = recipe.training, math.prod(mesh), None
+    family, dtype = get_family(recipe.model.name), compute_dtype(training.mixed_precision)
+    sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
+    with torch.device("meta"):
+        model, tokenizer = family.build(sizes), VQModel(tokenizer_sizes(recipe.tokenizer))
+    if isinstance(recipe, GRPORecipe):
+        schedule = Schedule.of(rollout=recipe.rollout, training=training, objective=recipe.objective, ranks=ranks)
+    sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
+    rows = sequences * sizes.block_size
+    policy = sharded_bytes(model, mesh=mesh, parallel=recipe.parallel, training=training, accumulates=micro_batches > 1)
+    lasting = {
+        "weights": policy.parameters,
+        "gradients": policy.gradients,
+        "optimizer": policy.optimizer,
+        "unreduced gradients": policy.unreduced,
+    }
+    if schedule and recipe.objective.kl_estimator != "none":
+        lasting["reference"] = policy.parameters
+    lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
+    update = {
+        "gathered weights": policy.gathered,
+        "reduction": policy.reduction,
+        "activations": family.costs.activation_bytes(sizes, rows, dtype=dtype, mode=recipe.activation_checkpoint.mode),
+        "logits": FP32 * min(rows * sizes.vocab_size, CHUNK_ELEMENTS["cuda"])
+        + family.costs.projection_bytes(sizes, rows, dtype=dtype),
+    }
+    if not schedule:
+        return RecipeMemory(lasting, {"update": update})
+    lasting["tokenizer and rewards"] += _reward_networks(recipe.reward, tokenizer)
+    # Where rollout and update share a forward, what it keeps waits through the phases between.
+    waiting = {name: update[name] for name in ("gathered weights", "activations") if schedule.trains_sampling_forward}
+    free = memory - sum(lasting.values()) - sum(waiting.values())
+    phases = _phases_before_update(recipe, schedule, model, tokenizer, policy, waiting=waiting, free=free)
+    return RecipeMemory(lasting, {**phases, "update": update})
+
+
+def _micro_batches(recipe: GRPORecipe | PretrainRecipe, schedule: Schedule | None, *, ranks: int) -> tuple[int, int]:
+    """(sequences of one forward of the update, backward passes of one optimizer step)."""
+    most, copies, real = recipe.training.micro_batch_size, 1, 0
+    if schedule is None:
+        sequences = recipe.training.images // ranks
+    elif recipe.rollout.mode == "teacher_forced":
+        sequences = max(1, schedule.completions_per_step // schedule.group_size)
+    else:
+        sequences, real = schedule.completions_per_step, int(schedule.scores_targets)  # of real images, at least
+        copies = 1 if recipe.rollout.loss_cfg_scale == 1 else 2
+    return copies * min(most, sequences), math.ceil(sequences / most) + real
+
+
+def _phases_before_update(
+    recipe: GRPORecipe,
+    schedule: Schedule,
+    model: nn.Module,
+    tokenizer: VQModel,
+    policy: ShardedBytes,
+    *,
+    waiting: Mapping[str, int],
+    free: int,
+) -> dict[str, dict[str, int]]:
+    """What encoding, rollout and reward have for themselves; `free` is what they may take."""
+    rollout, sizes, low = recipe.rollout, model.config, reward_dtype(recipe.reward.precision, GPU)
+    image = bytes_per_image(tokenizer.config, sizes.block_size, dtype=low)
+    decoded = recipe.reward.batch_size or max(1, int(DECODING_SHARE * free) // image)
+    reward = {**waiting, "decoding": image * min(schedule.completions, decoded)}
+    if rollout.mode == "teacher_forced":
+        encoded = bytes_per_image(tokenizer.config, sizes.block_size, dtype=torch.float32) * schedule.images_per_part
+        logits = FP32 * min(schedule.images_per_part * sizes.block_size * sizes.vocab_size, CHUNK_ELEMENTS["cuda"])
+        sampling = {**(waiting or {"gathered weights": policy.gathered}), "logits": logits}
+        return {"encode": {"encoding": encoded}, "rollout": sampling, "reward": reward}
+    dtype = compute_dtype(recipe.training.mixed_precision)
+    row = bytes_per_sequence(model, dtype=dtype, guided=rollout.cfg_scale != 1)
+    fitting = max(1, int(SAMPLING_SHARE * (free - policy.gathered_whole)) // row)
+    cache = row * min(schedule.completions, rollout.max_rows or fitting)
+    return {"rollout": {"gathered weights": policy.gathered_whole, "cache": cache}, "reward": reward}
+
+
+def _reward_networks(rewards: Rewards, tokenizer: VQModel) -> int:
+    """The tokenizer's copy in the precision of the rewards, and networks as large as the files that tables name."""
+    low = reward_dtype(rewards.precision, GPU)
+    copy = 0 if low == torch.float32 else low.itemsize * count_parameters(tokenizer)
+    texts = [value for table in rewards.active.values() for value in dict(table).values() if isinstance(value, str)]
+    return copy + sum(Path(text).stat().st_size for text in texts if Path(text).is_file())

@@ -1,0 +1,142 @@
+"""How much work a step is, what a device can do at most, and how fast that makes it."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo.config import GRPORecipe, Schedule
+from grpo.models import get_family
+from grpo.parallel import compute_dtype, read_peak_memory
+
+
+class Work(NamedTuple):
+    """What a step of one rank must do, by phase."""
+
+    flops: Mapping[str, float] = MappingProxyType({})
+    """Of the generator's matrix products."""
+    bytes: Mapping[str, float] = MappingProxyType({})
+    """To be read from memory, in phases that are bound by that."""
+
+
+def grpo_work(recipe: GRPORecipe, sizes: Any, schedule: Schedule) -> Work:
+    """Work of the generator in one step on one rank, in the phases "rollout" and "update".
+
+    A forward that rollout and update share is counted to the rollout.
+
+    Args:
+        sizes: of the generator.
+    """
+    rollout, costs = recipe.rollout, get_family(recipe.model.name).costs
+    forced = rollout.mode == "teacher_forced"
+    contexts = schedule.images if forced else schedule.completions
+    sampled, scored = (1 if scale == 1.0 else 2 for scale in (rollout.cfg_scale, rollout.loss_cfg_scale))
+
+    def forward(sequences: int, copies: int = 1) -> float:
+        """With guidance the blocks see two copies, the projection one."""
+        project = costs.projection_flops(sizes, sequences * sizes.block_size)
+        return costs.blocks_flops(sizes, copies * sequences) + project
+
+    # A group that spreads over several optimizer steps passes through the model in each of them.
+    passes = max(1, schedule.group_size // schedule.completions_per_step) if forced else 1
+    others = int(not schedule.on_policy) + int(recipe.objective.kl_estimator != "none")  # old policy, reference
+    update = (3 * passes + others - int(schedule.trains_sampling_forward)) * forward(contexts, scored)
+    if not forced and schedule.scores_targets:
+        update += 3 * forward(schedule.images)
+    flops = {"rollout": forward(contexts, sampled), "update": update}
+    if forced:
+        return Work(flops)
+    dtype = compute_dtype(recipe.training.mixed_precision)
+    return Work(flops, {"rollout": costs.extension_bytes(sizes, sampled * contexts, dtype=dtype)})
+
+
+class Peaks(NamedTuple):
+    """Rates that no program exceeds."""
+
+    flops: float
+    """Matrix FLOP/s: dense bf16 by the data sheet, or what a product was seen to reach."""
+    bandwidth: float
+    """Bytes/s of its memory."""
+
+
+# By the vendors' data sheets; the first key that is part of the device's name counts.
+DATA_SHEETS = {
+    "B200": Peaks(2250e12, 8.0e12),
+    "H200": Peaks(989e12, 4.8e12),
+    "H100 PCIe": Peaks(756e12, 2.0e12),
+    "H100 NVL": Peaks(835e12, 3.9e12),
+    "H100": Peaks(989e12, 3.35e12),
+    "A100-SXM4-80GB": Peaks(312e12, 2.039e12),
+    "A100 80GB": Peaks(312e12, 1.935e12),
+    "A100": Peaks(312e12, 1.555e12),
+    "L40S": Peaks(362e12, 0.864e12),
+    "RTX 4090": Peaks(165e12, 1.008e12),
+    "MI300X": Peaks(1307e12, 5.3e12),
+}
+
+
+def device_peaks(device: torch.device) -> Peaks:
+    """The peaks of a device by its data sheet; of one that is not known, what it reaches now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peaks in DATA_SHEETS.items():
+            if part in name:
+                return peaks
+    return measured_peaks(device)
+
+
+@functools.cache
+def measured_peaks(device: torch.device) -> Peaks:
+    """What a device reaches now on a plain product and a plain copy, bf16 on a GPU, else fp32; in half a second."""
+    size, numbers, dtype = (8192, 1 << 28, torch.bfloat16) if device.type == "cuda" else (768, 1 << 24, torch.float32)
+    matrix, source = torch.ones(size, size, dtype=dtype, device=device), torch.ones(numbers, device=device)
+    target, product = torch.empty_like(source), torch.empty_like(matrix)
+    return Peaks(
+        flops=2 * size**3 / _fastest(lambda: torch.mm(matrix, matrix, out=product), device),
+        bandwidth=2 * source.nbytes / _fastest(lambda: target.copy_(source), device),  # reads and writes
+    )
+
+
+def _fastest(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of a few calls."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def throughput(
+    seconds: Mapping[str, float], *, images: int, codes: int, work: Work, device: torch.device
+) -> dict[str, float]:
+    """Metrics of a step's speed.
+
+    Args:
+        seconds: as `PhaseTimer.read` gives them.
+        images: of all ranks.
+        codes: of one image, 0 where the job has none.
+        work: of this rank; may be empty.
+        device: of this rank.
+
+    Returns:
+        `images_per_second`; with codes `tokens_per_second`; with FLOPs the shares of the device's peak, `mfu` of the
+        whole step's wall time and `mfu/<phase>` of a phase's own; with bytes `bandwidth/<phase>`, the share of the
+        memory's; `memory/peak_gb`.
+    """
+    rate = images / seconds["seconds/step"]
+    metrics = {"images_per_second": rate, "memory/peak_gb": read_peak_memory(device)}
+    if codes:
+        metrics["tokens_per_second"] = rate * codes
+    if work.flops:
+        peaks = device_peaks(device)
+        metrics["mfu"] = sum(work.flops.values()) / (seconds["seconds/step"] * peaks.flops)
+        for name, amounts, peak in (("mfu", work.flops, peaks.flops), ("bandwidth", work.bytes, peaks.bandwidth)):
+            for phase, amount in amounts.items():
+                metrics[f"{name}/{phase}"] = amount / (seconds[f"seconds/{phase}"] * peak)
+    return metrics

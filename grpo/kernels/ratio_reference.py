@@ -1,0 +1,99 @@
+"""The formulas of `clipped_ratio_loss`, and its plain-torch reference, also its CPU path.
+
+Per token, with A the advantage, r = exp(log p - log p_old) and c = clip(r, 1 - clip_low, 1 + clip_high):
+
+    "clip"   -min(A r, A c)                     Schulman et al., arXiv 1707.06347; clip-higher: DAPO, arXiv 2503.14476
+    "cispo"  -stop_gradient(c) A log p          MiniMax-M1, arXiv 2506.13585
+
+plus kl_coef times an estimator of KL(policy || reference), with d = log p_ref - log p (Schulman, "Approximating KL
+divergence", 2020): k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. Both log-ratios are clamped to +-20 before `exp`; beyond
+that the exponential is constant and has no gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.dispatch import accumulation_dtype
+
+SURROGATES = ("clip", "cispo")
+KL_ESTIMATORS = ("none", "k1", "k2", "k3")
+LOG_RATIO_LIMIT = 20.0
+METRICS = (
+    "policy_loss",
+    "kl_loss",
+    "tokens",
+    "ratio",
+    "ratio_squared",
+    "kl_old",
+    "kl_ref",
+    "clipped_low",
+    "clipped_high",
+    "outside",
+)
+
+
+class Terms(NamedTuple):
+    """The loss of a token, in the names of the formulas above."""
+
+    clip_low: float
+    clip_high: float
+    kl: str
+    kl_coef: float
+    surrogate: str
+
+
+def ratio_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, ref: Tensor | None, terms: Terms
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the sums of `METRICS`, and d loss / d log_probs [R, M, T]; see `clipped_ratio_loss`."""
+    lowest, highest, kl_coef = 1 - terms.clip_low, 1 + terms.clip_high, terms.kl_coef
+    dtype = accumulation_dtype(log_probs)
+    gradient = torch.empty_like(log_probs, dtype=dtype)
+    counted = weights != 0
+    weights = weights.to(dtype)
+    # What a token left out holds must not reach the sums, not even as NaN times 0.
+    log_probs, old_log_probs = (x.to(dtype).where(counted, 0) for x in (log_probs, old_log_probs))
+    advantages = advantages.to(dtype)[..., None].where(counted, 0)
+
+    log_ratio, ratio, inside = _clamped_exp(log_probs - old_log_probs)
+    bounded = ratio.clamp(lowest, highest)
+    below, above = ratio < lowest, ratio > highest
+    if terms.surrogate == "clip":
+        clipped_low, clipped_high = below & (advantages < 0), above & (advantages > 0)
+        policy = -torch.minimum(advantages * ratio, advantages * bounded)
+        d_policy = -advantages * ratio * (inside & ~clipped_low & ~clipped_high)
+    else:
+        clipped_low, clipped_high = below, above
+        policy = -bounded * advantages * log_probs
+        d_policy = -bounded * advantages
+
+    if ref is None:
+        divergence = d_divergence = torch.zeros_like(ratio)
+    else:
+        divergence, d_divergence = _kl_estimate(ref.to(dtype).where(counted, 0) - log_probs, terms.kl)
+
+    policy_loss, kl_loss = (weights * policy).sum(), kl_coef * (weights * divergence).sum()
+    kl_old = ratio - 1 - log_ratio
+    moments = (counted, ratio * counted, ratio * ratio * counted)
+    per_token = (*moments, kl_old, divergence, clipped_low, clipped_high, below | above)  # as in METRICS
+    sums = torch.stack([policy_loss, kl_loss, *(x.sum(dtype=dtype) for x in per_token)])
+    torch.mul(weights, d_policy + kl_coef * d_divergence, out=gradient)
+    return policy_loss + kl_loss, sums, gradient
+
+
+def _clamped_exp(exponent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The exponent clamped, its exponential, and where the clamp changes nothing."""
+    clamped = exponent.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return clamped, clamped.exp(), clamped == exponent
+
+
+def _kl_estimate(difference: Tensor, kl: str) -> tuple[Tensor, Tensor]:
+    """Estimate of KL(policy || reference) from log p_ref - log p, and its derivative with respect to log p."""
+    if kl == "k1":
+        return -difference, torch.ones_like(difference)
+    if kl == "k2":
+        return difference.square() / 2, -difference
+    _, exponential, inside = _clamped_exp(difference)
+    return exponential - difference - 1, 1 - exponential * inside

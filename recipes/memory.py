@@ -1,0 +1,113 @@
+"""Memory that a recipe of `train` or `pretrain` takes on one GPU; needs neither a GPU nor the recipe's files.
+
+grpo memory --config vapi_xxl_384 --gpus 8
+grpo memory --config FILE --gpus 16 --hosts 2 --memory 80 --section.key VALUE
+grpo memory --config FILE --all-sizes
+
+--config NAME|FILE  the recipe
+--gpus N            GPUs of the run (8)
+--hosts N           hosts that they are on, with the same number each (1)
+--memory GIB        memory of one GPU (80)
+--all-sizes         a table of all sizes of the generator instead of the recipe's parts
+
+Every other flag is one of the recipe. The job is that of the file, or train.
+"""
+
+if __name__ == "__main__":  # before the imports, so that --help does without torch
+    from grpo.__main__ import run_job
+
+    run_job("memory")
+
+import argparse
+from collections.abc import Iterable, Sequence
+
+from grpo.config import RECIPES, GRPORecipe, PretrainRecipe, UserError, job_of_file, load_recipe
+from grpo.estimate import RecipeMemory, recipe_memory
+from grpo.models import MODEL_SPECS
+from grpo.parallel import GIB, mesh_shape
+
+MODES = ("fsdp", "sdp", "hsdp")
+SMALLEST_DIM = 768  # of the released models; the narrower ones are for tests and the quickstart
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table that the command line asks for."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, add_help=False)
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--hosts", type=int, default=1)
+    parser.add_argument("--memory", type=float, default=80.0)
+    parser.add_argument("--all-sizes", action="store_true")
+    try:
+        own, rest = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
+    if own.gpus < 1 or own.hosts < 1 or own.gpus % own.hosts:
+        raise UserError(f"--gpus {own.gpus} must be a multiple of --hosts {own.hosts}, both positive")
+    recipe = load(rest)
+    (print_sizes if own.all_sizes else print_parts)(recipe, own)
+
+
+def load(arguments: Sequence[str]) -> GRPORecipe | PretrainRecipe:
+    """The recipe, with the precision that a GPU would choose rather than this machine."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config", default="")
+    job = job_of_file(parser.parse_known_args(list(arguments))[0].config) or GRPORecipe.job
+    if job not in (GRPORecipe.job, PretrainRecipe.job):
+        raise UserError(f"--config: is a recipe of grpo {job}; the estimate knows recipes of train and pretrain")
+    recipe = load_recipe(RECIPES[job], arguments)
+    if recipe.training.mixed_precision != "auto":
+        return recipe
+    on_a_gpu = recipe.training.model_copy(update={"mixed_precision": "bf16"})
+    return recipe.model_copy(update={"training": on_a_gpu})
+
+
+def estimate(recipe: GRPORecipe | PretrainRecipe, mode: str, own: argparse.Namespace) -> RecipeMemory:
+    """The recipe in another mode: with its own mesh sizes where they are for that mode."""
+    same = mode == recipe.parallel.data_parallel
+    sizes = {} if same else {"shard_size": -1, "replicate_size": -1, "reshard_after_forward": "auto"}
+    parallel = recipe.parallel.model_copy(update={"data_parallel": mode, **sizes})
+    mesh = mesh_shape(parallel, size=own.gpus, local_size=own.gpus // own.hosts)
+    recipe = recipe.model_copy(update={"parallel": parallel})
+    return recipe_memory(recipe, mesh=mesh, memory=round(own.memory * GIB))
+
+
+def print_parts(recipe: GRPORecipe | PretrainRecipe, own: argparse.Namespace) -> None:
+    """Each part of the recipe's memory, for each mode."""
+    estimates = [estimate(recipe, mode, own) for mode in MODES]
+    print(f"{recipe.model.name}, {own.gpus} GPUs on {own.hosts} host(s), GiB on one GPU\n")
+    print_row("", MODES)
+    for name in estimates[0].lasting:
+        print_row(name, [gib(each.lasting[name]) for each in estimates])
+    for phase, parts in estimates[0].phases.items():
+        print_row(f"in {phase}:", [])
+        for name in parts:
+            print_row(f"  {name}", [gib(each.phases[phase][name]) for each in estimates])
+    print_row("peak", [gib(each.peak) for each in estimates])
+    chosen = MODES.index(recipe.parallel.data_parallel)
+    free = own.memory - estimates[chosen].peak / GIB
+    verdict = "fits" if free >= own.memory / 10 else "is tight" if free >= 0 else "does not fit"
+    print(
+        f"\nThe recipe's mode, {MODES[chosen]}, {verdict}: {free:.1f} of {own.memory:g} GiB stay free for the CUDA "
+        "context, NCCL\nand fragmentation, which need about a tenth. The peak is what lasts and the largest phase."
+    )
+
+
+def print_sizes(recipe: GRPORecipe | PretrainRecipe, own: argparse.Namespace) -> None:
+    """The peak of each released size of the generator, for each mode."""
+    print(f"| model | {' | '.join(MODES)} |\n|---|{'---|' * len(MODES)}")
+    for name, spec in MODEL_SPECS.items():
+        if spec.dim < SMALLEST_DIM:
+            continue
+        sized = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": name})})
+        peaks = [estimate(sized, mode, own).peak for mode in MODES]
+        print(f"| {name} | {' | '.join(gib(peak) for peak in peaks)} |")
+
+
+def print_row(name: str, values: Iterable[str]) -> None:
+    """A line of a table."""
+    print(f"{name:24}" + "".join(f"{value:>10}" for value in values))
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, with three digits."""
+    return f"{size / GIB:.2f}" if size < 9.995 * GIB else f"{size / GIB:.1f}"
