@@ -9,8 +9,6 @@ from torch import Tensor
 from grpo.config.sections import PolicyLoss
 from grpo.kernels import clipped_ratio_loss
 
-LOSSES = get_args(PolicyLoss)
-
 
 def token_weights(
     shape: tuple[int, int, int],
@@ -66,21 +64,16 @@ def policy_loss(
     Args:
         log_probs, old_log_probs: [R, M, T] fp32, with gradient, and under the policy that sampled.
         advantages: [R, M].
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         weights: [R, M, T] from `token_weights`; None is the mean over this input.
         ref_log_probs: [R, M, T] under the frozen reference, required unless kl is "none".
         kl, kl_coef: estimator k1, k2 or k3 (Schulman, "Approximating KL divergence") and its weight.
-        impl: backend of the operation.
 
     Returns:
         (loss [], metrics): the sums of `clipped_ratio_loss` and their counts, "tokens" and, for the ratio of gspo,
-            "sequences".
-
-    Raises:
-        ValueError: unknown loss.
+            "sequences". A ValueError if the loss is unknown.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"unknown policy loss {loss!r}; one of {', '.join(LOSSES)}")
+    if loss not in (known := get_args(PolicyLoss)):
+        raise ValueError(f"unknown policy loss {loss!r}; one of {', '.join(known)}")
     if weights is None:
         sequences = log_probs.shape[0] * log_probs.shape[1]
         weights = token_weights(tuple(log_probs.shape), loss=loss, sequences=sequences, device=log_probs.device)

@@ -12,18 +12,10 @@ from grpo.parallel import World, clip_grad_norm, grad_scaler
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; matrices are decayed, norms and biases are not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:
@@ -49,7 +41,6 @@ class GuardedOptimizer:
 
     Args:
         model: its parameters' gradients are clipped together, over all ranks.
-        config: the optimizer section.
         total_steps: optimizer steps of the whole run, for the schedule.
         max_skipped_steps: skipped steps in a row after which the run is stopped.
         scaler: loss scaler of fp16, or None.
@@ -65,11 +56,10 @@ class GuardedOptimizer:
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.model, self.config, self.total_steps = model, config, total_steps
-        self.max_skipped_steps, self.scaler = max_skipped_steps, scaler
+        self.max_skipped_steps = max_skipped_steps
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.adamw = build_adamw(model, config)
-        self.steps = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.steps = self.skipped = self.skipped_in_a_row = 0
 
     @property
     def lr(self) -> float:
@@ -79,17 +69,16 @@ class GuardedOptimizer:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`. A loss that is not finite makes the gradient so too, on all ranks."""
         loss = loss * (1 + 0 * loss.detach())  # times exactly 1, or NaN: its gradient alone may well be finite
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.scaler.scale(loss).backward()
 
     def step(self) -> dict[str, float]:
         """Take the step with the gradients there are.
 
         Returns:
-            {"grad_norm", "lr", "skipped_steps"}: the norm before clipping (the same on all ranks), the rate that was
-            used, and how many steps the run has skipped.
+            {"grad_norm", "lr", "skipped_steps"}: the norm before clipping, the same on all ranks; the rate that was
+            used; how many steps the run has skipped.
         """
-        if self.scaler is not None:
-            self.scaler.unscale_(self.adamw)
+        self.scaler.unscale_(self.adamw)
         rate = self.lr
         for group in self.adamw.param_groups:
             group["lr"] = rate
@@ -100,8 +89,7 @@ class GuardedOptimizer:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        if self.scaler is not None:
-            self.scaler.update()
+        self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
         self.steps += 1
         return {"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped)}
@@ -113,18 +101,14 @@ class GuardedOptimizer:
 
     def state_dict(self) -> dict:
         """Counters and loss scale; the optimizer's tensors are saved with the model's."""
-        return {
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-        }
+        counters = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {**counters, "scaler": self.scaler.state_dict() or None}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        if self.scaler is not None and state["scaler"] is not None:
+        if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
 

@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,7 @@ def find_checkpoint(
         own = checkpoints.resume_point(tell, accept=lambda path: _continues(checkpoints, path, resume))
         if own is not None:
             return own, False
-    problem = checkpoints.damage(resume)
-    if problem is not None:
+    if (problem := checkpoints.damage(resume)) is not None:
         raise UserError(f"checkpoint.resume: {problem}")
     return Path(resume), True
 
@@ -69,17 +68,17 @@ def read_run_state(
         )
     changes = changes_that_matter(before, recipe)
     if changes and not named:
-        raise UserError(
-            [f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "
-             "metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:", *changes]
-        )  # fmt: skip
+        problem = (
+            f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "
+            "metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:"
+        )
+        raise UserError([problem, *changes])
     return state, changes
 
 
 def _continues(checkpoints: CheckpointManager, path: Path, start: str) -> bool:
     """Whether a checkpoint was written by a run that had gone on from the checkpoint `start`."""
     try:
-        state: Mapping[str, Any] = checkpoints.read_run_state(path)
-        return state.get("resumed_from") == start
+        return checkpoints.read_run_state(path).get("resumed_from") == start
     except (UserError, AttributeError):
         return False

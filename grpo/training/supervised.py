@@ -29,14 +29,8 @@ def minimise(
         optimizer: of the model.
         after_step: called after each optimizer step with its number; gives more metrics, which are means over ranks.
     """
-    training, world = run.recipe.training, run.world
-    stream = build_stream(
-        dataset,
-        batch_size=training.images,
-        seed=training.seed,
-        num_workers=run.recipe.data.num_workers,
-        world=world,
-    )
+    training, workers, world = run.recipe.training, run.recipe.data.num_workers, run.world
+    stream = build_stream(dataset, batch_size=training.images, seed=training.seed, num_workers=workers, world=world)
     run.start(model=model, optimizer=optimizer, stream=stream)
     for step in run.steps():
         metrics = MetricSums()
