@@ -95,12 +95,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         reference = generator(checkpoint=frozen).eval().requires_grad_(False)
     draw = build_draw(recipe.rollout, seed=training.seed, impl=training.kernels)
     reward = build_rewards(
-        recipe.reward,
-        tokenizer,
-        class_names=dataset.class_names,
-        num_classes=recipe.model.num_classes,
-        device=world.device,
-        compile=recipe.compile,
+        recipe.reward, tokenizer, class_names=dataset.class_names, device=world.device, compile=recipe.compile
     )
     update = PolicyUpdate(
         policy,
