@@ -25,13 +25,14 @@ class Codebook:
 
     Args:
         quantizer: of the parallelized tokenizer; its forward passes in train mode are watched.
-        config: the section tokenizer_loss.
         optimizer: counts its steps, also those before a resumption.
     """
 
     def __init__(self, quantizer: VectorQuantizer, config: TokenizerLoss, optimizer: GuardedOptimizer) -> None:
         self.quantizer, self.config, self.optimizer = quantizer, config, optimizer
-        self._statistics: Tensor | None = None  # [K, C + 1], sums of unit latents and counts since the last update
+        weight = quantizer.embedding.weight
+        # [K, C + 1]: sums of unit latents and their counts since the last update
+        self._statistics = torch.zeros(len(weight), weight.shape[1] + 1, device=weight.device)
         quantizer.register_forward_hook(self._watch)
 
     @torch.no_grad()
@@ -41,10 +42,9 @@ class Codebook:
         Returns:
             {"perplexity": exp of the entropy of the codes of this step's images, "codes_restarted": codes moved}.
         """
-        dist.all_reduce(self._statistics)
-        sums, counts = self._statistics[:, :-1], self._statistics[:, -1]
-        self._statistics = None
-        moved = 0
+        statistics, self._statistics = self._statistics, torch.zeros_like(self._statistics)
+        dist.all_reduce(statistics)
+        sums, counts, moved = statistics[:, :-1], statistics[:, -1], 0
         if self.optimizer.skipped_in_a_row == 0:  # the latents of a skipped step may not be finite
             if self.optimizer.steps == self.config.unquantised_steps:
                 drawn = self._draw_latents(len(sums), weights=torch.ones_like(self._errors))
@@ -52,8 +52,8 @@ class Codebook:
             elif self.optimizer.steps > self.config.unquantised_steps and self.config.codebook_update == "ema":
                 moved = self._follow(sums)
         shares = counts / counts.sum()
-        entropy = -torch.xlogy(shares, shares).sum()
-        return {"perplexity": entropy.exp().item(), "codes_restarted": float(moved)}
+        perplexity = torch.exp(-torch.xlogy(shares, shares).sum())
+        return {"perplexity": perplexity.item(), "codes_restarted": float(moved)}
 
     def _follow(self, sums: Tensor) -> int:
         """Average the running sums, restart codes out of use; how many."""
@@ -88,9 +88,6 @@ class Codebook:
         with torch.no_grad():
             self._latents = unit.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C], the last micro-batch's
             self._errors = 1 - (unit * quantized.float()).sum(dim=1).flatten()  # [N], 1 - cosine to their codes
-            if self._statistics is None:
-                size, length = quantizer.embedding.weight.shape
-                self._statistics = unit.new_zeros(size, length + 1)
             self._statistics.index_add_(0, codes.flatten(), F.pad(self._latents, (0, 1), value=1.0))
         if self.optimizer.steps >= self.config.unquantised_steps:
             return None

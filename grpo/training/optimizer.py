@@ -10,14 +10,6 @@ from grpo.config import TrainingRecipe
 from grpo.parallel import World, clip_grad_norm, grad_scaler
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; matrices are decayed, norms and biases are not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-
 def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of `total_steps`.
 
@@ -37,7 +29,7 @@ def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> fl
 
 
 class GuardedOptimizer:
-    """AdamW that clips and steps, or skips a step whose gradient is not finite.
+    """AdamW that clips and steps, or skips a step whose gradient is not finite. Norms and biases are not decayed.
 
     Args:
         model: its parameters' gradients are clipped together, over all ranks.
@@ -58,7 +50,11 @@ class GuardedOptimizer:
         self.model, self.config, self.total_steps = model, config, total_steps
         self.max_skipped_steps = max_skipped_steps
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
-        self.adamw = build_adamw(model, config)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        betas = (config.beta1, config.beta2)
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
         self.steps = self.skipped = self.skipped_in_a_row = 0
 
     @property

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ def find_checkpoint(
 
     When torchrun starts the ranks again after a fault, the command line is the one of the first start. What
     `checkpoint.resume` = none or a path meant has been done then, and the run goes on from what it has written since.
-
-    Args:
-        tell: gets a line about each checkpoint that was passed over.
+    `tell` gets a line about each checkpoint that was passed over.
 
     Raises:
         UserError: `none`, and there are checkpoints; or the one that was named is damaged.
@@ -34,10 +33,9 @@ def find_checkpoint(
                 "overwrite; give another metrics.run_dir or checkpoint.dir, or remove them"
             )
         return None, False
-    if restarted:
-        own = checkpoints.resume_point(tell, accept=lambda path: _continues(checkpoints, path, resume))
-        if own is not None:
-            return own, False
+    goes_on = partial(_continues, checkpoints, start=resume)
+    if restarted and (own := checkpoints.resume_point(tell, accept=goes_on)) is not None:
+        return own, False
     if (problem := checkpoints.damage(resume)) is not None:
         raise UserError(f"checkpoint.resume: {problem}")
     return Path(resume), True
@@ -48,8 +46,7 @@ def read_run_state(
 ) -> tuple[dict[str, Any], list[str]]:
     """The state of the run in a checkpoint, and how the recipe has changed since in ways that matter.
 
-    Args:
-        named: whether the user has named the checkpoint, and thereby accepts the changes.
+    Who has `named` the checkpoint accepts the changes.
 
     Raises:
         UserError: the checkpoint is of another run, of a recipe that differs, or not one of a training run.
@@ -76,7 +73,7 @@ def read_run_state(
     return state, changes
 
 
-def _continues(checkpoints: CheckpointManager, path: Path, start: str) -> bool:
+def _continues(checkpoints: CheckpointManager, path: Path, *, start: str) -> bool:
     """Whether a checkpoint was written by a run that had gone on from the checkpoint `start`."""
     try:
         return checkpoints.read_run_state(path).get("resumed_from") == start

@@ -25,14 +25,11 @@ from grpo.training.stop_request import StopRequest
 EXPORT_NAME = "model.safetensors"
 NO_WORK = Work()
 
-_GO_ON, _STOP, _SAVE_FAILED = range(3)  # what a rank votes for after a step; the highest vote wins
+_STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
 
 class Terminated(SystemExit):
     """The run was asked to stop and has done so, with a checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
 
 
 class TrainingRun:
@@ -133,7 +130,7 @@ class TrainingRun:
         self._note_skipped(step, metrics)
         self._note_best(metrics)
         config, last = self.recipe.checkpoint, step == self.recipe.training.steps
-        vote = all_reduce_max(self._vote())
+        vote = all_reduce_max(_SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None))
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
         if last and config.save_final and not config.sharded:
@@ -147,11 +144,6 @@ class TrainingRun:
         if stopping:
             self.checkpoints.wait()
             self._stop(step)
-
-    def _vote(self) -> int:
-        if self.checkpoints.failed():
-            return _SAVE_FAILED
-        return _GO_ON if self._stop_request.reason is None else _STOP
 
     def _stop(self, step: int) -> NoReturn:
         """End the run after its checkpoint of this step."""
@@ -167,7 +159,7 @@ class TrainingRun:
             f"stopped at step {step} ({reason}): its checkpoint is in {self.recipe.checkpoint_dir}, and the same "
             "command goes on from there"
         )
-        raise Terminated
+        raise Terminated(128 + signal.SIGTERM)
 
     def save(self, step: int) -> None:
         """Write a checkpoint, in the background if the recipe says so."""
@@ -183,14 +175,9 @@ class TrainingRun:
         if self.world.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.world.device)
         best, self._best_values = self._best_values, []
-        self.checkpoints.save(
-            step,
-            model=self._model,
-            optimizer=self._optimizer.adamw,
-            run_state=run_state,
-            rank_state=generators,
-            score=sum(best) / len(best) if best else None,
-        )
+        trained = {"model": self._model, "optimizer": self._optimizer.adamw}
+        score = sum(best) / len(best) if best else None
+        self.checkpoints.save(step, **trained, run_state=run_state, rank_state=generators, score=score)
 
     def __enter__(self) -> Self:
         return self

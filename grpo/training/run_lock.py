@@ -1,6 +1,5 @@
 """One writer at a time in a run's folder."""
 
-import errno
 import fcntl
 import os
 import time
@@ -9,8 +8,6 @@ from typing import IO
 
 from grpo.config import UserError
 
-POLL_SECONDS = 0.2
-
 
 def lock_folder(run_dir: Path, *, wait_seconds: float) -> IO[str]:
     """Make a run's folder and keep others from writing into it, until the returned file is closed or the process ends.
@@ -18,11 +15,8 @@ def lock_folder(run_dir: Path, *, wait_seconds: float) -> IO[str]:
     Ranks that outlive a killed launcher finish their step and write a checkpoint: the next start waits for them. Locks
     are POSIX record locks, which data workers do not inherit and network file systems know.
 
-    Args:
-        wait_seconds: how long to wait for another holder.
-
     Raises:
-        UserError: another process holds it still, or the folder cannot be written.
+        UserError: after so many seconds another process holds it still, or the folder cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -38,7 +32,7 @@ def lock_folder(run_dir: Path, *, wait_seconds: float) -> IO[str]:
                 f"{run_dir} is being written by another run ({file.read().strip() or 'unknown'}): end that one, or "
                 "give this one another metrics.run_dir"
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(0.2)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
     file.flush()
@@ -48,7 +42,8 @@ def lock_folder(run_dir: Path, *, wait_seconds: float) -> IO[str]:
 def _taken(file: IO[str]) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # A file system without locks: the run goes on unprotected rather than not at all.
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a file system without locks: the run goes on unprotected rather than not at all
     return True

@@ -9,14 +9,12 @@ from grpo.parallel import MetricSums, gradient_sync
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.run import TrainingRun
 
-Loss = Callable[[ImageBatch], tuple[Tensor, Mapping[str, Tensor]]]
-
 
 def minimise(
     run: TrainingRun,
     model: nn.Module,
     dataset: ImageDataset,
-    loss: Loss,
+    loss: Callable[[ImageBatch], tuple[Tensor, Mapping[str, Tensor]]],
     *,
     optimizer: GuardedOptimizer,
     after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
@@ -26,7 +24,6 @@ def minimise(
     Args:
         model: parallelized, in train mode.
         loss: a micro-batch -> its mean loss [] and means of other metrics by name, each over the micro-batch's images.
-        optimizer: of the model.
         after_step: called after each optimizer step with its number; gives more metrics, which are means over ranks.
     """
     training, workers, world = run.recipe.training, run.recipe.data.num_workers, run.world

@@ -48,13 +48,10 @@ class PolicyUpdate:
         self._pending = 0  # completions whose gradient waits for the optimizer step
 
     def __call__(self, trajectory: Trajectory) -> MetricSums:
-        """Backward of a rollout or a part of one, with every optimizer step that this completes.
+        """Backward of a rollout or a part of one, with every optimizer step that this completes; their metrics.
 
         Args:
             trajectory: with advantages; its log-probs of before the first step are filled in here.
-
-        Returns:
-            The metrics of the loss and of the steps.
         """
         metrics, ranks = MetricSums(), self.schedule.ranks
         if self.reference is not None:
@@ -101,11 +98,7 @@ class PolicyUpdate:
         return steps
 
     def _loss(self, part: Trajectory, real_rows: int, metrics: MetricSums) -> Tensor:
-        """This micro-batch's part of the optimizer step's loss, already divided by the step's global counts.
-
-        Args:
-            real_rows: contexts of the optimizer step on this rank that have no completions.
-        """
+        """A micro-batch's share of the optimizer step's loss; `real_rows` contexts of the step have no completions."""
         scores = self._score(self.policy, part) if part.scores is None else part.scores
         _, completions, length = part.tokens.shape
         contexts = self.schedule.completions_per_step // completions if completions else real_rows
@@ -148,7 +141,18 @@ class PolicyUpdate:
             kl_coef=objective.kl_coef,
             impl=self.draw.impl,
         )
-        _observe(part, log_probs.detach(), sums, metrics)
+        log_probs, ratios = log_probs.detach(), sums.get("sequences", sums["tokens"])
+        metrics.add("ratio", sums["ratio"], ratios)
+        metrics.add("clip_low", sums["clipped_low"], ratios)
+        metrics.add("clip_high", sums["clipped_high"], ratios)
+        metrics.add("clip_fraction", sums["outside"], ratios)
+        if part.ref_log_probs is not None:
+            metrics.add("kl", sums["kl_ref"], sums["tokens"])
+        # On-policy the clipped surrogate is minus the mean advantage, 0 by construction; this one is not.
+        metrics.add("surrogate", -(part.advantages[..., None] * log_probs).sum(), log_probs.numel())
+        metrics.add("old_log_prob_gap", (log_probs - part.old_log_probs).abs().sum(), log_probs.numel())
+        if part.kept_mass is not None:
+            metrics.add("kept_mass", part.kept_mass.sum(), part.kept_mass.numel())
         return loss
 
     def _kept_tokens(self, part: Trajectory) -> Tensor | None:
@@ -160,18 +164,3 @@ class PolicyUpdate:
         keep = philox_uniform(ids, length, seed=self.draw.seed, step=stream) >= share
         keep[:, 0] |= ~keep.any(dim=1)
         return keep.view(part.tokens.shape)
-
-
-def _observe(part: Trajectory, log_probs: Tensor, sums: dict[str, Tensor], metrics: MetricSums) -> None:
-    ratios = sums.get("sequences", sums["tokens"])
-    metrics.add("ratio", sums["ratio"], ratios)
-    metrics.add("clip_low", sums["clipped_low"], ratios)
-    metrics.add("clip_high", sums["clipped_high"], ratios)
-    metrics.add("clip_fraction", sums["outside"], ratios)
-    if part.ref_log_probs is not None:
-        metrics.add("kl", sums["kl_ref"], sums["tokens"])
-    # On-policy the clipped surrogate is minus the mean advantage, 0 by construction; this one is not.
-    metrics.add("surrogate", -(part.advantages[..., None] * log_probs).sum(), log_probs.numel())
-    metrics.add("old_log_prob_gap", (log_probs - part.old_log_probs).abs().sum(), log_probs.numel())
-    if part.kept_mass is not None:
-        metrics.add("kept_mass", part.kept_mass.sum(), part.kept_mass.numel())
