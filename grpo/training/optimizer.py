@@ -47,8 +47,8 @@ class GuardedOptimizer:
         max_skipped_steps: int,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.model, self.config, self.total_steps = model, config, total_steps
-        self.max_skipped_steps = max_skipped_steps
+        self.model, self.config = model, config
+        self.total_steps, self.max_skipped_steps = total_steps, max_skipped_steps
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         matrices, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
@@ -56,11 +56,6 @@ class GuardedOptimizer:
         betas = (config.beta1, config.beta2)
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
         self.steps = self.skipped = self.skipped_in_a_row = 0
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next step."""
-        return learning_rate(self.config, step=self.steps, total_steps=self.total_steps)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`. A loss that is not finite makes the gradient so too, on all ranks."""
@@ -75,7 +70,7 @@ class GuardedOptimizer:
             used; how many steps the run has skipped.
         """
         self.scaler.unscale_(self.adamw)
-        rate = self.lr
+        rate = learning_rate(self.config, step=self.steps, total_steps=self.total_steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         norm = float(clip_grad_norm(self.model, self.config.max_grad_norm))
@@ -102,8 +97,7 @@ class GuardedOptimizer:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
-        self.steps, self.skipped = state["steps"], state["skipped"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.steps, self.skipped, self.skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -112,10 +106,7 @@ def build_optimizer(
     model: nn.Module, recipe: TrainingRecipe, world: World, *, steps_per_training_step: int = 1
 ) -> GuardedOptimizer:
     """The optimizer of a recipe."""
-    return GuardedOptimizer(
-        model,
-        recipe.optimizer,
-        total_steps=recipe.training.steps * steps_per_training_step,
-        max_skipped_steps=recipe.training.max_skipped_steps,
-        scaler=grad_scaler(recipe.training.mixed_precision, world.device),
-    )
+    training = recipe.training
+    total, most = training.steps * steps_per_training_step, training.max_skipped_steps
+    scaler = grad_scaler(training.mixed_precision, world.device)
+    return GuardedOptimizer(model, recipe.optimizer, total_steps=total, max_skipped_steps=most, scaler=scaler)

@@ -15,21 +15,13 @@ MARKER = "phase.json"
 
 @dataclass(frozen=True)
 class Phase:
-    """One job among others.
-
-    Attributes:
-        title: what it does, for people.
-        recipe: resolved, with the products of its inputs filled in.
-        job: does it, on every rank.
-        product: the file that it leaves behind, in a folder of its own.
-        inputs: names of the folders of the phases whose products it reads.
-    """
+    """One job among others."""
 
     title: str
-    recipe: Recipe
-    job: Callable[[Recipe, World], None]
-    product: Path
-    inputs: Sequence[str] = ()
+    recipe: Recipe  # resolved, with the products of its inputs filled in
+    job: Callable[[Recipe, World], None]  # does it, on every rank
+    product: Path  # the file that it leaves behind, in a folder of its own
+    inputs: Sequence[str] = ()  # names of the folders of the phases whose products it reads
 
     @property
     def folder(self) -> Path:
@@ -42,10 +34,7 @@ def run_phases(phases: Sequence[Phase], world: World, *, say: Callable[[str], No
 
     A finished phase whose recipe and inputs are the same as then is left as it is. What another recipe left in a
     phase's folder is moved to `previous/` beside it. An interrupted phase is done again; a training job then goes on
-    from its newest checkpoint.
-
-    Args:
-        say: shows a line to the user.
+    from its newest checkpoint. `say` shows a line to the user.
     """
     keys: dict[str, str] = {}
     for number, phase in enumerate(phases, 1):
@@ -60,7 +49,8 @@ def run_phases(phases: Sequence[Phase], world: World, *, say: Callable[[str], No
         barrier()
         seconds = time.perf_counter() - started
         if world.is_main:
-            _mark(phase, key=key, finished=True, seconds=round(seconds, 1))
+            done = {"key": key, "finished": True, "seconds": round(seconds, 1)}
+            (phase.folder / MARKER).write_text(json.dumps(done) + "\n")
         say(f"      {seconds:.0f} s")
 
 
@@ -77,11 +67,7 @@ def _prepare(phase: Phase, key: str) -> bool:
             aside.parent.mkdir(exist_ok=True)
             folder.rename(aside)
         folder.mkdir(parents=True, exist_ok=True)
-        _mark(phase, key=key, finished=False)
+        marker.write_text(json.dumps({"key": key, "finished": False}) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from error
     return False
-
-
-def _mark(phase: Phase, **state: object) -> None:
-    (phase.folder / MARKER).write_text(json.dumps(state) + "\n")

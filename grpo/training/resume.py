@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from grpo.checkpoint import CheckpointManager
 from grpo.config import TrainingRecipe, UserError, changes_that_matter, recipe_from_toml
@@ -43,7 +42,7 @@ def find_checkpoint(
 
 def read_run_state(
     recipe: TrainingRecipe, checkpoints: CheckpointManager, path: Path, *, named: bool
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict, list[str]]:
     """The state of the run in a checkpoint, and how the recipe has changed since in ways that matter.
 
     Who has `named` the checkpoint accepts the changes.

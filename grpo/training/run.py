@@ -24,7 +24,6 @@ from grpo.training.stop_request import StopRequest
 
 EXPORT_NAME = "model.safetensors"
 NO_WORK = Work()
-
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
 

@@ -22,8 +22,7 @@ def lock_folder(run_dir: Path, *, wait_seconds: float) -> IO[str]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("a+")
     except OSError as error:
-        problem = f"cannot write to the run's folder {run_dir}: {error.strerror}; set metrics.run_dir"
-        raise UserError(problem) from error
+        raise UserError(f"cannot write to the run's folder {run_dir}: {error.strerror}; set metrics.run_dir") from error
     deadline = time.monotonic() + wait_seconds
     while not _taken(file):
         if time.monotonic() >= deadline:

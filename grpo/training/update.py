@@ -117,14 +117,9 @@ class PolicyUpdate:
 
     def _policy_loss(self, part: Trajectory, log_probs: Tensor, metrics: MetricSums) -> Tensor:
         objective = self.objective
-        weights = token_weights(
-            tuple(log_probs.shape),
-            loss=objective.loss,
-            sequences=self.schedule.completions_per_step * self.schedule.ranks,
-            keep=self._kept_tokens(part),
-            keep_probability=1 - objective.token_dropout_share,
-            device=log_probs.device,
-        )
+        kept = {"keep": self._kept_tokens(part), "keep_probability": 1 - objective.token_dropout_share}
+        sequences, device = self.schedule.completions_per_step * self.schedule.ranks, log_probs.device
+        weights = token_weights(log_probs.shape, loss=objective.loss, sequences=sequences, device=device, **kept)
         if part.kept_mass is not None and self.rollout.importance_weight_cap:
             # drawn from p / kept mass on the kept set: p / (p / mass) = mass
             weights = weights * part.kept_mass.clamp(max=self.rollout.importance_weight_cap)
