@@ -26,7 +26,8 @@ class ModelFamily(Protocol):
       `extend(tokens [B], position, cache) -> [B, D]`: the same, row by row, in static shapes;
     - `forward_methods`: the names of those that are called besides `forward` and need whole parameters;
 
-    and embeds the conditions that it knows, their dropped rows as its own unconditional ones.
+    and embeds the conditions that it knows, their dropped rows as its own unconditional ones. Buffers that are not in
+    the state dict are rebuilt by their module's `_apply`, as in `Rotary`.
     """
 
     specs: Mapping[str, Any]
