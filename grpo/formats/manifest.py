@@ -57,7 +57,6 @@ def missing_files(folder: Path, sums: Mapping[str, FileSum]) -> list[str]:
 
 
 def damaged_files(folder: Path, sums: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> list[str]:
-    """Names of the files with other contents than were written, of every `parts`-th file from the `part`-th on, in
-    the order of descending size; reads them."""
+    """Names of the files with other contents than were written; reads every `parts`-th, by size, from `part` on."""
     share = sorted(sums, key=lambda name: (-sums[name].size, name))[part::parts]
     return [name for name in share if file_sums([folder / name])[name] != sums[name]]

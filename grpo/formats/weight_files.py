@@ -63,7 +63,7 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The sizes that `save_weights` wrote with the weights; None where there are none. Raises a UserError if damaged."""
+    """The sizes that `save_weights` wrote with the weights; None where there are none. A UserError if damaged."""
     path = Path(path)
     if path.suffix != ".safetensors" or path.is_dir():
         return None
