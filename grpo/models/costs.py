@@ -50,11 +50,7 @@ def extension_bytes(config: GPTConfig, sequences: float, *, dtype: torch.dtype) 
 
 
 def activation_bytes(config: GPTConfig, rows: int, *, dtype: torch.dtype, mode: str) -> int:
-    """What forward and backward keep of `rows` rows, at the start of the last block's backward.
-
-    Args:
-        mode: of activation checkpointing.
-    """
+    """What is kept of `rows` rows at the start of the last block's backward, in a mode of activation checkpointing."""
     element, width, heads = dtype.itemsize, config.dim, FP32 * config.n_head
     norm = FP32 * (width + 1) + 2 * element * width
     turned = (config.n_head + config.kv_heads) * config.head_dim
