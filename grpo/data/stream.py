@@ -141,7 +141,7 @@ class ImageStream(Iterator[ImageBatch]):
         size = self.batch_size // self.world.size
         first = self.samples + self.world.rank * size
         if self._fetched is None:
-            self._fetched = self._fetch((range(i, i + size) for i in itertools.count(first, self.batch_size)))
+            self._fetched = self._fetch(range(i, i + size) for i in itertools.count(first, self.batch_size))
         fetched = next(self._fetched)
         try:
             for index, reason in fetched.unreadable:

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from grpo.observe.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, curve
+from grpo.observe import charts
+from grpo.observe.charts import Curve, curve
 from grpo.observe.environment import environment
-from grpo.observe.files import write_atomically
-from grpo.observe.metrics_file import Metrics, read_metrics
+from grpo.observe.files import Metrics, read_metrics, write_atomically
 
 CURVES = {
     "reward_mean": "Reward",
@@ -56,7 +56,10 @@ def write_report(
     run_dir = Path(run_dir)
     recipe = run_dir / "recipe.toml"
     curves = [("", run_dir / "metrics.jsonl")] if curves is None else curves
-    page = _template().render(
+    templates = Environment(
+        loader=PackageLoader("grpo.observe", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = templates.get_template("report.html").render(
         title=title,
         summary=summary,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -67,16 +70,10 @@ def write_report(
         notes=notes,
         recipe=recipe.read_text() if recipe.exists() else "",
         environment=environment(),
+        charts=charts,
     )
     write_atomically(run_dir / "report.html", page)
     return run_dir / "report.html"
-
-
-def _template() -> Template:
-    loader = PackageLoader("grpo.observe", package_path="")
-    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    templates.globals.update(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP)
-    return templates.get_template("report.html")
 
 
 def _split(metrics: list[Metrics]) -> tuple[list[Curve], list[Curve]]:

@@ -1,12 +1,10 @@
 """Weights & Biases, imported only when a run asks for it."""
 
 import os
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
-
-from PIL import Image
 
 from grpo.config import Metrics, UserError
 
@@ -19,36 +17,24 @@ def require_wandb(metrics: Metrics) -> None:
         )
 
 
-class WandbLog:
-    """One run in Weights & Biases.
+def wandb_run(run_dir: Path, metrics: Metrics, *, recipe_text: str) -> Any:
+    """The `wandb.Run` of a run's folder.
 
     Offline unless the environment says otherwise: WANDB_MODE is obeyed, and WANDB_API_KEY alone means online. A run
     that is continued goes on under the id kept in `wandb_run_id.txt`.
     """
+    import wandb
 
-    def __init__(self, run_dir: Path, metrics: Metrics, *, recipe_text: str) -> None:
-        import wandb
-
-        id_file = run_dir / "wandb_run_id.txt"
-        if not id_file.exists():
-            id_file.write_text(uuid4().hex[:8])
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=metrics.wandb_project,
-            entity=metrics.wandb_entity,
-            name=metrics.wandb_run_name or run_dir.resolve().name,
-            id=id_file.read_text().strip(),
-            resume="allow",
-            dir=run_dir,
-            mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
-            config={"recipe": recipe_text},
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def image(self, step: int, image: Image.Image, caption: str) -> None:
-        self._run.log({"samples": self._wandb.Image(image, caption=caption)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    id_file = run_dir / "wandb_run_id.txt"
+    if not id_file.exists():
+        id_file.write_text(uuid4().hex[:8])
+    return wandb.init(
+        project=metrics.wandb_project,
+        entity=metrics.wandb_entity,
+        name=metrics.wandb_run_name or run_dir.resolve().name,
+        id=id_file.read_text().strip(),
+        resume="allow",
+        dir=run_dir,
+        mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
+        config={"recipe": recipe_text},
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo.config import Metrics, UserError
-from grpo.observe import RunObserver, read_metrics
+from grpo.observe import RunObserver, SampleRow, read_metrics
 from grpo.observe import wandb_log as wandb_module
 
 
@@ -26,7 +26,7 @@ def observer(run_dir, *, main=True, start_step=0, total_steps=4, **metrics):
 
 
 def sample_rows():
-    return [(None, torch.zeros(2, 3, 8, 8), torch.tensor([0.0, 1.0]), "seven")]
+    return [SampleRow(None, torch.zeros(2, 3, 8, 8), torch.tensor([0.0, 1.0]), "seven")]
 
 
 def run_steps(watching, steps):
