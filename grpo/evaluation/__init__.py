@@ -3,7 +3,6 @@
 from grpo.evaluation.distances import (
     FeatureStatistics,
     accuracy,
-    class_counts,
     frechet_distance,
     inception_score,
     kernel_distance,
