@@ -29,7 +29,7 @@ CURVES = {
 """Metrics that the report shows first, in this order; the others follow under their own names."""
 
 MAX_GRIDS = 6
-SMALL_WIDTH = 500
+SMALL_WIDTH = 500  # pixels; of less, single ones are to be seen when enlarged to the page's width
 
 
 def write_report(
@@ -64,7 +64,7 @@ def write_report(
         summary=summary,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         table=table,
-        images=[(caption, _data_url(Path(path)), _is_small(Path(path))) for caption, path in images],
+        images=[(caption, _data_url(Path(path)), Image.open(path).width < SMALL_WIDTH) for caption, path in images],
         groups=[(heading, *_split(read_metrics(path))) for heading, path in curves],
         samples=[(int(path.stem.removeprefix("step-")), _data_url(path)) for path in _chosen(run_dir / "samples")],
         notes=notes,
@@ -86,12 +86,6 @@ def _split(metrics: list[Metrics]) -> tuple[list[Curve], list[Curve]]:
 
 def _data_url(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _is_small(path: Path) -> bool:
-    """Whether single pixels are to be seen when the picture is enlarged to the page's width."""
-    with Image.open(path) as image:
-        return image.width < SMALL_WIDTH
 
 
 def _chosen(folder: Path) -> list[Path]:
