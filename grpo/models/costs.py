@@ -26,9 +26,9 @@ from grpo.models.gpt import GPTConfig
 FP32 = torch.float32.itemsize
 
 
-def blocks_flops(config: GPTConfig, sequences: float = 1, *, rows: int | None = None) -> float:
-    """Forward operations of the blocks on `sequences` of `rows` rows (default T)."""
-    rows = config.block_size if rows is None else rows
+def blocks_flops(config: GPTConfig, sequences: float = 1) -> float:
+    """Forward operations of the blocks on so many whole sequences."""
+    rows = config.block_size
     return sequences * config.n_layer * (2 * rows * _block_matrices(config) + 4 * rows**2 * config.dim)
 
 
