@@ -217,7 +217,7 @@ def test_combination_names_every_origin(recipe_file) -> None:
     path = recipe_file('[data]\nname = "synthetic"\n[training]\nbatch_size = 12\n')
     assert problems_of(GRPORecipe, ["--config", path, "--sample-batch-size", "4"]) == [
         f"{path}, --sample-batch-size 4: training.batch_size = 12 completions of one optimizer step must divide "
-        "rollout.batch_size x num_generations = 32 completions of one rollout"
+        "rollout.batch_size x rollout.num_generations = 32 completions of one rollout"
     ]
 
 

@@ -44,7 +44,7 @@ def merged(*settings: Mapping[str, Mapping]) -> dict[str, dict]:
 
 
 def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
-    return [p.text for p in recipe_class.model_validate(settings, context=WITHOUT_CHECKS).problems()]
+    return [*recipe_class.model_validate(settings, context=WITHOUT_CHECKS).problems()]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
     [
         ({"rollout": {"num_generations": 1}}, "rollout.num_generations must be at least 2"),
         ({"rollout": {"cfg_scale": 1.5}}, "rollout.cfg_scale: guidance needs"),
-        ({"rollout": {"batch_size": 3}, "training": {"batch_size": 16}}, "must divide rollout.batch_size x num_gen"),
-        ({"training": {"batch_size": 512}}, "must divide rollout.batch_size x num_generations = 256"),
+        ({"rollout": {"batch_size": 3}, "training": {"batch_size": 16}}, "must divide rollout.batch_size x rollout.n"),
+        ({"training": {"batch_size": 512}}, "must divide rollout.batch_size x rollout.num_generations = 256"),
         ({"rollout": {"batch_size": 3}, "training": {"batch_size": 12}}, "must be a multiple or a divisor of rollout"),
         ({"reward": {"reconstruction": {"weight": 0}}}, "no reward is on"),
         ({"model": {"dropout": 0.1}}, "model.dropout must be 0 in GRPO"),
@@ -145,7 +145,7 @@ def test_a_recipe_object_is_valid() -> None:
         ({"objective": {"kl_coef": 0.1}}, "objective.kl_coef"),
         ({"objective": {"reference_checkpoint": "gpt.pt"}}, "objective.reference_checkpoint"),
         ({"objective": {"token_dropout": 0.1}}, "objective.token_dropout"),
-        ({"objective": {"advantage": "gdpo"}}, 'objective.advantage = "gdpo"'),
+        ({"objective": {"advantage": "gdpo"}}, "objective.advantage"),
         ({"rollout": {"context_noise": 0.1}}, "rollout.context_noise"),
         ({"rollout": {"importance_weight_cap": 2}}, "rollout.importance_weight_cap"),
         ({"rollout": {"guidance_in_loss": "conditional"}}, "rollout.guidance_in_loss"),
