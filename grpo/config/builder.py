@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from grpo.config import reference_flags as reference
 from grpo.config.errors import UserError
 from grpo.config.flags import Flag
-from grpo.config.keys import recipe_keys, section_keys
+from grpo.config.keys import section_keys
 from grpo.config.recipes import FORMER_KEYS, RECIPES, WITHOUT_CHECKS, GRPORecipe, Recipe, job_named
 from grpo.config.reward_kinds import reward_class
 from grpo.config.reward_sections import REFERENCE_REWARD, RewardTable
@@ -37,11 +37,10 @@ class RecipeBuilder(Generic[RecipeT]):
         self._recipe_class = recipe_class
         self._is_grpo = issubclass(recipe_class, GRPORecipe)
         self._sections: dict[str, type[Section]] = recipe_class.sections()
-        self._keys = recipe_keys(recipe_class)
+        self._keys = section_keys(self._sections)
         self._flags = {f"--{key}": key for key in (CONFIG, *self._keys)}
         if self._is_grpo:  # elsewhere the names of the reference trainer's flags would mislead
-            for title, section in reference.SECTIONS.items():
-                self._keys |= section_keys(title, section)
+            self._keys |= section_keys(reference.SECTIONS)
             self._flags |= reference.ALL_FLAGS
         self._file: dict[str, Any] = {}
         self._origin, self._folder = "", Path()
@@ -236,7 +235,7 @@ class RecipeBuilder(Generic[RecipeT]):
                 self._suspects.add("reward.NAME")
                 self._lost_tables.add(title)
                 continue
-            keys = section_keys(title, self._sections[title])
+            keys = section_keys({title: self._sections[title]})
             self._keys |= keys
             self._flags |= {f"--{key}": key for key in keys}
 

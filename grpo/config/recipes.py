@@ -75,10 +75,6 @@ class Recipe(BaseModel):
         """Whether it is so, the keys that then have no effect, and why."""
         return []
 
-    def free_keys(self) -> set[str]:
-        """Every `section.key` that a resumed run may change, because it only moves work around."""
-        return {f"{name}.{key}" for name, section in self.sections().items() for key in section.free_keys()}
-
     def to_toml(self) -> str:
         """The resolved recipe, to be loaded again as it is: every key but those that are none, which TOML lacks."""
         return tomli_w.dumps({"job": self.job, **self._values(exclude_none=True)})
@@ -187,10 +183,6 @@ class GRPORecipe(GeneratorRecipe):
             (rollout.cfg_scale == 1, "rollout.guidance_in_loss", "guidance is off (rollout.cfg_scale = 1)"),
             (rollout.mode == "teacher_forced", "rollout.max_rows", "teacher-forced rollouts have no cache"),
         ]
-
-    def free_keys(self) -> set[str]:
-        tables = self.reward.tables.items()
-        return super().free_keys() | {f"reward.{name}.{key}" for name, table in tables for key in table.free_keys()}
 
 
 class TokenizerRecipe(TrainingRecipe):
@@ -303,7 +295,8 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
 
 def changes_that_matter(before: Recipe, after: Recipe) -> list[str]:
     """Those of `differences` that a resumed run may not have: all but the keys that only move work around."""
-    return [line for key, line in _changed_keys(before, after).items() if key not in after.free_keys()]
+    free = {f"{name}.{key}" for name, section in after.sections().items() for key in section.free_keys()}
+    return [line for key, line in _changed_keys(before, after).items() if key not in free]
 
 
 def _changed_keys(before: Recipe, after: Recipe) -> dict[str, str]:

@@ -13,7 +13,7 @@ from grpo.config import (
     job_of_file,
     load_recipe,
 )
-from grpo.config.keys import recipe_keys
+from grpo.config.keys import section_keys
 from grpo.config.reference_flags import ALL_FLAGS
 
 MINIMAL = ["--data.name", "synthetic"]
@@ -247,7 +247,7 @@ def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture) -> None:
         load_recipe(GRPORecipe, ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for key in recipe_keys(GRPORecipe):
+    for key in section_keys(GRPORecipe.sections()):
         assert f"  --{key}" in text
     for flag, key in ALL_FLAGS.items():
         assert f"  --{key}, {flag}  (" in text or f"  {flag}  (" in text

@@ -24,7 +24,7 @@ from grpo.config import (
     recipe_from_toml,
 )
 from grpo.config.help import markdown
-from grpo.config.keys import recipe_keys
+from grpo.config.keys import section_keys
 from grpo.config.recipes import ORDER, WITHOUT_CHECKS
 from grpo.models import get_model_spec, get_tokenizer_spec
 
@@ -202,10 +202,10 @@ def test_saved_recipe_loads_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "other_name.toml").write_text(text, encoding="utf-8")
     assert load_recipe(type(recipe), ["--config", str(tmp_path / "other_name.toml")]) == recipe
     saved = tomli.loads(text)
-    optional = {name for name, key in recipe_keys(type(recipe)).items() if key.is_optional}
+    optional = {name for name, key in section_keys(type(recipe).sections()).items() if key.is_optional}
     written = {f"{section}.{key}" for section in recipe.sections() for key in saved[section]}
     assert saved["job"] == recipe.job
-    assert recipe_keys(type(recipe)).keys() - written <= optional
+    assert section_keys(type(recipe).sections()).keys() - written <= optional
 
 
 def test_files_of_all_sections_have_one_order() -> None:
@@ -283,4 +283,4 @@ def test_reference_page_is_current() -> None:
 
 @pytest.mark.parametrize("recipe_class", RECIPES.values(), ids=RECIPES)
 def test_every_key_is_documented(recipe_class: type[Recipe]) -> None:
-    assert all(key.meaning.endswith((".", "...")) for key in recipe_keys(recipe_class).values())
+    assert all(key.meaning.endswith((".", "...")) for key in section_keys(recipe_class.sections()).values())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config import GRPORecipe, PretrainRecipe, UserError, load_recipe
-from grpo.config.keys import recipe_keys
+from grpo.config.keys import section_keys
 from grpo.config.reference_flags import ALL_FLAGS, BATCH_FLAGS, REFERENCE_FLAGS, Unavailable
 
 SEED_FLAGS = json.loads((Path(__file__).parents[1] / "fixtures" / "seed_flags.json").read_text())
@@ -254,4 +254,4 @@ def test_published_command(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_jobs_take_keys_only() -> None:
     with pytest.raises(UserError, match="--epochs: unknown flag"):
         load_recipe(PretrainRecipe, ["--data.name", "synthetic", "--epochs", "3"])
-    assert "training.steps" in recipe_keys(PretrainRecipe)
+    assert "training.steps" in section_keys(PretrainRecipe.sections())
