@@ -1,4 +1,4 @@
-"""A whole GRPO run, phase by phase: a few steps of recipes/grpo.py against the reference algorithm, extrapolated.
+"""A whole GRPO run, phase by phase: a few steps of recipes/train_grpo.py against the reference algorithm, extrapolated.
 
 python benchmarks/bench_run.py                                   # CPU, tiny: a minute
 python benchmarks/bench_run.py --json out.json --sweep             # and three more
@@ -12,30 +12,25 @@ is that of those few images; both sides' is the peak above the loaded models, an
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from recipes.grpo import train
+from comparison import DEVICE, header, now, spread_logits, write
 from torch.nn import functional as F
 
 import reference_algorithm
-from bench_update import now, plot
 from grpo.config import GRPORecipe, load_recipe
-from grpo.models import GPT, VQModel
-from grpo.observe import environment, read_metrics
+from grpo.jobs.train_grpo import train
+from grpo.models import ClassCondition, VQModel, build_tokenizer, generator_sizes, get_family, tokenizer_sizes
+from grpo.observe import read_metrics
 from grpo.parallel import compute_dtype, distributed
-from grpo.training import gpt_config
-from grpo.training.build import build_tokenizer
 from harness import peak_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
 SYNTHETIC = (
     "--data.name synthetic --data.path none --model.checkpoint none --tokenizer.checkpoint none "
     "--checkpoint.save_final false --checkpoint.interval 0 --metrics.image_interval 0 --metrics.interval 1"
@@ -44,7 +39,7 @@ SYNTHETIC = (
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe file, what to change in it, and how long the real run is."""
+    """A shipped recipe, what to change in it, and how long the real run is."""
 
     recipe: str
     flags: str
@@ -53,14 +48,14 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "train_configs/debug.toml",
+        "debug",
         "--data.num_workers 0 --data.image_size 64 --tokenizer.codebook_size 4096 --rollout.batch_size 4 "
-        "--rollout.num_generations 8 --training.batch_size 1 --training.gradient_accumulation_steps 32",
+        "--rollout.num_generations 8 --training.batch_size 32 --training.micro_batch_size 1",
         100,
     ),
     "vapi-xxl-384": Preset(
-        "train_configs/vapi_xxl_384.toml",
-        "--rollout.batch_size 128 --training.batch_size 16 --training.gradient_accumulation_steps 64 "
+        "vapi_xxl_384",
+        "--rollout.batch_size 128 --training.batch_size 1024 --training.micro_batch_size 16 "
         "--data.num_workers 4 --data.cache_codes false --activation_checkpoint.mode none --compile.enabled true "
         "--reward.batch_size 128",
         100,
@@ -68,13 +63,8 @@ PRESETS = {
 }
 # Of the cpu preset: 4 images of 64 pixels (256 codes), 8 completions, V = 4096, a model of 2 blocks.
 SWEEPS: dict[str, dict[Any, str]] = {
-    "G": {
-        value: f"--rollout.num_generations {value} --training.gradient_accumulation_steps {4 * value}"
-        for value in (2, 4, 8)
-    },
-    "images": {
-        value: f"--rollout.batch_size {value} --training.gradient_accumulation_steps {8 * value}" for value in (2, 4, 8)
-    },
+    "G": {value: f"--rollout.num_generations {value} --training.batch_size {4 * value}" for value in (2, 4, 8)},
+    "images": {value: f"--rollout.batch_size {value} --training.batch_size {8 * value}" for value in (2, 4, 8)},
     "pixels": {value: f"--data.image_size {value}" for value in (32, 64, 96)},
     "V": {value: f"--tokenizer.codebook_size {value}" for value in (256, 4096, 16384)},
     "model": {name: f"--model.name {name}" for name in ("GPT-tiny", "GPT-digits")},
@@ -92,9 +82,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     preset = PRESETS[options.preset]
     result = {
-        **environment(),
-        "date": date.today().isoformat(),
-        "threads": torch.get_num_threads(),
+        **header(),
         "preset": options.preset,
         **measure(preset, flags, options),
     }
@@ -105,10 +93,7 @@ def main() -> None:
             ]
             for name, points in SWEEPS.items()
         }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-        if options.sweep:
-            plot(result["sweeps"], options.json.with_suffix(".png"))
+    write(result, options.json)
 
 
 def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -> dict:
@@ -120,7 +105,7 @@ def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -
             pairs += ["--training.steps", str(steps), "--metrics.run_dir", str(Path(folder, name))]
             latest = dict(zip(pairs[::2], pairs[1::2], strict=True))  # a flag may not be given twice
             rest = [text for pair in latest.items() for text in pair]
-            return load_recipe(GRPORecipe, ["--config", str(ROOT / preset.recipe), *rest])
+            return load_recipe(GRPORecipe, ["--config", preset.recipe, *rest])
 
         recipe = recipe_of(options.steps + 1, "run")
         if not torch.cuda.is_available():  # the memory of libraries that are used for the first time is not the step's
@@ -136,7 +121,7 @@ def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -
         "sizes": {
             "images": recipe.rollout.batch_size,
             "G": recipe.rollout.num_generations,
-            "T": gpt_config(recipe).block_size,
+            "T": sizes_of(recipe).block_size,
             "V": recipe.tokenizer.codebook_size,
             "steps": preset.run_steps,
             "reference_images": options.reference_images,
@@ -146,6 +131,11 @@ def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -
         "speedup": minutes["reference"] / minutes["ours"],
         "memory_ratio": ours["peak_bytes"] / sides["reference"]["peak_bytes"],
     }
+
+
+def sizes_of(recipe: GRPORecipe) -> Any:
+    """Sizes of the recipe's generator."""
+    return generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
 
 
 def run_recipe(recipe: GRPORecipe) -> None:
@@ -165,7 +155,7 @@ def our_steps(recipe: GRPORecipe) -> dict:
     }
     phases = {name.removeprefix("seconds/"): value for name, value in medians.items() if name.startswith("seconds/")}
     with torch.device("meta"):
-        models = (GPT(gpt_config(recipe)), build_tokenizer(recipe.tokenizer, device=torch.device("meta")))
+        models = (get_family(recipe.model.name).build(sizes_of(recipe)), VQModel(tokenizer_sizes(recipe.tokenizer)))
     return {
         "seconds": phases.pop("step"),
         "phases": phases,
@@ -176,16 +166,14 @@ def our_steps(recipe: GRPORecipe) -> dict:
 
 def reference_step(recipe: GRPORecipe, *, images: int) -> dict:
     """What a step takes by the reference algorithm: a part of it is measured, and its time scaled up."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = GPT(gpt_config(recipe)).eval().to(device, compute_dtype(recipe.training.mixed_precision))
-    torch.nn.init.normal_(model.output.weight, std=2.0 / model.config.dim**0.5)
-    tokenizer = build_tokenizer(recipe.tokenizer, device=device)
+    model = get_family(recipe.model.name).build(sizes_of(recipe)).eval()
+    model.to(DEVICE, compute_dtype(recipe.training.mixed_precision))
+    spread_logits(model)
+    tokenizer = build_tokenizer(recipe.tokenizer, device=DEVICE)
     G, length = recipe.rollout.num_generations, model.config.block_size
-    class_ids, real = (
-        torch.arange(images, device=device),
-        torch.rand(images, 3, *[recipe.data.image_size] * 2, device=device),
-    )
+    condition = ClassCondition(torch.arange(images, device=DEVICE))
+    real = torch.rand(images, 3, *[recipe.data.image_size] * 2, device=DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     marks: list[float] = []
 
@@ -193,11 +181,11 @@ def reference_step(recipe: GRPORecipe, *, images: int) -> dict:
         marks[:] = [now()]
         codes = tokenizer.encode(real)
         marks.append(now())
-        trajectory = reference_algorithm.sample(model, class_ids, codes, num_generations=G)
+        trajectory = reference_algorithm.sample(model, condition, codes, num_generations=G)
         marks.append(now())
         decode_and_score(tokenizer, trajectory.tokens.view(-1, length), real.repeat_interleave(G, dim=0))
         marks.append(now())
-        trajectory.advantages = torch.randn(images, G, device=device)
+        trajectory.advantages = torch.randn(images, G, device=DEVICE)
         reference_algorithm.update(model, trajectory, batch_size=8, clip=0.2, aux_ce_weight=0.1)
         optimizer.step()
         model.zero_grad()

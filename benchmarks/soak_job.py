@@ -16,10 +16,11 @@ from typing import IO, NamedTuple, Self
 
 import torch
 
+from grpo.formats import read_tensors
 from grpo.observe import read_metrics
-from grpo.parallel.safe_checkpoint import read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = "recipes/train_grpo.py"
 RANKS = 2
 COMPARED = ("loss", "grad_norm", "reward_mean", "reward_std", "entropy", "surrogate")
 
@@ -52,8 +53,7 @@ class Job:
                  "checkpoint.interval": interval, "checkpoint.keep_last": 3, "parallel.timeout": 20,
                  "metrics.image_interval": 0, "metrics.interval": 100, "objective.kl": "k3"}  # fmt: skip
         self._command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}",
-                         "--max-restarts=100000", "recipes/grpo.py",
-                         "--config", "train_configs/debug.toml"]  # fmt: skip
+                         "--max-restarts=100000", SCRIPT, "--config", "debug"]  # fmt: skip
         self._command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
     def launch(self) -> None:
@@ -281,7 +281,7 @@ def children(pid: int) -> list[int]:
 
 def _is_rank(pid: int) -> bool:
     try:
-        return b"recipes/grpo.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return SCRIPT.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

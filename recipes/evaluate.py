@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
+from hashlib import file_digest
 from pathlib import Path
 
 from grpo.config import EvaluateRecipe, load_recipe
@@ -21,12 +22,12 @@ from grpo.data import build_dataset
 from grpo.evaluation import (
     DatasetImages,
     ImageSource,
-    describe_classes,
-    evaluate_images,
-    fingerprint,
+    class_counts,
+    compare,
     judge_files,
     load_judges,
     make_writable,
+    measure_images,
     open_images,
 )
 from grpo.jobs.generate import drawn_images
@@ -56,9 +57,10 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     metrics = {}
     for name, judge in judges.items():
         show = partial(progress, description=f"look at images ({name})", show=world.is_main)
-        metrics[name] = evaluate_images(
-            images, reference, judge, settings=config, device=world.device, reward=reward, progress=show
-        )
+        look = partial(measure_images, judge=judge, batch_size=config.batch_size, device=world.device, progress=show)
+        against, seen = look(reference), look(images, reward=reward)
+        if world.is_main:
+            metrics[name] = compare(seen, against, settings=config, device=world.device)
     if not world.is_main:
         return
     for name, values in metrics.items():
@@ -115,3 +117,17 @@ def describe_reference(recipe: EvaluateRecipe, reference: ImageSource) -> dict[s
     published = reference.inception_statistics is not None
     statistics = "mu and sigma of the file (Inception only)" if published else "of the images"
     return {"source": fingerprint(path), "resize": "none", "statistics": statistics}
+
+
+def describe_classes(images: ImageSource) -> dict[str, object]:
+    """Number of images, and of each class where the classes are known."""
+    counts = None if images.class_ids is None else class_counts(images.class_ids)
+    return {"count": len(images), "class_counts": counts}
+
+
+def fingerprint(path: str) -> dict[str, str]:
+    """A file's path and SHA-256, by which others can tell whether theirs is the same; of a folder the path alone."""
+    if Path(path).is_dir():
+        return {"path": path}
+    with open(path, "rb") as file:
+        return {"path": path, "sha256": file_digest(file, "sha256").hexdigest()}

@@ -9,7 +9,7 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
 
     run_job("generate")
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from grpo.config import EvaluateRecipe, GenerateRecipe, Output, UserError, load_recipe
-from grpo.evaluation import DrawnImages, NpzWriter, batches_in_order, classes_in_turn, make_writable, saving_pngs
+from grpo.evaluation import DrawnImages, NpzWriter, batches_in_order, classes_in_turn, make_writable, save_pngs
+from grpo.models import Condition
 from grpo.observe import image_grid, progress
 from grpo.parallel import World, barrier, distributed
 from grpo.rollout import load_sampler
+
+Draw = Callable[[Condition, Tensor], Tensor]  # (condition of B rows, row_ids [B]) -> [B, 3, H, W] uint8
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -63,6 +66,17 @@ def drawn_images(recipe: GenerateRecipe | EvaluateRecipe, count: int, *, device:
     classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
     sampler = load_sampler(recipe.model, recipe.tokenizer, sampling, device=device)
     return DrawnImages(classes_in_turn(classes, count), sampler)
+
+
+def saving_pngs(draw: Draw, folder: str) -> Draw:
+    """The same draw, which writes each image into `folder` too."""
+
+    def draw_and_save(condition: Condition, row_ids: Tensor) -> Tensor:
+        pixels = draw(condition, row_ids)
+        save_pngs(folder, pixels, row_ids)
+        return pixels
+
+    return draw_and_save
 
 
 def prepare(output: Output) -> None:

@@ -42,16 +42,15 @@ from grpo.config import (
     TokenizerRecipe,
     load_recipe,
 )
-from grpo.data import build_dataset
-from grpo.evaluation import ClassifierJudge, DatasetImages, DrawnImages, classes_in_turn, compare, measure_images
+from grpo.evaluation import classifier_gap, compare, load_judges, measure_images
+from grpo.jobs.evaluate import open_reference
+from grpo.jobs.generate import drawn_images
 from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_classifier import train as train_classifier
 from grpo.jobs.train_grpo import train as train_policy
 from grpo.jobs.train_tokenizer import train as train_tokenizer
-from grpo.models import load_classifier
 from grpo.observe import image_grid, progress, write_report
 from grpo.parallel import World, distributed
-from grpo.rollout import load_sampler
 from grpo.training import EXPORT_NAME, Phase, run_phases
 
 CONFIGS = SHIPPED_RECIPES / "quickstart"
@@ -185,22 +184,17 @@ def phase(
 
 def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     """Draw samples, show them to both classifiers, write result.json and samples.png beside it."""
-    config, num_classes = recipe.evaluation, recipe.model.num_classes
-    judge, rewarding = (
-        ClassifierJudge(load_classifier(path).to(world.device))
-        for path in (config.feature_checkpoint, config.reward_checkpoint)
-    )
+    config, judges = recipe.evaluation, load_judges(recipe.evaluation, device=world.device)
     look = partial(measure_images, batch_size=config.batch_size, device=world.device)
-    reference = look(DatasetImages(build_dataset(recipe.data, num_classes=num_classes)), judge)
-    sampler = load_sampler(recipe.model, recipe.tokenizer, recipe.sampling, device=world.device)
-    samples = DrawnImages(classes_in_turn(range(num_classes), config.num_images), sampler)
-    seen = look(samples, judge, reward=rewarding, progress=partial(progress, description="Samples", show=world.is_main))
-    entropy = sampler.entropy()
+    reference = look(open_reference(recipe), judges["classifier"])
+    samples = drawn_images(recipe, config.num_images, device=world.device)
+    show = partial(progress, description="Samples", show=world.is_main)
+    seen = look(samples, judges["classifier"], reward=judges["reward"], progress=show)
+    entropy = samples.draw.entropy()
     if not world.is_main:
         return
-    judged = seen.probabilities.gather(1, seen.class_ids[:, None]).clamp_min(1e-12).log()
-    metrics = compare(seen, reference, nearest_k=config.nearest_k, device=world.device)
-    metrics |= {"entropy": entropy, "classifier_gap": (seen.rewards.mean() - judged.mean()).item()}
+    metrics = compare(seen, reference, settings=config, device=world.device)
+    metrics |= {"entropy": entropy, "classifier_gap": classifier_gap(seen)}
     path = Path(config.json_path)
     image_grid(samples.pixels(0, GRID_IMAGES), columns=GRID_COLUMNS).save(path.with_name(GRID_NAME))
     path.write_text(json.dumps(metrics, indent=2) + "\n")

@@ -72,7 +72,11 @@ def test_quickstart(installed: Path, tmp_path: Path) -> None:
     shutil.copytree(installed / "grpo" / "train_configs" / "quickstart", tmp_path / "configs")
     for path in (tmp_path / "configs").glob("*.toml"):
         lines = path.read_text().splitlines(keepends=True)
-        short = [f"steps = {min(60, int(line.split()[2]))}\n" if line.startswith("steps =") else line for line in lines]
-        path.write_text("".join(short).replace("num_images = 1000", "num_images = 250"))
+        short = [f"steps = {min(45, int(line.split()[2]))}\n" if line.startswith("steps =") else line for line in lines]
+        path.write_text(
+            "".join(short)
+            .replace("num_images = 1000", "num_images = 250")
+            .replace("batch_size = 250", "batch_size = 50")
+        )
     run(installed, tmp_path, sys.executable, "-m", "grpo", "quickstart", "--configs", "configs", timeout=900)
     assert (tmp_path / "runs" / "quickstart" / "report.html").exists()

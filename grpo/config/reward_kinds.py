@@ -11,6 +11,7 @@ REWARD_KINDS: dict[str, str] = {
     "reconstruction": "grpo.rewards.reconstruction:Reconstruction",
     "embedding_cosine": "grpo.rewards.embedding_cosine:EmbeddingCosine",
     "class_log_prob": "grpo.rewards.class_log_prob:ClassLogProb",
+    "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
     "python": "grpo.rewards.python_function:PythonFunction",
 }
 """Kind -> module and class. A new reward is one file and one line here."""

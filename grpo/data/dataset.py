@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from grpo.config import Data, UserError
-from grpo.data.images import center_crop, normalize, to_pixels, to_rgb
-from grpo.models import ClassCondition, Condition
+from grpo.data.images import center_crop, to_pixels, to_rgb
+from grpo.models import ClassCondition, Condition, normalize
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,9 @@ class ImageDataset(Dataset):
 
     A subclass says how to `open` an image and how to `describe` it in messages.
 
-    Args:
-        class_ids: [N] integers, the class of each image.
-        class_names: names of the classes, by class id.
-        data: the recipe's section.
-
     Attributes:
-        class_ids: [N] int64 (numpy).
-        class_names: list of str; ids beyond the source's own names are named by their number.
+        class_ids: [N] int64 (numpy), the class of each image.
+        class_names: names of the classes, by class id; `build_dataset` adds numbers where the source has no names.
     """
 
     def __init__(self, class_ids: np.ndarray, class_names: list[str], *, data: Data) -> None:

@@ -22,12 +22,7 @@ def image_files(folder: str | Path) -> list[str]:
 
 
 class ImageFiles(ImageDataset):
-    """One file an image.
-
-    Args:
-        files: N paths.
-        class_ids, class_names, data: as in `ImageDataset`.
-    """
+    """One file an image."""
 
     def __init__(self, files: Sequence[str], class_ids: Sequence[int], class_names: list[str], *, data: Data) -> None:
         # One array, not a million str objects: counting references would copy those into every worker's memory.

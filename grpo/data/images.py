@@ -1,4 +1,4 @@
-"""From an opened image to a square of RGB pixels, and between pixels and the values that networks take."""
+"""From an opened image to a square of RGB pixels."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -51,13 +51,3 @@ def to_pixels(image: Image.Image) -> Tensor:
 def to_image(pixels: Tensor) -> Image.Image:
     """Pixels [3, H, W] uint8, on any device, to an RGB image."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """Pixels uint8 0..255 to fp32 in [-1, 1], same shape."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to the nearest of 0..255, uint8 of the same shape; values outside are clamped."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -21,8 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from grpo.config import UserError
 from grpo.data.dataset import ImageDataset, UnreadableImage
-from grpo.data.images import normalize
-from grpo.models import Condition
+from grpo.models import Condition, normalize
 from grpo.parallel import World
 
 
@@ -60,12 +59,9 @@ class ImageBatch(NamedTuple):
 
 
 class _Fetched(NamedTuple):
-    """What a worker sends: uint8 pixels, a quarter of the traffic of fp32, and what went wrong as values.
+    """What a worker sends. What went wrong is a value: the loader would make a traceback out of an exception."""
 
-    The loader would turn an exception into a traceback in another process's words.
-    """
-
-    pixels: Tensor | None  # [B, 3, S, S] uint8; None on failure
+    pixels: Tensor | None  # [B, 3, S, S] uint8, a quarter of the traffic of fp32; None on failure
     indices: list[int]  # [B]
     unreadable: list[tuple[int, str]]  # met for the first time by this worker
     failure: UserError | None = None
@@ -78,7 +74,7 @@ class _Samples(Dataset):
         self.dataset = dataset
         self.seed = seed
         self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)  # of the images, in that epoch
+        self._permutation = np.empty(0, dtype=np.int64)  # of the images in that epoch
         self._unreadable: dict[int, str] = {}
 
     def __getitems__(self, sample_ids: range) -> _Fetched:

@@ -124,8 +124,8 @@ def _phases_before_update(
 
 
 def _reward_networks(rewards: Rewards, tokenizer: VQModel) -> int:
-    """The tokenizer's copy in the precision of the rewards, and networks as large as their files."""
+    """The tokenizer's copy in the precision of the rewards, and networks as large as the files that tables name."""
     low = reward_dtype(rewards.precision, GPU)
     copy = 0 if low == torch.float32 else low.itemsize * count_parameters(tokenizer)
-    files = [getattr(table, key) for table in rewards.active.values() for key in table.path_keys]
-    return copy + sum(Path(file).stat().st_size for file in files if file and Path(file).is_file())
+    texts = [value for table in rewards.active.values() for value in dict(table).values() if isinstance(value, str)]
+    return copy + sum(Path(text).stat().st_size for text in texts if Path(text).is_file())

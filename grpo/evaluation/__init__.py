@@ -10,7 +10,7 @@ from grpo.evaluation.distances import (
     precision_recall,
 )
 from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge, judge_files, load_judges
-from grpo.evaluation.measure import Measured, classifier_gap, compare, evaluate_images, measure_images
+from grpo.evaluation.measure import Measured, classifier_gap, compare, measure_images
 from grpo.evaluation.sources import (
     DatasetImages,
     DrawnImages,
@@ -18,11 +18,9 @@ from grpo.evaluation.sources import (
     ImageSource,
     NpzImages,
     classes_in_turn,
-    describe_classes,
-    fingerprint,
     open_images,
 )
-from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_pngs, saving_pngs
+from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_pngs
 
 __all__ = [
     "ClassifierJudge",
@@ -42,9 +40,6 @@ __all__ = [
     "classes_in_turn",
     "classifier_gap",
     "compare",
-    "describe_classes",
-    "evaluate_images",
-    "fingerprint",
     "frechet_distance",
     "inception_score",
     "judge_files",
@@ -55,5 +50,4 @@ __all__ = [
     "open_images",
     "precision_recall",
     "save_pngs",
-    "saving_pngs",
 ]

@@ -9,12 +9,7 @@ _ROWS_AT_ONCE = 4096
 
 
 class FeatureStatistics(NamedTuple):
-    """Mean and covariance of a set of feature vectors.
-
-    Attributes:
-        mean: [D] fp64.
-        covariance: [D, D] fp64, unbiased.
-    """
+    """Mean [D] and unbiased covariance [D, D] of a set of feature vectors, both fp64."""
 
     mean: Tensor
     covariance: Tensor
@@ -57,14 +52,11 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: unbiased squared maximum mean discrepancy under the kernel (x·y / D + 1)³.
 
-    Bińkowski et al. 2018, arXiv 1801.01401. The mean over random subsets drawn without replacement, as is usual; where
-    the smaller set has at most `subset_size` vectors there is one subset of that many.
+    Bińkowski et al. 2018, arXiv 1801.01401. The mean over `subsets` random subsets drawn without replacement, as is
+    usual; where the smaller set has at most `subset_size` vectors there is one subset of that many.
 
     Args:
-        first, second: features [N, D] and [M, D].
-        subset_size: vectors of each set in one subset, at least 2.
-        subsets: number of subsets.
-        seed: of their choice.
+        first, second: features [N, D] and [M, D], at least two of each.
 
     Returns:
         (mean, standard deviation over the subsets).
@@ -73,16 +65,12 @@ def kernel_distance(
     if smaller <= subset_size:
         subset_size, subsets = smaller, 1
     generator = torch.Generator().manual_seed(seed)
-    values = []
-    for _ in range(subsets):
-        chosen = [features[_choice(len(features), subset_size, generator)].double() for features in (first, second)]
-        values.append(_mean_discrepancy(*chosen))
-    values = torch.stack(values)
+
+    def subset(features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:subset_size]].double()
+
+    values = torch.stack([_mean_discrepancy(subset(first), subset(second)) for _ in range(subsets)])
     return values.mean().item(), values.std(correction=0).item()
-
-
-def _choice(population: int, size: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(population, generator=generator)[:size]
 
 
 def _mean_discrepancy(first: Tensor, second: Tensor) -> Tensor:
@@ -97,7 +85,7 @@ def _mean_discrepancy(first: Tensor, second: Tensor) -> Tensor:
 
 
 def precision_recall(images: Tensor, reference: Tensor, *, nearest_k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall, Kynkäänniemi et al. 2019, arXiv 1904.06991.
+    """Improved precision and recall, each in 0..1: Kynkäänniemi et al. 2019, arXiv 1904.06991.
 
     A set's manifold is the union of balls around its vectors, each reaching to its `nearest_k`-th nearest neighbour in
     the set. Precision is the share of `images` on the manifold of `reference` (fidelity), recall the share of
@@ -105,9 +93,6 @@ def precision_recall(images: Tensor, reference: Tensor, *, nearest_k: int = 3) -
 
     Args:
         images, reference: features [N, D] and [M, D], each with more than `nearest_k` vectors.
-
-    Returns:
-        (precision, recall), each in 0..1.
     """
     images, reference = images.double(), reference.double()
     precision = _share_inside(images, reference, _neighbour_distances(reference, nearest_k))
@@ -132,23 +117,19 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int = 0) -
     """exp of the mean KL between p(class | image) and its mean over the images, Salimans et al. 2016, arXiv 1606.03498.
 
     Args:
-        probabilities: [N, K], rows sum to 1.
-        splits: parts of the images, in random order, of which the score is the mean.
-        seed: of that order.
+        probabilities: [N, K], rows sum to 1; split in random order into `splits` parts.
 
     Returns:
-        (mean, standard deviation over the splits).
+        (mean, standard deviation over the parts).
     """
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(seed))
-    parts = probabilities[order].double().tensor_split(min(splits, len(probabilities)))
-    scores = torch.stack([_split_score(part) for part in parts])
+    scores = []
+    for part in probabilities[order].double().tensor_split(min(splits, len(probabilities))):
+        marginal = part.mean(dim=0, keepdim=True)
+        divergence = torch.xlogy(part, part) - torch.xlogy(part, marginal)
+        scores.append(divergence.sum(dim=1).mean().exp())
+    scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
-
-
-def _split_score(probabilities: Tensor) -> Tensor:
-    marginal = probabilities.mean(dim=0, keepdim=True)
-    divergence = torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal)
-    return divergence.sum(dim=1).mean().exp()
 
 
 def accuracy(probabilities: Tensor, class_ids: Tensor) -> float:

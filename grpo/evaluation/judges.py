@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import Evaluation, UserError
-from grpo.data import normalize
-from grpo.models import load_classifier, read_weights
+from grpo.models import load_classifier, normalize, read_weights
 
 
 class Judge(Protocol):
@@ -45,9 +44,7 @@ class ClassifierJudge:
 class InceptionJudge:
     """Inception v3 of the published FID, by torch-fidelity: 2048 features, 1008 classes, its own resize to 299.
 
-    Args:
-        path: weights in torch-fidelity's layout (`weights-inception-2015-12-05-6726825d.pth`); nothing is downloaded.
-        device: where it runs.
+    Nothing is downloaded: `path` has the weights, torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`.
 
     Raises:
         UserError: torch-fidelity is not installed, or the file is not such weights.

@@ -1,7 +1,6 @@
 """From images to a dictionary of metrics; the work is spread over the ranks and the numbers do not depend on it."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,19 +19,17 @@ from grpo.evaluation.distances import (
 )
 from grpo.evaluation.judges import Judge
 from grpo.evaluation.sources import ImageSource, rank_and_size
-from grpo.parallel import broadcast_object
 
 
 class Measured(NamedTuple):
     """What a judge saw in a set of images, the same on every rank.
 
-    Attributes:
-        features: [N, D] fp32 on the CPU.
-        probabilities: [N, K] fp32 on the CPU.
-        rewards: [N] fp32, log p(class | image) under the rewarding classifier, or None without one.
-        class_ids: [N] int64, the class of each image if it is known and one of the judge's classes.
-        size: (height, width) of the images, pixels.
-        statistics: of the features of a larger set that the images stand for; None takes those of `features`.
+    features       [N, D] fp32 on the CPU
+    probabilities  [N, K] fp32 on the CPU
+    rewards        [N] fp32, log p(class | image) under the rewarding classifier, or None without one
+    class_ids      [N] int64, the class of each image if it is known and one of the judge's classes
+    size           (height, width) of the images, pixels
+    statistics     of the features of a larger set that the images stand for; None takes those of `features`
     """
 
     features: Tensor
@@ -58,9 +55,6 @@ def measure_images(
     same for any number of ranks.
 
     Args:
-        source: the images.
-        judge: gives features and class probabilities.
-        batch_size: images of one batch.
         device: where the judge runs.
         reward: a classifier whose log p(class | image) is taken besides; needs the source's class ids.
         progress: wraps the loop over this rank's batches, to show how far it is.
@@ -82,16 +76,18 @@ def measure_images(
         columns = [features, logits.softmax(dim=1)]
         if reward is not None:
             asked = class_ids[start : start + batch_size].to(device)
-            columns.append(-F.cross_entropy(reward(pixels)[1], asked, reduction="none"))
-        seen[start] = pixels.shape[-2:], [column.cpu() for column in columns]
-    seen = _of_all_ranks(seen)
-    features, probabilities, *rewards = (torch.cat(column) for column in zip(*(rows for _, rows in seen), strict=True))
+            columns.append(-F.cross_entropy(reward(pixels)[1], asked, reduction="none")[:, None])
+        widths, size = [column.shape[1] for column in columns], tuple(pixels.shape[-2:])
+        seen[start] = torch.cat(columns, dim=1).cpu(), widths, size
+    batches = _of_all_ranks(seen)
+    _, widths, size = batches[0]
+    features, probabilities, *rewards = torch.cat([rows for rows, *_ in batches]).split(widths, dim=1)
     return Measured(
         features,
         probabilities,
-        rewards=rewards[0] if rewards else None,
+        rewards=rewards[0][:, 0] if rewards else None,
         class_ids=class_ids if judge.names_classes else None,
-        size=tuple(seen[0][0]),
+        size=size,
         statistics=source.inception_statistics if judge.is_inception else None,
     )
 
@@ -120,7 +116,7 @@ def compare(
     """Metrics of images against a reference that the same judge saw.
 
     Args:
-        settings: a recipe's section, for nearest_k, kid_subset_size and kid_subsets; None takes their defaults.
+        settings: nearest_k, kid_subset_size and kid_subsets of a recipe's section; None takes their defaults.
         device: where the arithmetic is done.
 
     Returns:
@@ -131,14 +127,13 @@ def compare(
         UserError: images of another size than the reference's, or too few of them.
     """
     settings = settings or Evaluation()
-    nearest_k = settings.nearest_k
-    _check_comparable(images, reference, at_least=nearest_k + 1)
-    features, reference_features = images.features.to(device), reference.features.to(device)
+    _check_comparable(images, reference, nearest_k=settings.nearest_k)
+    features = [side.features.to(device) for side in (images, reference)]
     metrics = {"fid": frechet_distance(*(_statistics(side, device) for side in (images, reference)))}
     metrics["kid"], metrics["kid_std"] = kernel_distance(
-        features, reference_features, subset_size=settings.kid_subset_size, subsets=settings.kid_subsets
+        *features, subset_size=settings.kid_subset_size, subsets=settings.kid_subsets
     )
-    metrics["precision"], metrics["recall"] = precision_recall(features, reference_features, nearest_k=nearest_k)
+    metrics["precision"], metrics["recall"] = precision_recall(*features, nearest_k=settings.nearest_k)
     metrics["inception_score"], metrics["inception_score_std"] = inception_score(images.probabilities)
     if images.class_ids is not None:
         metrics["accuracy"] = accuracy(images.probabilities, images.class_ids)
@@ -154,46 +149,18 @@ def classifier_gap(images: Measured) -> float:
     return (images.rewards.mean() - judged.mean()).item()
 
 
-def evaluate_images(
-    source: ImageSource,
-    reference: ImageSource | Measured,
-    judge: Judge,
-    *,
-    settings: Evaluation | None = None,
-    device: torch.device | str = "cpu",
-    reward: Judge | None = None,
-    progress: Callable[[range], Iterable[int]] = iter,
-) -> dict[str, float]:
-    """`measure_images` of both sides, then `compare` on the main rank; every rank gets the result.
-
-    Args:
-        reference: images, or what `measure_images` returned for them, to be used for several comparisons.
-        settings: a recipe's section; of it the batch size and what `compare` takes.
-    """
-    settings = settings or Evaluation()
-    look = partial(measure_images, judge=judge, batch_size=settings.batch_size, device=device, progress=progress)
-    if not isinstance(reference, Measured):
-        reference = look(reference)
-    images = look(source, reward=reward)
-    rank, ranks = rank_and_size()
-    metrics = compare(images, reference, settings=settings, device=device) if rank == 0 else None
-    return broadcast_object(metrics) if ranks > 1 else metrics
-
-
 def _statistics(measured: Measured, device: torch.device | str) -> FeatureStatistics:
     if measured.statistics is None:
         return FeatureStatistics.of(measured.features.to(device))
     return FeatureStatistics(*(moment.to(device) for moment in measured.statistics))
 
 
-def _check_comparable(images: Measured, reference: Measured, *, at_least: int) -> None:
+def _check_comparable(images: Measured, reference: Measured, *, nearest_k: int) -> None:
     if images.size != reference.size:
-        sizes = [f"{width}x{height}" for height, width in (images.size, reference.size)]
+        first, second = (f"{width}x{height}" for height, width in (images.size, reference.size))
         raise UserError(
-            f"images are {sizes[0]} pixels and the reference {sizes[1]}: set sampling.resize_to or data.image_size"
+            f"images are {first} pixels and the reference {second}: set sampling.resize_to or data.image_size"
         )
-    count = min(len(images.features), len(reference.features))
-    if count < at_least:
-        raise UserError(
-            f"{count} images are too few: evaluation.nearest_k = {at_least - 1} takes {at_least} on each side"
-        )
+    count, least = min(len(images.features), len(reference.features)), nearest_k + 1
+    if count < least:
+        raise UserError(f"{count} images are too few: evaluation.nearest_k = {nearest_k} takes {least} on each side")

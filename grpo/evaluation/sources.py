@@ -1,7 +1,6 @@
 """Images to look at, wherever they are: an npz, a folder, a data set, or a model that draws them."""
 
 from collections.abc import Callable, Sequence
-from hashlib import file_digest
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -12,22 +11,15 @@ from torch import Tensor
 
 from grpo.config import Data, UserError
 from grpo.data import ImageDataset, ImageFiles, image_files, to_pixels
-from grpo.evaluation.distances import FeatureStatistics, class_counts
+from grpo.evaluation.distances import FeatureStatistics
 from grpo.models import ClassCondition, Condition, as_condition
-
-Draw = Callable[[Condition, Tensor], Tensor]
 
 
 class ImageSource:
-    """N numbered images; a subclass gives their `pixels`.
-
-    Args:
-        count: images that there are.
-        class_ids: the class of each of them, or None if they are not known.
-        limit: take the first so many; 0 is all.
+    """Numbered images, all or the first `limit` of `count`; a subclass gives their `pixels`.
 
     Attributes:
-        class_ids: [N] int64 or None.
+        class_ids: [N] int64, the class of each image, or None if they are not known.
         inception_statistics: of Inception's features over a set that the images stand for, if they come with the
             images; None has them computed from the images.
     """
@@ -49,10 +41,8 @@ class ImageSource:
 class NpzImages(ImageSource):
     """Images of an .npz: `arr_0` [N, H, W, 3] uint8 and, if there, the classes `arr_1` [N].
 
-    Attributes:
-        inception_statistics: `mu` [2048] and `sigma` [2048, 2048] if the file has them, as ADM's reference batches do:
-            Inception's features over the whole data set, of which the images are a part. None if fewer images than the
-            file's are taken.
+    ADM's reference batches also have `mu` [2048] and `sigma` [2048, 2048]: Inception's features over the whole data
+    set, of which the images are a part. They are left out where fewer images than the file's are taken.
 
     Raises:
         UserError: no such file, not an npz, or not such arrays.
@@ -133,7 +123,7 @@ class DrawnImages(ImageSource):
             row of the condition and its row id, which is its number, and on nothing else.
     """
 
-    def __init__(self, condition: Condition | Tensor, draw: Draw) -> None:
+    def __init__(self, condition: Condition | Tensor, draw: Callable[[Condition, Tensor], Tensor]) -> None:
         self.condition, self.draw = as_condition(condition), draw
         super().__init__(self.condition.rows, getattr(self.condition, "class_ids", None))
 
@@ -149,20 +139,6 @@ def open_images(path: str | Path, *, limit: int = 0) -> ImageSource:
 def classes_in_turn(class_ids: Sequence[int], count: int) -> ClassCondition:
     """`count` rows: the classes one after the other, again and again, so that their numbers differ by one at most."""
     return ClassCondition(torch.tensor(list(class_ids))).padded(count)
-
-
-def describe_classes(images: ImageSource) -> dict[str, object]:
-    """Number of images, and of each class where the classes are known."""
-    counts = None if images.class_ids is None else class_counts(images.class_ids)
-    return {"count": len(images), "class_counts": counts}
-
-
-def fingerprint(path: str | Path) -> dict[str, str]:
-    """A file's path and SHA-256, by which others can tell whether theirs is the same; of a folder the path alone."""
-    if Path(path).is_dir():
-        return {"path": str(path)}
-    with open(path, "rb") as file:
-        return {"path": str(path), "sha256": file_digest(file, "sha256").hexdigest()}
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -4,7 +4,6 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from grpo.config import UserError
 from grpo.data import to_image
-from grpo.evaluation.sources import Draw, ImageSource, rank_and_size
-from grpo.models import Condition
+from grpo.evaluation.sources import ImageSource, rank_and_size
 
 
 def batches_in_order(
@@ -23,10 +21,7 @@ def batches_in_order(
     """All images in their order, as batches [B, 3, H, W] uint8 on the CPU of the main rank.
 
     Collective: the ranks produce the batches in turns and hand them to the main one, which never holds more than one
-    of each; the loop of the other ranks yields nothing.
-
-    Args:
-        progress: wraps the loop over the rounds, to show how far it is.
+    of each; the loop of the other ranks yields nothing. `progress` wraps the loop, to show how far it is.
     """
     rank, ranks = rank_and_size()
     for start in progress(range(0, len(source), batch_size * ranks)):
@@ -42,8 +37,7 @@ def batches_in_order(
 def make_writable(path: str | Path, *, key: str, folder: bool = False) -> None:
     """Make the folder of a file to be written, or `path` itself if it is the folder, before work is spent on it.
 
-    Raises:
-        UserError: nothing can be written there; names `key`.
+    Raises `UserError`, which names `key`, if nothing can be written there.
     """
     parent = Path(path) if folder else Path(path).parent
     try:
@@ -62,27 +56,11 @@ def save_pngs(folder: str | Path, pixels: Tensor, row_ids: Tensor) -> None:
         to_image(image).save(Path(folder) / f"{row_id:06d}.png")
 
 
-def saving_pngs(draw: Draw, folder: str | Path) -> Draw:
-    """The same draw, which writes each image into `folder` too."""
-
-    def draw_and_save(condition: Condition, row_ids: Tensor) -> Tensor:
-        pixels = draw(condition, row_ids)
-        save_pngs(folder, pixels, row_ids)
-        return pixels
-
-    return draw_and_save
-
-
 class NpzWriter:
     """Writes an .npz of images batch by batch: `arr_0` [N, H, W, 3] uint8 and `arr_1` [N] int64, the class ids.
 
-    The file appears under its name when it is complete. Uncompressed, as numpy.savez writes it; this is the layout
-    that ADM's evaluation suite reads.
-
-    Args:
-        path: the file; an existing one is replaced.
-        class_ids: [N] int64.
-        size: (height, width) of the images, pixels.
+    The file appears under its name, in place of an older one, when it is complete. Uncompressed, as numpy.savez writes
+    it; this is the layout that ADM's evaluation suite reads. `size` is (height, width) in pixels.
     """
 
     def __init__(self, path: str | Path, class_ids: Tensor, *, size: tuple[int, int]) -> None:
@@ -104,9 +82,7 @@ class NpzWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._images.close()
         self._archive.close()
         if kind is not None:

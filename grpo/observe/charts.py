@@ -34,11 +34,7 @@ class Curve:
 
 
 def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
-    """The curve of a metric, or None if fewer than two lines have a number for it.
-
-    The thin line is the metric, averaged over neighbours where a run has more than 600 steps; the bold one is its
-    running mean over 3 % of the steps.
-    """
+    """The curve of a metric, or None if fewer than two lines have a number for it."""
     values = [(float(line["step"]), line[name]) for line in metrics if isinstance(line.get(name), int | float)]
     if len(values) < 2:
         return None

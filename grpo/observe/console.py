@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 Item = TypeVar("Item")
@@ -45,11 +45,9 @@ class _BarOverMetrics(Progress):
 
 
 class ProgressDisplay:
-    """The progress of one phase: a bar with the time left on a terminal, plain lines otherwise.
+    """The progress of one phase of `total` steps: a bar with the time left on a terminal, plain lines otherwise.
 
     Args:
-        description: name of the phase.
-        total: steps of the phase.
         start: steps done before, by the run that this one continues.
         console: where to write; None is standard error.
     """
@@ -60,14 +58,8 @@ class ProgressDisplay:
         self._started = time.perf_counter()
         self._bar: Progress | None = None
         if self.console.is_terminal:
-            columns = [
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(compact=True),
-            ]
+            counts = BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
+            columns = "[bold]{task.description}", *counts, "left", TimeRemainingColumn(compact=True)
             self._bar = _BarOverMetrics(*columns, console=self.console, expand=True)
             self._task = self._bar.add_task(description, total=total, completed=start, headline="")
             self._bar.start()
@@ -109,8 +101,7 @@ def progress(
     if not show or total == 0:
         yield from items
         return
-    display = ProgressDisplay(description, total)
-    last_line = time.perf_counter()
+    display, last_line = ProgressDisplay(description, total), time.perf_counter()
     try:
         for done, item in enumerate(items, 1):
             yield item

@@ -25,7 +25,6 @@ class RunObserver:
 
     Args:
         run_dir: the run's folder, made when missing.
-        metrics: the recipe's section.
         total_steps: steps of the whole run.
         recipe_text: the resolved recipe as TOML.
         title: name of the job in the bar and the report.

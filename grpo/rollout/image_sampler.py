@@ -6,8 +6,7 @@ from torch.nn import functional as F
 
 from grpo.config import Model, Sampling
 from grpo.config import Tokenizer as TokenizerConfig
-from grpo.data import to_uint8
-from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, get_family
+from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, get_family, to_uint8
 from grpo.parallel import MetricSums, compute_dtype, set_matmul_precision
 from grpo.rollout.autoregressive import sample_codes
 from grpo.rollout.build import build_draw

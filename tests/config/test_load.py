@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config import (
+    REWARD_KINDS,
     ConvertRecipe,
     GenerateRecipe,
     GRPORecipe,
@@ -252,7 +253,7 @@ def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture) -> None:
     for flag, key in ALL_FLAGS.items():
         assert f"  --{key}, {flag}  (" in text or f"  {flag}  (" in text
     assert "  --optimizer.lr, --lr  (a number >= 0; default 1e-05)\n      Learning rate (peak).\n" in text
-    assert "kinds: reconstruction, embedding_cosine, class_log_prob, python;" in text
+    assert f"kinds: {', '.join(REWARD_KINDS)};" in text
 
 
 def test_help_of_a_section(capsys: pytest.CaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -21,7 +22,6 @@ from grpo.evaluation import (
     NpzImages,
     classifier_gap,
     compare,
-    evaluate_images,
     measure_images,
     save_pngs,
 )
@@ -49,6 +49,13 @@ def colored(class_ids, *, noise, seed=0):
 
 
 JUDGE = ClassifierJudge(MeanColor())
+
+
+def metrics_of(images, reference, **settings):
+    look = partial(measure_images, judge=JUDGE, batch_size=16)
+    return compare(look(images, reward=JUDGE), look(reference), settings=Evaluation(**settings))
+
+
 CLASS_IDS = torch.arange(60) % 3
 
 
@@ -62,14 +69,10 @@ def test_measurements_do_not_depend_on_the_batch_size():
 
 def test_metrics_of_good_and_bad_images():
     reference = colored(CLASS_IDS, noise=60, seed=1)
-    good = evaluate_images(
-        colored(CLASS_IDS, noise=60), reference, JUDGE, settings=Evaluation(batch_size=16), reward=JUDGE
-    )
+    good = metrics_of(colored(CLASS_IDS, noise=60), reference)
     wrong_class = DrawnImages((CLASS_IDS + 1) % 3, reference.draw)
-    bad = evaluate_images(wrong_class, reference, JUDGE, settings=Evaluation(batch_size=16), reward=JUDGE)
-    collapsed = evaluate_images(
-        colored(CLASS_IDS * 0, noise=60), reference, JUDGE, settings=Evaluation(batch_size=16), reward=JUDGE
-    )
+    bad = metrics_of(wrong_class, reference)
+    collapsed = metrics_of(colored(CLASS_IDS * 0, noise=60), reference)
     assert good["accuracy"] == 1
     assert bad["accuracy"] == 0
     assert good["reward_mean"] > bad["reward_mean"]
@@ -89,20 +92,20 @@ def test_reward_is_the_log_probability():
     assert classifier_gap(measured._replace(rewards=measured.rewards + 2)) == pytest.approx(2, abs=1e-6)
 
 
-def test_a_measured_reference_is_as_good_as_its_images():
+def test_settings_reach_the_distances():
     images, reference = colored(CLASS_IDS, noise=60), colored(CLASS_IDS, noise=60, seed=1)
-    measured = measure_images(reference, JUDGE, batch_size=60)
-    again, directly = (
-        evaluate_images(images, seen, JUDGE, settings=Evaluation(batch_size=size))
-        for seen, size in ((measured, 16), (reference, 60))
+    plain, nearer, halves = (
+        metrics_of(images, reference, **keys) for keys in ({}, {"nearest_k": 1}, {"kid_subset_size": 30})
     )
-    assert again == directly
+    assert nearer["precision"] < plain["precision"]
+    assert plain["kid_std"] == 0 < halves["kid_std"]
 
 
 def test_unknown_classes_give_no_accuracy_and_no_reward(tmp_path):
     save_pngs(tmp_path, colored(CLASS_IDS, noise=60).pixels(0, 60), torch.arange(60))
     images = FolderImages(tmp_path)
-    metrics = evaluate_images(images, images, JUDGE)
+    seen = measure_images(images, JUDGE, batch_size=60)
+    metrics = compare(seen, seen)
     assert not {"accuracy", "reward_mean"} & set(metrics)
     with pytest.raises(UserError, match="needs the images' classes"):
         measure_images(images, JUDGE, batch_size=60, reward=JUDGE)

@@ -1,16 +1,20 @@
 """Rewards by hand, their sum, that batches can be cut anywhere, and what abstaining means."""
 
+import io
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from grpo.config import Compile, Rewards, UserError
-from grpo.models import ClassCondition, Classifier, ClassifierConfig, load_classifier, save_weights
+from grpo.data import to_image
+from grpo.models import ClassCondition, Classifier, ClassifierConfig, load_classifier, save_weights, to_uint8
 from grpo.rewards import DecodedBatch, Reward, RewardSum, build_rewards
 from grpo.rewards.class_log_prob import ClassLogProb
 from grpo.rewards.embedding_cosine import EmbeddingCosine
+from grpo.rewards.jpeg_size import JPEGSize
 from grpo.rewards.reconstruction import Reconstruction
 
 SHAPES = {"teacher_forced": (3, 4), "autoregressive": (12, 1)}  # R, M of 3 conditions with 4 completions each
@@ -189,3 +193,16 @@ def test_a_kind_is_found_by_its_name(tokenizer, monkeypatch):
     build({"mine": table}, tokenizer)
     (kind, given, context) = built[0]
     assert (kind, given, context.class_names, context.tokenizer) == ("anything", table, "abcd", tokenizer)
+
+
+def test_jpeg_size_is_that_of_the_file(batch, context):
+    """A plain image takes fewer bytes than noise, and a coarser JPEG fewer than a fine one."""
+    noise = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    fine, coarse = (JPEGSize(JPEGSize.Settings(kind="jpeg_size", quality=q), context) for q in (95, 20))
+    plain, noisy = fine(batch), fine(replace(batch, images=noise))
+    assert plain.dtype == torch.float32
+    assert (noisy < plain).all()
+    assert (coarse(replace(batch, images=noise)) > noisy).all()
+    file = io.BytesIO()
+    to_image(to_uint8(noise[0])).save(file, format="jpeg", quality=95)
+    assert noisy[0].item() == pytest.approx(-len(file.getvalue()) / 500_000)
