@@ -102,7 +102,7 @@ class RecipeBuilder(Generic[RecipeT]):
             section, _, name = key.rpartition(".")
             values.setdefault(section, {})[name] = value
         if self._is_grpo:
-            values.setdefault("reward", {})["tables"] = self._build_rewards(values)
+            values["reward"] = {**values.get("reward", {}), **self._build_rewards(values)}
         if run_name and "metrics" in self._sections:
             metrics = values.setdefault("metrics", {})
             metrics["run_dir"] = metrics.get("run_dir") or f"runs/{run_name}"

@@ -75,12 +75,11 @@ class Key:
 
 
 def section_keys(sections: Mapping[str, type[Section]]) -> dict[str, Key]:
-    """Every key of these sections by its full name; the rewards' tables are no key."""
+    """Every key of these sections by its full name."""
     keys = [
         Key(title, name, field, is_path=issubclass(section, RewardTable) and name in section.path_keys)
         for title, section in sections.items()
         for name, field in section.model_fields.items()
-        if name != "tables"
     ]
     return {str(key): key for key in keys}
 
