@@ -4,14 +4,13 @@
 """
 
 import ast
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from grpo.config import RECIPES, UserError, help_text, help_topics
+from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics
 
 JOBS = {
     "train": "train_grpo",
@@ -34,9 +33,7 @@ def main() -> NoReturn:
         print(overview())
         sys.exit(0)
     if job not in JOBS:
-        nearest = difflib.get_close_matches(job, JOBS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(JOBS)}"
-        _refuse(f"{job}: unknown job; {hint}")
+        _refuse(f"{job}: unknown job; {did_you_mean(job, JOBS)}")
     run_job(job, arguments)
 
 

@@ -44,9 +44,8 @@ class RecipeBuilder(Generic[RecipeT]):
             self._flags |= reference.ALL_FLAGS
         self._file: dict[str, Any] = {}
         self._origin, self._folder = "", Path()
-        self._kinds: dict[str, str] = {}  # of the tables [reward.NAME]
         self._reward_origins: dict[str, str] = {}
-        self._lost_tables: set[str] = set()  # those of an unknown kind
+        self._lost_tables: set[str] = set()  # [reward.NAME] of an unknown kind
         self._values: dict[str, Any] = {}  # by the full name of the key, as are their sources
         self._sources: dict[str, str] = {}
         self._problems: list[str] = []
@@ -215,7 +214,7 @@ class RecipeBuilder(Generic[RecipeT]):
         entries = section if isinstance(section, dict) else {}
         own_keys = self._sections["reward"].model_fields
         tables = {name: table for name, table in entries.items() if isinstance(table, dict) and name not in own_keys}
-        self._kinds = {name: table.get("kind", name) for name, table in tables.items()}
+        kinds = {name: table.get("kind", name) for name, table in tables.items()}
         self._reward_origins = origins = dict.fromkeys(tables, self._origin)
         for flag in flags:
             key = reference.REFERENCE_FLAGS.get(flag.name, flag.name.removeprefix("--"))
@@ -223,10 +222,10 @@ class RecipeBuilder(Generic[RecipeT]):
                 name, own_key = match.groups()
                 origins.setdefault(name, flag.name)
                 kind = flag.text if own_key == "kind" else None
-                self._kinds[name] = kind or self._kinds.get(name, name)
+                kinds[name] = kind or kinds.get(name, name)
         if all(origin in reference.REFERENCE_FLAGS for origin in origins.values()):
-            self._kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)
-        for name, kind in self._kinds.items():
+            kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)
+        for name, kind in kinds.items():
             title = f"reward.{name}"
             try:
                 self._sections[title] = reward_class(str(kind)).Settings
@@ -235,6 +234,7 @@ class RecipeBuilder(Generic[RecipeT]):
                 self._suspects.add("reward.NAME")
                 self._lost_tables.add(title)
                 continue
+            self._values[f"{title}.kind"] = kind
             keys = section_keys({title: self._sections[title]})
             self._keys |= keys
             self._flags |= {f"--{key}": key for key in keys}
@@ -242,13 +242,10 @@ class RecipeBuilder(Generic[RecipeT]):
     def _build_rewards(self, values: Mapping[str, Mapping[str, Any]]) -> dict[str, RewardTable]:
         """The tables that are right, with what their files say."""
         tables = {}
-        for name, kind in self._kinds.items():
-            title = f"reward.{name}"
+        titles = [title for title in self._sections if title.startswith("reward.")]
+        for title in titles:
             try:
-                if title in self._sections:
-                    tables[name] = (
-                        self._sections[title].model_validate({"kind": kind, **values.get(title, {})}).resolved()
-                    )
+                tables[title.removeprefix("reward.")] = self._sections[title].model_validate(values[title]).resolved()
             except UserError as error:
                 self._problems += [f"{title}: {line}" for line in error.problems]
             except ValidationError as error:
@@ -256,7 +253,7 @@ class RecipeBuilder(Generic[RecipeT]):
                     key = ".".join([title, *map(str, item["loc"])])
                     is_missing = item["type"] == "missing"
                     self._report_combination(f"{key} is required" if is_missing else f"{key}: {item['msg']}", [key])
-        if len(tables) < len(self._kinds):
+        if len(tables) < len(titles):
             self._suspects.add("reward.NAME")
         return tables
 

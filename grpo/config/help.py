@@ -1,11 +1,10 @@
 """The reference of all keys: `--help` of a job, and the page docs/configuration.md for all jobs."""
 
-import difflib
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from grpo.config import reference_flags as reference
-from grpo.config.errors import UserError
+from grpo.config.errors import UserError, did_you_mean
 from grpo.config.keys import Key, section_keys
 from grpo.config.recipes import RECIPES, GRPORecipe, Recipe
 from grpo.config.reward_kinds import REWARD_KINDS, reward_class, reward_kinds
@@ -26,10 +25,9 @@ def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
         UserError: there is no such section.
     """
     sections = recipe_class.sections()
-    unknown = [topic for topic in topics if topic not in sections]
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0], sections, n=1) or list(sections)
-        raise UserError(f"--help {unknown[0]}: no section of this job; there are {', '.join(nearest)}")
+    for topic in topics:
+        if topic not in sections:
+            raise UserError(f"--help {topic}: no section of this job; {did_you_mean(topic, sections)}")
     lines = [
         recipe_class.__doc__,
         "",

@@ -129,7 +129,7 @@ class Rollout(Section):
     importance_weight_cap: NonNegativeFloat = 0.0
     """Weight tokens by min(p_full / p_truncated, cap) when top-k or top-p truncate the draw; 0 is off."""
     max_rows: Annotated[NonNegativeInt, MayChange] = 0
-    """Completions sampled together in autoregressive mode; 0 is as many as fit into a GPU's memory, and all on a CPU."""
+    """Completions sampled together in autoregressive mode; 0 is what fits into a GPU's memory, and all on a CPU."""
 
     @property
     def loss_cfg_scale(self) -> float:
@@ -210,7 +210,7 @@ class Optimizer(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global L2 norm."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    """Learning rate after warm-up: constant, or cosine to zero. one_cycle: 30 % of the steps up, then cosine to zero."""
+    """Learning rate after warm-up: constant, or cosine to zero; one_cycle: 30 % of the steps up, then cosine to 0."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up (constant and cosine)."""
 
@@ -226,7 +226,7 @@ class Training(Section):
     """Completions (in `train`) or images (elsewhere) of one optimizer step, over all ranks. None is a whole rollout
     (exactly on-policy, and the fastest), and 64 images."""
     micro_batch_size: Annotated[PositiveInt, MayChange] = 8
-    """Rows in one forward and backward on each rank, at most: it bounds memory and, but for rounding, changes no result.
+    """Rows in one forward and backward on each rank, at most; it bounds memory and, but for rounding, changes nothing.
     With teacher forcing a row is an image with all its completions, elsewhere one completion or image."""
     mixed_precision: Precision = "bf16"
     """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling. auto: bf16 where the
@@ -262,10 +262,10 @@ class Parallel(Section):
     """Free the gathered parameters of a block after its forward and gather them again for its backward. always saves
     memory, never saves a gather; auto is never in sdp and always otherwise."""
     defer_gradient_sync: bool = True
-    """Reduce gradients over ranks once an optimizer step: until its last micro-batch each rank holds the gradient of the
-    whole model. false: every micro-batch reduces, and ranks hold their shards only."""
+    """Reduce gradients over ranks once an optimizer step; until its last micro-batch each rank holds the gradient of
+    the whole model. false: every micro-batch reduces, and ranks hold their shards only."""
     shard_blocks: bool = True
-    """Gather and reduce each block apart; false: the whole model, where latency counts more than bytes (tiny models)."""
+    """Gather and reduce each block apart; false: the whole model, where latency counts more than bytes."""
     timeout: PositiveInt = 600
     """Seconds after which a collective, or a checkpoint in the making, that a rank does not join ends the run. It is
     also how long a start waits for another process that still writes into the run's folder."""

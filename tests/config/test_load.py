@@ -263,7 +263,7 @@ def test_help_of_a_section(capsys: pytest.CaptureFixture) -> None:
     assert "  --reward.reconstruction.distance, --reward-rec-type  (one of l1, l2; default" in text
     assert "  --reward.class_log_prob.checkpoint  (text; required)" in text
     assert "optimizer" not in text
-    with pytest.raises(UserError, match="--help rewards: no section of this job; there are reward"):
+    with pytest.raises(UserError, match="--help rewards: no section of this job; did you mean reward"):
         load_recipe(GRPORecipe, ["--help", "rewards"])
 
 
