@@ -6,10 +6,10 @@ The line names every key that takes part as `section.key`; the loader tells by t
 
 from collections.abc import Iterator
 
-from grpo.config.job_sections import Evaluation, Output, Sampling
+from grpo.config.job_sections import Evaluation, Sampling
 from grpo.config.reward_kinds import reward_class
 from grpo.config.reward_sections import Rewards
-from grpo.config.sections import Data, Model, Objective, Parallel, Rollout, Section, Tokenizer, Training
+from grpo.config.sections import Data, Model, Objective, Rollout, Section, Tokenizer, Training
 
 
 def required(name: str, section: Section, *keys: str) -> Iterator[str]:
@@ -31,15 +31,6 @@ def data_problems(data: Data) -> Iterator[str]:
         yield f'data.path is required with data.name = "{data.name}"'
 
 
-def parallel_problems(parallel: Parallel) -> Iterator[str]:
-    """sdp is the mode that keeps its parameters gathered."""
-    if parallel.data_parallel == "sdp" and parallel.reshard_after_forward == "always":
-        yield (
-            'parallel.reshard_after_forward = "always" contradicts parallel.data_parallel = "sdp"; '
-            'set parallel.data_parallel = "fsdp"'
-        )
-
-
 def image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:
     """Images are cut into whole codes."""
     if image_size % tokenizer.downsample_size:
@@ -56,8 +47,8 @@ def tokenizer_problems(tokenizer: Tokenizer, data: Data) -> Iterator[str]:
 def dropout_problems(model: Model, training: Training) -> Iterator[str]:
     """Dropout would falsify the ratio of new and old probabilities."""
     same_masks = "old and new log-probs need the same masks; dropout is for pre-training"
-    for key in ("class_dropout", "dropout"):
-        if getattr(model, key) > 0:
+    for key, share in (("class_dropout", model.class_dropout), ("dropout", model.dropout)):
+        if share:
             yield f"model.{key} must be 0 in GRPO: {same_masks}"
     if training.dropout_mode != "eval":
         yield f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
@@ -111,12 +102,6 @@ def generator_problems(model: Model, tokenizer: Tokenizer, sampling: Sampling) -
     yield from image_size_problems("sampling.image_size", sampling.image_size, tokenizer)
     if sampling.class_ids != "all" and not all(i < model.num_classes for i in sampling.class_ids):
         yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
-
-
-def output_problems(output: Output) -> Iterator[str]:
-    """Images go somewhere."""
-    if not (output.grid or output.folder or output.npz):
-        yield "nothing to write: set output.grid, output.folder or output.npz"
 
 
 def evaluation_problems(evaluation: Evaluation, sampling: Sampling, data: Data) -> Iterator[str]:

@@ -98,7 +98,11 @@ class TrainingRecipe(Recipe):
 
     def problems(self) -> Iterator[str]:
         yield from checks.data_problems(self.data)
-        yield from checks.parallel_problems(self.parallel)
+        if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
+            yield (
+                'parallel.reshard_after_forward = "always" contradicts parallel.data_parallel = "sdp"; '
+                'set parallel.data_parallel = "fsdp"'
+            )
 
     def notes(self) -> list[str]:
         notes = super().notes()
@@ -225,7 +229,8 @@ class GenerateRecipe(Recipe):
 
     def problems(self) -> Iterator[str]:
         yield from checks.generator_problems(self.model, self.tokenizer, self.sampling)
-        yield from checks.output_problems(self.output)
+        if not (self.output.grid or self.output.folder or self.output.npz):
+            yield "nothing to write: set output.grid, output.folder or output.npz"
 
 
 class EvaluateRecipe(Recipe):
