@@ -13,10 +13,10 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from grpo.config import reference_flags as reference
-from grpo.config.errors import UserError
+from grpo.config.errors import UserError, did_you_mean
 from grpo.config.flags import Flag
 from grpo.config.keys import section_keys
-from grpo.config.recipes import FORMER_KEYS, RECIPES, WITHOUT_CHECKS, GRPORecipe, Recipe, job_named
+from grpo.config.recipes import FORMER_KEYS, RECIPES, GRPORecipe, Recipe, job_named
 from grpo.config.reward_kinds import reward_class
 from grpo.config.reward_sections import REFERENCE_REWARD, RewardTable
 from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
@@ -105,8 +105,9 @@ class RecipeBuilder(Generic[RecipeT]):
         if run_name and "metrics" in self._sections:
             metrics = values.setdefault("metrics", {})
             metrics["run_dir"] = metrics.get("run_dir") or f"runs/{run_name}"
-        sections = {name: values[name] for name in self._recipe_class.model_fields if name in values}
-        recipe = self._recipe_class.model_validate(sections, context=WITHOUT_CHECKS)
+        own = self._recipe_class.sections().items()
+        sections = {name: section.model_validate(values[name]) for name, section in own if name in values}
+        recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
             self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.\w+)+", problem))
         if self._problems:
@@ -168,10 +169,8 @@ class RecipeBuilder(Generic[RecipeT]):
         if not isinstance(value, dict):
             return f"{name}: unknown key outside of the sections{self._hint(name)}"
         sections = self._recipe_class.sections()
-        nearest = difflib.get_close_matches(name, sections, n=1)
-        self._suspects.update(nearest)
-        hint = f"; did you mean [{nearest[0]}]?" if nearest else f"; there are {', '.join(sections)}"
-        return f"[{name}]: unknown section{hint}"
+        self._suspects.update(difflib.get_close_matches(name, sections, n=1))
+        return f"[{name}]: unknown section; {did_you_mean(name, sections)}"
 
     def _hint(self, key: str, flag: str = "") -> str:
         """What became of an unknown key or flag, or which one was probably meant."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grpo.config import checks
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
@@ -29,9 +29,6 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
-
-WITHOUT_CHECKS = {"checks": False}
-"""Validation context that leaves the checks across keys to the caller (`Recipe.problems`)."""
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",
@@ -55,10 +52,9 @@ class Recipe(BaseModel):
         return {name: cls.model_fields[name].annotation for name in sorted(cls.model_fields, key=ORDER.index)}
 
     @model_validator(mode="after")
-    def _check_combinations(self, info: ValidationInfo) -> Self:
-        problems = "; ".join(self.problems()) if info.context != WITHOUT_CHECKS else ""
-        if problems:
-            raise ValueError(problems)
+    def _check_combinations(self) -> Self:
+        if problems := list(self.problems()):
+            raise ValueError("; ".join(problems))
         return self
 
     def problems(self) -> Iterator[str]:

@@ -1,9 +1,8 @@
 """The sections that several jobs share: every key, its type, its default, what it means.
 
-A section is a frozen pydantic model; the string under a field is its documentation and appears in `--help`. Defaults
-are those of the reference trainer (VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines
-mean the same here. Checks that need one key only live with the field; checks across keys live in `checks.py`.
-Sections that belong to one job are in `job_sections.py`, those of the rewards in `reward_sections.py`.
+The string under a field is its documentation and appears in `--help`. Defaults are those of the reference trainer
+(VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines mean the same here. Checks of one
+key live with its field, those across keys in `checks.py`; sections of one job or of rewards have files of their own.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -252,8 +251,8 @@ class Parallel(Section):
     may_change = True
 
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
-    """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
-    within groups of ranks and replicate across them."""
+    """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard in
+    groups of ranks and replicate across them."""
     shard_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
     """Ranks of one shard group in hsdp; -1 is those of one host, or all ranks / replicate_size where that is set."""
     replicate_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
@@ -267,8 +266,7 @@ class Parallel(Section):
     shard_blocks: bool = True
     """Gather and reduce each block apart; false: the whole model, where latency counts more than bytes."""
     timeout: PositiveInt = 600
-    """Seconds after which a collective, or a checkpoint in the making, that a rank does not join ends the run. It is
-    also how long a start waits for another process that still writes into the run's folder."""
+    """Seconds that a collective or a checkpoint waits for a rank, and a start for who still writes into its folder."""
 
 
 class Compile(Section):
@@ -297,8 +295,7 @@ class Checkpoint(Section):
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
     dir: str = "checkpoints"
-    """Folder of the checkpoints. The default is the folder of this name inside the run's folder; any other value is a
-    path of its own."""
+    """Folder of the checkpoints. The default is inside the run's folder; any other value is a path of its own."""
     sharded: bool = False
     """Write shards only; otherwise also `consolidated.pth`, the weights in one file that LlamaGen loads."""
     safetensors: bool = False

@@ -112,7 +112,7 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
         f'{path}: optimizer.lr must be a number >= 0, not "0.1"',
         f"{path}: optimizer.beta3: unknown key; did you mean optimizer.beta2?",
         f"{path}: objective.clip_rang: unknown key; did you mean objective.clip_range?",
-        f"{path}: [optimiser]: unknown section; did you mean [optimizer]?",
+        f"{path}: [optimiser]: unknown section; did you mean optimizer?",
         f"{path}: [weather]: unknown section; there are model, tokenizer, data, rollout, reward, objective, optimizer, "
         "training, parallel, compile, activation_checkpoint, checkpoint, metrics, debug",
         f"{path}: training.steps must be a whole number > 0, not 2.5",

@@ -25,7 +25,7 @@ from grpo.config import (
 )
 from grpo.config.help import markdown
 from grpo.config.keys import section_keys
-from grpo.config.recipes import ORDER, WITHOUT_CHECKS
+from grpo.config.recipes import ORDER
 from grpo.models import get_model_spec, get_tokenizer_spec
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,8 @@ def merged(*settings: Mapping[str, Mapping]) -> dict[str, dict]:
 
 
 def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
-    return [*recipe_class.model_validate(settings, context=WITHOUT_CHECKS).problems()]
+    sections = {name: recipe_class.sections()[name].model_validate(keys) for name, keys in settings.items()}
+    return [*recipe_class.model_construct(**sections).problems()]
 
 
 @pytest.mark.parametrize(
