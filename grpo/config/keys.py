@@ -10,12 +10,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from grpo.config.reward_sections import RewardTable
 from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
 
-SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
+SCALARS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none", Any: "anything"
+}  # fmt: skip
 UNNAMED_BOUNDS = (Le(LARGEST_INT), Le(LARGEST_SEED))  # of no interest until someone exceeds them
-BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
+BOUNDS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,11 @@ class Key:
 
 def section_keys(sections: Mapping[str, type[Section]]) -> dict[str, Key]:
     """Every key of these sections by its full name."""
-    keys = [
-        Key(title, name, field, is_path=issubclass(section, RewardTable) and name in section.path_keys)
+    return {
+        f"{title}.{name}": Key(title, name, field, is_path=name in getattr(section, "path_keys", ()))
         for title, section in sections.items()
         for name, field in section.model_fields.items()
-    ]
-    return {str(key): key for key in keys}
+    }
 
 
 def _toml(value: object) -> str:
@@ -102,8 +102,6 @@ def _allowed(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return f"a list, each {_allowed(arguments[0])}"
     if origin is dict:
         return "a table"
-    if annotation is NoneType:
-        return "none"
-    bounds = [BOUNDS[type(item)] + (item,) for item in metadata if type(item) in BOUNDS and item not in UNNAMED_BOUNDS]
-    limits = " and ".join(f"{sign} {getattr(item, name)}" for name, sign, item in bounds)
-    return f"{SCALARS[annotation]} {limits}".rstrip()
+    bounds = [item for item in metadata if type(item) in BOUNDS and item not in UNNAMED_BOUNDS]
+    limits = [f"{BOUNDS[type(item)]} {getattr(item, type(item).__name__.lower())}" for item in bounds]  # Gt(gt=0)
+    return f"{SCALARS[annotation]} {' and '.join(limits)}".rstrip()

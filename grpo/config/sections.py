@@ -90,8 +90,8 @@ class Data(Section):
     path: str | None = None
     """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required unless digits or synthetic."""
     split: str = "train"
-    """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, train_a and train_b, its
-    halves, validation, test, heldout, all)."""
+    """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, its halves train_a and
+    train_b, validation, test, heldout, all)."""
     image_size: PositiveInt = 256
     """Side of the square centre crop, pixels."""
     num_workers: Annotated[NonNegativeInt, MayChange] = 8
@@ -266,7 +266,7 @@ class Parallel(Section):
     shard_blocks: bool = True
     """Gather and reduce each block apart; false: the whole model, where latency counts more than bytes."""
     timeout: PositiveInt = 600
-    """Seconds that a collective or a checkpoint waits for a rank, and a start for who still writes into its folder."""
+    """Seconds until a collective or checkpoint that a rank misses ends the run, or a start into a folder in use."""
 
 
 class Compile(Section):
