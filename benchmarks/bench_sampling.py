@@ -12,20 +12,10 @@ import torch
 from torch import Tensor
 
 from grpo.kernels import sample_tokens
-from harness import DEVICE, Case, Result, Target, main
+from harness import DEVICE, Case, Result, Target, compiled, main
+from reference_algorithm import filtered
 
 N, V = (512, 16384) if DEVICE.type == "cuda" else (128, 16384)
-
-
-def filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits with -inf where top-k, then top-p, cut, written with a sort as LlamaGen's filter works."""
-    if top_k:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        descending, order = logits.sort(dim=-1, descending=True)
-        before = descending.softmax(-1).cumsum(-1) - descending.softmax(-1)
-        logits = logits.scatter(-1, order, descending.masked_fill(before > top_p, -torch.inf))
-    return logits
 
 
 def eager(logits: Tensor, num_samples: int, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
@@ -41,14 +31,14 @@ def eager(logits: Tensor, num_samples: int, top_k: int, top_p: float) -> tuple[T
 def cases(options: argparse.Namespace) -> list[Case]:
     """One and eight draws; no truncation, top-k, top-p, both."""
     logits = 2 * torch.randn(N, V, device=DEVICE)  # entropy about 7.7 nats
-    fast = torch.compile(eager, dynamic=False)
+    ways = {"eager": eager, **compiled(eager, options)}
     return [
-        case(logits, fast, options, num_samples, top_k, top_p)
+        case(logits, ways, num_samples, top_k, top_p)
         for num_samples, top_k, top_p in ((8, 0, 1.0), (1, 0, 1.0), (8, 1000, 1.0), (8, 0, 0.9), (8, 1000, 0.9))
     ]
 
 
-def case(logits, fast, options, num_samples: int, top_k: int, top_p: float) -> Case:
+def case(logits: Tensor, ways: dict, num_samples: int, top_k: int, top_p: float) -> Case:
     def ours():
         return sample_tokens(logits, num_samples=num_samples, top_k=top_k, top_p=top_p, seed=0)
 
@@ -60,21 +50,18 @@ def case(logits, fast, options, num_samples: int, top_k: int, top_p: float) -> C
         "kept_mass": (sample.kept_mass - (truth.exp() * kept).sum(1)).abs().max().item(),
         "draws_outside_the_kept_set": (~kept.gather(1, sample.tokens)).sum().item(),
     }
-    sides = {"eager": lambda: eager(logits, num_samples, top_k, top_p), "ours": ours}
-    if not options.no_compile:
-        sides["compile"] = lambda: fast(logits, num_samples, top_k, top_p)
+    theirs = {side: (lambda way=way: way(logits, num_samples, top_k, top_p)) for side, way in ways.items()}
     return Case(
         name=f"G={num_samples}" + f" top-k {top_k}" * (top_k > 0) + f" top-p {top_p}" * (top_p < 1),
         sizes={"N": N, "V": V, "num_samples": num_samples, "top_k": top_k, "top_p": top_p},
-        sides=sides,
+        sides={"ours": ours, **theirs},
         error=errors,
         bytes=logits.numel() * logits.element_size(),
-        short=True,
     )
 
 
 def targets(results: dict[str, Result]) -> list[Target]:
-    """For N=512, V=16384 on one H200."""
+    """Wanted: N=512, V=16384 on one H200."""
     one, eight, both = results["G=1"], results["G=8"], results["G=8 top-k 1000 top-p 0.9"]
     wanted = [
         Target("one draw, speed of eager", one.ratio("eager"), 3),

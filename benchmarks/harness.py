@@ -41,8 +41,6 @@ class Case:
     """Floating-point operations of the matrix products that no implementation can avoid."""
     output_bytes: int = 0
     """Memory of what a run returns: the peak above it is scratch."""
-    short: bool = False
-    """Whether the host may take longer than the GPU: then each side is also timed as the replay of a CUDA graph."""
 
 
 @dataclass
@@ -78,8 +76,8 @@ class Result:
     output_bytes: int = 0
 
     def seconds(self, side: str) -> float:
-        """Median of a side: of its graph where one was timed, so that the host does not count."""
-        return self.sides[side].get("graph_seconds", self.sides[side]["seconds"])
+        """Median of a side."""
+        return self.sides[side]["seconds"]
 
     def ratio(self, side: str, other: str = "ours") -> float:
         """How many times the time of `other` a side takes."""
@@ -115,12 +113,10 @@ def main(description: str, cases: Callable[[argparse.Namespace], list[Case]], ta
 def measure(case: Case, rates: dict[str, float], *, repeats: int) -> Result:
     """Median seconds and peak memory of every side, the sides in turn so that a slow spell meets all of them."""
     seconds: dict[str, list[float]] = {side: [] for side in case.sides}
-    peaks, graphs = {}, {}
+    peaks = {}
     for side, run in case.sides.items():
         run()  # compiles, warms up
         peaks[side] = peak_bytes(run)
-        if case.short and DEVICE.type == "cuda" and (replay := graph_of(run)):
-            graphs[side] = replay
     for _ in range(repeats):
         for side, run in case.sides.items():
             seconds[side].append(timed(run))
@@ -128,8 +124,6 @@ def measure(case: Case, rates: dict[str, float], *, repeats: int) -> Result:
         side: {"seconds": statistics.median(times), "fastest_seconds": min(times), "peak_bytes": peaks[side]}
         for side, times in seconds.items()
     }
-    for side, replay in graphs.items():
-        sides[side]["graph_seconds"] = statistics.median(timed(replay) for _ in range(repeats))
     ours, eager = sides["ours"], sides["eager"]
     shares = {}
     if case.bytes:
@@ -148,18 +142,6 @@ def measure(case: Case, rates: dict[str, float], *, repeats: int) -> Result:
     )
 
 
-def graph_of(run: Callable[[], object]) -> Callable[[], None] | None:
-    """A CUDA graph of the kernels that a run launches; None where it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            graph.kept = run()  # what a replay writes must stay allocated
-    except RuntimeError as error:
-        print(f"  not captured as a graph: {str(error).splitlines()[0]}")
-        return None
-    return graph.replay
-
-
 def launches(run: Callable[[], object]) -> int:
     """Kernels that a run launches on the GPU."""
     run()
@@ -170,13 +152,17 @@ def launches(run: Callable[[], object]) -> int:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one run; on a GPU by events, with a second-level cache that holds nothing of the inputs."""
+    """Seconds of one run; on a GPU by events, with a second-level cache that holds nothing of the inputs.
+
+    The GPU sleeps first, some 3 ms, while the host launches the run: the host's time does not count.
+    """
     if DEVICE.type == "cpu":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     torch.empty(1 << 28, dtype=torch.int8, device=DEVICE).zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(5_000_000)
     start.record()
     run()
     end.record()
@@ -208,7 +194,7 @@ def device_rates() -> dict[str, float]:
     """What this device reaches on a plain copy and on a plain matrix product, the yardsticks of the shares."""
     elements, size, dtype = (1 << 28, 8192, torch.bfloat16) if DEVICE.type == "cuda" else (1 << 24, 1024, torch.float32)
     source, target = torch.ones(elements, device=DEVICE), torch.empty(elements, device=DEVICE)
-    matrix = torch.ones(size, size, device=DEVICE, dtype=dtype)
+    matrix = torch.randn(size, size, device=DEVICE).to(dtype)  # one of ones is faster than any other
     copies, products = (lambda: target.copy_(source)), (lambda: matrix @ matrix)
     copies(), products()
     return {
@@ -219,7 +205,10 @@ def device_rates() -> dict[str, float]:
 
 def compiled(run: Callable, options: argparse.Namespace) -> dict[str, Callable]:
     """{"compile": torch.compile of `run`}, or nothing where it was left out."""
-    return {} if options.no_compile else {"compile": torch.compile(run, dynamic=False)}
+    if options.no_compile:
+        return {}
+    torch._dynamo.config.recompile_limit = 64  # beyond it a shape would run eagerly, and nobody would know
+    return {"compile": torch.compile(run, dynamic=False)}
 
 
 def peers(**functions: Callable[[], Callable]) -> dict[str, Callable]:
@@ -236,8 +225,7 @@ def show(result: Result) -> None:
     """A few lines on the console."""
     print(f"\n{result.name} {result.sizes}")
     for side, numbers in result.sides.items():
-        graph = f", as a graph {numbers['graph_seconds'] * 1e3:.4f} ms" if "graph_seconds" in numbers else ""
-        print(f"  {side:20} {numbers['seconds'] * 1e3:10.3f} ms {numbers['peak_bytes'] / 2**20:10.1f} MiB{graph}")
+        print(f"  {side:20} {numbers['seconds'] * 1e3:10.3f} ms {numbers['peak_bytes'] / 2**20:10.1f} MiB")
     shares = ", ".join(f"{share:.0%} of {name}" for name, share in result.shares.items())
     errors = ", ".join(f"{name} {error:.1e}" for name, error in result.error.items())
     print(f"  ours: {result.speedup:.2f}x eager, memory {result.memory_ratio:.2f}x; {shares}; errors: {errors}")

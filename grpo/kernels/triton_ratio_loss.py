@@ -115,7 +115,7 @@ def ratio_loss_kernel(
         policy = -bounded * advantage * log_p
         gradient = -bounded * advantage
 
-    divergence = ratio * 0
+    divergence = tl.zeros((TILE,), tl.float32)
     if HAS_REF:
         ref_ptr = ref_log_probs_ptr + _offset(i0, i1, i2, ref_0, ref_1, ref_2)
         divergence, d_divergence = _kl_estimate(tl.load(ref_ptr, mask=counted, other=0.0) - log_p, KL)

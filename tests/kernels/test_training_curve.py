@@ -20,7 +20,7 @@ from grpo.models import GPT, MODEL_SPECS, TOKENIZER_SPECS, Classifier, Classifie
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BOTH = """
 import sys
-from recipes.grpo import main
+from grpo.jobs.train_grpo import main
 for kernels in ("reference", "triton"):
     main([*sys.argv[2:], "--training.kernels", kernels, "--metrics.run_dir", f"{sys.argv[1]}/{kernels}"])
 """
@@ -38,7 +38,7 @@ def weights_for_the_quickstart(folder):
     models = {
         "model.checkpoint": policy,
         "tokenizer.checkpoint": VQModel(TOKENIZER_SPECS["VQ-digits"].config(codebook_size=64)),
-        "reward.classifier_checkpoint": Classifier(ClassifierConfig(width=8)),
+        "reward.class_log_prob.checkpoint": Classifier(ClassifierConfig(width=8)),
     }
     flags = []
     for key, model in models.items():
