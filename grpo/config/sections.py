@@ -251,22 +251,21 @@ class Parallel(Section):
     may_change = True
 
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
-    """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard in
-    groups of ranks and replicate across them."""
+    """fsdp: shard parameters, gradients, optimizer; sdp: keep parameters gathered; hsdp: shard in groups of ranks."""
     shard_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
     """Ranks of one shard group in hsdp; -1 is those of one host, or all ranks / replicate_size where that is set."""
     replicate_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
     """Shard groups in hsdp, each with the whole model. -1 fills in: all ranks / shard_size."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
-    """Free the gathered parameters of a block after its forward and gather them again for its backward. always saves
-    memory, never saves a gather; auto is never in sdp and always otherwise."""
+    """Free a block's gathered parameters after its forward: always saves memory, never a gather; auto: never in sdp only."""
     defer_gradient_sync: bool = True
     """Reduce gradients over ranks once an optimizer step; until its last micro-batch each rank holds the gradient of
     the whole model. false: every micro-batch reduces, and ranks hold their shards only."""
     shard_blocks: bool = True
     """Gather and reduce each block apart; false: the whole model, where latency counts more than bytes."""
     timeout: PositiveInt = 600
-    """Seconds until a collective or checkpoint that a rank misses ends the run, or a start into a folder in use."""
+    """Seconds after which a collective or checkpoint that a rank does not join ends the run. A start waits as long for
+    another process that still writes into the run's folder."""
 
 
 class Compile(Section):
