@@ -257,7 +257,7 @@ class Parallel(Section):
     replicate_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
     """Shard groups in hsdp, each with the whole model. -1 fills in: all ranks / shard_size."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
-    """Free a block's gathered parameters after its forward: always saves memory, never a gather; auto: never in sdp only."""
+    """Free a block's gathered parameters after its forward. always saves memory, never a gather; auto: never in sdp."""
     defer_gradient_sync: bool = True
     """Reduce gradients over ranks once an optimizer step; until its last micro-batch each rank holds the gradient of
     the whole model. false: every micro-batch reduces, and ranks hold their shards only."""
