@@ -109,7 +109,7 @@ class RecipeBuilder(Generic[RecipeT]):
         sections = {name: section.model_validate(values[name]) for name, section in own if name in values}
         recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
-            self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.\w+)+", problem))
+            self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.[\w-]+)+", problem))
         if self._problems:
             raise UserError(self._problems)
         return recipe
@@ -124,29 +124,28 @@ class RecipeBuilder(Generic[RecipeT]):
         settings, seen = [], {}
         for flag in flags:
             name = flag.name.removeprefix("--")
+            if name.startswith(tuple(f"{title}." for title in self._lost_tables)):
+                continue
             table = name.rpartition(".")[0]
             has_free_keys = table in self._keys and self._keys[table].is_table
             key = name if has_free_keys else self._flags.get(flag.name)
-            if key is None:
-                if table not in self._lost_tables:
-                    self._problems.append(self._unknown_flag(flag.name))
-                continue
-            if key in seen:
-                self._problems.append(f"{flag.name}: {key} is already set by {seen[key]}; give one of them")
+            problem = ""
+            if not flag.name.startswith("-"):
+                problem = "unexpected argument; settings are given as --section.key VALUE"
+            elif key is None:
+                problem = f"unknown flag{self._hint(name, flag.name)}"
+            elif key in seen:
+                problem = f"{key} is already set by {seen[key]}; give one of them"
             elif flag.text is None and not (key in self._keys and self._keys[key].is_switch):
-                missing = f"a value is missing (write {flag.name}=VALUE if it begins with a minus)"
-                self._problems.append(f"{flag.name}: {missing}")
+                problem = f"a value is missing (write {flag.name}=VALUE if it begins with a minus)"
                 self._suspects.add(key)
             elif key != CONFIG:
                 text = "true" if flag.text is None else flag.text
                 settings.append((key, text, f"{flag.name} {text or '(empty)'}"))
+            if problem:
+                self._problems.append(f"{flag.name}: {problem}")
             seen.setdefault(key, flag.name)
         return settings
-
-    def _unknown_flag(self, flag: str) -> str:
-        if not flag.startswith("-"):
-            return f"{flag}: unexpected argument; settings are given as --section.key VALUE"
-        return f"{flag}: unknown flag{self._hint(flag.removeprefix('--'), flag)}"
 
     def _read_section(self, title: str, section: object) -> None:
         """Take the keys of a section of the file, and of its tables where it is [reward]."""
