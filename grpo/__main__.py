@@ -4,14 +4,13 @@
 """
 
 import ast
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from grpo.config import RECIPES, UserError, help_text, help_topics
+from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics
 
 JOBS = {
     "train": "train_grpo",
@@ -31,12 +30,11 @@ def main() -> NoReturn:
     """The console script `grpo`."""
     job, *arguments = sys.argv[1:] or ["--help"]
     if job in ("--help", "-h"):
-        print(overview())
+        lines = [f"  {name:<12}{_documentation(name).splitlines()[0]}" for name in JOBS]
+        print("usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job.", sep="\n")
         sys.exit(0)
     if job not in JOBS:
-        nearest = difflib.get_close_matches(job, JOBS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(JOBS)}"
-        _refuse(f"{job}: unknown job; {hint}")
+        _refuse(f"{job}: unknown job; {did_you_mean(job, JOBS)}")
     run_job(job, arguments)
 
 
@@ -60,17 +58,10 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     run_main(lambda _: import_module(f"grpo.jobs.{JOBS[name]}").main(arguments))
 
 
-def overview() -> str:
-    """What `grpo --help` prints: the jobs, a line each."""
-    width = max(map(len, JOBS)) + 2
-    lines = [f"  {job:<{width}}{_documentation(job).partition(chr(10))[0]}" for job in JOBS]
-    return "\n".join(["usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job."])
-
-
 def _documentation(job: str) -> str:
-    """The docstring of a job's module, which is not imported for it."""
+    """What a job's module says of itself; it is not imported for that."""
     file = Path(__file__).parent / "jobs" / f"{JOBS[job]}.py"
-    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or job
 
 
 def _refuse(line: str) -> NoReturn:

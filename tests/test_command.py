@@ -71,7 +71,7 @@ def test_scripts_give_the_same_help() -> None:
     [
         (["trian"], "trian: unknown job; did you mean train?"),
         (["xyz"], "xyz: unknown job; there are train, pretrain, "),
-        (["train", "--help", "optimiser"], "--help optimiser: no section of this job; there are optimizer"),
+        (["train", "--help", "optimiser"], "--help optimiser: no section of this job; did you mean optimizer"),
         (["convert", "--convert.inputs", "a"], "--convert.inputs: unknown flag; did you mean --convert.input?"),
         (["train", "--config", "quickstart/pretrain"], "is a recipe of `grpo pretrain`, not of `grpo train`"),
     ],

@@ -2,19 +2,21 @@
 
 import difflib
 import json
+import math
 import os
-from collections.abc import Collection, Sequence
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import tomli
 from pydantic import ValidationError
 
 from grpo.config import reference_flags as reference
-from grpo.config.errors import UserError
+from grpo.config.errors import UserError, did_you_mean
 from grpo.config.flags import Flag
-from grpo.config.keys import recipe_keys, section_keys
-from grpo.config.recipes import FORMER_JOBS, FORMER_KEYS, RECIPES, WITHOUT_CHECKS, GRPORecipe, Recipe
+from grpo.config.keys import section_keys
+from grpo.config.recipes import FORMER_KEYS, RECIPES, GRPORecipe, Recipe, job_named
 from grpo.config.reward_kinds import reward_class
 from grpo.config.reward_sections import REFERENCE_REWARD, RewardTable
 from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
@@ -27,25 +29,24 @@ CONFIG = "config"
 class RecipeBuilder(Generic[RecipeT]):
     """Takes a file and flags, which override it, and builds the recipe or one error with all mistakes.
 
-    A key that is wrong by itself is reported for that only: `_suspects` keeps it, and the key that a mistyped name
-    probably meant, out of the checks across keys.
+    A key that is wrong by itself is reported for that only: `_suspects` keeps it, and the key or section that a
+    mistyped name probably meant, out of the checks across keys.
     """
 
     def __init__(self, recipe_class: type[RecipeT]) -> None:
         self._recipe_class = recipe_class
         self._is_grpo = issubclass(recipe_class, GRPORecipe)
-        self._sections: dict[str, type[Section]] = dict(recipe_class.sections())
-        self._keys = recipe_keys(recipe_class)
+        self._sections: dict[str, type[Section]] = recipe_class.sections()
+        self._keys = section_keys(self._sections)
         self._flags = {f"--{key}": key for key in (CONFIG, *self._keys)}
         if self._is_grpo:  # elsewhere the names of the reference trainer's flags would mislead
-            for title, section in reference.SECTIONS.items():
-                self._keys |= section_keys(title, section)
+            self._keys |= section_keys(reference.SECTIONS)
             self._flags |= reference.ALL_FLAGS
         self._file: dict[str, Any] = {}
         self._origin, self._folder = "", Path()
-        self._kinds: dict[str, str] = {}  # of the tables [reward.NAME]
-        self._tables_of_file: Collection[str] = ()
-        self._values: dict[str, dict[str, Any]] = {}
+        self._reward_origins: dict[str, str] = {}
+        self._lost_tables: set[str] = set()  # [reward.NAME] of an unknown kind
+        self._values: dict[str, Any] = {}  # by the full name of the key, as are their sources
         self._sources: dict[str, str] = {}
         self._problems: list[str] = []
         self._suspects: set[str] = set()
@@ -54,29 +55,27 @@ class RecipeBuilder(Generic[RecipeT]):
         """Read a recipe file."""
         path = recipe_path(config)
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            self.read_text(path.read_text(encoding="utf-8-sig"), str(path), path.parent)
         except OSError as error:
             nearest = nearest_recipe(config)
             hint = f"; did you mean the shipped recipe {nearest}?" if nearest else ""
             self._give_up(f"--config {config}: cannot be read: {error.strerror}{hint}")
         except UnicodeDecodeError as error:
             self._give_up(f"{config}: is not a text file: {error}")
-        else:
-            self.read_text(text, str(path), path.parent)
 
     def read_text(self, text: str, origin: str, folder: Path) -> None:
         """Read a TOML text that stands in a file of this folder."""
         self._origin, self._folder = origin, folder
         try:
-            file = tomli.loads(text)
-        except tomli.TOMLDecodeError as error:
+            file = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
             self._give_up(f"{origin}: is not valid TOML: {error}")
             return
         own_job = self._recipe_class.job
-        job = file.pop("job", own_job)
-        job = FORMER_JOBS.get(str(job), job)
-        if job not in tuple(RECIPES):
-            self._give_up(f"{origin}: job must be one of {', '.join(RECIPES)}, not {_quoted(job)}")
+        given = file.pop("job", own_job)
+        job = job_named(given)
+        if job is None:
+            self._give_up(f"{origin}: job must be one of {', '.join(RECIPES)}, not {_quoted(given)}")
         elif job != own_job:
             self._give_up(f"{origin}: is a recipe of `grpo {job}`, not of `grpo {own_job}`")
         else:
@@ -95,17 +94,22 @@ class RecipeBuilder(Generic[RecipeT]):
             self._read_section(name, section)
         for key, text, origin in settings:
             self._take(key, text, origin, is_text=True)
-        values = self._values
         if self._is_grpo:
-            self._translate(flags)
-            values.setdefault("reward", {})["tables"] = self._build_rewards()
+            self._translate({origin.partition(" ")[0]: origin for _, _, origin in settings})
+        values: dict[str, dict[str, Any]] = {}
+        for key, value in self._values.items():
+            section, _, name = key.rpartition(".")
+            values.setdefault(section, {})[name] = value
+        if self._is_grpo:
+            values["reward"] = {**values.get("reward", {}), **self._build_rewards(values)}
         if run_name and "metrics" in self._sections:
             metrics = values.setdefault("metrics", {})
             metrics["run_dir"] = metrics.get("run_dir") or f"runs/{run_name}"
-        sections = {name: section for name, section in values.items() if name in self._recipe_class.model_fields}
-        recipe = self._recipe_class.model_validate(sections, context=WITHOUT_CHECKS)
+        own = self._recipe_class.sections().items()
+        sections = {name: section.model_validate(values[name]) for name, section in own if name in values}
+        recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
-            self._report_combination(problem.keys, problem.text)
+            self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.[\w-]+)+", problem))
         if self._problems:
             raise UserError(self._problems)
         return recipe
@@ -113,80 +117,49 @@ class RecipeBuilder(Generic[RecipeT]):
     def _give_up(self, line: str) -> None:
         """The whole file is lost, and any key may have been in it."""
         self._problems.append(line)
-        self._suspects |= {CONFIG}
+        self._suspects.add(CONFIG)
 
     def _name_flags(self, flags: Sequence[Flag]) -> list[tuple[str, str, str]]:
         """Key, text and origin of the flags; a line for each that is unknown, lacks its value or was given twice."""
         settings, seen = [], {}
-        broken = tuple(f"--reward.{name}." for name in self._kinds if f"reward.{name}" not in self._sections)
         for flag in flags:
-            key = self._key_of(flag.name)
-            if key is None:
-                if not flag.name.startswith(broken):
-                    self._problems.append(self._unknown_flag(flag.name))
+            name = flag.name.removeprefix("--")
+            if name.startswith(tuple(f"{title}." for title in self._lost_tables)):
                 continue
-            if key in seen:
-                self._problems.append(f"{flag.name}: {key} is already set by {seen[key]}; give one of them")
+            table = name.rpartition(".")[0]
+            has_free_keys = table in self._keys and self._keys[table].is_table
+            key = name if has_free_keys else self._flags.get(flag.name)
+            problem = ""
+            if not flag.name.startswith("-"):
+                problem = "unexpected argument; settings are given as --section.key VALUE"
+            elif key is None:
+                problem = f"unknown flag{self._hint(name, flag.name)}"
+            elif key in seen:
+                problem = f"{key} is already set by {seen[key]}; give one of them"
             elif flag.text is None and not (key in self._keys and self._keys[key].is_switch):
-                missing = f"a value is missing (write {flag.name}=VALUE if it begins with a minus)"
-                self._problems.append(f"{flag.name}: {missing}")
+                problem = f"a value is missing (write {flag.name}=VALUE if it begins with a minus)"
                 self._suspects.add(key)
             elif key != CONFIG:
                 text = "true" if flag.text is None else flag.text
                 settings.append((key, text, f"{flag.name} {text or '(empty)'}"))
+            if problem:
+                self._problems.append(f"{flag.name}: {problem}")
             seen.setdefault(key, flag.name)
         return settings
 
-    def _key_of(self, flag: str) -> str | None:
-        """The key that a flag sets; in a table of free keys, [reward.NAME.arguments], it may be any."""
-        parent = flag.removeprefix("--").rpartition(".")[0]
-        if parent in self._keys and self._keys[parent].is_table:
-            return flag.removeprefix("--")
-        return self._flags.get(flag)
-
-    def _unknown_flag(self, flag: str) -> str:
-        if not flag.startswith("-"):
-            return f"{flag}: unexpected argument; settings are given as --section.key VALUE"
-        former = self._former(flag.removeprefix("--"))
-        if former:
-            return f"{flag}: unknown flag; {former}"
-        nearest = difflib.get_close_matches(flag, self._flags, n=1)
-        self._suspects.update(self._flags[match] for match in nearest)
-        return f"{flag}: unknown flag{_did_you_mean(nearest)}"
-
-    def _former(self, key: str) -> str | None:
-        """What became of a key of former versions."""
-        former = FORMER_KEYS.get(key)
-        if former:
-            self._suspects.update(["reward"] if key.startswith("reward.") else former.split()[:1])
-        return former
-
-    def _read_section(self, name: str, section: object, *, parent: str = "") -> None:
+    def _read_section(self, title: str, section: object) -> None:
         """Take the keys of a section of the file, and of its tables where it is [reward]."""
-        title = parent + name
         if title not in self._sections or not isinstance(section, dict):
             self._problems.append(f"{self._origin}: {self._misplaced(title, section)}")
             return
-        for key, value in section.items():
-            full_name = f"{title}.{key}"
-            if full_name in self._keys:
-                self._take(full_name, value, self._origin)
-            elif full_name in self._sections and isinstance(value, dict):
-                self._read_section(key, value, parent=f"{title}.")
-            elif not (title == "reward" and key in self._kinds and isinstance(value, dict)):  # of an unknown kind
-                self._problems.append(f"{self._origin}: {full_name}: unknown key{self._hint(full_name)}")
-
-    def _hint(self, key: str) -> str:
-        """What was probably meant: one of the same name in another section, else the most similar one."""
-        former = self._former(key)
-        if former:
-            return f"; {former}"
-        own_name = key.rpartition(".")[2]
-        keys = [name for name in self._keys if name.partition(".")[0] not in reference.SECTIONS]
-        same = [name for name in keys if name.endswith(f".{own_name}")]
-        nearest = same[:1] or difflib.get_close_matches(key, keys, n=1)
-        self._suspects.update(nearest)
-        return _did_you_mean(nearest)
+        for name, value in section.items():
+            key = f"{title}.{name}"
+            if key in self._keys:
+                self._take(key, value, self._origin)
+            elif key in self._sections and isinstance(value, dict):
+                self._read_section(key, value)
+            elif key not in self._lost_tables:
+                self._problems.append(f"{self._origin}: {key}: unknown key{self._hint(key)}")
 
     def _misplaced(self, name: str, value: object) -> str:
         """What is wrong with an entry outside of the known sections."""
@@ -195,18 +168,28 @@ class RecipeBuilder(Generic[RecipeT]):
         if not isinstance(value, dict):
             return f"{name}: unknown key outside of the sections{self._hint(name)}"
         sections = self._recipe_class.sections()
-        nearest = difflib.get_close_matches(name, sections, n=1)
-        self._suspects.update(key for key in self._keys if key.partition(".")[0] in nearest)
-        hint = f"; did you mean [{nearest[0]}]?" if nearest else f"; there are {', '.join(sections)}"
-        return f"[{name}]: unknown section{hint}"
+        self._suspects.update(difflib.get_close_matches(name, sections, n=1))
+        return f"[{name}]: unknown section; {did_you_mean(name, sections)}"
+
+    def _hint(self, key: str, flag: str = "") -> str:
+        """What became of an unknown key or flag, or which one was probably meant."""
+        if key in FORMER_KEYS:
+            self._suspects.add(key.partition(".")[0])
+            return f"; {FORMER_KEYS[key]}"
+        if flag:
+            nearest = difflib.get_close_matches(flag, self._flags, n=1)
+        else:
+            names = [name for name, known in self._keys.items() if known.section not in reference.SECTIONS]
+            same = [name for name in names if name.endswith(f".{key.rpartition('.')[2]}")]  # in another section
+            nearest = same[:1] or difflib.get_close_matches(key, names, n=1)
+        self._suspects.update(self._flags.get(name, name) for name in nearest)
+        return f"; did you mean {nearest[0]}?" if nearest else ""
 
     def _take(self, name: str, value: Any, origin: str, *, is_text: bool = False) -> None:
         """Convert one value to the type of its key. Flags are text; a recipe file has types, which must be right."""
         if name not in self._keys:  # a flag for an entry of a table of free keys
             table, _, entry = name.rpartition(".")
-            section, _, own_name = table.rpartition(".")
-            values = self._values.setdefault(section, {})
-            values[own_name] = {**values.get(own_name, {}), entry: _free_value(value)}
+            self._values[table] = {**self._values.get(table, {}), entry: _free_value(value)}
             return
         key = self._keys[name]
         try:
@@ -219,81 +202,86 @@ class RecipeBuilder(Generic[RecipeT]):
             return
         if given is not None and key.is_path:
             given = os.path.abspath(given if is_text else self._folder / given)
-        self._values.setdefault(key.section, {})[key.name] = given
-        self._sources[name] = origin
+        if reference.SECTIONS.get(key.section) is reference.Unavailable and given != key.field.default:
+            self._problems.append(f"{origin}: this reward is not available yet; leave the flag out")
+        self._values[name], self._sources[name] = given, origin
 
     def _find_rewards(self, flags: Sequence[Flag]) -> None:
         """Learn the keys of the tables [reward.NAME] of the file, of the flags and of the reference trainer."""
         section = self._file.get("reward")
-        entries = section.items() if isinstance(section, dict) else ()
-        own = self._sections["reward"].model_fields
-        tables = {name: table for name, table in entries if name not in own and isinstance(table, dict)}
-        self._tables_of_file, origins = tables.keys(), dict.fromkeys(tables, self._origin)
-        self._kinds = {name: table.get("kind", name) for name, table in tables.items()}
+        entries = section if isinstance(section, dict) else {}
+        own_keys = self._sections["reward"].model_fields
+        tables = {name: table for name, table in entries.items() if isinstance(table, dict) and name not in own_keys}
+        kinds = {name: table.get("kind", name) for name, table in tables.items()}
+        self._reward_origins = origins = dict.fromkeys(tables, self._origin)
         for flag in flags:
-            part, name, *key = [*reference.REFERENCE_FLAGS.get(flag.name, flag.name[2:]).split("."), ""][:3]
-            if part == "reward" and any(key):
+            key = reference.REFERENCE_FLAGS.get(flag.name, flag.name.removeprefix("--"))
+            if match := re.fullmatch(r"reward\.([^.]+)\.(.+)", key):
+                name, own_key = match.groups()
                 origins.setdefault(name, flag.name)
-                kind = flag.text if key == ["kind"] else None
-                self._kinds[name] = kind or self._kinds.get(name, name)
-        if not any(origin not in reference.REFERENCE_FLAGS for origin in origins.values()):
-            self._kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)
-        for name, kind in self._kinds.items():
+                kind = flag.text if own_key == "kind" else None
+                kinds[name] = kind or kinds.get(name, name)
+        if all(origin in reference.REFERENCE_FLAGS for origin in origins.values()):
+            kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)
+        for name, kind in kinds.items():
+            title = f"reward.{name}"
             try:
-                settings = reward_class(str(kind)).Settings
+                self._sections[title] = reward_class(str(kind)).Settings
             except UserError as error:
-                self._problems.append(f"{origins.get(name, self._origin)}: reward.{name}: {error}")
-                self._suspects.add("reward")
+                self._problems.append(f"{origins.get(name, self._origin)}: {title}: {error}")
+                self._suspects.add("reward.NAME")
+                self._lost_tables.add(title)
                 continue
-            self._sections[f"reward.{name}"] = settings
-            keys = section_keys(f"reward.{name}", settings)
+            self._values[f"{title}.kind"] = kind
+            keys = section_keys({title: self._sections[title]})
             self._keys |= keys
             self._flags |= {f"--{key}": key for key in keys}
 
-    def _build_rewards(self) -> dict[str, RewardTable]:
+    def _build_rewards(self, values: Mapping[str, Mapping[str, Any]]) -> dict[str, RewardTable]:
         """The tables that are right, with what their files say."""
         tables = {}
-        for name, kind in self._kinds.items():
-            title = f"reward.{name}"
-            values = {"kind": kind, **self._values.get(title, {})}
+        titles = [title for title in self._sections if title.startswith("reward.")]
+        for title in titles:
             try:
-                if title in self._sections:
-                    tables[name] = self._sections[title].model_validate(values).resolved()
+                tables[title.removeprefix("reward.")] = self._sections[title].model_validate(values[title]).resolved()
             except UserError as error:
                 self._problems += [f"{title}: {line}" for line in error.problems]
             except ValidationError as error:
                 for item in error.errors():
                     key = ".".join([title, *map(str, item["loc"])])
                     is_missing = item["type"] == "missing"
-                    self._report_combination((key,), f"{key} is required" if is_missing else f"{key}: {item['msg']}")
-        self._suspects |= {"reward"} if len(tables) < len(self._kinds) else set()
+                    self._report_combination(f"{key} is required" if is_missing else f"{key}: {item['msg']}", [key])
+        if len(tables) < len(titles):
+            self._suspects.add("reward.NAME")
         return tables
 
-    def _translate(self, flags: Sequence[Flag]) -> None:
-        """Turn what the flags of the reference trainer mean into keys of a recipe."""
-        used = {flag.name: str(flag) for flag in flags if flag.name in reference.ALL_FLAGS}
-        values = {f"{title}.{name}": value for title, keys in self._values.items() for name, value in keys.items()}
-        step = [flag for flag in used if flag in reference.STEP_FLAGS]
-        if step and any(flag.name == "--training.batch_size" for flag in flags):
-            key = "training.batch_size"
-            self._problems.append(f"--{key}: {key} is already set by {step[0]}; give one of them")
-        elif not used.keys().isdisjoint(reference.BATCH_DEFAULTS) or (used and not self._origin):
-            for key, (number, names) in reference.whole_batch(values, used.keys()).items():
-                origin = ", ".join(used.get(flag, f"{flag} {default}") for flag, default in names.items())
-                self._take(key, number, origin)
-        if not self._suspects.isdisjoint(reference.STEP_FLAGS.values()):
-            self._suspects.add("training.batch_size")
-        is_on = values.get(reference.EMBEDDING_SWITCH, "embedding_cosine" in self._tables_of_file)
-        if not is_on and "reward.embedding_cosine" in self._sections and "--reward-embedcos-weight" in used:
-            self._values["reward.embedding_cosine"]["weight"] = 0.0
-        for name, default in reference.Unavailable().model_dump().items():
-            if values.get(f"unavailable.{name}", default) != default:
-                origin = self._sources[f"unavailable.{name}"]
-                self._problems.append(f"{origin}: this reward is not available yet; leave the flag out")
+    def _translate(self, used: Mapping[str, str]) -> None:
+        """Set what flags of the reference mean beyond their own keys; its batches count on each process.
 
-    def _report_combination(self, keys: Sequence[str], text: str) -> None:
+        Args:
+            used: every flag that was taken, alone -> with its text.
+        """
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        is_its_command = not self._origin and not used.keys().isdisjoint(reference.ALL_FLAGS)
+        if is_its_command or any(flag in used for flags in reference.BATCH_FLAGS.values() for flag in flags):
+            for key, defaults in reference.BATCH_FLAGS.items():
+                own_keys = {flag: reference.ALL_FLAGS[flag] for flag in defaults}
+                given = [flag for flag in defaults if flag in used]
+                if not self._suspects.isdisjoint(own_keys.values()):
+                    self._suspects.add(key)
+                elif given and self._sources.get(key, "").startswith(f"--{key} "):
+                    self._problems.append(f"--{key}: {key} is already set by {given[0]}; give one of them")
+                elif given or key not in self._values:
+                    numbers = [self._values.get(own_keys[flag], default) for flag, default in defaults.items()]
+                    origins = [used.get(flag, f"{flag} {default}") for flag, default in defaults.items()]
+                    self._take(key, math.prod(numbers) * ranks, ", ".join(origins))
+        is_on = self._reward_origins.get("embedding_cosine") == self._origin
+        if "--reward-embedcos-weight" in used and not self._values.get(reference.EMBEDDING_SWITCH, is_on):
+            self._values["reward.embedding_cosine.weight"] = 0.0
+
+    def _report_combination(self, text: str, keys: Sequence[str]) -> None:
         """The problem behind the flags and files that its keys come from."""
-        if CONFIG in self._suspects or not self._suspects.isdisjoint(keys):
+        if CONFIG in self._suspects or any(key.startswith(tuple(self._suspects)) for key in keys):
             return
         origins = dict.fromkeys(self._sources[key] for key in keys if key in self._sources)
         if origins:
@@ -302,10 +290,6 @@ class RecipeBuilder(Generic[RecipeT]):
         flags = {key: flag for flag, key in self._flags.items()}  # the reference's own name of it, where there is one
         flag = flags.get(keys[0], "--reward.NAME.weight")
         self._problems.append(f"{text}; set it by {flag} or in the recipe file")
-
-
-def _did_you_mean(nearest: Sequence[str]) -> str:
-    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _broken_limit(error: ValidationError) -> str:
@@ -320,8 +304,8 @@ def _broken_limit(error: ValidationError) -> str:
 def _free_value(text: str) -> Any:
     """What a flag gives to a table of free keys: a TOML value, or else text."""
     try:
-        return tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
         return text
 
 

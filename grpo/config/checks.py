@@ -1,173 +1,115 @@
 """Checks across the keys of a recipe: what cannot work together.
 
-Every check takes the sections that it looks at and returns all that it finds, so that a user mends a recipe once.
+A check takes the sections that it looks at and gives a line for all that it finds, so that a user mends a recipe once.
+The line names every key that takes part as `section.key`; the loader tells by them where the mistake was made.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from grpo.config.job_sections import Convert, Evaluation, Output, Sampling
+from grpo.config.job_sections import Evaluation, Sampling
 from grpo.config.reward_kinds import reward_class
 from grpo.config.reward_sections import Rewards
-from grpo.config.sections import Data, Model, Objective, Parallel, Rollout, Tokenizer, Training
+from grpo.config.sections import Data, Model, Objective, Rollout, Section, Tokenizer, Training
 
 
-@dataclass(frozen=True)
-class Problem:
-    """An impossible combination.
-
-    Args:
-        keys: every `section.key` that takes part in it.
-        text: what is wrong and what to do.
-    """
-
-    keys: tuple[str, ...]
-    text: str
+def required(name: str, section: Section, *keys: str) -> Iterator[str]:
+    """Optional keys that a job cannot do without."""
+    for key in keys:
+        if getattr(section, key) is None:
+            yield f"{name}.{key} is required"
 
 
-def model_problems(model: Model) -> list[Problem]:
+def model_problems(model: Model) -> Iterator[str]:
     """Text-conditional models, with many condition tokens, are another family."""
-    if model.cls_token_num == 1:
-        return []
-    return [Problem(("model.cls_token_num",), "model.cls_token_num must be 1: models here are class-conditional")]
+    if model.cls_token_num != 1:
+        yield "model.cls_token_num must be 1: models here are class-conditional"
 
 
-def data_problems(data: Data) -> list[Problem]:
+def data_problems(data: Data) -> Iterator[str]:
     """A data set needs a path unless it comes with the project."""
-    if data.path is None and not data.is_built_in:
-        return [Problem(("data.path", "data.name"), f'data.path is required with data.name = "{data.name}"')]
-    return []
+    if data.path is None and data.name not in ("digits", "synthetic"):
+        yield f'data.path is required with data.name = "{data.name}"'
 
 
-def parallel_problems(parallel: Parallel) -> list[Problem]:
-    """sdp is the mode that keeps its parameters gathered."""
-    if parallel.data_parallel != "sdp" or parallel.reshard_after_forward != "always":
-        return []
-    text = 'parallel.reshard_after_forward = "always" contradicts data_parallel = "sdp"; set data_parallel = "fsdp"'
-    return [Problem(("parallel.reshard_after_forward", "parallel.data_parallel"), text)]
-
-
-def image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> list[Problem]:
+def image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:
     """Images are cut into whole codes."""
-    if image_size % tokenizer.downsample_size == 0:
-        return []
-    text = f"{key} = {image_size} must be a multiple of tokenizer.downsample_size = {tokenizer.downsample_size}"
-    return [Problem((key, "tokenizer.downsample_size"), text)]
+    if image_size % tokenizer.downsample_size:
+        yield f"{key} = {image_size} must be a multiple of tokenizer.downsample_size = {tokenizer.downsample_size}"
 
 
-def tokenizer_problems(tokenizer: Tokenizer, data: Data) -> list[Problem]:
+def tokenizer_problems(tokenizer: Tokenizer, data: Data) -> Iterator[str]:
     """A trained tokenizer is needed, except to try the machinery on synthetic images."""
-    problems = image_size_problems("data.image_size", data.image_size, tokenizer)
+    yield from image_size_problems("data.image_size", data.image_size, tokenizer)
     if tokenizer.checkpoint is None and data.name != "synthetic":
-        text = 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
-        problems.append(Problem(("tokenizer.checkpoint", "data.name"), text))
-    return problems
+        yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
 
 
-def dropout_problems(model: Model, training: Training) -> list[Problem]:
+def dropout_problems(model: Model, training: Training) -> Iterator[str]:
     """Dropout would falsify the ratio of new and old probabilities."""
     same_masks = "old and new log-probs need the same masks; dropout is for pre-training"
-    problems = [
-        Problem((f"model.{key}",), f"model.{key} must be 0 in GRPO: {same_masks}")
-        for key in ("class_dropout", "dropout")
-        if getattr(model, key) > 0
-    ]
+    for key, share in (("class_dropout", model.class_dropout), ("dropout", model.dropout)):
+        if share:
+            yield f"model.{key} must be 0 in GRPO: {same_masks}"
     if training.dropout_mode != "eval":
-        text = f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
-        problems.append(Problem(("training.dropout_mode",), text))
-    return problems
+        yield f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
 
 
-def batch_problems(rollout: Rollout, training: Training, objective: Objective) -> list[Problem]:
+def batch_problems(rollout: Rollout, training: Training, objective: Objective) -> Iterator[str]:
     """A rollout is cut into whole optimizer steps, a step into whole groups or a group into whole steps."""
     group, drawn = rollout.num_generations, rollout.batch_size * rollout.num_generations
     step = training.batch_size or drawn
-    problems = []
     if drawn % step:
-        keys = ("training.batch_size", "rollout.batch_size", "rollout.num_generations")
-        text = f"training.batch_size = {step} completions of one optimizer step must divide "
-        text += f"rollout.batch_size x num_generations = {drawn} completions of one rollout"
-        problems.append(Problem(keys, text))
+        yield (
+            f"training.batch_size = {step} completions of one optimizer step must divide "
+            f"rollout.batch_size x rollout.num_generations = {drawn} completions of one rollout"
+        )
     elif step % group and group % step:
-        text = f"training.batch_size = {step} must be a multiple or a divisor of rollout.num_generations = {group}"
-        problems.append(Problem(("training.batch_size", "rollout.num_generations"), text))
+        yield f"training.batch_size = {step} must be a multiple or a divisor of rollout.num_generations = {group}"
     if group == 1 and objective.advantage != "batch_std":  # which is the only one without the group's mean
-        text = f'rollout.num_generations must be at least 2 with objective.advantage = "{objective.advantage}"'
-        problems.append(Problem(("rollout.num_generations", "objective.advantage"), text))
-    return problems
+        yield f'rollout.num_generations must be at least 2 with objective.advantage = "{objective.advantage}"'
 
 
-def reward_problems(rewards: Rewards, rollout: Rollout) -> list[Problem]:
+def reward_problems(rewards: Rewards, rollout: Rollout) -> Iterator[str]:
     """There is a reward, and none that needs what the rollout has not."""
     if not rewards.active:
-        return [Problem(("reward",), "no reward is on: give a table [reward.NAME] a weight other than 0")]
-    if rollout.mode == "teacher_forced":
-        return []
-    return [
-        Problem(
-            (f"reward.{name}.weight", "rollout.mode", "reward"),
-            f"reward.{name}.weight must be 0 in autoregressive mode: a free sample has no real image to match",
-        )
-        for name, table in rewards.active.items()
-        if "real_images" in reward_class(table.kind).needs
-    ]
+        yield "no reward is on: give a table [reward.NAME] a weight other than 0"
+    for name, table in rewards.active.items():
+        if rollout.mode == "autoregressive" and "real_images" in reward_class(table.kind).needs:
+            yield (
+                f'reward.{name}.weight must be 0 with rollout.mode = "autoregressive": '
+                "a free sample has no real image to match"
+            )
 
 
-def rollout_problems(rollout: Rollout) -> list[Problem]:
+def rollout_problems(rollout: Rollout) -> Iterator[str]:
     """What only one of the two rollout modes can do."""
-    problems = []
     if rollout.mode == "teacher_forced" and rollout.cfg_scale != 1:
-        text = 'rollout.cfg_scale: guidance needs rollout.mode = "autoregressive"; set it to 1'
-        problems.append(Problem(("rollout.cfg_scale", "rollout.mode"), text))
+        yield 'rollout.cfg_scale: guidance needs rollout.mode = "autoregressive"; set it to 1'
     if rollout.mode == "autoregressive" and rollout.use_context_noise:
-        text = 'rollout.use_context_noise: needs rollout.mode = "teacher_forced"'
-        problems.append(Problem(("rollout.use_context_noise", "rollout.mode"), text))
+        yield 'rollout.use_context_noise: needs rollout.mode = "teacher_forced"'
     if rollout.importance_weight_cap and rollout.cfg_scale != 1 and rollout.guidance_in_loss == "conditional":
-        text = 'rollout.importance_weight_cap with guidance needs rollout.guidance_in_loss = "guided"'
-        keys = ("rollout.importance_weight_cap", "rollout.cfg_scale", "rollout.guidance_in_loss")
-        problems.append(Problem(keys, text))
-    return problems
+        yield (
+            'rollout.importance_weight_cap with guidance needs rollout.guidance_in_loss = "guided" '
+            "or rollout.cfg_scale = 1"
+        )
 
 
-def generator_problems(model: Model, tokenizer: Tokenizer, sampling: Sampling) -> list[Problem]:
+def generator_problems(model: Model, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[str]:
     """Drawing images takes both networks, whole codes and known classes."""
-    problems = model_problems(model)
-    for name, section in (("model", model), ("tokenizer", tokenizer)):
-        problems += required(name, section, ["checkpoint"])
-    problems += image_size_problems("sampling.image_size", sampling.image_size, tokenizer)
+    yield from model_problems(model)
+    yield from required("model", model, "checkpoint")
+    yield from required("tokenizer", tokenizer, "checkpoint")
+    yield from image_size_problems("sampling.image_size", sampling.image_size, tokenizer)
     if sampling.class_ids != "all" and not all(i < model.num_classes for i in sampling.class_ids):
-        text = f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
-        problems.append(Problem(("sampling.class_ids", "model.num_classes"), text))
-    return problems
+        yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
 
 
-def output_problems(output: Output) -> list[Problem]:
-    """Images go somewhere."""
-    if output.grid or output.folder or output.npz:
-        return []
-    keys = ("output.grid", "output.folder", "output.npz")
-    return [Problem(keys, "nothing to write: set output.grid, output.folder or output.npz")]
-
-
-def evaluation_problems(evaluation: Evaluation, sampling: Sampling, data: Data) -> list[Problem]:
+def evaluation_problems(evaluation: Evaluation, sampling: Sampling, data: Data) -> Iterator[str]:
     """A reference, of the side of the images that are drawn, and a network that gives features."""
-    problems = []
     if evaluation.reference is None:
-        problems += [
-            Problem((*problem.keys, "evaluation.reference"), f"{problem.text} unless evaluation.reference is set")
-            for problem in data_problems(data)
-        ]
+        yield from (f"{problem} unless evaluation.reference is set" for problem in data_problems(data))
         if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
             key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
-            text = f"{key} must equal data.image_size = {data.image_size} of the reference images"
-            problems.append(Problem((key, "data.image_size"), text))
+            yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
     if evaluation.feature_checkpoint is None and evaluation.inception_checkpoint is None:
-        keys = ("evaluation.feature_checkpoint", "evaluation.inception_checkpoint")
-        problems.append(Problem(keys, f"{keys[0]} or {keys[1]} is required"))
-    return problems
-
-
-def required(name: str, section: Convert | Model | Tokenizer, keys: Sequence[str]) -> list[Problem]:
-    """Optional keys that a job cannot do without."""
-    missing = [f"{name}.{key}" for key in keys if getattr(section, key) is None]
-    return [Problem((key,), f"{key} is required") for key in missing]
+        yield "evaluation.feature_checkpoint or evaluation.inception_checkpoint is required"

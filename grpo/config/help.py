@@ -1,11 +1,10 @@
 """The reference of all keys: `--help` of a job, and the page docs/configuration.md for all jobs."""
 
-import difflib
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from grpo.config import reference_flags as reference
-from grpo.config.errors import UserError
+from grpo.config.errors import UserError, did_you_mean
 from grpo.config.keys import Key, section_keys
 from grpo.config.recipes import RECIPES, GRPORecipe, Recipe
 from grpo.config.reward_kinds import REWARD_KINDS, reward_class, reward_kinds
@@ -26,10 +25,9 @@ def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
         UserError: there is no such section.
     """
     sections = recipe_class.sections()
-    unknown = [topic for topic in topics if topic not in sections]
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0], sections, n=1) or list(sections)
-        raise UserError(f"--help {unknown[0]}: no section of this job; there are {', '.join(nearest)}")
+    for topic in topics:
+        if topic not in sections:
+            raise UserError(f"--help {topic}: no section of this job; {did_you_mean(topic, sections)}")
     lines = [
         recipe_class.__doc__,
         "",
@@ -37,20 +35,16 @@ def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
         "A flag overrides the recipe file, the file overrides the default. --help SECTION shows that section only.",
     ]
     is_grpo = recipe_class is GRPORecipe
-    for name in topics or sections:
-        lines += ["", f"[{name}] {_title(sections[name])}"]
-        lines += _describe(_keys(name, sections[name]), with_reference=is_grpo)
-        if name == "reward" and topics:
-            for kind in reward_kinds():
-                lines += ["", f"[reward.{kind}] {_title(reward_class(kind))}"]
-                lines += _describe(_kind_keys(kind), with_reference=True)
-        elif name == "reward":
+    shown = {name: sections[name] for name in topics or sections}
+    for title, meaning, keys in _parts(shown, reward_kinds() if topics else ()):
+        lines += ["", f"[{title}] {meaning}", *_described(keys, with_reference=is_grpo)]
+        if title == "reward" and not topics:
             lines += [f"  --reward.NAME.key  (kinds: {', '.join(reward_kinds())}; --help reward tells their keys)"]
     if is_grpo and not topics:
         lines += ["", "Flags of the reference trainer besides those above"]
         lines += [f"  {flag}  (sets {key})" for flag, key in reference.REFERENCE_FLAGS.items() if key.count(".") > 1]
-        for title, section in reference.SECTIONS.items():
-            lines += ["", _title(section), *_describe(_keys(title, section), with_reference=True)]
+        for _, meaning, keys in _parts(reference.SECTIONS):
+            lines += ["", meaning, *_described(keys, with_reference=True)]
     return "\n".join(lines)
 
 
@@ -62,45 +56,40 @@ def markdown() -> str:
         names = " ".join(f"`[{name}]`" for name in recipe_class.sections())
         lines.append(f"| `grpo {job}` | {recipe_class.__doc__} | {names} |")
         sections |= recipe_class.sections()
-    for name, section in sections.items():
-        lines += ["", f"## [{name}]", "", _title(section), *_table(_keys(name, section))]
-        if name == "reward":
-            for kind in REWARD_KINDS:
-                lines += ["", f"### [reward.{kind}]", "", _title(reward_class(kind))]
-                lines += _table(_kind_keys(kind))
+    for title, meaning, keys in _parts(sections, REWARD_KINDS):
+        lines += ["", f"##{'#' * title.count('.')} [{title}]", "", meaning, *_table(keys)]
     lines += ["", "## Flags of the reference trainer that are no keys"]
-    for title, section in reference.SECTIONS.items():
-        lines += ["", _title(section), *_table(_keys(title, section))]
+    for _, meaning, keys in _parts(reference.SECTIONS):
+        lines += ["", meaning, *_table(keys)]
     return "\n".join(lines) + "\n"
 
 
-def _keys(name: str, section: type[Section]) -> Iterable[Key]:
-    return section_keys(name, section).values()
+def _parts(
+    sections: Mapping[str, type[Section]], kinds: Iterable[str] = ()
+) -> Iterator[tuple[str, str, Iterable[Key]]]:
+    """Title, meaning and keys of the sections, and of the table of each kind of reward behind [reward]."""
+    for name, section in sections.items():
+        yield name, _first_paragraph(section), section_keys({name: section}).values()
+        for kind in kinds if name == "reward" else ():
+            keys = section_keys({f"reward.{kind}": reward_class(kind).Settings}).values()
+            own = [key for key in keys if key.name != "kind"]  # which the name of the table says
+            yield f"reward.{kind}", _first_paragraph(reward_class(kind)), own
 
 
-def _kind_keys(kind: str) -> list[Key]:
-    """The keys of a table of this name, which has no need of the key `kind`."""
-    keys = section_keys(f"reward.{kind}", reward_class(kind).Settings)
-    return [key for key in keys.values() if key.name != "kind"]
-
-
-def _describe(keys: Iterable[Key], *, with_reference: bool) -> list[str]:
-    lines = []
+def _described(keys: Iterable[Key], *, with_reference: bool) -> Iterator[str]:
     for key in keys:
         flags = ", ".join(_names(key, prefix="--", with_reference=with_reference))
         default = "required" if key.default is None else f"default {key.default}"
-        lines.append(f"  {flags}  ({key.allowed}; {default})")
-        lines += textwrap.wrap(key.meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return lines
+        yield f"  {flags}  ({key.allowed}; {default})"
+        yield from textwrap.wrap(key.meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def _table(keys: Iterable[Key]) -> list[str]:
-    lines = ["", "| key | values | default | meaning |", "|---|---|---|---|"]
+def _table(keys: Iterable[Key]) -> Iterator[str]:
+    yield from ("", "| key | values | default | meaning |", "|---|---|---|---|")
     for key in keys:
         names = "<br>".join(f"`{name}`" for name in _names(key))
         default = "required" if key.default is None else f"`{key.default}`"
-        lines.append(f"| {names} | {key.allowed} | {default} | {key.meaning} |")
-    return lines
+        yield f"| {names} | {key.allowed} | {default} | {key.meaning} |"
 
 
 def _names(key: Key, *, prefix: str = "", with_reference: bool = True) -> list[str]:
@@ -109,6 +98,5 @@ def _names(key: Key, *, prefix: str = "", with_reference: bool = True) -> list[s
     return own + ([FLAG_OF_KEY[str(key)]] if with_reference and str(key) in FLAG_OF_KEY else [])
 
 
-def _title(documented: type) -> str:
-    """The first paragraph of its documentation, on one line."""
+def _first_paragraph(documented: type) -> str:
     return " ".join((documented.__doc__ or "").partition("\n\n")[0].split())

@@ -139,5 +139,4 @@ class Convert(Section):
     output: str | None = None
     """File or folder to write; it must not exist."""
     format: Literal["auto", "llamagen", "safetensors", "distributed"] = "auto"
-    """Layout to write. auto follows the name of the output: .safetensors, .pt and .pth (llamagen), or a folder
-    (distributed)."""
+    """Layout to write. auto goes by the output's name: .safetensors, .pt or .pth (llamagen), a folder (distributed)."""

@@ -10,13 +10,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from grpo.config.recipes import Recipe
-from grpo.config.reward_sections import RewardTable
 from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
 
-SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
+SCALARS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none", Any: "anything"
+}  # fmt: skip
 UNNAMED_BOUNDS = (Le(LARGEST_INT), Le(LARGEST_SEED))  # of no interest until someone exceeds them
-BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
+BOUNDS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Key:
     @property
     def default(self) -> str | None:
         """Its default as a recipe file writes it, or none; None where a value is required."""
-        return None if self.field.is_required() else toml_value(self.field.get_default(call_default_factory=True))
+        return None if self.field.is_required() else _toml(self.field.get_default(call_default_factory=True))
 
     @property
     def meaning(self) -> str:
@@ -70,31 +70,23 @@ class Key:
         Raises:
             ValidationError: it is not allowed.
         """
-        adapter = TypeAdapter(
-            Annotated[self.field.annotation, self.field],
-            config=ConfigDict(str_min_length=Section.model_config["str_min_length"]),
-        )
+        config = ConfigDict(str_min_length=Section.model_config["str_min_length"])
+        adapter = TypeAdapter(Annotated[self.field.annotation, self.field], config=config)
         return adapter.validate_strings(value) if is_text else adapter.validate_python(value, strict=True)
 
 
-def section_keys(name: str, section: type[Section]) -> dict[str, Key]:
-    """Every key of a section by its full name; the rewards' tables are no key."""
-    paths = section.path_keys if issubclass(section, RewardTable) else ()
-    fields = section.model_fields.items()
-    keys = [Key(name, key, field, is_path=key in paths) for key, field in fields if key != "tables"]
-    return {str(key): key for key in keys}
+def section_keys(sections: Mapping[str, type[Section]]) -> dict[str, Key]:
+    """Every key of these sections by its full name."""
+    return {
+        f"{title}.{name}": Key(title, name, field, is_path=name in getattr(section, "path_keys", ()))
+        for title, section in sections.items()
+        for name, field in section.model_fields.items()
+    }
 
 
-def recipe_keys(recipe_class: type[Recipe]) -> dict[str, Key]:
-    """Every key of a recipe by its name, in the order of the file, but those of the rewards' tables."""
-    sections: Mapping[str, type[Section]] = recipe_class.sections()
-    return {name: key for title, section in sections.items() for name, key in section_keys(title, section).items()}
-
-
-def toml_value(value: object) -> str:
-    """The value as a recipe file writes it."""
+def _toml(value: object) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {toml_value(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
     return "none" if value is None else tomli_w.dumps({"key": value}).removeprefix("key = ").rstrip()
 
 
@@ -110,8 +102,6 @@ def _allowed(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return f"a list, each {_allowed(arguments[0])}"
     if origin is dict:
         return "a table"
-    if annotation is NoneType:
-        return "none"
-    bounds = [BOUNDS[type(item)] + (item,) for item in metadata if type(item) in BOUNDS and item not in UNNAMED_BOUNDS]
-    limits = " and ".join(f"{sign} {getattr(item, name)}" for name, sign, item in bounds)
-    return f"{SCALARS[annotation]} {limits}".rstrip()
+    bounds = [item for item in metadata if type(item) in BOUNDS and item not in UNNAMED_BOUNDS]
+    limits = [f"{BOUNDS[type(item)]} {getattr(item, type(item).__name__.lower())}" for item in bounds]  # Gt(gt=0)
+    return f"{SCALARS[annotation]} {' and '.join(limits)}".rstrip()

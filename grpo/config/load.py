@@ -1,19 +1,15 @@
 """From a recipe file and a command line to a recipe, or to every mistake in them at once."""
 
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-import tomli
-
-from grpo.config.builder import RecipeBuilder
+from grpo.config.builder import RecipeBuilder, RecipeT
 from grpo.config.flags import help_topics, split_arguments
 from grpo.config.help import help_text
-from grpo.config.recipes import FORMER_JOBS, RECIPES, Recipe
+from grpo.config.recipes import job_named
 from grpo.config.shipped import recipe_path
-
-RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
 def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) -> RecipeT:
@@ -45,11 +41,10 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
 
 
 def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "recipe") -> RecipeT:
-    """The recipe that a TOML text describes, such as the one saved with a run.
+    """The recipe that a TOML text describes, such as the one that `Recipe.to_toml` wrote into a run.
 
     Args:
         recipe_class: the job.
-        text: what `Recipe.to_toml` wrote, or a user.
         origin: where the text comes from, for the error lines.
 
     Raises:
@@ -63,8 +58,6 @@ def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "r
 def job_of_file(config: str) -> str | None:
     """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
     try:
-        job = tomli.loads(recipe_path(config).read_text(encoding="utf-8-sig")).get("job")
+        return job_named(tomllib.loads(recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
     except (OSError, ValueError):  # of decoding text and TOML
         return None
-    job = FORMER_JOBS.get(str(job), job)
-    return job if job in tuple(RECIPES) else None

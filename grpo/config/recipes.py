@@ -3,15 +3,14 @@
 A recipe object is always valid: every key by its section, every combination by the checks of its job.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from grpo.config import checks, notes
-from grpo.config.checks import Problem
+from grpo.config import checks
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
 from grpo.config.reward_sections import Rewards
 from grpo.config.sections import (
@@ -30,9 +29,6 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
-
-WITHOUT_CHECKS = {"checks": False}
-"""Validation context that leaves the checks across keys to the caller (`Recipe.problems`)."""
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",
@@ -56,22 +52,24 @@ class Recipe(BaseModel):
         return {name: cls.model_fields[name].annotation for name in sorted(cls.model_fields, key=ORDER.index)}
 
     @model_validator(mode="after")
-    def _check_combinations(self, info: ValidationInfo) -> Self:
-        if info.context != WITHOUT_CHECKS and (problems := self.problems()):
-            raise ValueError("; ".join(problem.text for problem in problems))
+    def _check_combinations(self) -> Self:
+        if problems := list(self.problems()):
+            raise ValueError("; ".join(problems))
         return self
 
-    def problems(self) -> list[Problem]:
-        """Every impossible combination of keys; empty for a valid recipe."""
-        return []
+    def problems(self) -> Iterator[str]:
+        """A line for every impossible combination of keys; none for a valid recipe."""
+        yield from ()
 
     def notes(self) -> list[str]:
         """One line for each setting that has no effect next to the others."""
-        return []
+        changed = _changed_keys(type(self).model_construct(), self)
+        idle = [(key, reason) for is_idle, keys, reason in self._idle_keys() if is_idle for key in keys.split()]
+        return [f"{key} has no effect: {reason}" for key, reason in idle if key in changed]
 
-    def free_keys(self) -> set[str]:
-        """Every `section.key` that a resumed run may change, because it only moves work around."""
-        return {f"{name}.{key}" for name, section in self.sections().items() for key in section.free_keys()}
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        """Whether it is so, the keys that then have no effect, and why."""
+        return []
 
     def to_toml(self) -> str:
         """The resolved recipe, to be loaded again as it is: every key but those that are none, which TOML lacks."""
@@ -94,11 +92,29 @@ class TrainingRecipe(Recipe):
     metrics: Metrics = Metrics()
     debug: Debug = Debug()
 
-    def problems(self) -> list[Problem]:
-        return [*checks.data_problems(self.data), *checks.parallel_problems(self.parallel)]
+    def problems(self) -> Iterator[str]:
+        yield from checks.data_problems(self.data)
+        if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
+            yield (
+                'parallel.reshard_after_forward = "always" contradicts parallel.data_parallel = "sdp"; '
+                'set parallel.data_parallel = "fsdp"'
+            )
 
     def notes(self) -> list[str]:
-        return notes.training_notes(self.optimizer, self.checkpoint, self.metrics)
+        notes = super().notes()
+        if not self.checkpoint.save_final and not self.checkpoint.interval:
+            notes.append("checkpoint.interval = 0 and checkpoint.save_final = false: nothing of this run is saved")
+        return notes
+
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
+        best = "checkpoint.best_metric checkpoint.best_is"
+        return [
+            (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
+            (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
+            (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
+            (not self.metrics.wandb, wandb, "metrics.wandb is off"),
+        ]
 
     @property
     def run_dir(self) -> Path:
@@ -120,9 +136,10 @@ class GeneratorRecipe(TrainingRecipe):
     compile: Compile = Compile()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
 
-    def problems(self) -> list[Problem]:
-        generator = [*checks.model_problems(self.model), *checks.tokenizer_problems(self.tokenizer, self.data)]
-        return [*super().problems(), *generator]
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from checks.model_problems(self.model)
+        yield from checks.tokenizer_problems(self.tokenizer, self.data)
 
 
 class PretrainRecipe(GeneratorRecipe):
@@ -140,21 +157,32 @@ class GRPORecipe(GeneratorRecipe):
     reward: Rewards = Field(default_factory=Rewards)
     objective: Objective = Objective()
 
-    def problems(self) -> list[Problem]:
-        return [
-            *super().problems(),
-            *checks.dropout_problems(self.model, self.training),
-            *checks.batch_problems(self.rollout, self.training, self.objective),
-            *checks.reward_problems(self.reward, self.rollout),
-            *checks.rollout_problems(self.rollout),
-        ]
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from checks.dropout_problems(self.model, self.training)
+        yield from checks.batch_problems(self.rollout, self.training, self.objective)
+        yield from checks.reward_problems(self.reward, self.rollout)
+        yield from checks.rollout_problems(self.rollout)
 
     def notes(self) -> list[str]:
-        return [*super().notes(), *notes.grpo_notes(self.rollout, self.objective, self.reward)]
+        off = [name for name in self.reward.tables if name not in self.reward.active]
+        return [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
 
-    def free_keys(self) -> set[str]:
-        tables = self.reward.tables.items()
-        return super().free_keys() | {f"reward.{name}.{key}" for name, table in tables for key in table.free_keys()}
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        rollout, objective = self.rollout, self.objective
+        no_kl = objective.kl_estimator == "none"
+        one_reward = objective.advantage == "gdpo" and len(self.reward.active) == 1
+        is_whole = not rollout.top_k and rollout.top_p == 1
+        return [
+            *super()._idle_keys(),
+            (no_kl, "objective.kl_coef objective.reference_checkpoint", 'the KL term is off (objective.kl = "none")'),
+            (not objective.use_token_dropout, "objective.token_dropout", "objective.use_token_dropout is off"),
+            (one_reward, "objective.advantage", "with one reward gdpo is group_std"),
+            (not rollout.use_context_noise, "rollout.context_noise", "rollout.use_context_noise is off"),
+            (is_whole, "rollout.importance_weight_cap", "neither top_k nor top_p truncates the draw"),
+            (rollout.cfg_scale == 1, "rollout.guidance_in_loss", "guidance is off (rollout.cfg_scale = 1)"),
+            (rollout.mode == "teacher_forced", "rollout.max_rows", "teacher-forced rollouts have no cache"),
+        ]
 
 
 class TokenizerRecipe(TrainingRecipe):
@@ -166,12 +194,14 @@ class TokenizerRecipe(TrainingRecipe):
     tokenizer_loss: TokenizerLoss = TokenizerLoss()
     compile: Compile = Compile()
 
-    def problems(self) -> list[Problem]:
-        size = checks.image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
-        return [*super().problems(), *size]
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from checks.image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
 
-    def notes(self) -> list[str]:
-        return [*super().notes(), *notes.tokenizer_notes(self.tokenizer_loss)]
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        by_gradient = self.tokenizer_loss.codebook_update == "gradient"
+        keys = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
+        return [*super()._idle_keys(), (by_gradient, keys, 'codebook_update is "gradient"')]
 
 
 class ClassifierRecipe(TrainingRecipe):
@@ -193,9 +223,10 @@ class GenerateRecipe(Recipe):
     output: Output = Output()
     parallel: Parallel = Parallel()
 
-    def problems(self) -> list[Problem]:
-        generator = checks.generator_problems(self.model, self.tokenizer, self.sampling)
-        return [*generator, *checks.output_problems(self.output)]
+    def problems(self) -> Iterator[str]:
+        yield from checks.generator_problems(self.model, self.tokenizer, self.sampling)
+        if not (self.output.grid or self.output.folder or self.output.npz):
+            yield "nothing to write: set output.grid, output.folder or output.npz"
 
 
 class EvaluateRecipe(Recipe):
@@ -210,13 +241,15 @@ class EvaluateRecipe(Recipe):
     evaluation: Evaluation = Evaluation()
     parallel: Parallel = Parallel()
 
-    def problems(self) -> list[Problem]:
-        is_drawn = self.evaluation.images is None
-        generator = checks.generator_problems(self.model, self.tokenizer, self.sampling) if is_drawn else []
-        return [*generator, *checks.evaluation_problems(self.evaluation, self.sampling, self.data)]
+    def problems(self) -> Iterator[str]:
+        if self.evaluation.images is None:
+            yield from checks.generator_problems(self.model, self.tokenizer, self.sampling)
+        yield from checks.evaluation_problems(self.evaluation, self.sampling, self.data)
 
-    def notes(self) -> list[str]:
-        return notes.evaluation_notes(self.evaluation, self.sampling, self.model, self.tokenizer)
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]
+        are_given = self.evaluation.images is not None
+        return [(are_given, " ".join(keys), "evaluation.images are not drawn from a model")]
 
 
 class ConvertRecipe(Recipe):
@@ -226,22 +259,12 @@ class ConvertRecipe(Recipe):
 
     convert: Convert = Convert()
 
-    def problems(self) -> list[Problem]:
-        return checks.required("convert", self.convert, ["input", "output"])
+    def problems(self) -> Iterator[str]:
+        return checks.required("convert", self.convert, "input", "output")
 
 
-RECIPES: Mapping[str, type[Recipe]] = {
-    recipe.job: recipe
-    for recipe in (
-        GRPORecipe,
-        PretrainRecipe,
-        TokenizerRecipe,
-        ClassifierRecipe,
-        GenerateRecipe,
-        EvaluateRecipe,
-        ConvertRecipe,
-    )
-}
+_ALL = (GRPORecipe, PretrainRecipe, TokenizerRecipe, ClassifierRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe)
+RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 """Recipe class of each job."""
 
 FORMER_JOBS = {"grpo": "train", "train_tokenizer": "tokenizer", "train_classifier": "classifier"}
@@ -260,6 +283,12 @@ FORMER_KEYS = {
 """Keys of former versions, and what became of them."""
 
 
+def job_named(word: object) -> str | None:
+    """The job that a recipe file calls so; None where there is none."""
+    job = FORMER_JOBS.get(str(word), str(word))
+    return job if job in RECIPES else None
+
+
 def differences(before: Recipe, after: Recipe) -> list[str]:
     """One line for each key whose value is not the same, for two recipes of the same job."""
     return list(_changed_keys(before, after).values())
@@ -267,7 +296,8 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
 
 def changes_that_matter(before: Recipe, after: Recipe) -> list[str]:
     """Those of `differences` that a resumed run may not have: all but the keys that only move work around."""
-    return [line for key, line in _changed_keys(before, after).items() if key not in after.free_keys()]
+    free = {f"{name}.{key}" for name, section in after.sections().items() for key in section.free_keys()}
+    return [line for key, line in _changed_keys(before, after).items() if key not in free]
 
 
 def _changed_keys(before: Recipe, after: Recipe) -> dict[str, str]:

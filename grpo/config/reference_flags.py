@@ -1,10 +1,7 @@
 """The flags of the reference trainer, and what they mean in keys."""
 
-import math
-import os
 import re
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import Mapping
 
 from pydantic import FiniteFloat
 
@@ -76,25 +73,9 @@ ALL_FLAGS: Mapping[str, str] = {
 """Flag of the reference trainer -> its key, in a recipe or in one of the sections above."""
 
 EMBEDDING_SWITCH = ALL_FLAGS["--reward-use-embedcos"]
-BATCH_DEFAULTS = {"--sample-batch-size": 32, "--train-batch-size": 8, "--gradient-accumulation-steps": 1}
-STEP_FLAGS = {flag: ALL_FLAGS[flag] for flag in ("--train-batch-size", "--gradient-accumulation-steps")}
 
-
-def whole_batch(values: Mapping[str, Any], flags: Set[str]) -> dict[str, tuple[int, dict[str, int]]]:
-    """The keys of the whole batch that follow from the reference's flags and defaults, which count on each process.
-
-    Args:
-        values: value of every key that is set, where flags of the reference still have their own numbers.
-        flags: the reference's flags that are given.
-
-    Returns:
-        Key -> its value, and the flags behind it with their defaults. A key of the file stays unless a flag is given.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    counts = {"rollout.batch_size": ["--sample-batch-size"], "training.batch_size": list(STEP_FLAGS)}
-    keys = {}
-    for key, names in counts.items():
-        if key not in values or not flags.isdisjoint(names):
-            numbers = [values.get(ALL_FLAGS[flag], BATCH_DEFAULTS[flag]) for flag in names]
-            keys[key] = (math.prod(numbers) * ranks, {flag: BATCH_DEFAULTS[flag] for flag in names})
-    return keys
+BATCH_FLAGS: Mapping[str, Mapping[str, int]] = {
+    "rollout.batch_size": {"--sample-batch-size": 32},
+    "training.batch_size": {"--train-batch-size": 8, "--gradient-accumulation-steps": 1},
+}
+"""Keys of a whole batch -> the flags whose product is the share of one process, and the reference's defaults."""

@@ -1,11 +1,10 @@
 """The kinds of rewards: names that are imported only when a recipe asks for them."""
 
-import difflib
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from grpo.config.errors import UserError
+from grpo.config.errors import UserError, did_you_mean
 
 REWARD_KINDS: dict[str, str] = {
     "reconstruction": "grpo.rewards.reconstruction:Reconstruction",
@@ -30,9 +29,7 @@ def reward_class(kind: str) -> Any:
     """
     kinds = reward_kinds()
     if kind not in kinds:
-        nearest = difflib.get_close_matches(kind, kinds, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(kinds)}"
-        raise UserError(f'unknown kind of reward "{kind}"; {hint}')
+        raise UserError(f'unknown kind of reward "{kind}"; {did_you_mean(kind, kinds)}')
     module, _, name = kinds[kind].partition(":")
     try:
         return getattr(import_module(module), name)

@@ -2,14 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    Field,
-    FiniteFloat,
-    SerializeAsAny,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import ConfigDict, FiniteFloat, SerializeAsAny, model_validator
 
 from grpo.config.reward_kinds import reward_class
 from grpo.config.sections import MayChange, NonNegativeInt, Section
@@ -38,39 +31,33 @@ class RewardTable(Section):
         return self
 
 
-def reward_table(name: str, keys: dict[str, Any]) -> RewardTable:
-    """[reward.NAME] with these keys."""
-    table = {"kind": name, **keys}
-    return reward_class(table["kind"]).Settings.model_validate(table)
-
-
 class Rewards(Section):
     """The weighted sum of rewards of one completion; each reward is a table of its own, [reward.NAME]."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, SerializeAsAny[RewardTable]]  # the tables
 
     batch_size: Annotated[NonNegativeInt, MayChange] = 64
     """Completions decoded and scored at once on each rank; 0 is what fits into a GPU's memory, and 64 on a CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the decoder and the networks that reward; auto is bf16 on a GPU and fp32 on a CPU."""
-    tables: dict[str, SerializeAsAny[RewardTable]] = Field(
-        default_factory=lambda: {REFERENCE_REWARD: reward_table(REFERENCE_REWARD, {})}
-    )
-    """Name -> table; in a file, and dumped, each table is an entry of its own beside the other keys."""
 
     @model_validator(mode="before")
     @classmethod
-    def _gather_tables(cls, values: Any) -> Any:
-        entries = values.items() if isinstance(values, dict) else ()
-        found = {name: keys for name, keys in entries if isinstance(keys, dict) and name not in cls.model_fields}
-        if not found:
+    def _type_tables(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
             return values
-        own = {name: value for name, value in entries if name not in found}
-        return {**own, "tables": {name: reward_table(name, keys) for name, keys in found.items()}}
-
-    @model_serializer(mode="wrap")
-    def _spread_tables(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = dump(self)
-        tables = values.pop("tables")
+        tables = {name: table for name, table in values.items() if name not in cls.model_fields}
+        for name, table in (tables or {REFERENCE_REWARD: {}}).items():
+            if isinstance(table, dict):
+                table = {"kind": name, **table}
+                tables[name] = reward_class(table["kind"]).Settings.model_validate(table)
         return {**values, **tables}
+
+    @property
+    def tables(self) -> dict[str, RewardTable]:
+        """Name -> table."""
+        return self.__pydantic_extra__
 
     @property
     def active(self) -> dict[str, RewardTable]:

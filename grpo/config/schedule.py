@@ -17,9 +17,8 @@ class Schedule:
         group_size: G, completions of each image.
         completions_per_step: completions of one optimizer step.
         micro_batch_size: rows of one forward and backward, at most.
-        trains_sampling_forward: whether a teacher-forced rollout keeps its graph and the update trains on it. It takes
-            one optimizer step a rollout, so that the policy which samples is the one that is trained, and rewards that
-            need no look at the other images of the batch before the first backward.
+        trains_sampling_forward: whether the update trains on the graph that a teacher-forced rollout keeps. It takes
+            one optimizer step a rollout, and rewards that need no look at other images before the first backward.
         scores_targets: whether the codes of real images are part of the loss.
     """
 
@@ -41,16 +40,13 @@ class Schedule:
         ranks: int,
         whole_batch_rewards: bool = False,
     ) -> Self:
-        """The schedule of a recipe on so many ranks.
-
-        Args:
-            whole_batch_rewards: some reward looks at all completions of a rollout together.
+        """The schedule on so many ranks, where `whole_batch_rewards` look at all completions of a rollout together.
 
         Raises:
             UserError: the batches cannot be shared by the ranks.
         """
         group, drawn = rollout.num_generations, rollout.batch_size * rollout.num_generations
-        step = drawn if training.batch_size is None else training.batch_size
+        step = training.batch_size or drawn
         for key, size in (("rollout.batch_size", rollout.batch_size), ("training.batch_size", step)):
             if size % ranks:
                 raise UserError(f"{key} = {size} cannot be shared by {ranks} ranks: make it a multiple of {ranks}")

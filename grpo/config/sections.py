@@ -1,9 +1,8 @@
 """The sections that several jobs share: every key, its type, its default, what it means.
 
-A section is a frozen pydantic model; the string under a field is its documentation and appears in `--help`. Defaults
-are those of the reference trainer (VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines
-mean the same here. Checks that need one key only live with the field; checks across keys live in `checks.py`.
-Sections that belong to one job are in `job_sections.py`, those of the rewards in `reward_sections.py`.
+The string under a field is its documentation and appears in `--help`. Defaults are those of the reference trainer
+(VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines mean the same here. Checks of one
+key live with its field, those across keys in `checks.py`; sections of one job or of rewards have files of their own.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -86,14 +85,13 @@ class Data(Section):
     """The images."""
 
     name: Literal["imagenet", "huggingface", "folder", "digits", "synthetic"] = "imagenet"
-    """Where images come from. imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is;
-    huggingface and folder insist on one of them; digits: the MNIST digits shipped with the project; synthetic: random
-    images, for trying the machinery."""
+    """imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is; huggingface and folder
+    insist on one of them; digits: MNIST digits, which come along; synthetic: random images, to try the machinery."""
     path: str | None = None
     """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required unless digits or synthetic."""
     split: str = "train"
-    """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, train_a and train_b, its
-    halves, validation, test, heldout, all)."""
+    """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, its halves train_a and
+    train_b, validation, test, heldout, all)."""
     image_size: PositiveInt = 256
     """Side of the square centre crop, pixels."""
     num_workers: Annotated[NonNegativeInt, MayChange] = 8
@@ -102,11 +100,6 @@ class Data(Section):
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
     max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
-
-    @property
-    def is_built_in(self) -> bool:
-        """Whether the images come with the project and need no path."""
-        return self.name in ("digits", "synthetic")
 
 
 class Rollout(Section):
@@ -127,8 +120,7 @@ class Rollout(Section):
     cfg_scale: GuidanceScale = 1.0
     """Classifier-free guidance of autoregressive rollouts; 1 is off."""
     guidance_in_loss: Literal["guided", "conditional"] = "guided"
-    """Distribution that the loss scores when guidance is on: the guided one (exact) or the conditional one (cheaper,
-    biased; the gap is logged)."""
+    """What the loss scores under guidance: the guided distribution (exact) or the conditional one (cheaper, biased)."""
     use_context_noise: bool = False
     """Replace a share of the teacher-forced context by random codes."""
     context_noise: Fraction = 0.5
@@ -136,8 +128,7 @@ class Rollout(Section):
     importance_weight_cap: NonNegativeFloat = 0.0
     """Weight tokens by min(p_full / p_truncated, cap) when top-k or top-p truncate the draw; 0 is off."""
     max_rows: Annotated[NonNegativeInt, MayChange] = 0
-    """Completions decoded together in autoregressive rollouts, to bound the cache; 0 is what fits into a GPU's memory,
-    and all on a CPU."""
+    """Completions sampled together in autoregressive mode; 0 is what fits into a GPU's memory, and all on a CPU."""
 
     @property
     def loss_cfg_scale(self) -> float:
@@ -218,8 +209,7 @@ class Optimizer(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global L2 norm."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    """Learning rate after warm-up: constant, cosine to zero, or one cycle (warm-up over 30 % of the steps, then
-    cosine to zero)."""
+    """Learning rate after warm-up: constant, or cosine to zero; one_cycle: 30 % of the steps up, then cosine to 0."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up (constant and cosine)."""
 
@@ -232,11 +222,11 @@ class Training(Section):
     seed: Seed = 0
     """Seed of initial weights, data order and sampling."""
     batch_size: PositiveInt | None = None
-    """What one optimizer step takes, over all ranks: completions in `train`, images elsewhere. None is all completions
-    of a rollout (exactly on-policy, and the fastest), and 64 images."""
+    """Completions (in `train`) or images (elsewhere) of one optimizer step, over all ranks. None is a whole rollout
+    (exactly on-policy, and the fastest), and 64 images."""
     micro_batch_size: Annotated[PositiveInt, MayChange] = 8
-    """Sequences in one forward and backward on each rank, at most: it bounds memory and, but for rounding, changes no
-    result. With teacher forcing a sequence is an image with all its completions, elsewhere one completion or image."""
+    """Rows in one forward and backward on each rank, at most; it bounds memory and, but for rounding, changes nothing.
+    With teacher forcing a row is an image with all its completions, elsewhere one completion or image."""
     mixed_precision: Precision = "bf16"
     """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling. auto: bf16 where the
     device multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32."""
@@ -261,25 +251,21 @@ class Parallel(Section):
     may_change = True
 
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
-    """fsdp: shard parameters, gradients and optimizer; sdp: parameters stay gathered after the forward; hsdp: shard
-    within groups of ranks and replicate across them."""
+    """fsdp: shard parameters, gradients, optimizer; sdp: keep parameters gathered; hsdp: shard in groups of ranks."""
     shard_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
-    """Ranks of one shard group in hsdp. -1 fills in: the ranks of one host, or all ranks / replicate_size where that is
-    set."""
+    """Ranks of one shard group in hsdp; -1 is those of one host, or all ranks / replicate_size where that is set."""
     replicate_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
     """Shard groups in hsdp, each with the whole model. -1 fills in: all ranks / shard_size."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
-    """Free the gathered parameters of a block after its forward and gather them again for its backward. always saves
-    memory, never saves a gather; auto is never in sdp and always otherwise."""
+    """Free a block's gathered parameters after its forward. always saves memory, never a gather; auto: never in sdp."""
     defer_gradient_sync: bool = True
-    """Reduce gradients over ranks once an optimizer step, in the backward of its last micro-batch. Until then each rank
-    holds the gradient of the whole model; without it every micro-batch reduces, and ranks hold their shards only."""
+    """Reduce gradients over ranks once an optimizer step; until its last micro-batch each rank holds the gradient of
+    the whole model. false: every micro-batch reduces, and ranks hold their shards only."""
     shard_blocks: bool = True
-    """Gather and reduce each block apart. false: the model as a whole, for models so small that the latency of a
-    collective counts more than its bytes."""
+    """Gather and reduce each block apart; false: the whole model, where latency counts more than bytes."""
     timeout: PositiveInt = 600
-    """Seconds after which a collective, or a checkpoint in the making, that a rank does not join ends the run. It is
-    also how long a start waits for another process that still writes into the run's folder."""
+    """Seconds after which a collective or checkpoint that a rank does not join ends the run. A start waits as long for
+    another process that still writes into the run's folder."""
 
 
 class Compile(Section):
@@ -308,8 +294,7 @@ class Checkpoint(Section):
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
     dir: str = "checkpoints"
-    """Folder of the checkpoints. The default is the folder of this name inside the run's folder; any other value is a
-    path of its own."""
+    """Folder of the checkpoints. The default is inside the run's folder; any other value is a path of its own."""
     sharded: bool = False
     """Write shards only; otherwise also `consolidated.pth`, the weights in one file that LlamaGen loads."""
     safetensors: bool = False

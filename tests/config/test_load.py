@@ -14,7 +14,7 @@ from grpo.config import (
     job_of_file,
     load_recipe,
 )
-from grpo.config.keys import recipe_keys
+from grpo.config.keys import section_keys
 from grpo.config.reference_flags import ALL_FLAGS
 
 MINIMAL = ["--data.name", "synthetic"]
@@ -112,7 +112,7 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
         f'{path}: optimizer.lr must be a number >= 0, not "0.1"',
         f"{path}: optimizer.beta3: unknown key; did you mean optimizer.beta2?",
         f"{path}: objective.clip_rang: unknown key; did you mean objective.clip_range?",
-        f"{path}: [optimiser]: unknown section; did you mean [optimizer]?",
+        f"{path}: [optimiser]: unknown section; did you mean optimizer?",
         f"{path}: [weather]: unknown section; there are model, tokenizer, data, rollout, reward, objective, optimizer, "
         "training, parallel, compile, activation_checkpoint, checkpoint, metrics, debug",
         f"{path}: training.steps must be a whole number > 0, not 2.5",
@@ -218,7 +218,7 @@ def test_combination_names_every_origin(recipe_file) -> None:
     path = recipe_file('[data]\nname = "synthetic"\n[training]\nbatch_size = 12\n')
     assert problems_of(GRPORecipe, ["--config", path, "--sample-batch-size", "4"]) == [
         f"{path}, --sample-batch-size 4: training.batch_size = 12 completions of one optimizer step must divide "
-        "rollout.batch_size x num_generations = 32 completions of one rollout"
+        "rollout.batch_size x rollout.num_generations = 32 completions of one rollout"
     ]
 
 
@@ -248,7 +248,7 @@ def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture) -> None:
         load_recipe(GRPORecipe, ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for key in recipe_keys(GRPORecipe):
+    for key in section_keys(GRPORecipe.sections()):
         assert f"  --{key}" in text
     for flag, key in ALL_FLAGS.items():
         assert f"  --{key}, {flag}  (" in text or f"  {flag}  (" in text
@@ -263,7 +263,7 @@ def test_help_of_a_section(capsys: pytest.CaptureFixture) -> None:
     assert "  --reward.reconstruction.distance, --reward-rec-type  (one of l1, l2; default" in text
     assert "  --reward.class_log_prob.checkpoint  (text; required)" in text
     assert "optimizer" not in text
-    with pytest.raises(UserError, match="--help rewards: no section of this job; there are reward"):
+    with pytest.raises(UserError, match="--help rewards: no section of this job; did you mean reward"):
         load_recipe(GRPORecipe, ["--help", "rewards"])
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from grpo.config import GRPORecipe, PretrainRecipe, UserError, load_recipe
-from grpo.config.keys import recipe_keys
-from grpo.config.reference_flags import ALL_FLAGS, REFERENCE_FLAGS, STEP_FLAGS, Unavailable
+from grpo.config.keys import section_keys
+from grpo.config.reference_flags import ALL_FLAGS, BATCH_FLAGS, REFERENCE_FLAGS, Unavailable
 
 SEED_FLAGS = json.loads((Path(__file__).parents[1] / "fixtures" / "seed_flags.json").read_text())
 REQUIRED = {"--vq-ckpt": "vq.pth", "--data-path": "images"}
@@ -106,7 +106,8 @@ def value_of(recipe: GRPORecipe, key: str) -> object:
 def test_flags_are_those_of_the_reference() -> None:
     assert {entry["flag"] for entry in SEED_FLAGS} == {*ACCEPTED, *REFUSED, *TRANSLATED} == ALL_FLAGS.keys()
     moved = {entry["flag"] for entry in SEED_FLAGS if REFERENCE_FLAGS.get(entry["flag"]) != entry["key"]}
-    assert moved == {flag for flag in ALL_FLAGS if flag.startswith("--reward-")} | STEP_FLAGS.keys()
+    of_rewards = {flag for flag in ALL_FLAGS if flag.startswith("--reward-")}
+    assert moved == of_rewards | BATCH_FLAGS["training.batch_size"].keys()
     documented = {entry["flag"] for entry in SEED_FLAGS[:42]}
     assert documented & REFUSED.keys() == {"--cls-token-num"}  # whose only value for these models is its default
 
@@ -253,4 +254,4 @@ def test_published_command(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_jobs_take_keys_only() -> None:
     with pytest.raises(UserError, match="--epochs: unknown flag"):
         load_recipe(PretrainRecipe, ["--data.name", "synthetic", "--epochs", "3"])
-    assert "training.steps" in recipe_keys(PretrainRecipe)
+    assert "training.steps" in section_keys(PretrainRecipe.sections())

@@ -132,8 +132,8 @@ def test_all_mistakes_of_tables_are_reported_with_the_others(recipe_file) -> Non
         ),
         (
             ["--rollout.mode", "autoregressive"],
-            "--rollout.mode autoregressive: reward.reconstruction.weight must be 0 in autoregressive mode: a free "
-            "sample has no real image to match",
+            "--rollout.mode autoregressive: reward.reconstruction.weight must be 0 with rollout.mode = "
+            '"autoregressive": a free sample has no real image to match',
         ),
         (
             ["--reward.reconstruction.weight", "0"],

@@ -206,7 +206,7 @@ def test_it_may_be_the_only_reward(tokenizer, write):
         "def f(images, class_names, bonus):\n    return [bonus if name == 'dog' else 0 for name in class_names]"
     )
     reward = build_rewards(
-        Rewards(tables={"dogs": settings(file, weight=0.5, arguments={"bonus": 4})}),
+        Rewards(dogs=settings(file, weight=0.5, arguments={"bonus": 4})),
         tokenizer,
         class_names=["cat", "dog"],
         device=torch.device("cpu"),
@@ -222,7 +222,7 @@ def test_a_failure_names_the_table(tokenizer, write):
     tables = {"sharp": settings(write(""), "sharpness")}
     arguments = {"class_names": [], "device": torch.device("cpu"), "compile": Compile()}
     with pytest.raises(UserError, match=r"^reward\.sharp: function: .*my_rewards\.py has no function sharpness$"):
-        build_rewards(Rewards(tables=tables), tokenizer, **arguments)
+        build_rewards(Rewards(**tables), tokenizer, **arguments)
 
 
 def example(first_line):

@@ -36,7 +36,7 @@ COSINE = {"cosine": EmbeddingCosine.Settings(kind="embedding_cosine")}
 
 def build(tokenizer, tables=NEAR, *, compile=False, **keys):
     return build_rewards(
-        Rewards(tables=tables, **keys),
+        Rewards(**tables, **keys),
         tokenizer,
         class_names=[str(i) for i in range(10)],
         device=CPU,
