@@ -141,6 +141,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Any) -
         config = {field.name: getattr(config, field.name) for field in fields(config) if field.compare}
     path.touch()
     mode = path.stat().st_mode  # the library makes a file that its owner alone can read
-    metadata = {"format": "pt"} | ({} if config is None else {_CONFIG: json.dumps(config)})
+    # One key: several would be written in an order that changes, and equal weights are to make equal files.
+    metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
     safetensors.torch.save_file(dict(tensors), path, metadata=metadata)
     path.chmod(mode)
