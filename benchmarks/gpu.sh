@@ -10,6 +10,7 @@
 # Without a second argument: both.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD  # nothing is installed there
 out=${1:?folder for the results}
 what=${2:-all}
 python=${PYTHON:-python3}
@@ -42,5 +43,5 @@ if [ "$what" != kernels ]; then
   part bench-run 420 "$python" benchmarks/bench_run.py --preset vapi-xxl-384 --json "$out/$stamp-gpu-run.json"
   part bench-rollout 300 "$python" benchmarks/bench_rollout.py --preset xxl-384 --json "$out/$stamp-gpu-rollout.json"
   part bench-update 240 "$python" benchmarks/bench_update.py --preset b-256 --json "$out/$stamp-gpu-update.json"
-  part quickstart 300 "$python" recipes/quickstart.py --run-dir "$out/quickstart"
+  part quickstart 300 "$python" -m grpo quickstart --run-dir "$out/quickstart"
 fi

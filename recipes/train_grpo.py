@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from grpo.config import GRPORecipe, Schedule, load_recipe
 from grpo.data import CodeCache, ImageBatch, ImageStream, build_dataset, build_stream
@@ -56,7 +56,8 @@ def train(recipe: GRPORecipe, world: World) -> None:
                 metrics.merge(rewarded.metrics(), credited, updated)
                 shown = shown or sample_rows(batch, rewarded, job)
             run.observer.images(step, shown)
-            run.finish(step, metrics, images=job.schedule.completions * world.size, codes=job.codes, work=job.work)
+            drawn, codes = job.schedule.completions * world.size, job.policy.config.block_size
+            run.finish(step, metrics, images=drawn, codes=codes, work=job.work)
 
 
 class Job(NamedTuple):
@@ -67,59 +68,43 @@ class Job(NamedTuple):
     policy: nn.Module
     rollout: Callable[[ImageBatch], Trajectory]
     reward: RewardSum
-    credit: Callable
+    credit: Callable[[Rewarded], tuple[Tensor, MetricSums]]
     update: PolicyUpdate
-    codes: int
-    work: Work
-    shows_real: bool
+    work: Work  # of a step on one rank, to tell how well the devices are used
+    shows_real: bool  # whether completions are of the real images
 
 
 def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     """Data, models, rollout, rewards and update of a recipe."""
-    training, objective, world = recipe.training, recipe.objective, run.world
+    training, objective, world, seed = recipe.training, recipe.objective, run.world, recipe.training.seed
     schedule = Schedule.of(rollout=recipe.rollout, training=training, objective=objective, ranks=world.size)
     dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)
-    stream = build_stream(
-        dataset,
-        batch_size=recipe.rollout.batch_size,
-        seed=training.seed,
-        num_workers=recipe.data.num_workers,
-        world=world,
-    )
-    tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
+    images, workers = recipe.rollout.batch_size, recipe.data.num_workers
+    stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)
+    tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
     codes = CodeCache.of(tokenizer, dataset, enabled=recipe.data.cache_codes).codes
     generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
     if objective.kl_estimator != "none":
         frozen = objective.reference_checkpoint or recipe.model.checkpoint
         reference = generator(checkpoint=frozen).eval().requires_grad_(False)
-    draw = build_draw(recipe.rollout, seed=training.seed, impl=training.kernels)
+    sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
+    rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
     reward = build_rewards(
-        recipe.reward,
-        tokenizer,
-        class_names=dataset.class_names,
-        num_classes=recipe.model.num_classes,
-        device=world.device,
-        compile=recipe.compile,
+        recipe.reward, tokenizer, class_names=dataset.class_names, device=world.device, compile=recipe.compile
     )
+    optimizer = build_optimizer(policy, recipe, world, steps_per_training_step=schedule.steps_per_rollout)
     update = PolicyUpdate(
-        policy,
-        build_optimizer(policy, recipe, world, steps_per_training_step=schedule.steps_per_rollout),
-        objective=objective,
-        rollout=recipe.rollout,
-        draw=draw,
-        schedule=schedule,
-        reference=reference,
+        policy, optimizer, objective=objective, rollout=recipe.rollout, reference=reference, **sampling
     )
     return Job(
         schedule=schedule,
         stream=stream,
         policy=policy,
-        rollout=build_rollout(policy, run.timer("encode")(codes), recipe.rollout, draw=draw, schedule=schedule),
+        rollout=rollout,
         reward=reward,
         credit=partial(credit, group_size=schedule.group_size, objective=objective),
         update=update,
-        codes=policy.config.block_size,
         work=grpo_work(recipe, policy.config, schedule),
         shows_real=recipe.rollout.mode == "teacher_forced",
     )

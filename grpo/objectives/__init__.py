@@ -2,5 +2,3 @@
 
 from grpo.objectives.advantages import credit, group_advantages, spreadless_groups
 from grpo.objectives.policy_loss import policy_loss, token_weights
-
-__all__ = ["credit", "group_advantages", "policy_loss", "spreadless_groups", "token_weights"]

@@ -11,19 +11,12 @@ from grpo.config.sections import AdvantageKind
 from grpo.parallel import MetricSums, all_reduce_sums
 from grpo.rewards import Rewarded
 
-ADVANTAGE_KINDS = get_args(AdvantageKind)
-
 
 def credit(rewarded: Rewarded, *, group_size: int, objective: Objective) -> tuple[Tensor, MetricSums]:
     """Advantages [R, M] of completions in groups of G, one after the other, and how much the groups spread."""
     groups = rewarded.total.view(-1, group_size)  # [B, G]
-    advantages = group_advantages(
-        groups,
-        kind=objective.advantage,
-        clip=objective.advantage_clip,
-        components=rewarded.components.view(-1, *groups.shape),
-        component_weights=rewarded.weights,
-    )
+    parts = {"components": rewarded.components.view(-1, *groups.shape), "component_weights": rewarded.weights}
+    advantages = group_advantages(groups, kind=objective.advantage, clip=objective.advantage_clip, **parts)
     metrics = MetricSums()
     metrics.add("zero_spread", spreadless_groups(groups).sum(), len(groups))
     if group_size > 1:
@@ -34,8 +27,7 @@ def credit(rewarded: Rewarded, *, group_size: int, objective: Objective) -> tupl
 def spreadless_groups(rewards: Tensor) -> Tensor:
     """Which groups [B, G] have no spread beyond fp32 rounding of their values, [B] bool.
 
-    Equal images decoded in different batches differ by a few units in the last place, and so does a mean from its
-    terms; such differences say nothing about which completion is better.
+    Equal images decoded in different batches differ by a few units in the last place, which says nothing about them.
     """
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
     return spread <= 8 * torch.finfo(torch.float32).eps * rewards.abs().amax(dim=1)
@@ -69,8 +61,8 @@ def group_advantages(
     Raises:
         ValueError: unknown kind, G < 2, or gdpo without components. `batch_std` is collective over ranks.
     """
-    if kind not in ADVANTAGE_KINDS:
-        raise ValueError(f"unknown advantage kind {kind!r}; one of {', '.join(ADVANTAGE_KINDS)}")
+    if kind not in (known := get_args(AdvantageKind)):
+        raise ValueError(f"unknown advantage kind {kind!r}; one of {', '.join(known)}")
     size = rewards.shape[-1]
     if size < 2 and kind != "batch_std":
         raise ValueError(f"{kind} compares completions of one image and needs at least 2 of them")
@@ -79,7 +71,7 @@ def group_advantages(
         if components is None or component_weights is None:
             raise ValueError("gdpo needs the rewards before weighting and their weights")
         parts = zip(components, component_weights, strict=True)
-        advantages = sum(weight * group_advantages(part, kind="group_std", eps=eps) for part, weight in parts)
+        advantages = sum(weight * group_advantages(part, eps=eps) for part, weight in parts)
     else:
         advantages = rewards - rewards.mean(dim=1, keepdim=True) if size > 1 else rewards
         if kind == "group_std":
@@ -96,6 +88,6 @@ def group_advantages(
 def _global_std(rewards: Tensor) -> Tensor:
     """Unbiased standard deviation of the rewards of all ranks; two passes, since rewards may share a large offset."""
     total = all_reduce_sums({"sum": rewards.double().sum(), "count": rewards.numel()})
-    mean = total["sum"] / total["count"]
-    squares = all_reduce_sums({"squares": (rewards.double() - mean).square().sum()})["squares"]
+    deviations = rewards.double() - total["sum"] / total["count"]
+    squares = all_reduce_sums({"squares": deviations.square().sum()})["squares"]
     return rewards.new_tensor((squares / max(total["count"] - 1, 1)) ** 0.5)

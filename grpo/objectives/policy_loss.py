@@ -9,8 +9,6 @@ from torch import Tensor
 from grpo.config.sections import PolicyLoss
 from grpo.kernels import clipped_ratio_loss
 
-LOSSES = get_args(PolicyLoss)
-
 
 def token_weights(
     shape: tuple[int, int, int],
@@ -28,7 +26,6 @@ def token_weights(
     divided by the constant length. A dropped token has weight 0.
 
     Args:
-        shape: (R, M, T).
         sequences: completions of the whole optimizer step, over all ranks and micro-batches.
         keep: [R, M, T] bool, the tokens not dropped from the loss; None keeps all.
         keep_probability: the probability with which `keep` was drawn.
@@ -36,11 +33,11 @@ def token_weights(
     length = shape[-1]
     if keep is None:
         return torch.full(shape, 1.0 / (length * sequences), device=device)
-    kept = keep.float()
     if loss in ("grpo", "gspo"):
-        return kept / (kept.sum(dim=-1, keepdim=True).clamp_min(1.0) * sequences)
-    expected_length = length if loss == "dr_grpo" else length * keep_probability
-    return kept / (expected_length * sequences)
+        length = keep.float().sum(dim=-1, keepdim=True).clamp_min(1.0)
+    elif loss != "dr_grpo":
+        length = length * keep_probability
+    return keep.float() / (length * sequences)
 
 
 def policy_loss(
@@ -66,24 +63,18 @@ def policy_loss(
     Args:
         log_probs, old_log_probs: [R, M, T] fp32, with gradient, and under the policy that sampled.
         advantages: [R, M].
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         weights: [R, M, T] from `token_weights`; None is the mean over this input.
         ref_log_probs: [R, M, T] under the frozen reference, required unless kl is "none".
         kl, kl_coef: estimator k1, k2 or k3 (Schulman, "Approximating KL divergence") and its weight.
-        impl: backend of the operation.
 
     Returns:
         (loss [], metrics): the sums of `clipped_ratio_loss` and their counts, "tokens" and, for the ratio of gspo,
-            "sequences".
-
-    Raises:
-        ValueError: unknown loss.
+            "sequences". A ValueError if the loss is unknown.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"unknown policy loss {loss!r}; one of {', '.join(LOSSES)}")
+    if loss not in (known := get_args(PolicyLoss)):
+        raise ValueError(f"unknown policy loss {loss!r}; one of {', '.join(known)}")
     if weights is None:
-        sequences = log_probs.shape[0] * log_probs.shape[1]
-        weights = token_weights(tuple(log_probs.shape), loss=loss, sequences=sequences, device=log_probs.device)
+        weights = torch.full_like(log_probs, 1.0 / log_probs.numel())
     ratio_loss = partial(clipped_ratio_loss, clip_low=clip_low, clip_high=clip_high, impl=impl)
     penalty = {"ref_log_probs": ref_log_probs, "kl": kl, "kl_coef": kl_coef}
     if loss != "gspo":

@@ -2,5 +2,3 @@
 
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.reward_sum import Rewarded, RewardSum, build_rewards
-
-__all__ = ["DecodedBatch", "Reward", "RewardContext", "RewardSum", "Rewarded", "build_rewards"]

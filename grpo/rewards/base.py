@@ -1,15 +1,17 @@
 """What a reward is, what it is built from and what it sees."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from grpo.config import RewardTable
 from grpo.models import Condition, VQModel
-from grpo.rewards.networks import Network, prepare
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,14 @@ class RewardContext:
     tokenizer: VQModel
     device: torch.device
     dtype: torch.dtype
-    num_classes: int
     class_names: Sequence[str]
 
     def prepare(self, network: Network) -> Network:
-        """A network that rewards: on the device, frozen, in `dtype` and the layout that is fastest with it."""
-        return prepare(network.to(self.device).requires_grad_(False), self.dtype)
+        """A network that rewards: on the device, frozen; a copy in `dtype` and tensor cores' layout unless fp32."""
+        network = network.to(self.device).requires_grad_(False)
+        if self.dtype == torch.float32:
+            return network
+        return copy.deepcopy(network).to(dtype=self.dtype, memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Reward:
     """One kind of reward: higher is better, one number a completion, no gradient.
 
     It depends on nothing but its own completion and that one's image, so that batches can be cut anywhere. What it
-    computes of real images is computed from `real_images`, once each, and then indexed by `image_of`. It is built from
+    needs of real images is computed from `real_images`, once each, and then indexed by `image_of`. It is built from
     its settings and the context, and raises a `UserError` whose lines begin with the key that is wrong.
     """
 

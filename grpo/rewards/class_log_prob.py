@@ -22,12 +22,10 @@ class ClassLogProb(Reward):
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.classifier = context.prepare(load_classifier(settings.checkpoint))
         self.networks = [self.classifier]
-        known = self.classifier.config.num_classes
-        if known != context.num_classes:
-            raise UserError(
-                f"checkpoint: {settings.checkpoint} knows {known} classes, model.num_classes is "
-                f"{context.num_classes}; give a classifier of the same classes"
-            )
+        known, wanted = self.classifier.config.num_classes, len(context.class_names)
+        if known != wanted:
+            differ = f"{settings.checkpoint} knows {known} classes, model.num_classes is {wanted}"
+            raise UserError(f"checkpoint: {differ}; give a classifier of the same classes")
 
     def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32, at most 0."""

@@ -1,17 +1,12 @@
-"""Frozen networks of the rewards in the precision and memory layout in which they are fastest."""
+"""The precision of the rewards' networks, and how much of the tokenizer's work fits into memory."""
 
-import copy
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
-from torch import nn
 
 from grpo.models import VQConfig
 from grpo.parallel import free_memory
 
-Network = TypeVar("Network", bound=nn.Module)
-
-CPU_BATCH = 64
 MEMORY_SHARE = 0.5  # of the free memory, for the decoder's activations
 FEATURE_MAPS = 6  # of full resolution that a decoder holds at once, with those that a convolution works in
 MAX_ELEMENTS = 2**31 - 1  # of one tensor; beyond, convolutions leave their fast 32-bit indexing
@@ -23,17 +18,10 @@ def reward_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.devic
     return torch.bfloat16 if low else torch.float32
 
 
-def prepare(network: Network, dtype: torch.dtype) -> Network:
-    """The network as it is for fp32, else a copy in that dtype, with the channels-last layout of tensor cores."""
-    if dtype == torch.float32:
-        return network
-    return copy.deepcopy(network).to(dtype=dtype, memory_format=torch.channels_last)
-
-
 def decode_batch(config: VQConfig, num_codes: int, *, dtype: torch.dtype, device: torch.device) -> int:
     """Completions of T = `num_codes` that a tokenizer can decode at once in the memory now free; 64 on a CPU."""
     if device.type != "cuda":
-        return CPU_BATCH
+        return 64
     in_memory = int(free_memory(device) * MEMORY_SHARE) // bytes_per_image(config, num_codes, dtype=dtype)
     return max(1, min(in_memory, MAX_ELEMENTS // _largest_map(config, num_codes)))
 
@@ -45,5 +33,4 @@ def bytes_per_image(config: VQConfig, num_codes: int, *, dtype: torch.dtype) -> 
 
 def _largest_map(config: VQConfig, num_codes: int) -> int:
     """Elements of the largest feature map of one image."""
-    pixels = num_codes * (config.downsample_size // config.patch_size) ** 2
-    return pixels * config.ch * config.ch_mult[0]
+    return num_codes * (config.downsample_size // config.patch_size) ** 2 * config.ch * config.ch_mult[0]

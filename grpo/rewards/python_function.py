@@ -71,9 +71,9 @@ class PythonFunction(Reward):
         code = getattr(inspect.unwrap(self.function), "__code__", None)
         self.place = f"{code.co_filename}:{code.co_firstlineno}" if code else self.file
         try:
-            parameters = inspect.signature(self.function)
-            self.wanted = [name for name in OFFERED if name in parameters.parameters and name not in self.arguments]
-            parameters.bind("images", **dict.fromkeys(self.wanted), **self.arguments)
+            signature = inspect.signature(self.function)
+            self.wanted = [name for name in OFFERED if name in signature.parameters and name not in self.arguments]
+            signature.bind("images", **dict.fromkeys(self.wanted), **self.arguments)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"function: {self.place}: cannot call {self.name}: {error}. It gets the images, by name its arguments "
@@ -109,16 +109,17 @@ def _load(file: str, source: bytes) -> ModuleType:
     It is not imported by its name, so that what runs is the `source` whose hash the recipe has.
     """
     name = f"_grpo_reward_{hashlib.sha256(file.encode() + source).hexdigest()[:16]}"
-    if name not in sys.modules:
-        module = sys.modules[name] = ModuleType(name)  # there, because dataclasses look for their module
-        module.__file__ = file
-        try:
-            exec(compile(source, file, "exec"), module.__dict__)
-        except (Exception, SystemExit) as error:
-            del sys.modules[name]
-            hint = "; modules beside the file are not found by themselves" if isinstance(error, ImportError) else ""
-            raise UserError(f"function: {_tell(error, file)}{hint}") from error
-    return sys.modules[name]
+    if name in sys.modules:
+        return sys.modules[name]
+    module = sys.modules[name] = ModuleType(name)  # there, because dataclasses look for their module
+    module.__file__ = file
+    try:
+        exec(compile(source, file, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        hint = "; modules beside the file are not found by themselves" if isinstance(error, ImportError) else ""
+        raise UserError(f"function: {_tell(error, file)}{hint}") from error
+    return module
 
 
 def _tell(error: BaseException, file: str, what: str = "", *, place: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from grpo.config import Compile, Rewards, UserError, reward_class
 from grpo.models import Condition, VQModel
 from grpo.parallel import MetricSums
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
-from grpo.rewards.networks import decode_batch, prepare, reward_dtype
+from grpo.rewards.networks import decode_batch, reward_dtype
 
 Timer = Callable[[str], AbstractContextManager]
 
@@ -42,17 +43,16 @@ class Rewarded(NamedTuple):
         return metrics
 
 
+@dataclass
 class RewardSum:
-    """The tokenizer's decoder and K weighted rewards.
+    """The tokenizer's decoder and K weighted rewards."""
 
-    Args:
-        tokenizer: frozen, in the precision of the rewards.
-        terms: name -> reward and weight.
-        batch_size: completions decoded and scored at once, at most; 0 is what fits into a GPU's memory, 64 on a CPU.
-    """
-
-    def __init__(self, tokenizer: VQModel, terms: Mapping[str, tuple[Reward, float]], *, batch_size: int) -> None:
-        self.tokenizer, self.terms, self.batch_size = tokenizer, terms, batch_size
+    tokenizer: VQModel
+    """Frozen, in the precision of the rewards."""
+    terms: Mapping[str, tuple[Reward, float]]
+    """Name -> reward and weight."""
+    batch_size: int
+    """Completions decoded and scored at once, at most; 0 is what fits into a GPU's memory, 64 on a CPU."""
 
     @torch.no_grad()
     def __call__(
@@ -67,32 +67,26 @@ class RewardSum:
             show: return the decoded completions of the first `show` conditions.
             timer: counts the phases "decode" and "reward".
         """
-        flat = tokens.flatten(0, 1)  # [B * G, T]
+        flat, scores, shown = tokens.flatten(0, 1), [], []  # [B * G, T]
         group = len(flat) // condition.rows
-        size = self._batch_size(group, flat.shape[1])
-        scores, shown = [], []
+        config, weight = self.tokenizer.config, self.tokenizer.post_quant_conv.weight
+        most = self.batch_size or decode_batch(config, flat.shape[1], dtype=weight.dtype, device=weight.device)
+        size = most - most % group if most > group else most  # whole groups, so that a real image is in one batch only
         with timer("reward"):
             for start in range(0, len(flat), size):
+                part = flat[start : start + size]
                 with timer("decode"):
-                    images = self.tokenizer.decode(flat[start : start + size])
-                stop = start + len(images)
-                image_of = torch.arange(start, stop, device=flat.device) // group
-                first, beyond = start // group, (stop - 1) // group + 1
-                batch = DecodedBatch(
-                    images, flat[start:stop], condition.select(image_of), real_images[first:beyond], image_of - first
-                )
+                    images = self.tokenizer.decode(part)
+                image_of = torch.arange(start, start + len(part), device=flat.device) // group
+                first, last = start // group, (start + len(part) - 1) // group
+                real = real_images[first : last + 1]
+                batch = DecodedBatch(images, part, condition.select(image_of), real, image_of - first)
                 scores.append(torch.stack([reward(batch).float() for reward, _ in self.terms.values()]))
                 if start < show * group:
                     shown.append(images[: show * group - start].float())
             components = torch.cat(scores, dim=1).unflatten(1, (-1, group))  # [K, B, G]; here a population would score
             images = torch.cat(shown).unflatten(0, (-1, group)) if shown else components.new_empty(0)
             return self._add_up(components, images, shape=tokens.shape[:2])
-
-    def _batch_size(self, group: int, length: int) -> int:
-        """Completions of a batch: whole groups where one fits, so that each real image is in one batch only."""
-        config, weight = self.tokenizer.config, self.tokenizer.post_quant_conv.weight
-        most = self.batch_size or decode_batch(config, length, dtype=weight.dtype, device=weight.device)
-        return most - most % group if most > group else most
 
     def _add_up(self, components: Tensor, images: Tensor, *, shape: torch.Size) -> Rewarded:
         abstained = {}
@@ -108,13 +102,7 @@ class RewardSum:
 
 
 def build_rewards(
-    config: Rewards,
-    tokenizer: VQModel,
-    *,
-    class_names: Sequence[str],
-    num_classes: int,
-    device: torch.device,
-    compile: Compile,
+    config: Rewards, tokenizer: VQModel, *, class_names: Sequence[str], device: torch.device, compile: Compile
 ) -> RewardSum:
     """The rewards of a recipe whose weight is not 0, with networks in its precision.
 
@@ -123,10 +111,9 @@ def build_rewards(
     Raises:
         UserError: rewards that cannot be built, all of them.
     """
-    dtype = reward_dtype(config.precision, device)
-    context = RewardContext(prepare(tokenizer, dtype), device, dtype, num_classes, class_names)
-    terms: dict[str, tuple[Reward, float]] = {}
-    problems: list[str] = []
+    context = RewardContext(tokenizer, device, reward_dtype(config.precision, device), class_names)
+    context = replace(context, tokenizer=context.prepare(tokenizer))
+    terms, problems = {}, []
     for name, table in config.active.items():
         try:
             terms[name] = reward_class(table.kind)(table, context), table.weight

@@ -8,14 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from grpo.config import Rollout, Schedule
-from grpo.data import ImageBatch
 from grpo.kernels import Draw
 from grpo.models import Condition, as_condition
 from grpo.parallel import free_memory, gathered
 from grpo.rollout.cached_sampler import CachedSampler, SampledCodes, bytes_per_sequence
 from grpo.rollout.cuda_graphs import Replay
-from grpo.rollout.trajectory import Trajectory, real_rows
 
 SEGMENT = 128  # calls that read the same part of the cache; each segment costs a GPU one capture
 MEMORY_SHARE = 0.8  # of the free memory, for caches and logits
@@ -46,14 +43,12 @@ def sample_codes(
         cfg_interval: guidance is switched off after this position (LlamaGen's `cfg_interval`); -1 keeps it on.
         max_rows: completions sampled together; 0 is as many as fit into a GPU's memory, and all on a CPU.
     """
-    total = condition.rows
+    total, drawn = condition.rows, []
     with gathered(model):
         rows, parts = _parts(total, max_rows or rows_in_memory(model, guided=cfg_scale != 1.0))
-        condition = condition.padded(rows * parts)
-        row_ids = nn.functional.pad(row_ids, (0, rows * parts - total))
+        condition, row_ids = condition.padded(rows * parts), nn.functional.pad(row_ids, (0, rows * parts - total))
         sampler = CachedSampler(model, rows, draw=draw, cfg_scale=cfg_scale, cfg_interval=cfg_interval)
         calls = _calls(sampler)
-        drawn = []
         for start in range(0, rows * parts, rows):
             part = slice(start, start + rows)
             sampler.start(condition.select(part), row_ids[part])
@@ -109,52 +104,5 @@ def generate(
     condition = as_condition(condition)
     if row_ids is None:
         row_ids = torch.arange(condition.rows, device=condition.device)
-    settings = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "draw": Draw(**draw)}
-    return sample_codes(model, condition, row_ids=row_ids, **settings).tokens
-
-
-class AutoregressiveRollout:
-    """G sampled completions of each condition; a completion is its own context.
-
-    Args:
-        model: an image generator.
-        encode: images -> codes [B, T], for the auxiliary cross-entropy.
-        config: the rollout section.
-        draw: how codes are drawn.
-        schedule: sizes of the step.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        encode: Callable[[ImageBatch], Tensor],
-        config: Rollout,
-        *,
-        draw: Draw,
-        schedule: Schedule,
-    ) -> None:
-        self.model, self.encode, self.config, self.draw, self.schedule = model, encode, config, draw, schedule
-
-    def __call__(self, batch: ImageBatch) -> Trajectory:
-        """[B] conditions -> Trajectory with R = B * G rows in groups of G, M = 1."""
-        group_size = self.schedule.group_size
-        group = torch.arange(group_size, device=batch.condition.device)
-        completion_ids = (batch.sample_ids[:, None] * group_size + group).flatten()  # [B*G]
-        condition = batch.condition.repeat_interleave(group_size)
-        tokens, log_probs, kept_mass = sample_codes(
-            self.model,
-            condition,
-            row_ids=completion_ids,
-            draw=self.draw,
-            cfg_scale=self.config.cfg_scale,
-            max_rows=self.config.max_rows,
-        )
-        return Trajectory(
-            condition=condition,
-            context=tokens[:, :-1],
-            tokens=tokens[:, None],
-            old_log_probs=log_probs[:, None],
-            kept_mass=kept_mass[:, None] if self.draw.truncates else None,
-            completion_ids=completion_ids[:, None],
-            real=real_rows(batch.condition, self.encode(batch)) if self.schedule.scores_targets else None,
-        )
+    guidance = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
+    return sample_codes(model, condition, row_ids=row_ids, draw=Draw(**draw), **guidance).tokens

@@ -30,13 +30,11 @@ class CachedSampler:
     Args:
         model: an image generator whose parameters stay where they are for the life of the sampler.
         rows: N.
-        draw: how a code is drawn from logits.
-        cfg_scale, cfg_interval: see `sample_codes`.
+        draw, cfg_scale, cfg_interval: see `sample_codes`.
     """
 
     def __init__(self, model: nn.Module, rows: int, *, draw: Draw, cfg_scale: float, cfg_interval: int) -> None:
-        self.model, self.draw = model, draw
-        self.cfg_scale, self.cfg_interval = cfg_scale, cfg_interval
+        self.model, self.draw, self.cfg_scale, self.cfg_interval = model, draw, cfg_scale, cfg_interval
         weight, self.length = model.output.weight, model.config.block_size
         self.copies = 1 if cfg_scale == 1.0 else 2
         self.cache = model.init_cache(rows * self.copies, dtype=weight.dtype, device=weight.device)
@@ -50,9 +48,8 @@ class CachedSampler:
         """Begin new sequences, N rows of a condition and row_ids [N] int64, and draw their first code."""
         self.row.zero_()
         self.row_ids.copy_(row_ids)
-        if self.copies == 2:
-            condition = condition.with_unconditional()
-        self._emit(self.model.prefill(condition, self._cache(1)))
+        rows = condition.with_unconditional() if self.copies == 2 else condition
+        self._emit(self.model.prefill(rows, self._cache(1)))
 
     def extend(self, length: int) -> None:
         """Draw the next code of each sequence; only the cache's first `length` rows, which hold it, are read."""

@@ -22,22 +22,17 @@ class Replay:
 
     def __init__(self, function: Callable[[], None], pool: tuple[int, int]) -> None:
         self.function, self.pool = function, pool
-        self.warm = False
-        self.replay: Callable[[], None] | None = None
+        self.run, self.calls = function, 0
 
     def __call__(self) -> None:
-        if not self.warm:
-            self.warm = True
-            self.function()
-            return
-        if self.replay is None:
+        self.calls += 1
+        if self.calls == 2:
             try:
-                self.replay = capture(self.function, self.pool)
+                self.run = capture(self.function, self.pool)
             except RuntimeError as error:
                 # Ending the capture fails too and says less. No name may keep the cause: it would keep the cache.
                 _log_fallback(str(error.__context__ or error).partition("\n")[0])
-                self.replay = self.function
-        self.replay()
+        self.run()
 
 
 def capture(function: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:

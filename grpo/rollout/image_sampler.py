@@ -9,17 +9,13 @@ from grpo.config import Tokenizer as TokenizerConfig
 from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, get_family, to_uint8
 from grpo.parallel import MetricSums, compute_dtype, set_matmul_precision
 from grpo.rollout.autoregressive import sample_codes
-from grpo.rollout.build import build_draw
+from grpo.rollout.modes import build_draw
 
 
 class ImageSampler:
-    """Draws images with a generator and its tokenizer; an image depends on its condition, its row id and the seed only.
+    """Draws images with a generator, parallelized or not, and the tokenizer that decodes its codes.
 
-    Args:
-        model: the generator, parallelized or not.
-        tokenizer: decodes its codes.
-        sampling: temperature, truncation, guidance, seed, batch and size.
-        device: of both.
+    An image depends on its condition, its row id and the seed only.
     """
 
     def __init__(self, model: nn.Module, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> None:
@@ -57,6 +53,6 @@ def load_sampler(model: Model, tokenizer: TokenizerConfig, sampling: Sampling, *
     sizes = generator_sizes(model, tokenizer, image_size=sampling.image_size)
     dtype = compute_dtype(sampling.mixed_precision)
     set_matmul_precision(sampling.mixed_precision)
-    generator = get_family(model.name).load(model.checkpoint, sizes, bare=model.from_fsdp)
-    generator = generator.to(device, dtype).requires_grad_(False)
-    return ImageSampler(generator, build_tokenizer(tokenizer, device=device).to(dtype), sampling, device=device)
+    generator = get_family(model.name).load(model.checkpoint, sizes, bare=model.from_fsdp).to(device, dtype)
+    decoder = build_tokenizer(tokenizer, device=device).to(dtype)
+    return ImageSampler(generator.requires_grad_(False), decoder, sampling, device=device)

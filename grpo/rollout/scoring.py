@@ -6,23 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels import Draw, linear_token_log_probs
-from grpo.models import Condition
 from grpo.rollout.trajectory import Scores, Trajectory
 
 
-def guided_hidden(model: nn.Module, context: Tensor, condition: Condition, scale: float) -> Tensor:
-    """Final hidden states [R, T, D], with classifier-free guidance when `scale` is not 1.
+def guide(hidden: Tensor, scale: float) -> Tensor:
+    """Final hidden states [2R, ...], conditional rows followed by unconditional ones -> [R, ...] guided.
 
     The output projection is linear without bias, so guiding hidden states h_u + s (h_c - h_u) and projecting once
     equals guiding the logits (Ho & Salimans, arXiv 2207.12598).
     """
-    if scale == 1.0:
-        return model.hidden(context, condition)
-    return guide(model.hidden(context.repeat(2, 1), condition.with_unconditional()), scale)
-
-
-def guide(hidden: Tensor, scale: float) -> Tensor:
-    """[2R, ...] conditional rows followed by unconditional ones -> [R, ...] guided."""
     conditional, unconditional = hidden.chunk(2)
     return torch.lerp(unconditional, conditional, scale)
 
@@ -31,7 +23,6 @@ def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: fl
     """Score a trajectory's completions and targets with one forward per context.
 
     Args:
-        model: an image generator (its `hidden` and `output`).
         trajectory: its `scores`, if any, are not used.
         draw: the distribution that scores the completions; the targets are always scored at temperature 1.
         cfg_scale: guidance of that distribution.
@@ -43,10 +34,14 @@ def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: fl
     targets = trajectory.target_tokens
     if targets is not None and completions and cfg_scale != 1.0:
         raise ValueError("targets are scored without guidance: give them rows of their own")
-    untempered = replace(draw, temperature=1.0)
     if completions == 0:
-        draw, cfg_scale = untempered, 1.0
-    hidden = guided_hidden(model, trajectory.context, trajectory.condition, cfg_scale).flatten(0, 1)  # [R*T, D]
+        draw, cfg_scale = replace(draw, temperature=1.0), 1.0
+    if cfg_scale == 1.0:
+        hidden = model.hidden(trajectory.context, trajectory.condition)  # [R, T, D]
+    else:
+        condition = trajectory.condition.with_unconditional()
+        hidden = guide(model.hidden(trajectory.context.repeat(2, 1), condition), cfg_scale)
+    hidden = hidden.flatten(0, 1)  # [R*T, D]
     tokens = trajectory.tokens.transpose(1, 2)  # [R, T, M]
     shared = targets is not None and draw.temperature == 1.0
     if shared:

@@ -73,9 +73,8 @@ class Trajectory:
 
     def select(self, rows: slice, completions: slice = slice(None)) -> "Trajectory":
         """The given rows and, of each, the given completions, without `real`; views, not copies."""
-        changes = {"real": None, "condition": self.condition.select(rows)}
-        if self.scores is not None:
-            changes["scores"] = self.scores.select(rows, completions)
+        scores = None if self.scores is None else self.scores.select(rows, completions)
+        changes = {"real": None, "condition": self.condition.select(rows), "scores": scores}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
@@ -91,10 +90,5 @@ def real_rows(condition: Condition, codes: Tensor) -> Trajectory:
     """Real images as rows without completions: their codes [B, T] are context and target."""
     empty = codes.new_zeros(codes.shape[0], 0, codes.shape[1])
     return Trajectory(
-        condition=condition,
-        context=codes[:, :-1],
-        tokens=empty,
-        old_log_probs=empty.float(),
-        target_tokens=codes,
-        advantages=empty[..., 0].float(),
+        condition, codes[:, :-1], empty, empty.float(), target_tokens=codes, advantages=empty[..., 0].float()
     )

@@ -7,20 +7,3 @@ from grpo.training.phases import Phase, run_phases
 from grpo.training.run import EXPORT_NAME, TrainingRun
 from grpo.training.supervised import minimise
 from grpo.training.update import PolicyUpdate
-
-__all__ = [
-    "EXPORT_NAME",
-    "Codebook",
-    "GuardedOptimizer",
-    "Phase",
-    "PolicyUpdate",
-    "TrainingRun",
-    "autocast",
-    "build_classifier",
-    "build_generator",
-    "build_optimizer",
-    "build_trainable_tokenizer",
-    "learning_rate",
-    "minimise",
-    "run_phases",
-]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -32,12 +33,8 @@ def build_generator(
     family = get_family(recipe.model.name)
     sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
     bare = recipe.model.from_fsdp and checkpoint == recipe.model.checkpoint
-
-    def load() -> nn.Module:
-        return family.load(checkpoint, sizes, bare=bare)
-
-    make = lambda: family.build(sizes)  # noqa: E731
-    return _spread(make, load if checkpoint else None, recipe, training=recipe.training, mesh=mesh, world=world)
+    load = partial(family.load, checkpoint, sizes, bare=bare) if checkpoint else None
+    return _spread(partial(family.build, sizes), load, recipe, mesh=mesh, world=world)
 
 
 def build_trainable_tokenizer(recipe: TokenizerRecipe, *, mesh: DeviceMesh, world: World) -> VQModel:
@@ -50,8 +47,8 @@ def build_trainable_tokenizer(recipe: TokenizerRecipe, *, mesh: DeviceMesh, worl
         model.quantize.requires_grad_(loss.codebook_update == "gradient")
         return model
 
-    load = (lambda: load_vq(checkpoint, sizes)) if checkpoint else None
-    return _spread(make, load, recipe, training=_full_precision(recipe.training), mesh=mesh, world=world)
+    load = partial(load_vq, checkpoint, sizes) if checkpoint else None
+    return _spread(make, load, recipe, mesh=mesh, world=world, convolutional=True)
 
 
 def build_classifier(recipe: ClassifierRecipe, *, mesh: DeviceMesh, world: World) -> Classifier:
@@ -60,8 +57,7 @@ def build_classifier(recipe: ClassifierRecipe, *, mesh: DeviceMesh, world: World
         sizes = ClassifierConfig(width=recipe.classifier.width, num_classes=recipe.classifier.num_classes)
     except ValueError as error:
         raise UserError(f"classifier.width: {error}") from error
-    make = lambda: Classifier(sizes)  # noqa: E731
-    return _spread(make, None, recipe, training=_full_precision(recipe.training), mesh=mesh, world=world)
+    return _spread(partial(Classifier, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
 
 
 def autocast(training: Training, device: torch.device) -> torch.autocast:
@@ -70,27 +66,20 @@ def autocast(training: Training, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _full_precision(training: Training) -> Training:
-    """Parameters of convolutional networks stay fp32 and `autocast` lowers what can be lowered.
-
-    Group statistics and the comparison with the codebook cannot. (The GPT, which does that by itself, has its
-    parameters cast once a step by FSDP2.)
-    """
-    return training.model_copy(update={"mixed_precision": "fp32"})
-
-
 def _spread(
     make: Callable[[], Network],
     load: Callable[[], Network] | None,
     recipe: TrainingRecipe,
     *,
-    training: Training,
     mesh: DeviceMesh,
     world: World,
+    convolutional: bool = False,
 ) -> Network:
     """Parallelize what `make` makes, with the weights of `load`, or else of `make` under the recipe's seed.
 
-    Rank 0 alone holds the whole model, on its CPU; the others get their shards by broadcast.
+    Rank 0 alone holds the whole model, on its CPU; the others get their shards by broadcast. FSDP2 casts the parameters
+    of a GPT once a step. Those of convolutional networks stay fp32, for group statistics and the comparison with the
+    codebook; `autocast` lowers what can be lowered.
     """
     torch.manual_seed(recipe.training.seed)
     weights = (load or make)().state_dict() if world.is_main else None
@@ -102,7 +91,7 @@ def _spread(
         parallel=recipe.parallel,
         compile=getattr(recipe, "compile", Compile()),
         activation_checkpoint=getattr(recipe, "activation_checkpoint", ActivationCheckpoint()),
-        training=training,
+        training=recipe.training.model_copy(update={"mixed_precision": "fp32"} if convolutional else None),
     )
     load_full_state_dict(model, weights, device=world.device)
     return model

@@ -10,8 +10,6 @@ from grpo.config import TokenizerLoss
 from grpo.models.vq import VectorQuantizer
 from grpo.training.optimizer import GuardedOptimizer
 
-Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 class Codebook:
     """The codebook's part of training; all ranks hold the same codes.
@@ -27,15 +25,14 @@ class Codebook:
 
     Args:
         quantizer: of the parallelized tokenizer; its forward passes in train mode are watched.
-        config: the section tokenizer_loss.
         optimizer: counts its steps, also those before a resumption.
     """
 
     def __init__(self, quantizer: VectorQuantizer, config: TokenizerLoss, optimizer: GuardedOptimizer) -> None:
         self.quantizer, self.config, self.optimizer = quantizer, config, optimizer
-        self._statistics: Tensor | None = None  # [K, C + 1], sums of unit latents and counts since the last update
-        self._latents: Tensor | None = None  # [N, C], the last micro-batch's
-        self._errors: Tensor | None = None  # [N], 1 - cosine to their codes
+        weight = quantizer.embedding.weight
+        # [K, C + 1]: sums of unit latents and their counts since the last update
+        self._statistics = torch.zeros(len(weight), weight.shape[1] + 1, device=weight.device)
         quantizer.register_forward_hook(self._watch)
 
     @torch.no_grad()
@@ -45,32 +42,33 @@ class Codebook:
         Returns:
             {"perplexity": exp of the entropy of the codes of this step's images, "codes_restarted": codes moved}.
         """
-        dist.all_reduce(self._statistics)
-        sums, counts = self._statistics[:, :-1], self._statistics[:, -1]
-        self._statistics = None
-        moved = 0
+        statistics, self._statistics = self._statistics, torch.zeros_like(self._statistics)
+        dist.all_reduce(statistics)
+        sums, counts, moved = statistics[:, :-1], statistics[:, -1], 0
         if self.optimizer.skipped_in_a_row == 0:  # the latents of a skipped step may not be finite
             if self.optimizer.steps == self.config.unquantised_steps:
-                self._assign(self._draw_latents(len(sums), weights=None) * (counts.sum() / len(sums)))
+                drawn = self._draw_latents(len(sums), weights=torch.ones_like(self._errors))
+                self._assign(drawn * (counts.sum() / len(sums)))
             elif self.optimizer.steps > self.config.unquantised_steps and self.config.codebook_update == "ema":
                 moved = self._follow(sums)
         shares = counts / counts.sum()
-        entropy = -torch.xlogy(shares, shares).sum()
-        return {"perplexity": entropy.exp().item(), "codes_restarted": float(moved)}
+        perplexity = torch.exp(-torch.xlogy(shares, shares).sum())
+        return {"perplexity": perplexity.item(), "codes_restarted": float(moved)}
 
     def _follow(self, sums: Tensor) -> int:
         """Average the running sums, restart codes out of use; how many."""
-        codes = _whole(self.quantizer.embedding.weight).lerp(sums, 1 - self.config.codebook_ema)
+        weight = self.quantizer.embedding.weight
+        codes = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        codes = codes.lerp(sums, 1 - self.config.codebook_ema)
         unused = codes.norm(dim=1) < self.config.restart_threshold
         moved = int(unused.sum())
         if moved:
-            codes[unused] = self._draw_latents(moved, weights=self._errors)
+            codes[unused] = self._draw_latents(moved, weights=self._errors.clamp_min(1e-9))
         self._assign(codes)
         return moved
 
-    def _draw_latents(self, count: int, *, weights: Tensor | None) -> Tensor:
+    def _draw_latents(self, count: int, *, weights: Tensor) -> Tensor:
         """`count` unit latents [count, C] of rank 0's last micro-batch, on every rank; without repeats if it can."""
-        weights = torch.ones_like(self._errors) if weights is None else weights.clamp_min(1e-9)
         drawn = self._latents[weights.multinomial(count, replacement=count > len(weights))]
         dist.broadcast(drawn, src=0)
         return drawn
@@ -81,24 +79,16 @@ class Codebook:
             codes = distribute_tensor(codes, weight.device_mesh, weight.placements, src_data_rank=None)
         weight.copy_(codes)
 
-    def _watch(self, quantizer: nn.Module, inputs: tuple[Tensor], output: Quantized) -> Quantized | None:
+    def _watch(self, quantizer: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> tuple | None:
         """Forward hook of the quantizer: collect statistics; in the beginning undo the quantisation."""
         if not quantizer.training:
             return None
         unit = F.normalize(inputs[0].float(), dim=1)  # [B, C, h, w]
         quantized, vq_loss, commit_loss, codes = output
         with torch.no_grad():
-            self._latents = unit.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C]
-            self._errors = 1 - (unit * quantized.float()).sum(dim=1).flatten()  # [N]
-            if self._statistics is None:
-                size, length = quantizer.embedding.weight.shape
-                self._statistics = unit.new_zeros(size, length + 1)
-            counted = F.pad(self._latents, (0, 1), value=1.0)
-            self._statistics.index_add_(0, codes.flatten(), counted)
+            self._latents = unit.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C], the last micro-batch's
+            self._errors = 1 - (unit * quantized.float()).sum(dim=1).flatten()  # [N], 1 - cosine to their codes
+            self._statistics.index_add_(0, codes.flatten(), F.pad(self._latents, (0, 1), value=1.0))
         if self.optimizer.steps >= self.config.unquantised_steps:
             return None
         return unit, torch.zeros_like(vq_loss), torch.zeros_like(commit_loss), codes
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

@@ -10,22 +10,6 @@ from grpo.config import TrainingRecipe
 from grpo.parallel import World, clip_grad_norm, grad_scaler
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; matrices are decayed, norms and biases are not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
-
-
 def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of `total_steps`.
 
@@ -45,11 +29,10 @@ def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> fl
 
 
 class GuardedOptimizer:
-    """AdamW that clips and steps, or skips a step whose gradient is not finite.
+    """AdamW that clips and steps, or skips a step whose gradient is not finite. Norms and biases are not decayed.
 
     Args:
         model: its parameters' gradients are clipped together, over all ranks.
-        config: the optimizer section.
         total_steps: optimizer steps of the whole run, for the schedule.
         max_skipped_steps: skipped steps in a row after which the run is stopped.
         scaler: loss scaler of fp16, or None.
@@ -64,33 +47,30 @@ class GuardedOptimizer:
         max_skipped_steps: int,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.model, self.config, self.total_steps = model, config, total_steps
-        self.max_skipped_steps, self.scaler = max_skipped_steps, scaler
-        self.adamw = build_adamw(model, config)
-        self.steps = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next step."""
-        return learning_rate(self.config, step=self.steps, total_steps=self.total_steps)
+        self.model, self.config = model, config
+        self.total_steps, self.max_skipped_steps = total_steps, max_skipped_steps
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        betas = (config.beta1, config.beta2)
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        self.steps = self.skipped = self.skipped_in_a_row = 0
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`. A loss that is not finite makes the gradient so too, on all ranks."""
         loss = loss * (1 + 0 * loss.detach())  # times exactly 1, or NaN: its gradient alone may well be finite
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.scaler.scale(loss).backward()
 
     def step(self) -> dict[str, float]:
         """Take the step with the gradients there are.
 
         Returns:
-            {"grad_norm", "lr", "skipped_steps"}: the norm before clipping (the same on all ranks), the rate that was
-            used, and how many steps the run has skipped.
+            {"grad_norm", "lr", "skipped_steps"}: the norm before clipping, the same on all ranks; the rate that was
+            used; how many steps the run has skipped.
         """
-        if self.scaler is not None:
-            self.scaler.unscale_(self.adamw)
-        rate = self.lr
+        self.scaler.unscale_(self.adamw)
+        rate = learning_rate(self.config, step=self.steps, total_steps=self.total_steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         norm = float(clip_grad_norm(self.model, self.config.max_grad_norm))
@@ -100,8 +80,7 @@ class GuardedOptimizer:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        if self.scaler is not None:
-            self.scaler.update()
+        self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
         self.steps += 1
         return {"grad_norm": norm, "lr": rate, "skipped_steps": float(self.skipped)}
@@ -113,18 +92,13 @@ class GuardedOptimizer:
 
     def state_dict(self) -> dict:
         """Counters and loss scale; the optimizer's tensors are saved with the model's."""
-        return {
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-        }
+        counters = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {**counters, "scaler": self.scaler.state_dict() or None}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
-        self.steps, self.skipped = state["steps"], state["skipped"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-        if self.scaler is not None and state["scaler"] is not None:
+        self.steps, self.skipped, self.skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
+        if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
 
@@ -132,10 +106,7 @@ def build_optimizer(
     model: nn.Module, recipe: TrainingRecipe, world: World, *, steps_per_training_step: int = 1
 ) -> GuardedOptimizer:
     """The optimizer of a recipe."""
-    return GuardedOptimizer(
-        model,
-        recipe.optimizer,
-        total_steps=recipe.training.steps * steps_per_training_step,
-        max_skipped_steps=recipe.training.max_skipped_steps,
-        scaler=grad_scaler(recipe.training.mixed_precision, world.device),
-    )
+    training = recipe.training
+    total, most = training.steps * steps_per_training_step, training.max_skipped_steps
+    scaler = grad_scaler(training.mixed_precision, world.device)
+    return GuardedOptimizer(model, recipe.optimizer, total_steps=total, max_skipped_steps=most, scaler=scaler)

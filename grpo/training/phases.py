@@ -15,26 +15,18 @@ MARKER = "phase.json"
 
 @dataclass(frozen=True)
 class Phase:
-    """One job among others.
-
-    Attributes:
-        title: what it does, for people.
-        recipe: resolved, with the products of its inputs filled in.
-        job: does it, on every rank.
-        product: the file that it leaves behind, in a folder of its own.
-        inputs: names of the phases whose products it reads.
-    """
+    """One job among others."""
 
     title: str
-    recipe: Recipe
-    job: Callable[[Recipe, World], None]
-    product: Path
-    inputs: Sequence[str] = ()
+    recipe: Recipe  # resolved, with the products of its inputs filled in
+    job: Callable[[Recipe, World], None]  # does it, on every rank
+    product: Path  # the file that it leaves behind, in a folder of its own
+    inputs: Sequence[str] = ()  # names of the folders of the phases whose products it reads
 
     @property
-    def name(self) -> str:
-        """Name of its folder."""
-        return self.product.parent.name
+    def folder(self) -> Path:
+        """Of the product and of what else the job writes."""
+        return self.product.parent
 
 
 def run_phases(phases: Sequence[Phase], world: World, *, say: Callable[[str], None]) -> None:
@@ -42,14 +34,12 @@ def run_phases(phases: Sequence[Phase], world: World, *, say: Callable[[str], No
 
     A finished phase whose recipe and inputs are the same as then is left as it is. What another recipe left in a
     phase's folder is moved to `previous/` beside it. An interrupted phase is done again; a training job then goes on
-    from its newest checkpoint.
-
-    Args:
-        say: shows a line to the user.
+    from its newest checkpoint. `say` shows a line to the user.
     """
     keys: dict[str, str] = {}
     for number, phase in enumerate(phases, 1):
-        key = keys[phase.name] = _key(phase, keys)
+        depends_on = [phase.recipe.to_toml(), *(keys[name] for name in phase.inputs)]
+        key = keys[phase.folder.name] = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()
         say(f"[{number}/{len(phases)}] {phase.title}")
         if broadcast_object(_prepare(phase, key) if world.is_main else None):
             say("      finished before, not done again")
@@ -59,34 +49,25 @@ def run_phases(phases: Sequence[Phase], world: World, *, say: Callable[[str], No
         barrier()
         seconds = time.perf_counter() - started
         if world.is_main:
-            _mark(phase, key=key, finished=True, seconds=round(seconds, 1))
+            done = {"key": key, "finished": True, "seconds": round(seconds, 1)}
+            (phase.folder / MARKER).write_text(json.dumps(done) + "\n")
         say(f"      {seconds:.0f} s")
-
-
-def _key(phase: Phase, keys: dict[str, str]) -> str:
-    """Fingerprint of all that the product depends on: the recipe and the keys of the inputs."""
-    parts = [phase.recipe.to_toml(), *(keys[name] for name in phase.inputs)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _prepare(phase: Phase, key: str) -> bool:
     """Whether the phase is finished; if not, its folder is made ready."""
-    folder = phase.product.parent
-    marker = folder / MARKER
+    folder, marker = phase.folder, phase.folder / MARKER
     try:
-        before = json.loads(marker.read_text()) if marker.exists() else {"key": None}
-        if before == {**before, "key": key, "finished": True} and phase.product.exists():
+        before = json.loads(marker.read_text()) if marker.exists() else {}
+        same = before.get("key") == key
+        if same and before.get("finished") and phase.product.exists():
             return True
-        if folder.exists() and before["key"] != key:
+        if folder.exists() and not same:
             aside = folder.parent / "previous" / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             aside.parent.mkdir(exist_ok=True)
             folder.rename(aside)
         folder.mkdir(parents=True, exist_ok=True)
-        _mark(phase, key=key, finished=False)
+        marker.write_text(json.dumps({"key": key, "finished": False}) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from error
     return False
-
-
-def _mark(phase: Phase, **state: object) -> None:
-    (phase.product.parent / MARKER).write_text(json.dumps(state) + "\n")

@@ -1,9 +1,9 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from grpo.checkpoint import CheckpointManager
 from grpo.config import TrainingRecipe, UserError, changes_that_matter, recipe_from_toml
@@ -16,9 +16,7 @@ def find_checkpoint(
 
     When torchrun starts the ranks again after a fault, the command line is the one of the first start. What
     `checkpoint.resume` = none or a path meant has been done then, and the run goes on from what it has written since.
-
-    Args:
-        tell: gets a line about each checkpoint that was passed over.
+    `tell` gets a line about each checkpoint that was passed over.
 
     Raises:
         UserError: `none`, and there are checkpoints; or the one that was named is damaged.
@@ -34,23 +32,20 @@ def find_checkpoint(
                 "overwrite; give another metrics.run_dir or checkpoint.dir, or remove them"
             )
         return None, False
-    if restarted:
-        own = checkpoints.resume_point(tell, accept=lambda path: _continues(checkpoints, path, resume))
-        if own is not None:
-            return own, False
-    problem = checkpoints.damage(resume)
-    if problem is not None:
+    goes_on = partial(_continues, checkpoints, start=resume)
+    if restarted and (own := checkpoints.resume_point(tell, accept=goes_on)) is not None:
+        return own, False
+    if (problem := checkpoints.damage(resume)) is not None:
         raise UserError(f"checkpoint.resume: {problem}")
     return Path(resume), True
 
 
 def read_run_state(
     recipe: TrainingRecipe, checkpoints: CheckpointManager, path: Path, *, named: bool
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict, list[str]]:
     """The state of the run in a checkpoint, and how the recipe has changed since in ways that matter.
 
-    Args:
-        named: whether the user has named the checkpoint, and thereby accepts the changes.
+    Who has `named` the checkpoint accepts the changes.
 
     Raises:
         UserError: the checkpoint is of another run, of a recipe that differs, or not one of a training run.
@@ -69,17 +64,17 @@ def read_run_state(
         )
     changes = changes_that_matter(before, recipe)
     if changes and not named:
-        raise UserError(
-            [f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "
-             "metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:", *changes]
-        )  # fmt: skip
+        problem = (
+            f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "
+            "metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:"
+        )
+        raise UserError([problem, *changes])
     return state, changes
 
 
-def _continues(checkpoints: CheckpointManager, path: Path, start: str) -> bool:
+def _continues(checkpoints: CheckpointManager, path: Path, *, start: str) -> bool:
     """Whether a checkpoint was written by a run that had gone on from the checkpoint `start`."""
     try:
-        state: Mapping[str, Any] = checkpoints.read_run_state(path)
-        return state.get("resumed_from") == start
+        return checkpoints.read_run_state(path).get("resumed_from") == start
     except (UserError, AttributeError):
         return False

@@ -1,6 +1,5 @@
 """One writer at a time in a run's folder."""
 
-import errno
 import fcntl
 import os
 import time
@@ -9,60 +8,41 @@ from typing import IO
 
 from grpo.config import UserError
 
-LOCK_NAME = ".lock"
-_POLL_SECONDS = 0.2
 
-
-class RunLock:
-    """Held by the main rank while it may write into the run's folder; the system frees it when the process ends.
+def lock_folder(run_dir: Path, *, wait_seconds: float) -> IO[str]:
+    """Make a run's folder and keep others from writing into it, until the returned file is closed or the process ends.
 
     Ranks that outlive a killed launcher finish their step and write a checkpoint: the next start waits for them. Locks
     are POSIX record locks, which data workers do not inherit and network file systems know.
 
-    Args:
-        run_dir: the run's folder, made if need be.
-        wait_seconds: how long to wait for another holder.
-
     Raises:
-        UserError: another process holds it still, or the folder cannot be written.
+        UserError: after so many seconds another process holds it still, or the folder cannot be written.
     """
-
-    def __init__(self, run_dir: Path, *, wait_seconds: float) -> None:
-        path = run_dir / LOCK_NAME
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+")
-        except OSError as error:
-            problem = f"cannot write to the run's folder {run_dir}: {error.strerror}; set metrics.run_dir"
-            raise UserError(problem) from error
-        deadline = time.monotonic() + wait_seconds
-        while not _taken(self._file):
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"{run_dir} is being written by another run ({_holder(path)}): end that one, or give this one "
-                    "another metrics.run_dir"
-                )
-            time.sleep(_POLL_SECONDS)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Free the folder."""
-        self._file.close()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"cannot write to the run's folder {run_dir}: {error.strerror}; set metrics.run_dir") from error
+    deadline = time.monotonic() + wait_seconds
+    while not _taken(file):
+        if time.monotonic() >= deadline:
+            file.seek(0)
+            raise UserError(
+                f"{run_dir} is being written by another run ({file.read().strip() or 'unknown'}): end that one, or "
+                "give this one another metrics.run_dir"
+            )
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file
 
 
 def _taken(file: IO[str]) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # A file system without locks: the run goes on unprotected rather than not at all.
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text().strip() or "unknown"
+    except (BlockingIOError, PermissionError):
+        return False
     except OSError:
-        return "unknown"
+        pass  # a file system without locks: the run goes on unprotected rather than not at all
+    return True

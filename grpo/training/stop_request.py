@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from types import FrameType
+from contextlib import ExitStack
 
 
 class StopRequest:
@@ -20,18 +20,12 @@ class StopRequest:
     def __init__(self) -> None:
         self._terminated = False
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._previous = None
 
-    def listen(self) -> None:
+    def listen(self, until: ExitStack) -> None:
         """Take over SIGTERM; does nothing outside of the main thread, where Python allows no handlers."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-
-    def close(self) -> None:
-        """Give SIGTERM back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+            previous = signal.signal(signal.SIGTERM, self._note)
+            until.callback(signal.signal, signal.SIGTERM, previous)
 
     @property
     def reason(self) -> str | None:
@@ -42,5 +36,5 @@ class StopRequest:
             return "the launcher is gone"
         return None
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, *signal_and_frame: object) -> None:
         self._terminated = True

@@ -9,14 +9,12 @@ from grpo.parallel import MetricSums, gradient_sync
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.run import TrainingRun
 
-Loss = Callable[[ImageBatch], tuple[Tensor, Mapping[str, Tensor]]]
-
 
 def minimise(
     run: TrainingRun,
     model: nn.Module,
     dataset: ImageDataset,
-    loss: Loss,
+    loss: Callable[[ImageBatch], tuple[Tensor, Mapping[str, Tensor]]],
     *,
     optimizer: GuardedOptimizer,
     after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
@@ -26,17 +24,10 @@ def minimise(
     Args:
         model: parallelized, in train mode.
         loss: a micro-batch -> its mean loss [] and means of other metrics by name, each over the micro-batch's images.
-        optimizer: of the model.
         after_step: called after each optimizer step with its number; gives more metrics, which are means over ranks.
     """
-    training, world = run.recipe.training, run.world
-    stream = build_stream(
-        dataset,
-        batch_size=training.images,
-        seed=training.seed,
-        num_workers=run.recipe.data.num_workers,
-        world=world,
-    )
+    training, workers, world = run.recipe.training, run.recipe.data.num_workers, run.world
+    stream = build_stream(dataset, batch_size=training.images, seed=training.seed, num_workers=workers, world=world)
     run.start(model=model, optimizer=optimizer, stream=stream)
     for step in run.steps():
         metrics = MetricSums()

@@ -9,6 +9,14 @@ import torch
 from grpo.config import Objective
 from grpo.config.sections import AdvantageKind
 from grpo.objectives import credit, group_advantages, spreadless_groups
+from grpo.rewards import Rewarded
+
+
+def rewarded(total, components=None, weights=(1.0,)):
+    """Rewards [R, M] as `credit` gets them; of one kind unless components say more."""
+    components = total[None] if components is None else components
+    return Rewarded(total, components, {}, [str(i) for i in range(len(weights))], weights, torch.empty(0))
+
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]])
 
@@ -80,11 +88,7 @@ def test_credit_is_that_of_the_groups_in_both_modes(shape, kind):
     total = components[0] + 3 * components[1]
     objective = Objective(advantage=kind, advantage_clip=1.0)
     advantages, metrics = credit(
-        total.view(shape),
-        group_size=4,
-        objective=objective,
-        components=components.view(2, *shape),
-        component_weights=weights,
+        rewarded(total.view(shape), components.view(2, *shape), weights), group_size=4, objective=objective
     )
     expected = group_advantages(total, kind=kind, clip=1.0, components=components, component_weights=weights)
     assert torch.equal(advantages, expected.view(shape))
@@ -92,21 +96,15 @@ def test_credit_is_that_of_the_groups_in_both_modes(shape, kind):
 
 
 def test_credit_counts_groups_that_teach_nothing():
-    advantages, metrics = credit(REWARDS, group_size=4, objective=Objective(advantage="leave_one_out"))
+    advantages, metrics = credit(rewarded(REWARDS), group_size=4, objective=Objective(advantage="leave_one_out"))
     assert metrics.means()["zero_spread"] == 0.5
     assert torch.equal(advantages, group_advantages(REWARDS, kind="leave_one_out", clip=5.0))
-    _, alone = credit(REWARDS.view(8, 1), group_size=1, objective=Objective(advantage="batch_std"))
+    _, alone = credit(rewarded(REWARDS.view(8, 1)), group_size=1, objective=Objective(advantage="batch_std"))
     assert alone.means() == {"zero_spread": 1}
 
 
 @pytest.mark.parametrize("kind", get_args(AdvantageKind))
 def test_every_kind_that_a_recipe_may_ask_for_is_there(kind):
-    advantages, _ = credit(
-        REWARDS,
-        group_size=4,
-        objective=Objective(advantage=kind),
-        components=REWARDS[None],
-        component_weights=[1.0],
-    )
+    advantages, _ = credit(rewarded(REWARDS), group_size=4, objective=Objective(advantage=kind))
     assert advantages[0].argmax() == 3
     assert torch.equal(advantages[1], torch.zeros(4))

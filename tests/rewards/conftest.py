@@ -16,4 +16,4 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def context(tokenizer):
     """Four classes, fp32 on the CPU."""
-    return RewardContext(tokenizer, torch.device("cpu"), torch.float32, 4, ["cat", "dog", "fish", "bird"])
+    return RewardContext(tokenizer, torch.device("cpu"), torch.float32, ["cat", "dog", "fish", "bird"])

@@ -209,7 +209,6 @@ def test_it_may_be_the_only_reward(tokenizer, write):
         Rewards(dogs=settings(file, weight=0.5, arguments={"bonus": 4})),
         tokenizer,
         class_names=["cat", "dog"],
-        num_classes=2,
         device=torch.device("cpu"),
         compile=Compile(),
     )
@@ -221,7 +220,7 @@ def test_it_may_be_the_only_reward(tokenizer, write):
 
 def test_a_failure_names_the_table(tokenizer, write):
     tables = {"sharp": settings(write(""), "sharpness")}
-    arguments = {"class_names": [], "num_classes": 1, "device": torch.device("cpu"), "compile": Compile()}
+    arguments = {"class_names": [], "device": torch.device("cpu"), "compile": Compile()}
     with pytest.raises(UserError, match=r"^reward\.sharp: function: .*my_rewards\.py has no function sharpness$"):
         build_rewards(Rewards(**tables), tokenizer, **arguments)
 

@@ -39,7 +39,6 @@ def build(tokenizer, tables=NEAR, *, compile=False, **keys):
         Rewards(**tables, **keys),
         tokenizer,
         class_names=[str(i) for i in range(10)],
-        num_classes=10,
         device=CPU,
         compile=Compile(enabled=compile),
     )

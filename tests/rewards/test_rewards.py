@@ -161,7 +161,7 @@ def test_other_non_finite_rewards_stay_so(tokenizer, rollout, value, may_abstain
 
 
 def build(tables, tokenizer, **changes):
-    settings = {"class_names": "abcd", "num_classes": 4, "device": torch.device("cpu"), "compile": Compile()}
+    settings = {"class_names": "abcd", "device": torch.device("cpu"), "compile": Compile()}
     return build_rewards(Rewards(**tables), tokenizer, **(settings | changes))
 
 
@@ -174,7 +174,7 @@ def test_built_from_a_recipe(tokenizer, classifier_file):
     assert {name: weight for name, (_, weight) in build(tables, tokenizer).terms.items()} == {"near": 1, "class": 0.5}
     tables["other"] = ClassLogProb.Settings(kind="class_log_prob", checkpoint="missing.safetensors")
     with pytest.raises(UserError) as error:
-        build(tables, tokenizer, num_classes=10)
+        build(tables, tokenizer, class_names="abcdefghij")
     first, second = error.value.problems
     assert first.startswith("reward.class: checkpoint: ")
     assert "knows 4 classes, model.num_classes is 10" in first

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from grpo.config import Objective, Rollout, Schedule, Training
-from grpo.kernels import Draw, sample_and_score
+from grpo.kernels import CHUNK_ELEMENTS, Draw, sample_and_score
 from grpo.models import ClassCondition, GPTConfig, load_gpt
 from grpo.rollout import build_draw, build_rollout, generate, real_rows, sample_codes, score
-from grpo.rollout.teacher_forced import perturb
+from grpo.rollout.modes import perturb
 
 sample_and_score_module = sys.modules[sample_and_score.__module__]  # the package has a function of its name
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "llamagen"
@@ -62,7 +62,7 @@ def test_teacher_forced_shapes_and_log_probs(model, encode, batch):
 def test_the_sampling_forward_can_be_the_training_forward(model, encode, batch, temperature, kept, monkeypatch):
     """What the rollout hands over has the values and the gradients of scores with a forward of their own."""
     monkeypatch.setattr(sample_and_score_module, "_KEPT_ELEMENTS", {"cpu": 1 << 24} if kept else {})
-    monkeypatch.setattr(sample_and_score_module, "CHUNK_ELEMENTS", {"cpu": 20 * 64})  # the last chunk is shorter
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 20 * 64)  # the last chunk is shorter
     trajectory = teacher_forced(model, encode, trains=True, temperature=temperature)(batch)
     plain = teacher_forced(model, encode, temperature=temperature)(batch)
     assert torch.equal(trajectory.tokens, plain.tokens)
@@ -89,7 +89,7 @@ def test_autoregressive_log_probs_are_those_of_the_loss(model, batch, settings):
     trajectory = autoregressive(model, **settings)(batch)
     assert trajectory.tokens.shape == (24, 1, 16)
     assert torch.equal(trajectory.context, trajectory.tokens[:, 0, :-1])
-    assert torch.equal(trajectory.class_ids, batch.class_ids.repeat_interleave(4))
+    assert torch.equal(trajectory.condition.class_ids, batch.condition.class_ids.repeat_interleave(4))
     scores = score(
         model,
         trajectory,

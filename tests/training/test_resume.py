@@ -97,7 +97,7 @@ def test_a_recipe_that_differs_is_refused_with_the_differences(tmp_path):
 
 @pytest.mark.parametrize("state", [{}, {"step": 3}, {"step": "x", "recipe": 1, "run_dir": "", "stream": 0}, []])
 def test_a_state_that_is_not_a_runs_is_refused(tmp_path, state):
-    from grpo.checkpoint.manifest import FileSum, file_sums, manifest_text, read_manifest
+    from grpo.formats.manifest import FileSum, file_sums, manifest_text, read_manifest
 
     run(tmp_path, "--training.steps", 3)
     folder = tmp_path / "checkpoints/step-000003"
@@ -135,8 +135,8 @@ def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path, nine_steps):
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from pathlib import Path; from grpo.training.run_lock import RunLock; "
-         f"lock = RunLock(Path({str(tmp_path)!r}), wait_seconds=0); print('held', flush=True); sys.stdin.read()"],
+        [sys.executable, "-c", "import sys; from pathlib import Path; from grpo.training.run_lock import lock_folder; "
+         f"lock = lock_folder(Path({str(tmp_path)!r}), wait_seconds=0); print('held', flush=True); sys.stdin.read()"],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=rf"is being written by another run \(process {holder.pid} on"):
