@@ -17,12 +17,13 @@ from functools import partial
 from hashlib import file_digest
 from pathlib import Path
 
+import torch
+
 from grpo.config import EvaluateRecipe, load_recipe
 from grpo.data import build_dataset
 from grpo.evaluation import (
     DatasetImages,
     ImageSource,
-    class_counts,
     compare,
     judge_files,
     load_judges,
@@ -121,7 +122,7 @@ def describe_reference(recipe: EvaluateRecipe, reference: ImageSource) -> dict[s
 
 def describe_classes(images: ImageSource) -> dict[str, object]:
     """Number of images, and of each class where the classes are known."""
-    counts = None if images.class_ids is None else class_counts(images.class_ids)
+    counts = None if images.class_ids is None else torch.bincount(images.class_ids).tolist()
     return {"count": len(images), "class_counts": counts}
 
 

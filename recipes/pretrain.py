@@ -34,7 +34,7 @@ def train(recipe: PretrainRecipe, world: World) -> None:
     with TrainingRun(recipe, world, title="Pre-training") as run:
         dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)
         tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
-        encode = CodeCache.of(tokenizer, dataset, enabled=recipe.data.cache_codes).codes
+        encode = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
         model = build_generator(recipe, checkpoint=recipe.model.checkpoint, mesh=run.mesh, world=world).train()
 
         def loss(batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -82,7 +82,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
     stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
-    codes = CodeCache.of(tokenizer, dataset, enabled=recipe.data.cache_codes).codes
+    codes = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
     generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
     if objective.kl_estimator != "none":

@@ -1,5 +1,3 @@
 """Durable checkpoints of a training run."""
 
 from grpo.checkpoint.manager import CheckpointManager
-
-__all__ = ["CheckpointManager"]

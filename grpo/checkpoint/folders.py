@@ -7,7 +7,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -54,7 +54,7 @@ def incompleteness(path: Path) -> str | None:
         sums = read_manifest(path)
     except UserError as error:
         return str(error)
-    missing = sorted({*missing_files(path, sums), *(name for name in _REQUIRED if name not in sums)})
+    missing = sorted({*missing_files(path, sums), *(set(_REQUIRED) - sums.keys())})
     return f"{path} is incomplete: {', '.join(missing)} missing or cut short" if missing else None
 
 
@@ -95,11 +95,9 @@ def set_aside(path: Path) -> str:
 
 def start_partial(folder: Path, step: int) -> None:
     """Make an empty folder to write a checkpoint into, where there is none of this step; leftovers are removed."""
-    final = step_folder(folder, step)
-    if final.exists():
-        raise UserError(
-            f"{final} exists and is not overwritten: resume from it, remove it, or choose another checkpoint.dir"
-        )
+    if (final := step_folder(folder, step)).exists():
+        remedy = "resume from it, remove it, or choose another checkpoint.dir"
+        raise UserError(f"{final} exists and is not overwritten: {remedy}")
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     partial_folder(folder, step).mkdir(parents=True)
@@ -139,9 +137,7 @@ def write_synced(path: Path, text: str) -> None:
     sync(path)
 
 
-def remove_old(
-    folder: Path, *, keep_last: int, keep_best: int, best_is: Literal["highest", "lowest"], newest: Path
-) -> None:
+def remove_old(folder: Path, *, keep_last: int, keep_best: int, best_is: str, newest: Path) -> None:
     """Delete complete checkpoints that are neither among the `keep_last` newest nor among the `keep_best` best.
 
     Args:
@@ -151,9 +147,8 @@ def remove_old(
     if keep_last == 0 or incompleteness(newest) is not None:
         return
     others = [path for path in by_step(folder) if path != newest and incompleteness(path) is None]
-    sign = 1 if best_is == "highest" else -1
-    scores = {path: score_of(path) for path in (newest, *others)} if keep_best else {}
-    ranked = sorted((path for path, score in scores.items() if score is not None), key=lambda p: -sign * scores[p])
+    scores = {path: score for path in (newest, *others) if keep_best and (score := score_of(path)) is not None}
+    ranked = sorted(scores, key=lambda path: -scores[path] if best_is == "highest" else scores[path])
     for path in others:
         if path not in {*others[: keep_last - 1], *ranked[:keep_best]}:
             doomed = path.with_name(f".{path.name}.removed")

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,6 @@ from grpo.formats import (
     save_weights,
 )
 from grpo.parallel import World, broadcast_object
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """All that one rank has to write."""
-
-    step: int
-    tensors: dict[str, Any]
-    sizes: Any  # the model's config, for weights in one file
-    run_state: str
-    rank_state: dict[str, Any]
 
 
 class CheckpointManager:
@@ -82,24 +70,20 @@ class CheckpointManager:
             score: what `checkpoint.keep_best` ranks it by.
 
         Raises:
-            UserError: there is one of this step already, or it (or, in the background, the one before) could not be
-                written.
+            UserError: there is one of this step, or it (or, in the background, the one before) could not be written.
         """
         self.wait()
         self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
         versions = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
-        snapshot = _Snapshot(
-            step=step,
-            tensors=training_tensors(model, optimizer),
-            sizes=getattr(model, "config", None),
-            run_state=json.dumps(versions | {"run": run_state}, indent=1),
-            rank_state=dict(rank_state),
-        )
-        if not self.config.async_save:
-            self._write(snapshot)
-            return
-        copy = replace(snapshot, tensors=_copy_to_cpu(snapshot.tensors), rank_state=_copy_to_cpu(snapshot.rank_state))
-        self._pending = self._executor.submit(self._write, copy)
+        run_text = json.dumps(versions | {"run": run_state}, indent=1)
+        shared = step, run_text, getattr(model, "config", None)
+        state = training_tensors(model, optimizer), dict(rank_state)
+        if self.config.async_save:
+            options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
+            copies = [DefaultStager(options).stage(part) for part in state]
+            self._pending = self._executor.submit(self._write, *shared, *copies)
+        else:
+            self._write(*shared, *state)
 
     def wait(self) -> None:
         """Return when no checkpoint is being written. Raises a UserError if it could not be written."""
@@ -115,8 +99,7 @@ class CheckpointManager:
 
     def failed(self) -> bool:
         """Whether background writing has failed on this rank; `wait` then raises why."""
-        pending = self._pending
-        return pending is not None and pending.done() and pending.exception() is not None
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def exist(self) -> bool:
         """Whether the folder holds a checkpoint, damaged or not. Collective."""
@@ -124,8 +107,7 @@ class CheckpointManager:
 
     def check_writable(self) -> None:
         """Find out now, not at the first checkpoint, that rank 0 can write nothing: a UserError. Collective."""
-        problem = self._on_main(lambda: folders.write_probe(self.folder))
-        if problem is not None:
+        if (problem := self._on_main(lambda: folders.write_probe(self.folder))) is not None:
             raise UserError(
                 f"checkpoints cannot be written to {self.folder}: {problem}; make it writable, or choose another "
                 "checkpoint.dir or metrics.run_dir"
@@ -144,10 +126,8 @@ class CheckpointManager:
             accept: takes no checkpoint for which rank 0 says no.
         """
         self.wait()
-        candidates = self._on_main(lambda: list(filter(accept, folders.by_step(self.folder))))
-        for path in candidates:
-            problem = self.damage(path)
-            if problem is None:
+        for path in self._on_main(lambda: list(filter(accept, folders.by_step(self.folder)))):
+            if (problem := self.damage(path)) is None:
                 return path
             tell(f"{problem}; {self._on_main(lambda path=path: folders.set_aside(path))}")
         return None
@@ -155,8 +135,7 @@ class CheckpointManager:
     def damage(self, path: str | Path) -> str | None:
         """What is wrong with a checkpoint's files, the same on every rank; None if nothing is. Collective."""
         path = Path(path)
-        problem = self._on_main(lambda: folders.incompleteness(path))
-        if problem is not None:
+        if (problem := self._on_main(lambda: folders.incompleteness(path))) is not None:
             return problem
         try:
             damaged = damaged_files(path, read_manifest(path), part=self.world.rank, parts=self.world.size)
@@ -182,47 +161,44 @@ class CheckpointManager:
         load_training_tensors(model, optimizer, SafeFileSystemReader(path))
         return folders.read_rank_file(path, self.world.rank) if world_size == self.world.size else None
 
-    def _write(self, snapshot: _Snapshot) -> None:
-        partial = folders.partial_folder(self.folder, snapshot.step)
-        shares = self._together(snapshot.step, lambda: self._write_share(partial, snapshot))
-        self._together(snapshot.step, lambda: self.world.is_main and self._publish(partial, snapshot, shares))
+    def _write(self, step: int, run_text: str, sizes: Any, tensors: dict[str, Any], rank_state: dict[str, Any]) -> None:
+        """Write a checkpoint together; `sizes` are the model's config, for weights in one file."""
+        partial = folders.partial_folder(self.folder, step)
+        shares = self._together(step, lambda: self._write_share(partial, tensors, rank_state))
+        self._together(step, lambda: self.world.is_main and self._publish(partial, step, run_text, sizes, shares))
 
-    def _write_share(self, partial: Path, snapshot: _Snapshot) -> dict[str, FileSum]:
+    def _write_share(self, partial: Path, tensors: dict[str, Any], rank_state: dict[str, Any]) -> dict[str, FileSum]:
         """Write this rank's files; their checksums."""
-        dcp.save(snapshot.tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
         rank_file = folders.rank_file(partial, self.world.rank)
-        torch.save(snapshot.rank_state, rank_file)
+        torch.save(rank_state, rank_file)
         folders.sync(rank_file)
         return file_sums([rank_file, *partial.glob(f"__{self.world.rank}_*.distcp")])
 
-    def _publish(self, partial: Path, snapshot: _Snapshot, shares: list[dict[str, FileSum]]) -> None:
+    def _publish(self, partial: Path, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""
-        written = [partial / METADATA_NAME, *self._write_consolidated(partial, snapshot.sizes)]
-        for name, text in (
-            (folders.RUN_STATE_NAME, snapshot.run_state),
-            (folders.STEP_NAME, f"{snapshot.step}\n"),
-            (folders.STATE_TYPE_NAME, "sharded\n" if self.config.sharded else "full\n"),
-        ):
+        config = self.config
+        wanted = {"consolidated.pth": not config.sharded, "consolidated.safetensors": config.safetensors}
+        consolidated = [name for name in wanted if wanted[name]]
+        weights = read_tensors(partial, prefix="model.") if consolidated else {}
+        for name in consolidated:
+            save_weights(partial / name, weights, config=sizes)
+            folders.sync(partial / name)
+        texts = {
+            folders.RUN_STATE_NAME: run_text,
+            folders.STEP_NAME: f"{step}\n",
+            folders.STATE_TYPE_NAME: "sharded\n" if config.sharded else "full\n",
+        }
+        for name, text in texts.items():
             folders.write_synced(partial / name, text)
-            written.append(partial / name)
-        sums = file_sums(written)
+        sums = file_sums(partial / name for name in (METADATA_NAME, *consolidated, *texts))
         for share in shares:
             sums |= share
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
-        final = folders.step_folder(self.folder, snapshot.step)
+        final = folders.step_folder(self.folder, step)
         folders.publish(partial, final)
-        keep = {name: getattr(self.config, name) for name in ("keep_last", "keep_best", "best_is")}
+        keep = {"keep_last": config.keep_last, "keep_best": config.keep_best, "best_is": config.best_is}
         folders.remove_old(self.folder, **keep, newest=final)
-
-    def _write_consolidated(self, partial: Path, sizes: Any) -> list[Path]:
-        """The weights in one file, in the formats that the recipe asks for."""
-        wanted = {"consolidated.pth": not self.config.sharded, "consolidated.safetensors": self.config.safetensors}
-        paths = [partial / name for name in wanted if wanted[name]]
-        weights = read_tensors(partial, prefix="model.") if paths else {}
-        for path in paths:
-            save_weights(path, weights, config=sizes)
-            folders.sync(path)
-        return paths
 
     def _together(self, step: int, work: Callable[[], Any]) -> list[Any]:
         """Do this rank's part and wait for all; the results of all ranks.
@@ -235,14 +211,13 @@ class CheckpointManager:
         except (dcp.api.CheckpointException, UserError, OSError, RuntimeError) as error:
             problem = _reason(error)
         outcomes = self._gather((problem, result))
-        first = next(((rank, text) for rank, (text, _) in enumerate(outcomes) if text is not None), None)
-        if first is None:
-            return [result for _, result in outcomes]
-        if self.world.is_main:
-            shutil.rmtree(folders.partial_folder(self.folder, step), ignore_errors=True)
-        raise UserError(
-            f"The checkpoint of step {step} could not be written to {self.folder} (rank {first[0]}): {first[1]}."
-        )
+        for rank, (problem, _) in enumerate(outcomes):
+            if problem is not None:
+                if self.world.is_main:
+                    shutil.rmtree(folders.partial_folder(self.folder, step), ignore_errors=True)
+                where = f"could not be written to {self.folder} (rank {rank})"
+                raise UserError(f"The checkpoint of step {step} {where}: {problem}.")
+        return [result for _, result in outcomes]
 
     def _gather(self, value: Any) -> list[Any]:
         """The values of all ranks."""
@@ -253,11 +228,6 @@ class CheckpointManager:
     def _on_main(self, find: Callable[[], Any]) -> Any:
         """What rank 0 finds, on every rank."""
         return broadcast_object(find() if self.world.is_main else None)
-
-
-def _copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    options = StagingOptions(False, False, False, False)  # not pinned, shared, staged in the background, or unblocking
-    return DefaultStager(options).stage(state)
 
 
 def _reason(error: BaseException) -> str:

@@ -7,19 +7,3 @@ from grpo.data.folder import ImageFiles, image_files
 from grpo.data.images import to_image, to_pixels
 from grpo.data.stream import ImageBatch, ImageStream, build_stream
 from grpo.models import normalize, to_uint8
-
-__all__ = [
-    "CodeCache",
-    "ImageBatch",
-    "ImageDataset",
-    "ImageFiles",
-    "ImageStream",
-    "UnreadableImage",
-    "build_dataset",
-    "build_stream",
-    "image_files",
-    "normalize",
-    "to_image",
-    "to_pixels",
-    "to_uint8",
-]

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from grpo.config import Data, UserError
+from grpo.data.builtin import Digits, Synthetic
 from grpo.data.dataset import ImageDataset
-from grpo.data.digits import Digits
 from grpo.data.folder import ImageFolder
-from grpo.data.synthetic import Synthetic
 
 
 def build_dataset(data: Data, *, num_classes: int | None) -> ImageDataset:
@@ -60,12 +59,10 @@ def _open(data: Data, *, num_classes: int) -> ImageDataset:
 
 def _check_class_ids(dataset: ImageDataset, num_classes: int) -> None:
     outside = np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))
-    if len(outside) == 0:
-        return
-    first = int(outside[0])
-    others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
-    raise UserError(
-        f"{dataset.describe(first)} has label {dataset.class_ids[first]}{others}, outside 0..{num_classes - 1}: "
-        f"correct the label or set num_classes (now {num_classes}) of the recipe's [model], or [classifier], to the "
-        "number of classes"
-    )
+    if len(outside):
+        others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+        raise UserError(
+            f"{dataset.describe(outside[0])} has label {dataset.class_ids[outside[0]]}{others}, outside 0.."
+            f"{num_classes - 1}: correct the label or set num_classes (now {num_classes}) of the recipe's [model], or "
+            "[classifier], to the number of classes"
+        )

@@ -1,12 +1,8 @@
 """Codes of images that a frozen tokenizer has already encoded."""
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
 from torch import Tensor
 
-from grpo.data.dataset import ImageDataset
 from grpo.data.stream import ImageBatch
 from grpo.models import VQModel
 
@@ -18,26 +14,16 @@ class CodeCache:
     memory, 2 bytes each for codebooks up to 32,768 and 4 beyond: 0.7 GB for ImageNet at 256 tokens an image.
 
     Args:
-        encode: images [B, 3, H, W] in [-1, 1] -> codes [B, T] int64.
+        tokenizer: its `encode` makes codes [B, T] int64 of images [B, 3, H, W] in [-1, 1].
         num_images: size of the data set, above every value of `ImageBatch.indices`.
-        codebook_size: codes are below it.
         enabled: keep codes at all.
     """
 
-    def __init__(
-        self, encode: Callable[[Tensor], Tensor], *, num_images: int, codebook_size: int, enabled: bool
-    ) -> None:
-        self._encode = encode
-        self._enabled = enabled
-        self._dtype = torch.int16 if codebook_size <= 2**15 else torch.int32
+    def __init__(self, tokenizer: VQModel, *, num_images: int, enabled: bool) -> None:
+        self._encode, self._enabled = tokenizer.encode, enabled
+        self._dtype = torch.int16 if tokenizer.config.codebook_size <= 2**15 else torch.int32
         self._known = torch.zeros(num_images if enabled else 0, dtype=torch.bool)
         self._codes: Tensor | None = None  # [N, T]; its pages are not in memory before they are written
-
-    @classmethod
-    def of(cls, tokenizer: VQModel, dataset: ImageDataset, *, enabled: bool) -> Self:
-        """The cache of a tokenizer's codes of a data set."""
-        size = tokenizer.config.codebook_size
-        return cls(tokenizer.encode, num_images=len(dataset), codebook_size=size, enabled=enabled)
 
     def codes(self, batch: ImageBatch) -> Tensor:
         """Codes [B, T] int64 of the batch's images, on the images' device."""

@@ -11,6 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -71,13 +72,11 @@ class _Samples(Dataset):
     """The data set addressed by sample numbers instead of indices; runs in the workers."""
 
     def __init__(self, dataset: ImageDataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
-        self._epoch = -1
+        self.dataset, self.seed, self._epoch = dataset, seed, -1
         self._permutation = np.empty(0, dtype=np.int64)  # of the images in that epoch
         self._unreadable: dict[int, str] = {}
 
-    def __getitems__(self, sample_ids: range) -> _Fetched:
+    def __getitem__(self, sample_ids: range) -> _Fetched:
         known = len(self._unreadable)
         try:
             samples = [self._read(sample_id) for sample_id in sample_ids]
@@ -107,54 +106,43 @@ class _Samples(Dataset):
         raise UserError(f"none of the {length} images of the data set can be read; the last: {reason}")
 
 
-def _as_is(fetched: _Fetched) -> _Fetched:
-    return fetched
-
-
 def _init_worker(worker_id: int) -> None:
     """Let only the parent end this worker.
 
     Ctrl-C, and the SIGTERM by which torchrun or a cluster asks a run to stop, reach the whole process group. A rank
     that still has to finish its step needs its workers for that.
     """
+    parent = os.getppid()
+
+    def end_when_parent_says() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_parent_says, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_when_parent_says, daemon=True).start()
 
 
-def _end_when_parent_says(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+@dataclass(eq=False)
+class ImageStream(Iterator[ImageBatch]):
+    """Endless; `build_stream` has the arguments."""
 
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class ImageStream:
-    """Endless iterator of `ImageBatch`; `build_stream` has the arguments.
-
-    Attributes:
-        samples: number of samples consumed by all ranks together. Batches that workers hold ready do not count.
-    """
-
-    def __init__(self, dataset: ImageDataset, *, batch_size: int, seed: int, num_workers: int, world: World) -> None:
-        self.dataset = dataset
-        self.samples = 0
-        self._seed, self._batch_size, self._size = seed, batch_size, batch_size // world.size
-        self._offset = world.rank * self._size
-        self._num_workers = min(num_workers, _available_cores())
-        self._fetched: Iterator[_Fetched] | None = None
-
-    def __iter__(self) -> "ImageStream":
-        return self
+    dataset: ImageDataset
+    batch_size: int
+    seed: int
+    num_workers: int
+    world: World
+    samples: int = 0
+    """Consumed by all ranks together. Batches that workers hold ready do not count."""
+    _fetched: Iterator[_Fetched] | None = None
 
     def __next__(self) -> ImageBatch:
         """The next batch of this rank. Raises `UserError` when too many images are unreadable."""
-        first = self.samples + self._offset
+        size = self.batch_size // self.world.size
+        first = self.samples + self.world.rank * size
         if self._fetched is None:
-            self._fetched = iter(self._loader(first))
+            self._fetched = self._fetch(range(i, i + size) for i in itertools.count(first, self.batch_size))
         fetched = next(self._fetched)
         try:
             for index, reason in fetched.unreadable:
@@ -164,26 +152,26 @@ class ImageStream:
         except UserError:
             self.close()
             raise
-        self.samples += self._batch_size
+        self.samples += self.batch_size
         return ImageBatch(
             images=normalize(fetched.pixels),
             condition=self.dataset.condition(fetched.indices),
-            sample_ids=torch.arange(first, first + self._size),
+            sample_ids=torch.arange(first, first + size),
             indices=torch.tensor(fetched.indices),
         )
 
-    def _loader(self, first: int) -> StatefulDataLoader:
-        """Loads this rank's slices of all batches from sample `first` on."""
+    def _fetch(self, batches: Iterator[range]) -> Iterator[_Fetched]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 under torch 2.15
-            return StatefulDataLoader(
-                _Samples(self.dataset, self._seed),
-                batch_sampler=(range(i, i + self._size) for i in itertools.count(first, self._batch_size)),
-                num_workers=self._num_workers,
-                collate_fn=_as_is,
+            loader = StatefulDataLoader(
+                _Samples(self.dataset, self.seed),
+                sampler=batches,
+                batch_size=None,  # for the loader a batch is one item
+                num_workers=self.num_workers,
                 worker_init_fn=_init_worker,
                 generator=torch.Generator(),  # the global one would shift the run's randomness
             )
+            return iter(loader)
 
     def close(self) -> None:
         """End the workers and the stream. Workers that a traceback keeps alive take seconds each to end."""
@@ -196,7 +184,7 @@ class ImageStream:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after that many samples, also in the middle of an iteration."""
         self.samples = int(state["samples"])
-        self._fetched = None
+        self.close()
 
 
 def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_workers: int, world: World) -> ImageStream:
@@ -224,4 +212,5 @@ def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_worke
             f"the data set has {len(dataset)} images, fewer than one batch of {batch_size}: lower the batch size "
             f"({keys}) or add images"
         )
-    return ImageStream(dataset, batch_size=batch_size, seed=seed, num_workers=num_workers, world=world)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ImageStream(dataset, batch_size, seed, min(num_workers, cores), world)

@@ -1,17 +1,4 @@
 """What a recipe takes before it runs: memory of a GPU, work of a step, and how fast that makes a device."""
 
-from grpo.estimate.memory import RecipeMemory, recipe_memory
-from grpo.estimate.sharded import sharded_bytes
+from grpo.estimate.memory import RecipeMemory, recipe_memory, sharded_bytes
 from grpo.estimate.speed import Peaks, Work, device_peaks, grpo_work, measured_peaks, throughput
-
-__all__ = [
-    "Peaks",
-    "RecipeMemory",
-    "Work",
-    "device_peaks",
-    "grpo_work",
-    "measured_peaks",
-    "recipe_memory",
-    "sharded_bytes",
-    "throughput",
-]

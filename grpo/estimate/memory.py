@@ -8,17 +8,71 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from grpo.config import GRPORecipe, PretrainRecipe, Rewards, Schedule
-from grpo.estimate.sharded import ShardedBytes, count_parameters, sharded_bytes
+from grpo.config import GRPORecipe, Parallel, PretrainRecipe, Rewards, Schedule, Training
 from grpo.kernels import CHUNK_ELEMENTS
 from grpo.models import VQModel, generator_sizes, get_family, tokenizer_sizes
-from grpo.parallel import compute_dtype
+from grpo.parallel import compute_dtype, mixed_precision_policy, reshards_after_forward
 from grpo.rewards.networks import MEMORY_SHARE as DECODING_SHARE
 from grpo.rewards.networks import bytes_per_image, reward_dtype
 from grpo.rollout.autoregressive import MEMORY_SHARE as SAMPLING_SHARE
 from grpo.rollout.cached_sampler import bytes_per_sequence
 
 FP32, GPU = torch.float32.itemsize, torch.device("cuda")
+BLOCKS_IN_FLIGHT = 2  # the one that is computed, and the one that is gathered meanwhile
+
+
+class ShardedBytes(NamedTuple):
+    """Bytes on the rank that has the largest shards."""
+
+    parameters: int
+    """Shards of the fp32 weights."""
+    gradients: int
+    """Shards of their gradients, from the first reduction to the optimizer step."""
+    optimizer: int
+    """Shards of AdamW's moments."""
+    unreduced: int = 0
+    """Gradients of the whole model that wait for a deferred reduction."""
+    gathered: int = 0
+    """Whole parameters in the dtype of the computation, in a training step: the root's, and two blocks' or all."""
+    gathered_whole: int = 0
+    """The same in a rollout that samples token by token: all parameters."""
+    reduction: int = 0
+    """A block's whole gradient, and the buffer in which it is reduced."""
+
+
+def sharded_bytes(
+    model: nn.Module, *, mesh: tuple[int, ...], parallel: Parallel, training: Training, accumulates: bool
+) -> ShardedBytes:
+    """What a trained model takes on one rank, after `parallelize`.
+
+    Each parameter is cut along its first dimension into pieces of equal size; the last ones may be padding.
+
+    Args:
+        model: blocks in `model.layers`; may be on the meta device, and is not yet parallelized.
+        mesh: see `mesh_shape`; the last size is that of the ranks that share one copy of the model.
+        accumulates: an optimizer step has more than one micro-batch.
+    """
+    shards = FP32 * sum(math.ceil(len(p) / mesh[-1]) * math.prod(p.shape[1:]) for p in model.parameters())
+    policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
+    if math.prod(mesh) == 1 and policy.param_dtype is None:
+        return ShardedBytes(shards, shards, 2 * shards)
+    element, reduced = (policy.param_dtype or torch.float32).itemsize, policy.reduce_dtype.itemsize
+    whole, blocks = count_parameters(model), [count_parameters(block) for block in model.layers]
+    root, largest = whole - sum(blocks), max(blocks)
+    held = min(BLOCKS_IN_FLIGHT, len(blocks)) * largest if reshards_after_forward(parallel) else sum(blocks)
+    return ShardedBytes(
+        parameters=shards,
+        gradients=shards,
+        optimizer=2 * shards,
+        unreduced=reduced * whole if accumulates and parallel.defer_gradient_sync else 0,
+        gathered=element * (root + held),
+        gathered_whole=element * whole,
+        reduction=(element + reduced) * max(largest, root),
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class RecipeMemory(NamedTuple):
@@ -116,8 +170,8 @@ def _phases_before_update(
         logits = FP32 * min(schedule.images_per_part * sizes.block_size * sizes.vocab_size, CHUNK_ELEMENTS["cuda"])
         sampling = {**(waiting or {"gathered weights": policy.gathered}), "logits": logits}
         return {"encode": {"encoding": encoded}, "rollout": sampling, "reward": reward}
-    dtype = compute_dtype(recipe.training.mixed_precision)
-    row = bytes_per_sequence(model, dtype=dtype, guided=rollout.cfg_scale != 1)
+    dtype, guided = compute_dtype(recipe.training.mixed_precision), rollout.cfg_scale != 1
+    row = bytes_per_sequence(model, dtype=dtype, guided=guided)
     fitting = max(1, int(SAMPLING_SHARE * (free - policy.gathered_whole)) // row)
     cache = row * min(schedule.completions, rollout.max_rows or fitting)
     return {"rollout": {"gathered weights": policy.gathered_whole, "cache": cache}, "reward": reward}
@@ -127,5 +181,5 @@ def _reward_networks(rewards: Rewards, tokenizer: VQModel) -> int:
     """The tokenizer's copy in the precision of the rewards, and networks as large as the files that tables name."""
     low = reward_dtype(rewards.precision, GPU)
     copy = 0 if low == torch.float32 else low.itemsize * count_parameters(tokenizer)
-    texts = [value for table in rewards.active.values() for value in dict(table).values() if isinstance(value, str)]
-    return copy + sum(Path(text).stat().st_size for text in texts if Path(text).is_file())
+    paths = [Path(value) for table in rewards.active.values() for _, value in table if isinstance(value, str)]
+    return copy + sum(path.stat().st_size for path in paths if path.is_file())

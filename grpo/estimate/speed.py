@@ -1,7 +1,7 @@
 """How much work a step is, what a device can do at most, and how fast that makes it."""
 
 import functools
-import time
+import timeit
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,12 +23,9 @@ class Work(NamedTuple):
 
 
 def grpo_work(recipe: GRPORecipe, sizes: Any, schedule: Schedule) -> Work:
-    """Work of the generator in one step on one rank, in the phases "rollout" and "update".
+    """Work of the generator, whose sizes are given, in one step on one rank, in the phases "rollout" and "update".
 
     A forward that rollout and update share is counted to the rollout.
-
-    Args:
-        sizes: of the generator.
     """
     rollout, costs = recipe.rollout, get_family(recipe.model.name).costs
     forced = rollout.mode == "teacher_forced"
@@ -80,12 +77,9 @@ DATA_SHEETS = {
 
 def device_peaks(device: torch.device) -> Peaks:
     """The peaks of a device by its data sheet; of one that is not known, what it reaches now."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peaks in DATA_SHEETS.items():
-            if part in name:
-                return peaks
-    return measured_peaks(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = (peaks for part, peaks in DATA_SHEETS.items() if part in name)
+    return next(known, None) or measured_peaks(device)
 
 
 @functools.cache
@@ -94,22 +88,15 @@ def measured_peaks(device: torch.device) -> Peaks:
     size, numbers, dtype = (8192, 1 << 28, torch.bfloat16) if device.type == "cuda" else (768, 1 << 24, torch.float32)
     matrix, source = torch.ones(size, size, dtype=dtype, device=device), torch.ones(numbers, device=device)
     target, product = torch.empty_like(source), torch.empty_like(matrix)
+
+    def fastest(function: Callable[[], object]) -> float:
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+        return min(timeit.repeat(lambda: (function(), wait(device)), repeat=5, number=1))
+
     return Peaks(
-        flops=2 * size**3 / _fastest(lambda: torch.mm(matrix, matrix, out=product), device),
-        bandwidth=2 * source.nbytes / _fastest(lambda: target.copy_(source), device),  # reads and writes
+        flops=2 * size**3 / fastest(lambda: torch.mm(matrix, matrix, out=product)),
+        bandwidth=2 * source.nbytes / fastest(lambda: target.copy_(source)),  # reads and writes
     )
-
-
-def _fastest(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of a few calls."""
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def throughput(
@@ -121,8 +108,7 @@ def throughput(
         seconds: as `PhaseTimer.read` gives them.
         images: of all ranks.
         codes: of one image, 0 where the job has none.
-        work: of this rank; may be empty.
-        device: of this rank.
+        work, device: of this rank; the work may be empty.
 
     Returns:
         `images_per_second`; with codes `tokens_per_second`; with FLOPs the shares of the device's peak, `mfu` of the

@@ -3,7 +3,6 @@
 from grpo.evaluation.distances import (
     FeatureStatistics,
     accuracy,
-    class_counts,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -21,33 +20,3 @@ from grpo.evaluation.sources import (
     open_images,
 )
 from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_pngs
-
-__all__ = [
-    "ClassifierJudge",
-    "DatasetImages",
-    "DrawnImages",
-    "FeatureStatistics",
-    "FolderImages",
-    "ImageSource",
-    "InceptionJudge",
-    "Judge",
-    "Measured",
-    "NpzImages",
-    "NpzWriter",
-    "accuracy",
-    "batches_in_order",
-    "class_counts",
-    "classes_in_turn",
-    "classifier_gap",
-    "compare",
-    "frechet_distance",
-    "inception_score",
-    "judge_files",
-    "kernel_distance",
-    "load_judges",
-    "make_writable",
-    "measure_images",
-    "open_images",
-    "precision_recall",
-    "save_pngs",
-]

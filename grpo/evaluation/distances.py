@@ -17,7 +17,6 @@ class FeatureStatistics(NamedTuple):
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
         """Of features [N, D], N >= 2."""
-        assert features.dim() == 2, features.shape
         assert len(features) >= 2, "a covariance takes two vectors"
         features = features.double()
         mean = features.mean(dim=0)
@@ -95,21 +94,16 @@ def precision_recall(images: Tensor, reference: Tensor, *, nearest_k: int = 3) -
         images, reference: features [N, D] and [M, D], each with more than `nearest_k` vectors.
     """
     images, reference = images.double(), reference.double()
-    precision = _share_inside(images, reference, _neighbour_distances(reference, nearest_k))
-    recall = _share_inside(reference, images, _neighbour_distances(images, nearest_k))
-    return precision, recall
+    return _share_on_manifold(images, reference, nearest_k), _share_on_manifold(reference, images, nearest_k)
 
 
-def _neighbour_distances(features: Tensor, nearest_k: int) -> Tensor:
-    """Distance [N] of each vector to its k-th nearest other one."""
-    assert len(features) > nearest_k, f"{len(features)} vectors have no {nearest_k} neighbours each"
+def _share_on_manifold(features: Tensor, vectors: Tensor, nearest_k: int) -> float:
+    """Share of features on the manifold of the vectors."""
+    assert len(vectors) > nearest_k, f"{len(vectors)} vectors have no {nearest_k} neighbours each"
     # Each vector is its own nearest, at distance 0: hence k + 1.
-    rows = (torch.cdist(rows, features).kthvalue(nearest_k + 1).values for rows in features.split(_ROWS_AT_ONCE))
-    return torch.cat(list(rows))
-
-
-def _share_inside(features: Tensor, centers: Tensor, radii: Tensor) -> float:
-    inside = [(torch.cdist(rows, centers) <= radii).any(dim=1) for rows in features.split(_ROWS_AT_ONCE)]
+    radii = [torch.cdist(rows, vectors).kthvalue(nearest_k + 1).values for rows in vectors.split(_ROWS_AT_ONCE)]
+    radii = torch.cat(radii)
+    inside = [(torch.cdist(rows, vectors) <= radii).any(dim=1) for rows in features.split(_ROWS_AT_ONCE)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -123,20 +117,12 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int = 0) -
         (mean, standard deviation over the parts).
     """
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(seed))
-    scores = []
-    for part in probabilities[order].double().tensor_split(min(splits, len(probabilities))):
-        marginal = part.mean(dim=0, keepdim=True)
-        divergence = torch.xlogy(part, part) - torch.xlogy(part, marginal)
-        scores.append(divergence.sum(dim=1).mean().exp())
-    scores = torch.stack(scores)
+    parts = probabilities[order].double().tensor_split(min(splits, len(probabilities)))
+    divergences = [torch.xlogy(part, part) - torch.xlogy(part, part.mean(dim=0, keepdim=True)) for part in parts]
+    scores = torch.stack([divergence.sum(dim=1).mean().exp() for divergence in divergences])
     return scores.mean().item(), scores.std(correction=0).item()
 
 
 def accuracy(probabilities: Tensor, class_ids: Tensor) -> float:
     """Share of images [N, K] whose most likely class is the one asked for [N]."""
     return (probabilities.argmax(dim=1) == class_ids).double().mean().item()
-
-
-def class_counts(class_ids: Tensor) -> list[int]:
-    """Images of each class, from class 0 to the highest of class_ids [N]."""
-    return torch.bincount(class_ids).tolist()

@@ -13,24 +13,20 @@ from grpo.models import load_classifier, normalize, read_weights
 
 
 class Judge(Protocol):
-    """Looks at images as they are stored: [B, 3, H, W] uint8 -> (features [B, D] fp32, logits [B, K] fp32).
+    """Looks at images as they are stored: [B, 3, H, W] uint8 -> (features [B, D] fp32, logits [B, K] fp32)."""
 
-    Attributes:
-        names_classes: whether logit k is the generator's class k, so that an accuracy makes sense.
-        is_inception: whether the features are those of the published FID, so that published statistics apply.
-    """
-
-    names_classes: bool
-    is_inception: bool
+    names_classes: bool = False
+    """Whether logit k is the generator's class k, so that an accuracy makes sense."""
+    is_inception: bool = False
+    """Whether the features are those of the published FID, so that published statistics apply."""
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class ClassifierJudge:
+class ClassifierJudge(Judge):
     """A classifier of images in [-1, 1] with `features(images) -> [B, D]` and `head(features) -> logits [B, K]`."""
 
     names_classes = True
-    is_inception = False
 
     def __init__(self, classifier: nn.Module) -> None:
         self.classifier = classifier.eval()
@@ -41,7 +37,7 @@ class ClassifierJudge:
         return features.float(), self.classifier.head(features).float()
 
 
-class InceptionJudge:
+class InceptionJudge(Judge):
     """Inception v3 of the published FID, by torch-fidelity: 2048 features, 1008 classes, its own resize to 299.
 
     Nothing is downloaded: `path` has the weights, torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`.
@@ -50,7 +46,6 @@ class InceptionJudge:
         UserError: torch-fidelity is not installed, or the file is not such weights.
     """
 
-    names_classes = False
     is_inception = True
 
     def __init__(self, path: str | Path, *, device: torch.device) -> None:
@@ -87,10 +82,10 @@ def judge_files(evaluation: Evaluation) -> dict[str, str]:
 
 def load_judges(evaluation: Evaluation, *, device: torch.device) -> dict[str, Judge]:
     """The judges of `judge_files`, loaded."""
-
-    def load(name: str, file: str) -> Judge:
+    judges = {}
+    for name, file in judge_files(evaluation).items():
         if name == "inception":
-            return InceptionJudge(file, device=device)
-        return ClassifierJudge(load_classifier(file).to(device))
-
-    return {name: load(name, file) for name, file in judge_files(evaluation).items()}
+            judges[name] = InceptionJudge(file, device=device)
+        else:
+            judges[name] = ClassifierJudge(load_classifier(file).to(device))
+    return judges

@@ -1,6 +1,8 @@
 """From images to a dictionary of metrics; the work is spread over the ranks and the numbers do not depend on it."""
 
 from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -9,14 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grpo.config import Evaluation, UserError
-from grpo.evaluation.distances import (
-    FeatureStatistics,
-    accuracy,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from grpo.evaluation import distances
+from grpo.evaluation.distances import FeatureStatistics
 from grpo.evaluation.judges import Judge
 from grpo.evaluation.sources import ImageSource, rank_and_size
 
@@ -38,6 +34,12 @@ class Measured(NamedTuple):
     class_ids: Tensor | None
     size: tuple[int, int]
     statistics: FeatureStatistics | None = None
+
+    def gaussian(self, device: torch.device | str) -> FeatureStatistics:
+        """Mean and covariance of the features, or those that stand for them."""
+        if self.statistics is None:
+            return FeatureStatistics.of(self.features.to(device))
+        return FeatureStatistics(*(moment.to(device) for moment in self.statistics))
 
 
 def measure_images(
@@ -66,48 +68,37 @@ def measure_images(
     if reward is not None and class_ids is None:
         raise UserError("evaluation.reward_checkpoint needs the images' classes: an .npz with arr_1, or class folders")
     rank, ranks = rank_and_size()
-    seen = {}
+    seen = []  # of each batch: its first image, the size of the images, columns [B, ...] of results
     for start in progress(range(0, len(source), batch_size)[rank::ranks]):
         # Contiguous, since the judge's convolutions round differently for another memory layout.
         pixels = source.pixels(start, start + batch_size).to(device).contiguous()
         features, logits = judge(pixels)
-        if judge.names_classes:
-            _check_classes(class_ids, num_classes=logits.shape[1])
+        if judge.names_classes and class_ids is not None:
+            lowest, highest, num_classes = int(class_ids.min()), int(class_ids.max()), logits.shape[1]
+            if lowest < 0 or highest >= num_classes:
+                raise UserError(
+                    f"the images have classes {lowest}..{highest} and the judging classifier {num_classes} classes: "
+                    "give evaluation.feature_checkpoint one that was trained on these classes"
+                )
         columns = [features, logits.softmax(dim=1)]
         if reward is not None:
             asked = class_ids[start : start + batch_size].to(device)
-            columns.append(-F.cross_entropy(reward(pixels)[1], asked, reduction="none")[:, None])
-        widths, size = [column.shape[1] for column in columns], tuple(pixels.shape[-2:])
-        seen[start] = torch.cat(columns, dim=1).cpu(), widths, size
-    batches = _of_all_ranks(seen)
-    _, widths, size = batches[0]
-    features, probabilities, *rewards = torch.cat([rows for rows, *_ in batches]).split(widths, dim=1)
+            columns.append(-F.cross_entropy(reward(pixels)[1], asked, reduction="none"))
+        seen.append((start, tuple(pixels.shape[-2:]), [column.cpu() for column in columns]))
+    of_ranks = [seen]
+    if ranks > 1:
+        of_ranks = [None] * ranks
+        dist.all_gather_object(of_ranks, seen)
+    _, sizes, batches = zip(*sorted(chain(*of_ranks), key=itemgetter(0)), strict=True)
+    features, probabilities, *rewards = map(torch.cat, zip(*batches, strict=True))
     return Measured(
         features,
         probabilities,
-        rewards=rewards[0][:, 0] if rewards else None,
+        rewards=rewards[0] if rewards else None,
         class_ids=class_ids if judge.names_classes else None,
-        size=size,
+        size=sizes[0],
         statistics=source.inception_statistics if judge.is_inception else None,
     )
-
-
-def _check_classes(class_ids: Tensor | None, *, num_classes: int) -> None:
-    if class_ids is not None and not 0 <= int(class_ids.min()) <= int(class_ids.max()) < num_classes:
-        raise UserError(
-            f"the images have classes {int(class_ids.min())}..{int(class_ids.max())} and the judging classifier "
-            f"{num_classes} classes: give evaluation.feature_checkpoint one that was trained on these classes"
-        )
-
-
-def _of_all_ranks(seen: dict[int, tuple]) -> list[tuple]:
-    """The batches of all ranks, in the order of the images."""
-    parts = [seen]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, seen)
-    together = {start: batch for part in parts for start, batch in part.items()}
-    return [together[start] for start in sorted(together)]
 
 
 def compare(
@@ -127,16 +118,24 @@ def compare(
         UserError: images of another size than the reference's, or too few of them.
     """
     settings = settings or Evaluation()
-    _check_comparable(images, reference, nearest_k=settings.nearest_k)
+    if images.size != reference.size:
+        first, second = (f"{width}x{height}" for height, width in (images.size, reference.size))
+        raise UserError(
+            f"images are {first} pixels and the reference {second}: set sampling.resize_to or data.image_size"
+        )
+    count, least = min(len(images.features), len(reference.features)), settings.nearest_k + 1
+    if count < least:
+        key = f"evaluation.nearest_k = {settings.nearest_k}"
+        raise UserError(f"{count} images are too few: {key} takes {least} on each side")
     features = [side.features.to(device) for side in (images, reference)]
-    metrics = {"fid": frechet_distance(*(_statistics(side, device) for side in (images, reference)))}
-    metrics["kid"], metrics["kid_std"] = kernel_distance(
+    metrics = {"fid": distances.frechet_distance(images.gaussian(device), reference.gaussian(device))}
+    metrics["kid"], metrics["kid_std"] = distances.kernel_distance(
         *features, subset_size=settings.kid_subset_size, subsets=settings.kid_subsets
     )
-    metrics["precision"], metrics["recall"] = precision_recall(*features, nearest_k=settings.nearest_k)
-    metrics["inception_score"], metrics["inception_score_std"] = inception_score(images.probabilities)
+    metrics["precision"], metrics["recall"] = distances.precision_recall(*features, nearest_k=settings.nearest_k)
+    metrics["inception_score"], metrics["inception_score_std"] = distances.inception_score(images.probabilities)
     if images.class_ids is not None:
-        metrics["accuracy"] = accuracy(images.probabilities, images.class_ids)
+        metrics["accuracy"] = distances.accuracy(images.probabilities, images.class_ids)
     if images.rewards is not None:
         rewards = images.rewards.double()
         metrics["reward_mean"], metrics["reward_std"] = rewards.mean().item(), rewards.std(correction=0).item()
@@ -147,20 +146,3 @@ def classifier_gap(images: Measured) -> float:
     """How much surer of the class the rewarding classifier is than the judging one: mean difference of log p, nats."""
     judged = images.probabilities.gather(1, images.class_ids[:, None]).clamp_min(1e-12).log()
     return (images.rewards.mean() - judged.mean()).item()
-
-
-def _statistics(measured: Measured, device: torch.device | str) -> FeatureStatistics:
-    if measured.statistics is None:
-        return FeatureStatistics.of(measured.features.to(device))
-    return FeatureStatistics(*(moment.to(device) for moment in measured.statistics))
-
-
-def _check_comparable(images: Measured, reference: Measured, *, nearest_k: int) -> None:
-    if images.size != reference.size:
-        first, second = (f"{width}x{height}" for height, width in (images.size, reference.size))
-        raise UserError(
-            f"images are {first} pixels and the reference {second}: set sampling.resize_to or data.image_size"
-        )
-    count, least = min(len(images.features), len(reference.features)), nearest_k + 1
-    if count < least:
-        raise UserError(f"{count} images are too few: evaluation.nearest_k = {nearest_k} takes {least} on each side")

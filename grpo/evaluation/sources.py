@@ -80,9 +80,10 @@ class DatasetImages(ImageSource):
         self._dataset = dataset
 
     def pixels(self, start: int, stop: int) -> Tensor:
-        return torch.stack([self._image(index) for index in range(start, min(stop, len(self)))])
+        return torch.stack([self.image(index) for index in range(start, min(stop, len(self)))])
 
-    def _image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
+        """[3, H, W] uint8."""
         return self._dataset.pixels(index)
 
 
@@ -106,7 +107,7 @@ class FolderImages(DatasetImages):
             self.class_ids = None
         self._size = self._dataset.whole(0).size
 
-    def _image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
         image = self._dataset.whole(index)
         if image.size != self._size:
             sizes = "{}x{}, the first image {}x{}".format(*image.size, *self._size)

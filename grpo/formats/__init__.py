@@ -11,21 +11,3 @@ from grpo.formats.manifest import (
     read_manifest,
 )
 from grpo.formats.weight_files import Layout, read_config, read_weights, save_weights
-
-__all__ = [
-    "MANIFEST_NAME",
-    "METADATA_NAME",
-    "FileSum",
-    "Layout",
-    "SafeFileSystemReader",
-    "damaged_files",
-    "file_sums",
-    "manifest_text",
-    "missing_files",
-    "read_config",
-    "read_manifest",
-    "read_tensors",
-    "read_weights",
-    "safe_load",
-    "save_weights",
-]

@@ -50,9 +50,8 @@ class _RefusedError(Exception):
 def read_metadata(folder: str | Path) -> Metadata:
     """The contents of a checkpoint folder: names, shapes, and where in which file each piece is.
 
-    Raises:
-        UserError: no such file, damaged, asking for anything but checkpoint metadata, naming files elsewhere, or
-            promising tensors that its files do not hold.
+    Raises a UserError: no such file, damaged, asking for anything but checkpoint metadata, naming files elsewhere, or
+    promising tensors that its files do not hold.
     """
     path = Path(folder) / METADATA_NAME
     try:
@@ -103,8 +102,7 @@ def _check_stored_whole(name: str, entry: TensorStorageMetadata, metadata: Metad
 class SafeFileSystemReader(dcp.FileSystemReader):
     """A storage reader whose `metadata` was read by `read_metadata` and whose files were found complete.
 
-    Raises:
-        UserError: see `read_metadata`; or shard files are missing or too short.
+    Raises a UserError as `read_metadata`, and where shard files are missing or too short.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -114,14 +112,11 @@ class SafeFileSystemReader(dcp.FileSystemReader):
         for info in self.metadata.storage_data.values():
             needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
         sizes = {path.name: path.stat().st_size for path in Path(folder).glob("*.distcp")}
-        missing = sorted(name for name, size in needed.items() if sizes.get(name, -1) < size)
-        if missing:
+        if missing := sorted(name for name, size in needed.items() if sizes.get(name, -1) < size):
             raise UserError(f"{folder} is incomplete: {', '.join(missing)} missing or too short.")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self.metadata.storage_meta is None:
-            self.metadata.storage_meta = StorageMeta()
-        self.metadata.storage_meta.load_id = self.load_id
+        self.metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return self.metadata
 
 
@@ -136,8 +131,7 @@ class _SafeLoadPlanner(dcp.DefaultLoadPlanner):
 def safe_load(state_dict: dict[str, Any], reader: SafeFileSystemReader, *, no_dist: bool = False) -> None:
     """`torch.distributed.checkpoint.load` in place, without trusting the folder.
 
-    Raises:
-        UserError: names or shapes that the folder does not have, or damaged shards.
+    Raises a UserError: names or shapes that the folder does not have, or damaged shards.
     """
     try:
         with warnings.catch_warnings():
@@ -150,13 +144,9 @@ def safe_load(state_dict: dict[str, Any], reader: SafeFileSystemReader, *, no_di
 
 
 def read_tensors(folder: str | Path, *, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a checkpoint folder, whole, in CPU memory, read by this process alone.
+    """The tensors whose name starts with `prefix`, which is cut off; whole, on the CPU, read by this process alone.
 
-    Args:
-        prefix: take the entries whose name starts with it, e.g. `model.`; the prefix is cut off.
-
-    Raises:
-        UserError: as `read_metadata`, and when a shard file is missing, too short or damaged.
+    Raises a UserError as `SafeFileSystemReader` and `safe_load`.
     """
     reader = SafeFileSystemReader(folder)
     tensors = {

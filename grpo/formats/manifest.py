@@ -44,9 +44,9 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): take another checkpoint") from error
-    elsewhere = next((name for name in sums if name in ("", ".", "..") or Path(name).name != name), None)
-    if elsewhere is not None:
-        raise UserError(f"{path} names {elsewhere!r}, which is not a file of this folder: do not trust it")
+    for name in sums:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise UserError(f"{path} names {name!r}, which is not a file of this folder: do not trust it")
     return sums
 
 
@@ -57,10 +57,6 @@ def missing_files(folder: Path, sums: Mapping[str, FileSum]) -> list[str]:
 
 
 def damaged_files(folder: Path, sums: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> list[str]:
-    """Names of the files with other contents than were written; reads them.
-
-    Args:
-        part, parts: look at every `parts`-th file only, from the `part`-th on, in the order of descending size.
-    """
+    """Names of the files with other contents than were written; reads every `parts`-th, by size, from `part` on."""
     share = sorted(sums, key=lambda name: (-sums[name].size, name))[part::parts]
     return [name for name in share if file_sums([folder / name])[name] != sums[name]]

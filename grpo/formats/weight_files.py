@@ -63,11 +63,7 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The sizes that `save_weights` wrote with the weights; None where there are none.
-
-    Raises:
-        UserError: not a readable .safetensors file, or damaged sizes.
-    """
+    """The sizes that `save_weights` wrote with the weights; None where there are none. A UserError if damaged."""
     path = Path(path)
     if path.suffix != ".safetensors" or path.is_dir():
         return None
@@ -99,10 +95,8 @@ def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
     if not bare and isinstance(content, Mapping):
         content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        wanted = (
-            "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
-        )
-        raise UserError(f"{path}: this checkpoint does not hold {wanted}")
+        form = "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
+        raise UserError(f"{path}: this checkpoint does not hold {form}")
     return dict(content)
 
 

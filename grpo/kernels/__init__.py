@@ -21,18 +21,3 @@ from grpo.kernels.projection import CHUNK_ELEMENTS, project_logits
 from grpo.kernels.ratio_loss import clipped_ratio_loss
 from grpo.kernels.sample_and_score import ScoredSample, sample_and_score, sample_projection
 from grpo.kernels.sampling import Sample, sample_tokens
-
-__all__ = [
-    "CHUNK_ELEMENTS",
-    "Draw",
-    "Sample",
-    "ScoredSample",
-    "clipped_ratio_loss",
-    "linear_token_log_probs",
-    "philox_uniform",
-    "project_logits",
-    "sample_and_score",
-    "sample_projection",
-    "sample_tokens",
-    "token_log_probs",
-]

@@ -9,32 +9,3 @@ from grpo.models.pixels import normalize, to_uint8
 from grpo.models.specs import TOKENIZER_SPECS, get_tokenizer_spec, tokenizer_sizes
 from grpo.models.vq import VQConfig, VQModel
 from grpo.models.weights import build_tokenizer, load_gpt, load_vq
-
-__all__ = [
-    "GPT",
-    "MODEL_SPECS",
-    "TOKENIZER_SPECS",
-    "ClassCondition",
-    "Classifier",
-    "ClassifierConfig",
-    "Condition",
-    "GPTConfig",
-    "KVCache",
-    "ModelFamily",
-    "VQConfig",
-    "VQModel",
-    "as_condition",
-    "build_tokenizer",
-    "generator_sizes",
-    "get_family",
-    "get_model_spec",
-    "get_tokenizer_spec",
-    "load_classifier",
-    "load_gpt",
-    "load_vq",
-    "normalize",
-    "read_weights",
-    "save_weights",
-    "to_uint8",
-    "tokenizer_sizes",
-]

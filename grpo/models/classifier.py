@@ -26,11 +26,6 @@ class ClassifierConfig:
         if self.width % 8:
             raise ValueError(f"width {self.width} must be a multiple of 8")
 
-    @property
-    def num_features(self) -> int:
-        """Length D of a feature vector."""
-        return 4 * self.width
-
 
 class Stage(nn.Module):
     """Halve the image, then look at it once more: two normalised convolutions."""
@@ -54,15 +49,12 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         widths = [3, config.width, 2 * config.width, 4 * config.width]
-        self.layers = nn.ModuleList(Stage(*pair) for pair in pairwise(widths))
-        self.head = nn.Linear(config.num_features, config.num_classes)
+        self.layers = nn.Sequential(*(Stage(*pair) for pair in pairwise(widths)))
+        self.head = nn.Linear(widths[-1], config.num_classes)
 
     def features(self, images: Tensor) -> Tensor:
         """What the last layer decides on, [B, D] with D = 4 * width: the mean of the last stage over the image."""
-        x = images
-        for stage in self.layers:
-            x = stage(x)
-        return x.mean(dim=(2, 3))
+        return self.layers(images).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
@@ -75,11 +67,9 @@ def load_classifier(path: str | os.PathLike[str]) -> Classifier:
     """
     weights = read_weights(path)
     try:
-        config = ClassifierConfig(
-            width=weights["layers.0.conv1.weight"].shape[0], num_classes=weights["head.weight"].shape[0]
-        )
-        model = Classifier(config)
+        width, num_classes = len(weights["layers.0.conv1.weight"]), len(weights["head.weight"])
+        model = Classifier(ClassifierConfig(width=width, num_classes=num_classes))
         model.load_state_dict(weights)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a classifier; train one with grpo classifier") from error
     return model.eval()

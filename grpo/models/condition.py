@@ -24,20 +24,24 @@ class Condition:
 
     dropped: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without those that are None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     @property
     def rows(self) -> int:
         """R."""
-        raise NotImplementedError
+        return len(next(iter(self.tensors().values())))
 
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        raise NotImplementedError
+        return next(iter(self.tensors().values())).device
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The condition with `function` applied to each of its tensors."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def select(self, rows: slice | Tensor) -> Self:
         """The given rows."""
@@ -59,15 +63,10 @@ class Condition:
         """The rows where `rows` [R] bool holds become unconditional."""
         return replace(self, dropped=rows if self.dropped is None else self.dropped | rows)
 
-    def unconditional(self) -> Self:
-        """The unconditional counterpart of every row."""
-        return self.drop(torch.ones(self.rows, dtype=torch.bool, device=self.device))
-
     def with_unconditional(self) -> Self:
         """2R rows: these, then their unconditional counterparts, as classifier-free guidance takes them."""
         both = self.map(lambda tensor: torch.cat([tensor, tensor]))
-        second = torch.arange(2 * self.rows, device=self.device) >= self.rows
-        return both.drop(second)
+        return both.drop(torch.arange(both.rows, device=self.device) >= self.rows)
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,6 @@ class ClassCondition(Condition):
     """
 
     class_ids: Tensor
-
-    @property
-    def rows(self) -> int:
-        return len(self.class_ids)
-
-    @property
-    def device(self) -> torch.device:
-        return self.class_ids.device
 
 
 def as_condition(condition: Condition | Tensor) -> Condition:

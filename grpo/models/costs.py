@@ -26,9 +26,9 @@ from grpo.models.gpt import GPTConfig
 FP32 = torch.float32.itemsize
 
 
-def blocks_flops(config: GPTConfig, sequences: float = 1, *, rows: int | None = None) -> float:
-    """Forward operations of the blocks on `sequences` of `rows` rows (default T)."""
-    rows = config.block_size if rows is None else rows
+def blocks_flops(config: GPTConfig, sequences: float = 1) -> float:
+    """Forward operations of the blocks on so many whole sequences."""
+    rows = config.block_size
     return sequences * config.n_layer * (2 * rows * _block_matrices(config) + 4 * rows**2 * config.dim)
 
 
@@ -50,11 +50,7 @@ def extension_bytes(config: GPTConfig, sequences: float, *, dtype: torch.dtype) 
 
 
 def activation_bytes(config: GPTConfig, rows: int, *, dtype: torch.dtype, mode: str) -> int:
-    """What forward and backward keep of `rows` rows, at the start of the last block's backward.
-
-    Args:
-        mode: of activation checkpointing.
-    """
+    """What is kept of `rows` rows at the start of the last block's backward, in a mode of activation checkpointing."""
     element, width, heads = dtype.itemsize, config.dim, FP32 * config.n_head
     norm = FP32 * (width + 1) + 2 * element * width
     turned = (config.n_head + config.kv_heads) * config.head_dim

@@ -5,7 +5,7 @@ A new family is a file with its model, a file with a class like `LlamaGen`, and 
 
 import os
 from collections.abc import Mapping
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -25,12 +25,11 @@ class ModelFamily(Protocol):
     - `init_cache(batch_size, *, dtype, device, length=None)`, `prefill(condition, cache) -> [B, D]` and
       `extend(tokens [B], position, cache) -> [B, D]`: the same, row by row, in static shapes;
     - `forward_methods`: the names of those that are called besides `forward` and need whole parameters;
-    - `reset_buffers()`: rebuilds what is not in the state dict;
 
-    and embeds the conditions that it knows, their dropped rows as its own unconditional ones.
+    and embeds the conditions that it knows, their dropped rows as its own unconditional ones. Buffers that are not in
+    the state dict are rebuilt by their module's `_apply`, as in `Rotary`.
     """
 
-    name: str
     specs: Mapping[str, Any]
     """Its named sizes; a name belongs to one family."""
     costs: ModuleType
@@ -51,9 +50,7 @@ class ModelFamily(Protocol):
 
 FAMILIES: tuple[ModelFamily, ...] = (LlamaGen(),)
 
-MODEL_SPECS: Mapping[str, Any] = MappingProxyType(
-    {name: spec for family in FAMILIES for name, spec in family.specs.items()}
-)
+MODEL_SPECS: Mapping[str, Any] = {name: spec for family in FAMILIES for name, spec in family.specs.items()}
 
 
 def get_model_spec(name: str) -> Any:
@@ -67,9 +64,5 @@ def get_family(spec_name: str) -> ModelFamily:
 
 
 def generator_sizes(model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:
-    """Sizes of a recipe's generator: its spec, for the recipe's images, codes and conditions.
-
-    Raises:
-        UserError: no such spec, or the image is not a whole number of codes wide.
-    """
+    """Sizes of a recipe's generator. Raises a UserError: no such spec, or images that are not whole codes wide."""
     return get_family(model.name).sizes(model, tokenizer, image_size=image_size)

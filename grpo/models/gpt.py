@@ -84,9 +84,7 @@ class GPTConfig:
     @property
     def ffn_dim(self) -> int:
         """Width of the SwiGLU layer: 8/3 of `dim`, scaled, rounded up to a multiple of `multiple_of` (Llama's rule)."""
-        width = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
+        width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
         return -(-width // self.multiple_of) * self.multiple_of
 
 
@@ -132,13 +130,9 @@ class Rotary(nn.Module):
         self.config = config
         self.register_buffer("table", rotary_table(config), persistent=False)
 
-    def reset(self) -> None:
-        """Rebuild the table on its device."""
-        self.table = rotary_table(self.config).to(self.table.device)
-
     def _apply(self, fn, recurse: bool = True):  # every `.to`, `.cuda` and `to_empty` passes here
         super()._apply(fn, recurse)
-        self.reset()
+        self.table = rotary_table(self.config).to(self.table.device)
         return self
 
     def forward(self, x: Tensor, row: Tensor | None = None) -> Tensor:
@@ -222,11 +216,10 @@ class Block(nn.Module):
 class ClassEmbedding(nn.Module):
     """One embedding a class and, last, one for no class, which dropped rows take."""
 
-    def __init__(self, num_classes: int, dim: int, dropout: float) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.dropout = dropout
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.num_classes, self.dropout = config.num_classes, config.class_dropout
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
 
     def forward(self, condition: Condition) -> Tensor:
         """The rows before the image, [R, 1, D]. Raises a ValueError for anything but one class a row."""
@@ -254,27 +247,16 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = ClassEmbedding(config.num_classes, config.dim, config.class_dropout)
+        self.cls_embedding = ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Draw fresh weights as LlamaGen does: normal with deviation 0.02, norms 1, output projection 0."""
-        for module in self.modules():
+        for module in self.modules():  # fresh weights are drawn as LlamaGen's
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
         nn.init.zeros_(self.output.weight)
-
-    def reset_buffers(self) -> None:
-        """Rebuild what is not in the state dict: the rotary tables."""
-        for layer in self.layers:
-            layer.attention.rotary.reset()
 
     def forward(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
         """Logits of the next code after each row.
@@ -297,8 +279,13 @@ class GPT(nn.Module):
 
     def _hidden(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
         # Apart from `hidden`, because FSDP wraps the public methods and their hooks must not nest.
-        condition = as_condition(condition)
-        _check_shapes(tokens, condition, self.config.block_size)
+        condition, length = as_condition(condition), self.config.block_size
+        if tokens.ndim != 2 or condition.rows != len(tokens):
+            raise ValueError(f"tokens must be [B, S] for B conditions, not {[*tokens.shape]} for {condition.rows}")
+        if tokens.shape[1] >= length:
+            raise ValueError(f"{tokens.shape[1]} context tokens; the last of the {length} is never fed, only predicted")
+        if tokens.is_floating_point():
+            raise ValueError(f"tokens must be integers, not {tokens.dtype}")
         x = self.dropout(torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1))
         for layer in self.layers:
             x = layer(x)
@@ -307,26 +294,18 @@ class GPT(nn.Module):
     def init_cache(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str, length: int | None = None
     ) -> KVCache:
-        """An empty cache for `batch_size` sequences of `length` rows (default T), in the dtype of the computation.
-
-        It takes 2 * n_layer * batch_size * n_kv_head * length * head_dim elements.
-        """
+        """An empty cache for `batch_size` sequences of `length` rows (default T), in the dtype of the computation."""
         config = self.config
         shape = (config.n_layer, batch_size, config.kv_heads, length or config.block_size, config.head_dim)
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
     def prefill(self, condition: Condition | Tensor, cache: KVCache) -> Tensor:
-        """Start B sequences in `cache`; the hidden state of row 0, [B, D]. `condition` as in `forward`.
-
-        Raises:
-            ValueError: the cache is for another batch size.
-        """
-        condition = as_condition(condition)
-        first = torch.zeros((), dtype=torch.long, device=condition.device)
-        return self._one_row(self.cls_embedding(condition), first, cache)
+        """Start B sequences, one a row of `condition`; the hidden state of row 0, [B, D]. `cache` as in `extend`."""
+        embedding = self.cls_embedding(as_condition(condition))
+        return self._one_row(embedding, torch.zeros((), dtype=torch.long, device=embedding.device), cache)
 
     def extend(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        """Feed one code a sequence and return the hidden state that predicts the next, without gradients.
+        """Feed one code a sequence; the normed hidden state that predicts the next, [B, D], without gradients.
 
         Shapes are static and nothing waits for the device, so the step can be compiled or captured in a CUDA graph.
 
@@ -334,9 +313,6 @@ class GPT(nn.Module):
             tokens: the codes number `position - 1`, [B] integers.
             position: 0-dim int64 on the model's device, the row being computed, 1 <= position < T.
             cache: from `init_cache`, filled up to that row by `prefill` and earlier calls; updated in place.
-
-        Returns:
-            [B, D], after the final norm.
 
         Raises:
             ValueError: the cache is for another batch size.
@@ -353,12 +329,3 @@ class GPT(nn.Module):
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer(x, LayerCache(keys, values, row, mask))
         return self.norm(x)[:, 0]
-
-
-def _check_shapes(tokens: Tensor, condition: Condition, block_size: int) -> None:
-    if tokens.ndim != 2 or condition.rows != len(tokens):
-        raise ValueError(f"tokens must be [B, S] for B conditions, not {[*tokens.shape]} for {condition.rows}")
-    if tokens.shape[1] >= block_size:
-        raise ValueError(f"{tokens.shape[1]} context tokens; the last of the {block_size} is never fed, only predicted")
-    if tokens.is_floating_point():
-        raise ValueError(f"tokens must be integers, not {tokens.dtype}")

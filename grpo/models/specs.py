@@ -1,36 +1,22 @@
 """LlamaGen's named sizes of GPTs and tokenizers, the quickstart's, and small ones for tests and debugging."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from types import MappingProxyType
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any
 
 from grpo.config import Tokenizer, UserError
 from grpo.models.gpt import GPTConfig
 from grpo.models.vq import VQConfig
 
-Spec = TypeVar("Spec")
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """Sizes of a GPT that do not depend on the images, the codes and the classes. Fields as in `GPTConfig`."""
-
-    dim: int
-    n_layer: int
-    n_head: int
-    multiple_of: int = 256
-    rope_base: float = 10000
+class ModelSpec(SimpleNamespace):
+    """Sizes of a GPT that do not depend on the images, the codes and the classes, by their names in `GPTConfig`."""
 
     def config(self, *, image_size: int = 256, downsample_size: int = 16, **others: Any) -> GPTConfig:
         """The whole configuration for square images of `image_size` pixels and codes of `downsample_size` pixels.
 
-        Args:
-            others: of `GPTConfig`, e.g. `vocab_size` and `num_classes`.
-
-        Raises:
-            UserError: the image is not a whole number of codes wide.
+        `others` are the rest of `GPTConfig`. Raises a UserError if the image is not a whole number of codes wide.
         """
         side, rest = divmod(image_size, downsample_size)
         if rest or not side:
@@ -38,48 +24,36 @@ class ModelSpec:
                 f"data.image_size: {image_size} pixels are not a multiple of tokenizer.downsample_size "
                 f"{downsample_size}; take {max(side, 1) * downsample_size}"
             )
-        return GPTConfig(**asdict(self), block_size=side**2, **others)
+        return GPTConfig(**vars(self), block_size=side**2, **others)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerSpec:
-    """Sizes of a tokenizer that do not depend on the codebook. Fields as in `VQConfig`."""
-
-    ch: int = 128
-    ch_mult: tuple[int, ...]
-    z_channels: int = 256
-    num_res_blocks: int = 2
-    norm_groups: int = 32
-    patch_size: int = 1
+class TokenizerSpec(SimpleNamespace):
+    """Sizes of a tokenizer that do not depend on the codebook, by their names in `VQConfig`."""
 
     def config(self, *, codebook_size: int = 16384, codebook_embed_dim: int = 8) -> VQConfig:
         """The whole configuration for a codebook."""
-        return VQConfig(**asdict(self), codebook_size=codebook_size, codebook_embed_dim=codebook_embed_dim)
+        return VQConfig(**vars(self), codebook_size=codebook_size, codebook_embed_dim=codebook_embed_dim)
 
 
-GPT_SPECS: Mapping[str, ModelSpec] = MappingProxyType(
-    {
-        "GPT-B": ModelSpec(dim=768, n_layer=12, n_head=12),
-        "GPT-L": ModelSpec(dim=1024, n_layer=24, n_head=16),
-        "GPT-XL": ModelSpec(dim=1280, n_layer=36, n_head=20),
-        "GPT-XXL": ModelSpec(dim=1536, n_layer=48, n_head=24),
-        "GPT-XXXL": ModelSpec(dim=2560, n_layer=48, n_head=40),
-        "GPT-1B": ModelSpec(dim=2048, n_layer=22, n_head=32),
-        "GPT-3B": ModelSpec(dim=3200, n_layer=24, n_head=32),
-        "GPT-7B": ModelSpec(dim=4096, n_layer=32, n_head=32),
-        "GPT-digits": ModelSpec(dim=128, n_layer=4, n_head=4, multiple_of=128, rope_base=100),
-        "GPT-tiny": ModelSpec(dim=64, n_layer=2, n_head=4),
-    }
-)
+GPT_SPECS: Mapping[str, ModelSpec] = {
+    "GPT-B": ModelSpec(dim=768, n_layer=12, n_head=12),
+    "GPT-L": ModelSpec(dim=1024, n_layer=24, n_head=16),
+    "GPT-XL": ModelSpec(dim=1280, n_layer=36, n_head=20),
+    "GPT-XXL": ModelSpec(dim=1536, n_layer=48, n_head=24),
+    "GPT-XXXL": ModelSpec(dim=2560, n_layer=48, n_head=40),
+    "GPT-1B": ModelSpec(dim=2048, n_layer=22, n_head=32),
+    "GPT-3B": ModelSpec(dim=3200, n_layer=24, n_head=32),
+    "GPT-7B": ModelSpec(dim=4096, n_layer=32, n_head=32),
+    "GPT-digits": ModelSpec(dim=128, n_layer=4, n_head=4, multiple_of=128, rope_base=100),
+    "GPT-tiny": ModelSpec(dim=64, n_layer=2, n_head=4),
+}
 
-TOKENIZER_SPECS: Mapping[str, TokenizerSpec] = MappingProxyType(
-    {
-        "VQ-16": TokenizerSpec(ch_mult=(1, 1, 2, 2, 4)),
-        "VQ-8": TokenizerSpec(ch_mult=(1, 2, 2, 4)),
-        "VQ-digits": TokenizerSpec(ch=16, ch_mult=(1, 2), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
-        "VQ-tiny": TokenizerSpec(ch=16, ch_mult=(1, 1), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
-    }
-)
+TOKENIZER_SPECS: Mapping[str, TokenizerSpec] = {
+    "VQ-16": TokenizerSpec(ch_mult=(1, 1, 2, 2, 4)),
+    "VQ-8": TokenizerSpec(ch_mult=(1, 2, 2, 4)),
+    "VQ-digits": TokenizerSpec(ch=16, ch_mult=(1, 2), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
+    "VQ-tiny": TokenizerSpec(ch=16, ch_mult=(1, 1), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
+}
 """Of 16 and 8 pixels a code; the small ones have 4."""
 
 
@@ -101,7 +75,7 @@ def tokenizer_sizes(section: Tokenizer) -> VQConfig:
     return sizes
 
 
-def named_spec(specs: Mapping[str, Spec], name: str, *, key: str) -> Spec:
+def named_spec(specs: Mapping[str, Any], name: str, *, key: str) -> Any:
     """The spec of that name, the value of `key`. Raises a UserError, with the nearest name, if there is none."""
     if name in specs:
         return specs[name]

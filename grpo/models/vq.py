@@ -4,6 +4,7 @@ Module names and numerics are LlamaGen's own (https://arxiv.org/abs/2406.06525, 
 and, for the normalised codebook, https://arxiv.org/abs/2110.04627), so its released weights load strictly.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -91,10 +92,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, config: VQConfig) -> None:
         super().__init__()
         self.norm = config.group_norm(channels)
-        self.q = nn.Conv2d(channels, channels, kernel_size=1)
-        self.k = nn.Conv2d(channels, channels, kernel_size=1)
-        self.v = nn.Conv2d(channels, channels, kernel_size=1)
-        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).mT.contiguous()  # [B, hw, channels]
@@ -109,37 +107,23 @@ def _pointwise(conv: nn.Conv2d, pixels: Tensor) -> Tensor:
     return F.linear(pixels, conv.weight.flatten(1), conv.bias)
 
 
-class Downsample(nn.Module):
-    """Halve height and width by a strided convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
-    """The residual blocks of one resolution, with or without attention after each, then resampling if set."""
+    """`count` residual blocks of one resolution, with or without attention after each; then half or double the size."""
 
-    def __init__(self, channels: list[int], config: VQConfig, *, attention: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, count: int, config: VQConfig, *, attention: bool, down: bool, up: bool
+    ) -> None:
         super().__init__()
-        self.res = nn.ModuleList(ResnetBlock(inputs, outputs, config) for inputs, outputs in pairwise(channels))
-        self.attn = nn.ModuleList(AttnBlock(outputs, config) for outputs in channels[1:] if attention)
-        self.downsample = nn.Identity()
-        self.upsample = nn.Identity()
+        widths = [inputs] + [outputs] * count
+        self.res = nn.ModuleList(ResnetBlock(*pair, config) for pair in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(outputs, config) for _ in self.res if attention)
+        self.downsample = self.upsample = nn.Identity()
+        if down:
+            conv = nn.Conv2d(outputs, outputs, kernel_size=3, stride=2)
+            self.downsample = nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
+        if up:
+            conv = _conv(outputs, outputs)
+            self.upsample = nn.Sequential(OrderedDict(enlarge=nn.Upsample(scale_factor=2.0), conv=conv))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.res):
@@ -160,26 +144,21 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        widths = [config.ch * multiple for multiple in config.ch_mult]
-        last = len(widths) - 1
+        widths = [config.ch * multiple for multiple in (1, *config.ch_mult)]
         self.conv_in = _conv(config.pixel_channels, config.ch)
-        self.conv_blocks = nn.ModuleList()
-        previous = config.ch
-        for index, width in enumerate(widths):
-            level = Level([previous] + [width] * config.num_res_blocks, config, attention=index == last)
-            if index != last:
-                level.downsample = Downsample(width)
-            self.conv_blocks.append(level)
-            previous = width
-        self.mid = _middle(previous, config)
-        self.norm_out = config.group_norm(previous)
-        self.conv_out = _conv(previous, config.z_channels)
+        last = len(config.ch_mult) - 1
+        levels = [
+            Level(*pair, config.num_res_blocks, config, attention=index == last, down=index != last, up=False)
+            for index, pair in enumerate(pairwise(widths))
+        ]
+        self.conv_blocks = nn.Sequential(*levels)
+        self.mid = _middle(widths[-1], config)
+        self.norm_out = config.group_norm(widths[-1])
+        self.conv_out = _conv(widths[-1], config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.conv_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(self.conv_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -187,25 +166,20 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        widths = [config.ch * multiple for multiple in reversed(config.ch_mult)]
-        last = len(widths) - 1
-        previous = widths[0]
-        self.conv_in = _conv(config.z_channels, previous)
-        self.mid = _middle(previous, config)
-        self.conv_blocks = nn.ModuleList()
-        for index, width in enumerate(widths):
-            level = Level([previous] + [width] * (config.num_res_blocks + 1), config, attention=index == 0)
-            if index != last:
-                level.upsample = Upsample(width)
-            self.conv_blocks.append(level)
-            previous = width
-        self.norm_out = config.group_norm(previous)
-        self.conv_out = _conv(previous, config.pixel_channels)
+        widths = [config.ch * multiple for multiple in (config.ch_mult[-1], *reversed(config.ch_mult))]
+        self.conv_in = _conv(config.z_channels, widths[0])
+        self.mid = _middle(widths[0], config)
+        last = len(config.ch_mult) - 1
+        levels = [
+            Level(*pair, config.num_res_blocks + 1, config, attention=index == 0, down=False, up=index != last)
+            for index, pair in enumerate(pairwise(widths))
+        ]
+        self.conv_blocks = nn.Sequential(*levels)
+        self.norm_out = config.group_norm(widths[-1])
+        self.conv_out = _conv(widths[-1], config.pixel_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for level in self.conv_blocks:
-            x = level(x)
+        x = self.conv_blocks(self.mid(self.conv_in(x)))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -249,12 +223,8 @@ class VectorQuantizer(nn.Module):
         return len(self.codebook_used.unique()) / self.config.codebook_size
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Quantise `latents` [B, C, h, w].
-
-        Returns:
-            the code vectors [B, C, h, w] with the gradient of the unit latents (straight-through), the codebook loss
-            and the weighted commitment loss (0-dim), the codes [B, h * w].
-        """
+        """Code vectors [B, C, h, w] of latents [B, C, h, w], with the gradient of the unit latents (straight-through);
+        then the two losses and the codes as in `VQModel.forward`."""
         unit = F.normalize(latents.float(), dim=1).permute(0, 2, 3, 1)  # [B, h, w, C]
         codes = self.nearest(unit.detach().flatten(0, 2))
         quantized = self.codebook()[codes].view_as(unit)
@@ -314,8 +284,8 @@ class VQModel(nn.Module):
         """Reconstruct `images`, for training.
 
         Returns:
-            reconstruction [B, 3, H, W]; codebook loss, which pulls the codes to the latents; weighted commitment
-            loss, which pulls the latents to the codes; codes [B, T].
+            reconstruction [B, 3, H, W]; codebook loss, which pulls the codes to the latents, and weighted commitment
+            loss, which pulls the latents to the codes, both 0-dim; codes [B, T].
         """
         quantized, vq_loss, commit_loss, codes = self.quantize(self.encode_latents(images))
         return self.decode_latents(quantized), vq_loss, commit_loss, codes

@@ -4,8 +4,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -52,9 +52,11 @@ def load_vq(path: PathLike, config: VQConfig | None = None) -> VQModel:
 def build_tokenizer(section: Tokenizer, *, device: torch.device, seed: int = 0) -> VQModel:
     """The frozen tokenizer of a recipe, whole on every rank; random weights when it names no checkpoint."""
     sizes = tokenizer_sizes(section)
-    if section.checkpoint is None:
+    if section.checkpoint is not None:
+        model = load_vq(section.checkpoint, sizes)
+    else:
         torch.manual_seed(seed)
-    model = VQModel(sizes) if section.checkpoint is None else load_vq(section.checkpoint, sizes)
+        model = VQModel(sizes)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -90,14 +92,10 @@ def _vq_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
     """Number of modules in a list, by the different indices in the weights' names."""
-    indices = {found[1] for found in (re.match(pattern, name) for name in weights) if found}
-    if not indices:
-        raise ValueError(f"no {pattern}")
-    return len(indices)
+    return len({found[1] for name in weights if (found := re.match(pattern, name))})
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What distinguishes the weights of one kind of model."""
 
     what: str
@@ -139,14 +137,21 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
         raise UserError(_explain(kind, path, config, differing, found))
     with torch.device("meta"):
         model = kind.model(config)
-    _fill(path, model, weights)
+    expected = model.state_dict()
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unknown": [name for name in weights if name not in expected],
+        "misshapen": [name for name in weights if name in expected and weights[name].shape != expected[name].shape],
+    }
+    if told := [f"{len(names)} {problem} ({names[0]}, ...)" for problem, names in problems.items() if names]:
+        raise UserError(f"{path}: the weights do not fit the model: {'; '.join(told)}")
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return model.eval()
 
 
 def _own_config(kind: _Kind, path: PathLike) -> Any:
     """The sizes that were written with the weights; None if there are none."""
-    sizes = read_config(path)
-    if sizes is None:
+    if (sizes := read_config(path)) is None:
         return None
     try:
         if unknown := sizes.keys() - {field.name for field in fields(kind.config)}:
@@ -157,17 +162,12 @@ def _own_config(kind: _Kind, path: PathLike) -> Any:
         raise UserError(f"{path}: damaged, or from a later version: no sizes of {kind.what} ({reason})") from error
 
 
-def _explain(
-    kind: _Kind, path: PathLike, config: Any, differing: Mapping[str, Any], found: Mapping[str, Any]
-) -> list[str]:
+def _explain(kind: _Kind, path: PathLike, config: Any, differing: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """One line for each key of the recipe behind sizes that are not as configured."""
-    fitting = (
-        name
-        for name, spec in kind.specs.items()
-        if all(found.get(field, size) == size for field, size in asdict(spec).items())
-    )
-    name = next(fitting, None)
-    by_spec = f"set {kind.key} = {name}" if name else f"no {kind.key} has these sizes"
+    by_spec = f"no {kind.key} has these sizes"
+    for name, spec in kind.specs.items():
+        if all(size == getattr(spec.config(), field) for field, size in found.items() if field not in _REMEDIES):
+            by_spec = f"set {kind.key} = {name}"
     by_remedy: dict[str, list[str]] = {}
     for size in differing:
         by_remedy.setdefault(_REMEDIES.get(size, by_spec).format(differing[size]), []).append(size)
@@ -177,17 +177,3 @@ def _explain(
         wanted = ", ".join(str(getattr(config, size)) for size in sizes)
         lines.append(f"{path}: the weights have {has}, the recipe wants {wanted}; {remedy} or take other weights")
     return lines
-
-
-def _fill(path: PathLike, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give `model`, which is on the meta device, all of `weights` and nothing else."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    problems = {
-        "missing": [name for name in expected if name not in weights],
-        "unknown": [name for name in weights if name not in expected],
-        "misshapen": [name for name in expected if name in weights and weights[name].shape != expected[name]],
-    }
-    told = [f"{len(names)} {problem} ({names[0]}, ...)" for problem, names in problems.items() if names]
-    if told:
-        raise UserError(f"{path}: the weights do not fit the model: {'; '.join(told)}")
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)

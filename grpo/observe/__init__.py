@@ -2,21 +2,8 @@
 
 from grpo.observe.console import progress
 from grpo.observe.environment import environment
+from grpo.observe.files import MetricsFile, read_metrics
 from grpo.observe.grids import SampleRow, image_grid, sample_grid
-from grpo.observe.metrics_file import MetricsFile, read_metrics
 from grpo.observe.observer import RunObserver
 from grpo.observe.report import write_report
 from grpo.observe.timer import PhaseTimer
-
-__all__ = [
-    "MetricsFile",
-    "PhaseTimer",
-    "RunObserver",
-    "SampleRow",
-    "environment",
-    "image_grid",
-    "progress",
-    "read_metrics",
-    "sample_grid",
-    "write_report",
-]

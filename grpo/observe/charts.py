@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo.observe.metrics_file import Metrics
+from grpo.observe.files import Metrics
 
 WIDTH, HEIGHT = 420, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 24
@@ -25,12 +25,7 @@ class Curve:
     smooth_pixels: list[Point]  # of their running mean
     x_ticks: list[tuple[float, str]]  # (pixel, label)
     y_ticks: list[tuple[float, str]]
-
-    @property
-    def hover_data(self) -> str:
-        """What the page's script needs to show the value under the pointer: [pixel x, pixel y, text] of each point."""
-        placed = zip(self.pixels, self.points, strict=True)
-        return json.dumps([[*pixel, f"step {step:.0f}: {value:.4g}"] for pixel, (step, value) in placed])
+    hover_data: str  # JSON of [pixel x, pixel y, text] of each point
 
 
 def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
@@ -51,6 +46,7 @@ def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
         title=title,
         points=points,
         pixels=[place(point) for point in points],
+        hover_data=json.dumps([[*place((x, y)), f"step {x:.0f}: {y:.4g}"] for x, y in points]),
         smooth_pixels=[place(point) for point in smooth],
         x_ticks=[(place((tick, y_low))[0], f"{tick:g}") for tick in ticks(x_low, x_high) if tick == int(tick)],
         y_ticks=[(place((x_low, tick))[1], f"{tick:.6g}") for tick in ticks(y_low, y_high)],

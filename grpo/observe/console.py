@@ -1,7 +1,8 @@
 """Progress on a terminal as a bar, elsewhere as plain lines."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console, RenderableType
@@ -29,9 +30,7 @@ def headline(metrics: Mapping[str, float]) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
 
 
 class _BarOverMetrics(Progress):
@@ -86,26 +85,20 @@ class ProgressDisplay:
             self._bar.stop()
 
 
-def progress(
-    items: Iterable[Item], description: str, *, total: int | None = None, show: bool = True, seconds: float = 10.0
-) -> Iterator[Item]:
+def progress(items: Collection[Item], description: str, *, show: bool = True) -> Iterator[Item]:
     """Yields `items` and shows how far it is: for loops without metrics, such as drawing or measuring images.
 
-    Args:
-        total: number of items; None is their length, and without a length none is shown.
-        show: False only passes the items on (ranks other than the main one).
-        seconds: between plain lines where there is no terminal.
+    Without a terminal there is a plain line every ten seconds. `show` False only passes the items on (ranks other than
+    the main one).
     """
-    if total is None:
-        total = len(items) if hasattr(items, "__len__") else 0
-    if not show or total == 0:
+    if not show or not items:
         yield from items
         return
-    display, last_line = ProgressDisplay(description, total), time.perf_counter()
+    display, last_line = ProgressDisplay(description, len(items)), time.perf_counter()
     try:
         for done, item in enumerate(items, 1):
             yield item
-            due = done == total or time.perf_counter() - last_line >= seconds
+            due = done == len(items) or time.perf_counter() - last_line >= 10
             display.update(done, {}, line=due)
             if due:
                 last_line = time.perf_counter()

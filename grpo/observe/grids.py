@@ -40,35 +40,33 @@ def sample_grid(rows: Sequence[SampleRow]) -> Image.Image:
     Each completion has its reward under it, the best one of its row in green and the worst in red where they differ.
     Small images are enlarged to about 96 pixels, large ones reduced to 256; at most 16 completions of a row are shown.
     """
-    rows = [SampleRow(*row) for row in rows]
     width = rows[0].completions.shape[-1]
     side = width * max(1, round(96 / width)) if width <= 256 else 256
     resampling = Image.Resampling.NEAREST if side >= width else Image.Resampling.LANCZOS
-    has_real = any(row.real is not None for row in rows)
-    columns = has_real + max(min(len(row.completions), MAX_COLUMNS) for row in rows)
+    lines = [_labelled(row) for row in rows]
+    columns = max(len(tiles) for tiles in lines)
     row_height = side + 2 * TEXT_HEIGHT + MARGIN
     picture = Image.new("RGB", (MARGIN + columns * (side + MARGIN), MARGIN + len(rows) * row_height), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=13)
-    for index, row in enumerate(rows):
+    for index, (row, tiles) in enumerate(zip(rows, lines, strict=True)):
         top = MARGIN + index * row_height
         draw.text((MARGIN, top), row.caption, fill=FOREGROUND, font=font)
-        tiles = [(row.real, "real", FOREGROUND)] if row.real is not None else []
-        tiles += _labelled_completions(row)
-        offset = has_real and row.real is None
-        for column, (image, label, color) in enumerate(tiles, int(offset)):
+        for column, (image, label, color) in enumerate(tiles):
             left = MARGIN + column * (side + MARGIN)
             picture.paste(_picture(image).resize((side, side), resampling), (left, top + TEXT_HEIGHT))
             draw.text((left, top + TEXT_HEIGHT + side + 1), label, fill=color, font=font)
     return picture
 
 
-def _labelled_completions(row: SampleRow) -> list[tuple[torch.Tensor, str, str]]:
-    rewards = torch.as_tensor(row.rewards).float().tolist()
+def _labelled(row: SampleRow) -> list[tuple[torch.Tensor, str, str]]:
+    """The images of a row with the texts below them and their colours."""
+    rewards = row.rewards.float().tolist()
     best, worst = max(rewards), min(rewards)
     colors = {best: BEST, worst: WORST} if best > worst else {}
-    labelled = zip(row.completions, rewards, strict=True)
-    return [(image, f"{reward:.4g}", colors.get(reward, FOREGROUND)) for image, reward in labelled][:MAX_COLUMNS]
+    shown = list(zip(row.completions, rewards, strict=True))[:MAX_COLUMNS]
+    real = [] if row.real is None else [(row.real, "real", FOREGROUND)]
+    return real + [(image, f"{reward:.4g}", colors.get(reward, FOREGROUND)) for image, reward in shown]
 
 
 def _picture(image: torch.Tensor) -> Image.Image:

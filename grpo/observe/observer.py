@@ -1,17 +1,18 @@
 """RunObserver: the one place where a run reports what it does."""
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+from uuid import uuid4
 
 from grpo.config import Metrics, UserError
 from grpo.observe.console import ProgressDisplay
-from grpo.observe.files import write_atomically
+from grpo.observe.files import MetricsFile, read_metrics, write_atomically
 from grpo.observe.grids import SampleRow, sample_grid
-from grpo.observe.metrics_file import MetricsFile, read_metrics
 from grpo.observe.report import write_report
-from grpo.observe.wandb_log import WandbLog, require_wandb
 
 # What a run writes into its folder besides checkpoints, which guard themselves.
 RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "model.safetensors",
@@ -50,7 +51,10 @@ class RunObserver:
         self.run_dir, self.main = Path(run_dir), main
         self._settings, self._title, self._total_steps = metrics, title, total_steps
         self._step = start_step
-        require_wandb(metrics)
+        if metrics.wandb and find_spec("wandb") is None:
+            raise UserError(
+                "metrics.wandb is true but the package wandb is not installed: pip install wandb, or set it to false"
+            )
         if not main:
             return
         try:
@@ -62,7 +66,7 @@ class RunObserver:
         except OSError as error:
             problem = f"cannot write to the run's folder {self.run_dir}: {error.strerror}; set metrics.run_dir"
             raise UserError(problem) from error
-        self._wandb = WandbLog(self.run_dir, metrics, recipe_text=recipe_text) if metrics.wandb else None
+        self._wandb = _wandb_run(self.run_dir, metrics, recipe_text=recipe_text) if metrics.wandb else None
         self._display = ProgressDisplay(title, total_steps, start=start_step)
         self._note(f"{title}: from step {start_step} to {total_steps}")
         if aside is not None:
@@ -79,7 +83,7 @@ class RunObserver:
         if due:
             self._note(self._display.line(step, metrics))
             if self._wandb is not None:
-                self._wandb.log(step, metrics)
+                self._wandb.log(dict(metrics), step=step)
 
     def wants_images(self, step: int) -> bool:
         """Whether a grid is due, the same on every rank: every `image_interval` steps, at the first and the last."""
@@ -93,8 +97,11 @@ class RunObserver:
         grid = sample_grid(rows)
         grid.save(self.run_dir / "samples" / f"step-{step:06d}.png")
         if self._wandb is not None:
-            self._wandb.image(step, grid, caption=", ".join(row[3] for row in rows))
-        self._write_report(f"running, step {step} of {self._total_steps}")
+            import wandb
+
+            caption = ", ".join(row.caption for row in rows)
+            self._wandb.log({"samples": wandb.Image(grid, caption=caption)}, step=step)
+        write_report(self.run_dir, title=self._title, summary=f"running, step {step} of {self._total_steps}")
 
     def message(self, text: str) -> None:
         """Prints a line and adds it to log.txt."""
@@ -108,20 +115,18 @@ class RunObserver:
             return
         self._display.close()
         self._note(f"{status} at step {self._step}")
-        self._write_report(f"{status}, step {self._step} of {self._total_steps}")
+        summary = f"{status}, step {self._step} of {self._total_steps}"
+        write_report(self.run_dir, title=self._title, summary=summary)
         self._metrics_file.close()
         self._log_file.close()
         if self._wandb is not None:
-            self._wandb.close()
+            self._wandb.finish()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(status="finished" if kind is None else f"stopped by {kind.__name__}")
-
-    def _write_report(self, status: str) -> None:
-        write_report(self.run_dir, title=self._title, summary=status)
 
     def _note(self, text: str) -> None:
         self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
@@ -140,3 +145,26 @@ def set_aside(run_dir: Path) -> Path | None:
         if (run_dir / name).exists():
             (run_dir / name).replace(aside / name)
     return aside
+
+
+def _wandb_run(run_dir: Path, metrics: Metrics, *, recipe_text: str) -> Any:
+    """The `wandb.Run` of a run's folder.
+
+    Offline unless the environment says otherwise: WANDB_MODE is obeyed, and WANDB_API_KEY alone means online. A run
+    that is continued goes on under the id kept in `wandb_run_id.txt`.
+    """
+    import wandb
+
+    id_file = run_dir / "wandb_run_id.txt"
+    if not id_file.exists():
+        id_file.write_text(uuid4().hex[:8])
+    return wandb.init(
+        project=metrics.wandb_project,
+        entity=metrics.wandb_entity,
+        name=metrics.wandb_run_name or run_dir.resolve().name,
+        id=id_file.read_text().strip(),
+        resume="allow",
+        dir=run_dir,
+        mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
+        config={"recipe": recipe_text},
+    )

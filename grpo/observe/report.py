@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from grpo.observe.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, curve
+from grpo.observe import charts
+from grpo.observe.charts import Curve, curve
 from grpo.observe.environment import environment
-from grpo.observe.files import write_atomically
-from grpo.observe.metrics_file import Metrics, read_metrics
+from grpo.observe.files import Metrics, read_metrics, write_atomically
 
 CURVES = {
     "reward_mean": "Reward",
@@ -29,7 +29,7 @@ CURVES = {
 """Metrics that the report shows first, in this order; the others follow under their own names."""
 
 MAX_GRIDS = 6
-SMALL_WIDTH = 500
+SMALL_WIDTH = 500  # pixels; of less, single ones are to be seen when enlarged to the page's width
 
 
 def write_report(
@@ -56,27 +56,24 @@ def write_report(
     run_dir = Path(run_dir)
     recipe = run_dir / "recipe.toml"
     curves = [("", run_dir / "metrics.jsonl")] if curves is None else curves
-    page = _template().render(
+    templates = Environment(
+        loader=PackageLoader("grpo.observe", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = templates.get_template("report.html").render(
         title=title,
         summary=summary,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         table=table,
-        images=[(caption, _data_url(Path(path)), _is_small(Path(path))) for caption, path in images],
+        images=[(caption, _data_url(Path(path)), Image.open(path).width < SMALL_WIDTH) for caption, path in images],
         groups=[(heading, *_split(read_metrics(path))) for heading, path in curves],
         samples=[(int(path.stem.removeprefix("step-")), _data_url(path)) for path in _chosen(run_dir / "samples")],
         notes=notes,
         recipe=recipe.read_text() if recipe.exists() else "",
         environment=environment(),
+        charts=charts,
     )
     write_atomically(run_dir / "report.html", page)
     return run_dir / "report.html"
-
-
-def _template() -> Template:
-    loader = PackageLoader("grpo.observe", package_path="")
-    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    templates.globals.update(WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, TOP=TOP)
-    return templates.get_template("report.html")
 
 
 def _split(metrics: list[Metrics]) -> tuple[list[Curve], list[Curve]]:
@@ -89,12 +86,6 @@ def _split(metrics: list[Metrics]) -> tuple[list[Curve], list[Curve]]:
 
 def _data_url(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _is_small(path: Path) -> bool:
-    """Whether single pixels are to be seen when the picture is enlarged to the page's width."""
-    with Image.open(path) as image:
-        return image.width < SMALL_WIDTH
 
 
 def _chosen(folder: Path) -> list[Path]:

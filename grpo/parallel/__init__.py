@@ -1,38 +1,12 @@
 """Processes, meshes and precision: how a single-device model runs on many devices."""
 
+from torch.distributed import barrier
+
 from grpo.parallel.apply import clip_grad_norm, gathered, gradient_sync, parallelize, reshard, reshards_after_forward
 from grpo.parallel.device_memory import GIB, free_memory, read_peak_memory
-from grpo.parallel.distributed import World, all_reduce_max, all_reduce_sums, barrier, broadcast_object, distributed
+from grpo.parallel.distributed import World, all_reduce_max, all_reduce_sums, broadcast_object, distributed
 from grpo.parallel.launcher import run_main
 from grpo.parallel.mesh import build_mesh, mesh_shape
 from grpo.parallel.metric_sums import MetricSums
 from grpo.parallel.precision import compute_dtype, grad_scaler, mixed_precision_policy, set_matmul_precision
 from grpo.parallel.weights import full_state_dict, load_full_state_dict
-
-__all__ = [
-    "GIB",
-    "MetricSums",
-    "World",
-    "all_reduce_max",
-    "all_reduce_sums",
-    "barrier",
-    "broadcast_object",
-    "build_mesh",
-    "clip_grad_norm",
-    "compute_dtype",
-    "distributed",
-    "free_memory",
-    "full_state_dict",
-    "gathered",
-    "grad_scaler",
-    "gradient_sync",
-    "load_full_state_dict",
-    "mesh_shape",
-    "mixed_precision_policy",
-    "parallelize",
-    "read_peak_memory",
-    "reshard",
-    "reshards_after_forward",
-    "run_main",
-    "set_matmul_precision",
-]

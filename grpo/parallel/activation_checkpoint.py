@@ -1,25 +1,15 @@
 """Activation checkpointing of single blocks."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-_ATEN = torch.ops.aten
-_KEPT_OPERATIONS = frozenset(
-    {
-        _ATEN.mm.default,
-        _ATEN.addmm.default,
-        _ATEN.bmm.default,
-        _ATEN._scaled_dot_product_flash_attention.default,
-        _ATEN._scaled_dot_product_efficient_attention.default,
-        _ATEN._scaled_dot_product_cudnn_attention.default,
-        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
+_ATTENTIONS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+_KEPT = ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{attention}" for attention in _ATTENTIONS))
+_KEPT_OPERATIONS = [getattr(torch.ops.aten, name).default for name in _KEPT]
 
 
 def checkpoint_activations(block: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
@@ -37,9 +27,8 @@ def checkpoint_activations(block: nn.Module, mode: Literal["none", "selective", 
 
 @functools.cache
 def _checkpointed_class(block_class: type[nn.Module], mode: str) -> type[nn.Module]:
-    context: dict[str, Callable] = {}
-    if mode == "selective":
-        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_costly_operations)
+    select = functools.partial(create_selective_checkpoint_contexts, _KEPT_OPERATIONS)
+    context = {"context_fn": select} if mode == "selective" else {}
 
     class Checkpointed(block_class):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,8 +38,3 @@ def _checkpointed_class(block_class: type[nn.Module], mode: str) -> type[nn.Modu
 
     Checkpointed.__name__ = Checkpointed.__qualname__ = f"Checkpointed{block_class.__name__}"
     return Checkpointed
-
-
-def _keep_costly_operations(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation in _KEPT_OPERATIONS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -14,8 +14,6 @@ from grpo.config.sections import ActivationCheckpoint, Compile, Parallel, Traini
 from grpo.parallel.activation_checkpoint import checkpoint_activations
 from grpo.parallel.precision import mixed_precision_policy
 
-_DEFERS_SYNC = "_defers_gradient_sync"  # attribute of a sharded root: `parallel.defer_gradient_sync`
-
 
 def parallelize(
     model: nn.Module,
@@ -50,9 +48,9 @@ def parallelize(
     for block in model.layers if parallel.shard_blocks else ():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards_after_forward(parallel))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for name in _forward_methods(model):
+    for name in getattr(model, "forward_methods", ()):
         register_fsdp_forward_method(model, name)
-    setattr(model, _DEFERS_SYNC, parallel.defer_gradient_sync)
+    model.defers_gradient_sync = parallel.defer_gradient_sync
     return model
 
 
@@ -70,7 +68,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> None:
     `parallel.defer_gradient_sync`: gradients that are not reduced are those of the whole model, on every rank.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled or not getattr(model, _DEFERS_SYNC))
+        model.set_requires_gradient_sync(enabled or not model.defers_gradient_sync)
 
 
 @contextmanager
@@ -118,14 +116,11 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """Call a module, and the methods that `register_fsdp_forward_method` wrapped, as if they had no hooks."""
     hooks = module._forward_pre_hooks, module._forward_hooks
-    wrapped = {name: vars(module).pop(name) for name in _forward_methods(module) if name in vars(module)}
+    methods = vars(module).keys() & set(getattr(module, "forward_methods", ()))
+    wrapped = {name: vars(module).pop(name) for name in methods}
     module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
         module._forward_pre_hooks, module._forward_hooks = hooks
         vars(module).update(wrapped)
-
-
-def _forward_methods(module: nn.Module) -> tuple[str, ...]:
-    return getattr(module, "forward_methods", ())

@@ -43,20 +43,14 @@ def distributed(timeout_seconds: int) -> Iterator[World]:
         timeout_seconds: after which a collective that some rank does not join raises on the others.
     """
     global _store
-    rank, size, local_rank, local_size = _place_from_environment()
-    timeout = timedelta(seconds=timeout_seconds)
-    device = _bind_device(local_rank)
+    told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]  # by torchrun
+    rank, size, local_rank, local_size = (0, 1, 0, 1) if None in told else map(int, told)
+    timeout, device = timedelta(seconds=timeout_seconds), _bind_device(local_rank)
     if size > local_size:
         choose_network_interface()
     _store = connect_store(rank, size, timeout)
-    dist.init_process_group(
-        "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-        store=_store,
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    backend, bound = ("cuda:nccl,cpu:gloo", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     finished = False
     try:
         yield World(rank, size, local_rank, local_size, device)
@@ -79,15 +73,11 @@ def environment_rank() -> int:
 
 
 def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Totals over all ranks of named 0-dim tensors or numbers, in fp64, in one collective and one transfer.
-
-    The names are the same on every rank.
-    """
+    """Totals over all ranks of 0-dim tensors or numbers, named alike on each, in fp64, in one transfer."""
     if not values:
         return {}
     names = sorted(values)
-    tensors = [value.detach() for value in values.values() if isinstance(value, Tensor)]
-    device = tensors[0].device if tensors else _collective_device()
+    device = next((value.device for value in values.values() if isinstance(value, Tensor)), _collective_device())
     totals = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in names])
     if dist.is_initialized():
         totals = totals.to(_collective_device())
@@ -102,22 +92,11 @@ def all_reduce_max(value: int) -> int:
     return int(box)
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    dist.barrier()
-
-
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The picklable `value` of rank `source`, on every rank; the argument of the other ranks is ignored."""
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
-
-
-def _place_from_environment() -> tuple[int, int, int, int]:
-    """Rank, size, local rank and local size, as torchrun tells them."""
-    told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-    return (0, 1, 0, 1) if None in told else tuple(map(int, told))
 
 
 def _bind_device(local_rank: int) -> torch.device:

@@ -51,7 +51,9 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
             _report([advice])
         elif not _another_rank_reported():  # else this rank only lost its partner in a collective
             traceback.print_exc()
-            if _lost_contact(error):
+            text = str(error)  # neither gloo nor torch has an exception for it alone
+            lost_contact = "Connection closed by peer" in text or "gloo" in text
+            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and lost_contact):
                 print(_LOST_CONTACT.format(rank=environment_rank()), file=sys.stderr)
             code = 1
     sys.stdout.flush()
@@ -93,9 +95,8 @@ def _another_rank_reported() -> bool:
 def _advice(error: BaseException) -> str | None:
     """What to do where memory or disk space has run out; None for any other error."""
     rank = f"Rank {environment_rank()}"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    ):
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
         detail = str(error).partition("\n")[0].partition(". GPU")[0]
         return (
             f"{rank} ran out of memory ({detail or 'host memory'}): lower training.micro_batch_size, "
@@ -107,11 +108,3 @@ def _advice(error: BaseException) -> str | None:
             "start again; the run goes on from its newest checkpoint."
         )
     return None
-
-
-def _lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank. Neither gloo nor torch has an exception for it alone."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("Connection closed by peer" in text or "gloo" in text)
-    )

@@ -23,9 +23,8 @@ def connect_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     if size == 1:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return agree_on_prefix(store, rank, size, timeout)
-    return store
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return agree_on_prefix(store, rank, size, timeout) if shared else store
 
 
 def agree_on_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
@@ -43,24 +42,18 @@ def agree_on_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta)
         store.wait([f"prefix/{word}"], timeout)
         prefix = store.get(f"prefix/{word}").decode()
         store.add(f"{prefix}/joined", 1)
-    else:
-        prefix = f"start-{uuid.uuid4().hex}"
-        _answer(store, size, prefix, deadline=time.monotonic() + timeout.total_seconds())
-    return dist.PrefixStore(prefix, store)
-
-
-def _answer(store: dist.Store, size: int, prefix: str, *, deadline: float) -> None:
-    """Hand out rank 0's prefix until all other ranks have it."""
+        return dist.PrefixStore(prefix, store)
+    prefix, deadline = f"start-{uuid.uuid4().hex}", time.monotonic() + timeout.total_seconds()
     answered: dict[int, bytes] = {}
-    while store.add(f"{prefix}/joined", 0) < size - 1:
-        for rank in range(1, size):
-            if store.check([f"word/{rank}"]) and (word := store.get(f"word/{rank}")) != answered.get(rank):
-                store.set(f"prefix/{word.decode()}", prefix)
-                answered[rank] = word
+    while (joined := store.add(f"{prefix}/joined", 0)) < size - 1:
         if time.monotonic() > deadline:
-            joined = store.add(f"{prefix}/joined", 0)
             raise dist.DistStoreError(f"{size - 1 - joined} of {size} processes did not come; see parallel.timeout")
+        for other in range(1, size):
+            if store.check([f"word/{other}"]) and (word := store.get(f"word/{other}")) != answered.get(other):
+                store.set(f"prefix/{word.decode()}", prefix)
+                answered[other] = word
         time.sleep(_POLL_SECONDS)
+    return dist.PrefixStore(prefix, store)
 
 
 def choose_network_interface() -> None:
@@ -71,8 +64,7 @@ def choose_network_interface() -> None:
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    name = _interface_towards(os.environ.get("MASTER_ADDR", ""))
-    if name is not None:
+    if (name := _interface_towards(os.environ.get("MASTER_ADDR", ""))) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
@@ -82,9 +74,8 @@ def _interface_towards(host: str) -> str | None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, _ANY_PORT))  # chooses a route and sends nothing
             address = probe.getsockname()[0]
-            if address.startswith("127."):
-                return None
-            return next((name for _, name in socket.if_nameindex() if _address_of(probe, name) == address), None)
+            names = [] if address.startswith("127.") else [name for _, name in socket.if_nameindex()]
+            return next((name for name in names if _address_of(probe, name) == address), None)
     except OSError:
         return None
 

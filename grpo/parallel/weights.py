@@ -13,7 +13,7 @@ def load_full_state_dict(
     """Give a parallelized model its weights, from one rank that has them all. Raises if they are not the model's.
 
     A model that was built on the meta device is allocated first, each rank its own shards only, so that no rank but
-    the first ever holds the whole model. Buffers outside the state dict are then rebuilt by `model.reset_buffers()`.
+    the first ever holds the whole model. Modules with buffers outside the state dict rebuild them in `_apply`.
 
     Args:
         state_dict: all weights on rank 0; ignored on the other ranks, which pass None.
@@ -21,8 +21,6 @@ def load_full_state_dict(
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model.to_empty(device=device or torch.device("cpu"))
-        if hasattr(model, "reset_buffers"):
-            model.reset_buffers()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, dict(state_dict or {}), options=options)
     leftover = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]

@@ -10,7 +10,7 @@ import torch
 import grpo.data
 from grpo.config import UserError
 from grpo.data import build_dataset
-from grpo.data.digits import SPLITS
+from grpo.data.builtin import SPLITS
 
 FOLDER = Path(grpo.data.__file__).parent
 

@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from grpo.evaluation import (
     FeatureStatistics,
     accuracy,
-    class_counts,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -120,4 +119,3 @@ def test_accuracy_and_counts():
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
     class_ids = torch.tensor([0, 1, 1])
     assert accuracy(probabilities, class_ids) == pytest.approx(2 / 3)
-    assert class_counts(class_ids) == [1, 2]

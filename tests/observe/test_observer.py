@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from grpo.config import Metrics, UserError
-from grpo.observe import RunObserver, read_metrics
-from grpo.observe import wandb_log as wandb_module
+from grpo.observe import RunObserver, SampleRow, read_metrics
+from grpo.observe import observer as observer_module
 
 
 def observer(run_dir, *, main=True, start_step=0, total_steps=4, **metrics):
@@ -26,7 +26,7 @@ def observer(run_dir, *, main=True, start_step=0, total_steps=4, **metrics):
 
 
 def sample_rows():
-    return [(None, torch.zeros(2, 3, 8, 8), torch.tensor([0.0, 1.0]), "seven")]
+    return [SampleRow(None, torch.zeros(2, 3, 8, 8), torch.tensor([0.0, 1.0]), "seven")]
 
 
 def run_steps(watching, steps):
@@ -105,7 +105,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 
 @pytest.mark.parametrize("main", [True, False])
 def test_wandb_that_is_missing_is_told_on_every_rank(tmp_path, monkeypatch, main):
-    monkeypatch.setattr(wandb_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(observer_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install wandb"):
         observer(tmp_path / "run", main=main, wandb=True)
     assert not (tmp_path / "run").exists()

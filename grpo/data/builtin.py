@@ -1,0 +1,63 @@
+"""Data sets that need no files of the user's: the digits that ship with the project, and random images."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from grpo.config import Data, UserError
+from grpo.data.dataset import ImageDataset
+
+NUM_DIGITS = 10
+DIGIT_PADDING = 2  # 28 pixels to 32
+
+# Which of the 500 images of each class belong to a split. Settings are picked on "validation", claims made on "test".
+SPLITS = {
+    "train": range(0, 400),
+    "train_a": range(0, 200),
+    "train_b": range(200, 400),
+    "validation": range(400, 450),
+    "test": range(450, 500),
+    "heldout": range(400, 500),
+    "all": range(0, 500),
+}
+
+
+class Digits(ImageDataset):
+    """A split of 5,000 MNIST digits, white on black, padded to 32 pixels; source and licence are in `digits.txt`.
+
+    Classes take turns (image i is of class i mod 10), so every prefix is balanced.
+    """
+
+    def __init__(self, *, data: Data) -> None:
+        if data.split not in SPLITS:
+            raise UserError(f"data.split {data.split!r} is no part of the digits: choose one of {', '.join(SPLITS)}")
+        with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]  # [5000, 28, 28] uint8, [5000] uint8
+        of_class = np.stack([np.flatnonzero(labels == digit) for digit in range(NUM_DIGITS)])  # [10, 500]
+        self._chosen = of_class[:, list(SPLITS[data.split])].T.reshape(-1)
+        self._images = np.pad(images[self._chosen], ((0, 0), (DIGIT_PADDING,) * 2, (DIGIT_PADDING,) * 2))
+        super().__init__(labels[self._chosen], [str(digit) for digit in range(NUM_DIGITS)], data=data)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index])
+
+    def describe(self, index: int) -> str:
+        return f"digit {self._chosen[index]}"
+
+
+class Synthetic(ImageDataset):
+    """Smooth random colour fields, 1,024 at least; index and split alone determine an image, classes take turns."""
+
+    def __init__(self, *, data: Data, num_classes: int) -> None:
+        self._seed = zlib.crc32(data.split.encode())
+        class_ids = np.arange(max(1024, num_classes)) % num_classes
+        super().__init__(class_ids, [str(class_id) for class_id in range(num_classes)], data=data)
+
+    def open(self, index: int) -> Image.Image:
+        colors = np.random.default_rng((self._seed, index)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        return Image.fromarray(colors).resize((self.data.image_size,) * 2, Image.Resampling.BICUBIC)
+
+    def describe(self, index: int) -> str:
+        return f"synthetic image {index}"
