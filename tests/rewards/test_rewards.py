@@ -162,7 +162,7 @@ def test_other_non_finite_rewards_stay_so(tokenizer, rollout, value, may_abstain
 
 def build(tables, tokenizer, **changes):
     settings = {"class_names": "abcd", "device": torch.device("cpu"), "compile": Compile()}
-    return build_rewards(Rewards(tables=tables), tokenizer, **(settings | changes))
+    return build_rewards(Rewards(**tables), tokenizer, **(settings | changes))
 
 
 def test_built_from_a_recipe(tokenizer, classifier_file):
