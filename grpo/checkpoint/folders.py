@@ -138,11 +138,9 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def remove_old(folder: Path, *, keep_last: int, keep_best: int, best_is: str, newest: Path) -> None:
-    """Delete complete checkpoints that are neither among the `keep_last` newest nor among the `keep_best` best.
+    """Delete complete checkpoints that are neither among the `keep_last` newest (0: all) nor the `keep_best` best.
 
-    Args:
-        keep_last: 0 keeps all.
-        newest: the one just written, which stays whatever its step is. Nothing is deleted unless it is whole.
+    `newest`, the one just written, stays whatever its step is; nothing is deleted unless it is whole.
     """
     if keep_last == 0 or incompleteness(newest) is not None:
         return

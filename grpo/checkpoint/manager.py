@@ -220,13 +220,11 @@ class CheckpointManager:
         return [result for _, result in outcomes]
 
     def _gather(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
         values: list[Any] = [None] * self.world.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
     def _on_main(self, find: Callable[[], Any]) -> Any:
-        """What rank 0 finds, on every rank."""
         return broadcast_object(find() if self.world.is_main else None)
 
 

@@ -33,8 +33,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, reader: SafeFileSystemReader) -> None:
     """Overwrite weights and optimizer state by a checkpoint's, resharding as needed.
 
-    Raises:
-        UserError: the checkpoint is of another model or optimizer, or damaged.
+    Raises a UserError if the checkpoint is of another model or optimizer, or damaged.
     """
     weights, entries = _live_entries(model, optimizer)
     state = {name: value for name, value in entries.items() if name.startswith("state.")}
@@ -48,9 +47,8 @@ def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, re
             f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it."
         )
     safe_load({"model": weights, "optimizer": state}, reader)
-    set_state_dict(
-        model, [optimizer], model_state_dict=weights, optim_state_dict={**entries, **state}, options=_OPTIONS
-    )
+    entries |= state
+    set_state_dict(model, [optimizer], model_state_dict=weights, optim_state_dict=entries, options=_OPTIONS)
 
 
 def _live_entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,11 +5,11 @@ import json
 import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import tomli
 from pydantic import ValidationError
 
 from grpo.config import reference_flags as reference
@@ -67,8 +67,8 @@ class RecipeBuilder(Generic[RecipeT]):
         """Read a TOML text that stands in a file of this folder."""
         self._origin, self._folder = origin, folder
         try:
-            file = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            file = tomli.loads(text)
+        except tomli.TOMLDecodeError as error:
             self._give_up(f"{origin}: is not valid TOML: {error}")
             return
         own_job = self._recipe_class.job
@@ -304,8 +304,8 @@ def _broken_limit(error: ValidationError) -> str:
 def _free_value(text: str) -> Any:
     """What a flag gives to a table of free keys: a TOML value, or else text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
         return text
 
 

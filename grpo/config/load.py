@@ -1,9 +1,10 @@
 """From a recipe file and a command line to a recipe, or to every mistake in them at once."""
 
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+
+import tomli
 
 from grpo.config.builder import RecipeBuilder, RecipeT
 from grpo.config.flags import help_topics, split_arguments
@@ -58,6 +59,6 @@ def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "r
 def job_of_file(config: str) -> str | None:
     """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
     try:
-        return job_named(tomllib.loads(recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
+        return job_named(tomli.loads(recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
     except (OSError, ValueError):  # of decoding text and TOML
         return None

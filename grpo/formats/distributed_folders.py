@@ -64,10 +64,8 @@ def read_metadata(folder: str | Path) -> Metadata:
     except OSError as error:
         raise UserError(f"{folder} is not a readable checkpoint folder: {METADATA_NAME}: {error.strerror}.") from None
     except _RefusedError as error:
-        raise UserError(
-            f"{path} asks to run {error}, which no checkpoint contains: do not trust this folder; "
-            "ask its author for a .safetensors file."
-        ) from None
+        advice = "do not trust this folder; ask its author for a .safetensors file."
+        raise UserError(f"{path} asks to run {error}, which no checkpoint contains: {advice}") from None
     except Exception as error:  # a damaged pickle may raise anything
         raise UserError(f"{path} is damaged ({type(error).__name__}): take another checkpoint.") from error
     return metadata

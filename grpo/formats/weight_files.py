@@ -126,7 +126,13 @@ def save_weights(
     unfinished = path.with_name(f".{path.name}.unfinished")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     if layout == "safetensors":
-        _write_safetensors(unfinished, tensors, config)
+        if config is not None and not isinstance(config, Mapping):
+            config = {field.name: getattr(config, field.name) for field in fields(config) if field.compare}
+        sizes = {} if config is None else {_CONFIG: json.dumps(config)}
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # the library makes a file that its owner alone can read
+        safetensors.torch.save_file(tensors, unfinished, metadata={"format": "pt"} | sizes)
+        unfinished.chmod(mode)
     elif layout == "llamagen":
         torch.save({"model": tensors}, unfinished)
     else:
@@ -134,6 +140,7 @@ def save_weights(
         with warnings.catch_warnings(action="ignore"):  # that there is no process group is intended
             dcp.save({"model": tensors}, checkpoint_id=unfinished, no_dist=True)
     os.replace(unfinished, path)
+<<<<<<< HEAD
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Any) -> None:
@@ -145,3 +152,5 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Any) -
     metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
     safetensors.torch.save_file(dict(tensors), path, metadata=metadata)
     path.chmod(mode)
+=======
+>>>>>>> s-models
