@@ -128,10 +128,11 @@ def save_weights(
     if layout == "safetensors":
         if config is not None and not isinstance(config, Mapping):
             config = {field.name: getattr(config, field.name) for field in fields(config) if field.compare}
-        sizes = {} if config is None else {_CONFIG: json.dumps(config)}
+        # One key: several would be written in an order that changes, and equal weights are to make equal files.
+        metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
         unfinished.touch()
         mode = unfinished.stat().st_mode  # the library makes a file that its owner alone can read
-        safetensors.torch.save_file(tensors, unfinished, metadata={"format": "pt"} | sizes)
+        safetensors.torch.save_file(tensors, unfinished, metadata=metadata)
         unfinished.chmod(mode)
     elif layout == "llamagen":
         torch.save({"model": tensors}, unfinished)
@@ -140,17 +141,3 @@ def save_weights(
         with warnings.catch_warnings(action="ignore"):  # that there is no process group is intended
             dcp.save({"model": tensors}, checkpoint_id=unfinished, no_dist=True)
     os.replace(unfinished, path)
-<<<<<<< HEAD
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Any) -> None:
-    if config is not None and not isinstance(config, Mapping):
-        config = {field.name: getattr(config, field.name) for field in fields(config) if field.compare}
-    path.touch()
-    mode = path.stat().st_mode  # the library makes a file that its owner alone can read
-    # One key: several would be written in an order that changes, and equal weights are to make equal files.
-    metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
-    safetensors.torch.save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(mode)
-=======
->>>>>>> s-models
