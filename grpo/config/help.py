@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from grpo.config import reference_flags as reference
 from grpo.config.errors import UserError, did_you_mean
 from grpo.config.keys import Key, section_keys
-from grpo.config.recipes import RECIPES, GRPORecipe, Recipe
-from grpo.config.reward_kinds import REWARD_KINDS, reward_class, reward_kinds
+from grpo.config.recipe import Recipe
+from grpo.config.recipes import RECIPES, GRPORecipe
+from grpo.config.rewards import REWARD_KINDS, reward_class, reward_kinds
 from grpo.config.sections import Section
 
 WIDTH = 110

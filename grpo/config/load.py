@@ -1,5 +1,6 @@
 """From a recipe file and a command line to a recipe, or to every mistake in them at once."""
 
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from grpo.config.builder import RecipeBuilder, RecipeT
 from grpo.config.flags import help_topics, split_arguments
 from grpo.config.help import help_text
 from grpo.config.recipes import job_named
-from grpo.config.shipped import recipe_path
+
+SHIPPED_RECIPES = Path(__file__).parents[1] / "train_configs"
+"""The recipes that come with the project."""
 
 
 def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) -> RecipeT:
@@ -37,7 +40,13 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
     flags = split_arguments(arguments)
     config = next((flag.text for flag in flags if flag.name == "--config"), None)
     if config is not None:
-        builder.read_file(config)
+        path = _recipe_path(config)
+        try:
+            builder.read(path.read_text(encoding="utf-8-sig"), str(path), path.parent)
+        except OSError as error:
+            builder.give_up(f"--config {config}: cannot be read: {error.strerror}{_hint(config)}")
+        except UnicodeDecodeError as error:
+            builder.give_up(f"{config}: is not a text file: {error}")
     return builder.build(flags, run_name=Path(config).stem if config else recipe_class.job)
 
 
@@ -52,13 +61,25 @@ def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "r
         UserError: with one line for each mistake.
     """
     builder = RecipeBuilder(recipe_class)
-    builder.read_text(text, origin, folder=Path())
+    builder.read(text, origin, folder=Path())
     return builder.build()
 
 
 def job_of_file(config: str) -> str | None:
     """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
     try:
-        return job_named(tomli.loads(recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
+        return job_named(tomli.loads(_recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
     except (OSError, ValueError):  # of decoding text and TOML
         return None
+
+
+def _recipe_path(config: str) -> Path:
+    """The file that `--config` names: a path, else a shipped recipe by its name, such as quickstart/grpo."""
+    candidates = (Path(config), SHIPPED_RECIPES / config, SHIPPED_RECIPES / f"{config}.toml")
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def _hint(config: str) -> str:
+    names = [file.relative_to(SHIPPED_RECIPES).with_suffix("").as_posix() for file in SHIPPED_RECIPES.glob("**/*.toml")]
+    nearest = difflib.get_close_matches(config, names, n=1)
+    return f"; did you mean the shipped recipe {nearest[0]}?" if nearest else ""

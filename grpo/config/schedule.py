@@ -43,24 +43,31 @@ class Schedule:
         """The schedule on so many ranks, where `whole_batch_rewards` look at all completions of a rollout together.
 
         Raises:
-            UserError: the batches cannot be shared by the ranks.
+            UserError: the batches cannot be cut so, or not be shared by the ranks.
         """
         group, drawn = rollout.num_generations, rollout.batch_size * rollout.num_generations
         step = training.batch_size or drawn
+        if drawn % step:
+            raise UserError(
+                f"training.batch_size = {step} completions of one optimizer step must divide "
+                f"rollout.batch_size x rollout.num_generations = {drawn} completions of one rollout"
+            )
         for key, size in (("rollout.batch_size", rollout.batch_size), ("training.batch_size", step)):
             if size % ranks:
                 raise UserError(f"{key} = {size} cannot be shared by {ranks} ranks: make it a multiple of {ranks}")
-        if step != drawn and (step // ranks) % group and group % (step // ranks):
+        share = step // ranks
+        if share % group and group % share:
+            on_each = f", {share} on each of {ranks} ranks," if ranks > 1 else ""
             raise UserError(
-                f"training.batch_size = {step} on {ranks} ranks is {step // ranks} completions each, which must be a "
-                f"multiple or a divisor of rollout.num_generations = {group}"
+                f"training.batch_size = {step}{on_each} must be a multiple or a divisor of "
+                f"rollout.num_generations = {group}"
             )
         waits = whole_batch_rewards or objective.advantage == "batch_std"
         return cls(
             ranks=ranks,
             images=rollout.batch_size // ranks,
             group_size=group,
-            completions_per_step=step // ranks,
+            completions_per_step=share,
             micro_batch_size=training.micro_batch_size,
             trains_sampling_forward=rollout.mode == "teacher_forced" and step == drawn and not waits,
             scores_targets=objective.aux_ce_weight > 0,

@@ -25,7 +25,7 @@ from grpo.config import (
 )
 from grpo.config.help import markdown
 from grpo.config.keys import section_keys
-from grpo.config.recipes import ORDER
+from grpo.config.recipe import ORDER
 from grpo.models import get_model_spec, get_tokenizer_spec
 
 ROOT = Path(__file__).parents[2]
