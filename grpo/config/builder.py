@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from grpo.config import reference_flags as reference
 from grpo.config.errors import UserError, did_you_mean
-from grpo.config.flags import Flag
 from grpo.config.keys import Key, section_keys
 from grpo.config.recipe import Recipe
 from grpo.config.recipes import RECIPES, GRPORecipe, job_named
@@ -23,6 +22,7 @@ from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
+Flag = tuple[str, str | None]  # --name, and the text after it if there is one
 
 
 class RecipeBuilder(Generic[RecipeT]):
@@ -70,11 +70,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._suspects.add(CONFIG)
 
     def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None) -> RecipeT:
-        """The recipe of the file and these flags, or one UserError with all mistakes.
-
-        Args:
-            run_name: what a run without a folder of its own is called.
-        """
+        """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name."""
         if self._is_grpo:
             self._find_rewards(flags)
         self._keys = section_keys(self._sections)
@@ -109,28 +105,28 @@ class RecipeBuilder(Generic[RecipeT]):
     def _name_flags(self, flags: Sequence[Flag]) -> list[tuple[str, str, str]]:
         """Key, text and origin of the flags; a line for each that is unknown, lacks its value or was given twice."""
         settings, seen = [], {}
-        for flag in flags:
-            name = flag.name.removeprefix("--")
+        for flag, given in flags:
+            name = flag.removeprefix("--")
             table = name.rpartition(".")[0]
             if name.startswith(tuple(f"{title}." for title in self._lost_tables)):
                 continue
-            key = name if table in self._keys and self._keys[table].is_table else self._flags.get(flag.name)
+            key = name if table in self._keys and self._keys[table].is_table else self._flags.get(flag)
             problem = ""
-            if not flag.name.startswith("-"):
+            if not flag.startswith("-"):
                 problem = "unexpected argument; settings are given as --section.key VALUE"
             elif key is None:
-                problem = f"unknown flag{self._hint(name, flag.name)}"
+                problem = f"unknown flag{self._hint(name, flag)}"
             elif key in seen:
                 problem = f"{key} is already set by {seen[key]}; give one of them"
-            elif flag.text is None and not (key in self._keys and self._keys[key].is_switch):
-                problem = f"a value is missing (write {flag.name}=VALUE if it begins with a minus)"
+            elif given is None and not (key in self._keys and self._keys[key].field.annotation is bool):
+                problem = f"a value is missing (write {flag}=VALUE if it begins with a minus)"
                 self._suspects.add(key)
             elif key != CONFIG:
-                text = "true" if flag.text is None else flag.text
-                settings.append((key, text, f"{flag.name} {text or '(empty)'}"))
+                text = "true" if given is None else given
+                settings.append((key, text, f"{flag} {text or '(empty)'}"))
             if problem:
-                self._problems.append(f"{flag.name}: {problem}")
-            seen.setdefault(key, flag.name)
+                self._problems.append(f"{flag}: {problem}")
+            seen.setdefault(key, flag)
         return settings
 
     def _read_section(self, title: str, section: object) -> None:
@@ -195,12 +191,12 @@ class RecipeBuilder(Generic[RecipeT]):
         tables = {name: table for name, table in entries if isinstance(table, dict) and name not in own_keys}
         kinds = {name: table.get("kind", name) for name, table in tables.items()}
         origins = dict.fromkeys(tables, self._origin)
-        for flag in flags:
-            key = reference.REFERENCE_FLAGS.get(flag.name, flag.name.removeprefix("--"))
+        for flag, text in flags:
+            key = reference.REFERENCE_FLAGS.get(flag, flag.removeprefix("--"))
             if match := re.fullmatch(r"reward\.([^.]+)\.(.+)", key):
                 name, own_key = match.groups()
-                origins.setdefault(name, flag.name)
-                kind = flag.text if own_key == "kind" else None
+                origins.setdefault(name, flag)
+                kind = text if own_key == "kind" else None
                 kinds[name] = kind or kinds.get(name, name)
         if all(origin in reference.REFERENCE_FLAGS for origin in origins.values()):
             kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)

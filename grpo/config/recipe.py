@@ -6,12 +6,13 @@ line for all that it finds, so that a user mends a recipe once. The line names e
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from grpo.config.sections import Data, FreeSection, MayChange, Model, Section, Tokenizer
+from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Parallel, Section, Training
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",
@@ -64,27 +65,59 @@ class Recipe(BaseModel):
         return {name: values[name] for name in self.sections()}
 
 
+class TrainingRecipe(Recipe):
+    """Base of the recipes of runs, which have a folder and checkpoints."""
+
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    debug: Debug = Debug()
+
+    def problems(self) -> Iterator[str]:
+        yield from data_problems(self.data)
+        if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
+            yield 'parallel.reshard_after_forward = "always" needs parallel.data_parallel = "fsdp", not "sdp"'
+
+    def notes(self) -> list[str]:
+        notes = super().notes()
+        if not self.checkpoint.save_final and not self.checkpoint.interval:
+            notes.append("checkpoint.interval = 0 and checkpoint.save_final = false: nothing of this run is saved")
+        return notes
+
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
+        best = "checkpoint.best_metric checkpoint.best_is"
+        return [
+            (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
+            (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
+            (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
+            (not self.metrics.wandb, wandb, "metrics.wandb is off"),
+        ]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder: `metrics.run_dir`, which `load_recipe` sets to runs/<name of the recipe file>."""
+        return Path(self.metrics.run_dir or f"runs/{self.job}")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of the checkpoints: inside the run's folder unless `checkpoint.dir` was moved."""
+        moved = self.checkpoint.dir.rstrip("/") != Checkpoint().dir
+        return Path(self.checkpoint.dir) if moved else self.run_dir / self.checkpoint.dir
+
+
 def required(name: str, section: Section, *keys: str) -> Iterator[str]:
     """Optional keys that a job cannot do without."""
     yield from (f"{name}.{key} is required" for key in keys if getattr(section, key) is None)
-
-
-def model_problems(model: Model) -> Iterator[str]:
-    """Text-conditional models, with many condition tokens, are another family."""
-    if model.cls_token_num != 1:
-        yield "model.cls_token_num must be 1: models here are class-conditional"
 
 
 def data_problems(data: Data) -> Iterator[str]:
     """A data set needs a path unless it comes with the project."""
     if data.path is None and data.name not in ("digits", "synthetic"):
         yield f'data.path is required with data.name = "{data.name}"'
-
-
-def image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:
-    """Images are cut into whole codes."""
-    if image_size % tokenizer.downsample_size:
-        yield f"{key} = {image_size} must be a multiple of tokenizer.downsample_size = {tokenizer.downsample_size}"
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
@@ -94,12 +127,7 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
 
 def changes_that_matter(before: Recipe, after: Recipe) -> list[str]:
     """Those of `differences` that a resumed run may not have: all but the keys that only move work around."""
-    free = {
-        f"{name}.{key}"
-        for name, section in after.sections().items()
-        for key, field in section.model_fields.items()
-        if issubclass(section, FreeSection) or MayChange in field.metadata
-    }
+    free = {f"{name}.{key}" for name, section in after.sections().items() for key in section.free_keys()}
     return [line for key, line in _changed_keys(before, after).items() if key not in free]
 
 

@@ -1,77 +1,15 @@
 """The recipe of each job: its sections, and what cannot work together in them."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from pydantic import Field
 
 from grpo.config.errors import UserError
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
-from grpo.config.recipe import Recipe, data_problems, image_size_problems, model_problems, required
+from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
 from grpo.config.schedule import Schedule
-from grpo.config.sections import (
-    ActivationCheckpoint,
-    Checkpoint,
-    Compile,
-    Data,
-    Debug,
-    Metrics,
-    Model,
-    Objective,
-    Optimizer,
-    Parallel,
-    Rollout,
-    Tokenizer,
-    Training,
-)
-
-
-class TrainingRecipe(Recipe):
-    """Base of the recipes of runs, which have a folder and checkpoints."""
-
-    data: Data = Data()
-    optimizer: Optimizer = Optimizer()
-    training: Training = Training()
-    parallel: Parallel = Parallel()
-    checkpoint: Checkpoint = Checkpoint()
-    metrics: Metrics = Metrics()
-    debug: Debug = Debug()
-
-    def problems(self) -> Iterator[str]:
-        yield from data_problems(self.data)
-        if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
-            yield (
-                'parallel.reshard_after_forward = "always" contradicts parallel.data_parallel = "sdp"; '
-                'set parallel.data_parallel = "fsdp"'
-            )
-
-    def notes(self) -> list[str]:
-        notes = super().notes()
-        if not self.checkpoint.save_final and not self.checkpoint.interval:
-            notes.append("checkpoint.interval = 0 and checkpoint.save_final = false: nothing of this run is saved")
-        return notes
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
-        best = "checkpoint.best_metric checkpoint.best_is"
-        return [
-            (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
-            (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
-            (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
-            (not self.metrics.wandb, wandb, "metrics.wandb is off"),
-        ]
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder: `metrics.run_dir`, which `load_recipe` sets to runs/<name of the recipe file>."""
-        return Path(self.metrics.run_dir or f"runs/{self.job}")
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        """Folder of the checkpoints: inside the run's folder unless `checkpoint.dir` was moved."""
-        moved = self.checkpoint.dir.rstrip("/") != Checkpoint().dir
-        return Path(self.checkpoint.dir) if moved else self.run_dir / self.checkpoint.dir
+from grpo.config.sections import ActivationCheckpoint, Compile, Data, Model, Objective, Parallel, Rollout, Tokenizer
 
 
 class GeneratorRecipe(TrainingRecipe):
@@ -84,8 +22,8 @@ class GeneratorRecipe(TrainingRecipe):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from model_problems(self.model)
-        yield from image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        yield from _model_problems(self.model)
+        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
         if self.tokenizer.checkpoint is None and self.data.name != "synthetic":
             yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
 
@@ -171,7 +109,7 @@ class TokenizerRecipe(TrainingRecipe):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         by_gradient = self.tokenizer_loss.codebook_update == "gradient"
@@ -197,10 +135,10 @@ class DrawingRecipe(Recipe):
 
     def problems(self) -> Iterator[str]:
         model, tokenizer, class_ids = self.model, self.tokenizer, self.sampling.class_ids
-        yield from model_problems(model)
+        yield from _model_problems(model)
         yield from required("model", model, "checkpoint")
         yield from required("tokenizer", tokenizer, "checkpoint")
-        yield from image_size_problems("sampling.image_size", self.sampling.image_size, tokenizer)
+        yield from _image_size_problems("sampling.image_size", self.sampling.image_size, tokenizer)
         if class_ids != "all" and not all(class_id < model.num_classes for class_id in class_ids):
             yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
 
@@ -267,3 +205,15 @@ def job_named(word: object) -> str | None:
     """The job that a recipe file calls so; None where there is none."""
     job = FORMER_JOBS.get(str(word), str(word))
     return job if job in RECIPES else None
+
+
+def _model_problems(model: Model) -> Iterator[str]:
+    """Text-conditional models, with many condition tokens, are another family."""
+    if model.cls_token_num != 1:
+        yield "model.cls_token_num must be 1: models here are class-conditional"
+
+
+def _image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:
+    """Images are cut into whole codes."""
+    if image_size % tokenizer.downsample_size:
+        yield f"{key} = {image_size} must be a multiple of tokenizer.downsample_size = {tokenizer.downsample_size}"

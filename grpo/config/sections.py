@@ -39,6 +39,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, str_min_length=1)
 
+    @classmethod
+    def free_keys(cls) -> set[str]:
+        """The keys that a resumed run may change."""
+        is_free = issubclass(cls, FreeSection)
+        return {name for name, field in cls.model_fields.items() if is_free or MayChange in field.metadata}
+
 
 class FreeSection(Section):
     """Base of the sections whose every key a resumed run may change."""
