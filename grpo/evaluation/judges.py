@@ -15,10 +15,8 @@ from grpo.models import load_classifier, normalize, read_weights
 class Judge(Protocol):
     """Looks at images as they are stored: [B, 3, H, W] uint8 -> (features [B, D] fp32, logits [B, K] fp32)."""
 
-    names_classes: bool = False
-    """Whether logit k is the generator's class k, so that an accuracy makes sense."""
-    is_inception: bool = False
-    """Whether the features are those of the published FID, so that published statistics apply."""
+    names_classes: bool = False  # whether logit k is the generator's class k, so that an accuracy makes sense
+    is_inception: bool = False  # whether the features are the published FID's, so that published statistics apply
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -82,10 +80,8 @@ def judge_files(evaluation: Evaluation) -> dict[str, str]:
 
 def load_judges(evaluation: Evaluation, *, device: torch.device) -> dict[str, Judge]:
     """The judges of `judge_files`, loaded."""
-    judges = {}
-    for name, file in judge_files(evaluation).items():
-        if name == "inception":
-            judges[name] = InceptionJudge(file, device=device)
-        else:
-            judges[name] = ClassifierJudge(load_classifier(file).to(device))
+    files = judge_files(evaluation)
+    judges = {name: ClassifierJudge(load_classifier(files[name]).to(device)) for name in files if name != "inception"}
+    if "inception" in files:
+        judges["inception"] = InceptionJudge(files["inception"], device=device)
     return judges
