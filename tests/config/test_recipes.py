@@ -262,8 +262,8 @@ def test_committed_recipe_loads(path: Path) -> None:
     if "model" in recipe.sections():
         get_model_spec(recipe.model.name)
     if "tokenizer" in recipe.sections():
-        spec = get_tokenizer_spec(recipe.tokenizer.name)
-        assert recipe.tokenizer.downsample_size == spec.patch_size * 2 ** (len(spec.ch_mult) - 1)
+        sizes = get_tokenizer_spec(recipe.tokenizer.name).config()
+        assert recipe.tokenizer.downsample_size == sizes.downsample_size
 
 
 def test_published_run_has_its_size() -> None:
