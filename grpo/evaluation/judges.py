@@ -80,8 +80,10 @@ def judge_files(evaluation: Evaluation) -> dict[str, str]:
 
 def load_judges(evaluation: Evaluation, *, device: torch.device) -> dict[str, Judge]:
     """The judges of `judge_files`, loaded."""
-    files = judge_files(evaluation)
-    judges = {name: ClassifierJudge(load_classifier(files[name]).to(device)) for name in files if name != "inception"}
-    if "inception" in files:
-        judges["inception"] = InceptionJudge(files["inception"], device=device)
+    judges = {}
+    for name, file in judge_files(evaluation).items():
+        if name == "inception":
+            judges[name] = InceptionJudge(file, device=device)
+        else:
+            judges[name] = ClassifierJudge(load_classifier(file).to(device))
     return judges
