@@ -2,13 +2,12 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
 from pydantic import BeforeValidator
 
 from grpo.config.sections import (
-    LARGEST_INT,
     GuidanceScale,
     KernelBackend,
+    MinusOneOrMore,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -75,7 +74,7 @@ class Sampling(Section):
     """Draw from the smallest set of codes whose probability exceeds p; 1 is off."""
     cfg_scale: GuidanceScale = 1.0
     """Classifier-free guidance; 1 is off."""
-    cfg_interval: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
+    cfg_interval: MinusOneOrMore = -1
     """Last token position with guidance; -1 guides all positions."""
     seed: Seed = 0
     """Seed of the draws: the same seed gives the same images on any number of ranks."""

@@ -26,14 +26,11 @@ _LOST_CONTACT = (
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run a job and end the process.
+    """Run a job on the command line without the program's name, and end the process.
 
     Exit codes: 0 done; 2 a user's mistake, or memory or disk space that ran out, told in plain lines by exactly one
     rank; 130 interrupted; 143 stopped by SIGTERM, with a checkpoint; 1 anything else, with its traceback. A process
     that fails leaves at once, without waiting for other ranks: they see its connections close, or torchrun ends them.
-
-    Args:
-        main: of the job; gets the command line without the program's name.
     """
     try:
         main(sys.argv[1:])

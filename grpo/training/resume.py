@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from grpo.checkpoint import CheckpointManager
@@ -32,7 +31,14 @@ def find_checkpoint(
                 "overwrite; give another metrics.run_dir or checkpoint.dir, or remove them"
             )
         return None, False
-    goes_on = partial(_continues, checkpoints, start=resume)
+
+    def goes_on(path: Path) -> bool:
+        """Whether a checkpoint was written by a run that had gone on from the one that was named."""
+        try:
+            return checkpoints.read_run_state(path).get("resumed_from") == resume
+        except (UserError, AttributeError):
+            return False
+
     if restarted and (own := checkpoints.resume_point(tell, accept=goes_on)) is not None:
         return own, False
     if (problem := checkpoints.damage(resume)) is not None:
@@ -70,11 +76,3 @@ def read_run_state(
         )
         raise UserError([problem, *changes])
     return state, changes
-
-
-def _continues(checkpoints: CheckpointManager, path: Path, *, start: str) -> bool:
-    """Whether a checkpoint was written by a run that had gone on from the checkpoint `start`."""
-    try:
-        return checkpoints.read_run_state(path).get("resumed_from") == start
-    except (UserError, AttributeError):
-        return False

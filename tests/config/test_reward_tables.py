@@ -128,7 +128,7 @@ def test_all_mistakes_of_tables_are_reported_with_the_others(recipe_file) -> Non
         ),
         (
             ["--reward.reconstruction_weight", "1"],
-            "--reward.reconstruction_weight: unknown flag; it is now reward.reconstruction.weight",
+            "--reward.reconstruction_weight: unknown flag; did you mean --reward.reconstruction.weight?",
         ),
         (
             ["--rollout.mode", "autoregressive"],

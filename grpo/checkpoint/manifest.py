@@ -12,9 +12,9 @@ MANIFEST_NAME = "manifest.json"
 
 
 class FileSum(NamedTuple):
-    """What a file held when it was written: so many bytes, with this checksum."""
+    """What a file held when it was written."""
 
-    size: int
+    size: int  # in bytes
     sha256: str
 
 
@@ -48,12 +48,6 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         if name in ("", ".", "..") or Path(name).name != name:
             raise UserError(f"{path} names {name!r}, which is not a file of this folder: do not trust it")
     return sums
-
-
-def missing_files(folder: Path, sums: Mapping[str, FileSum]) -> list[str]:
-    """Names of the files that are absent or not as long as they were written, without reading them."""
-    found = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    return [name for name, known in sums.items() if found.get(name) != known.size]
 
 
 def damaged_files(folder: Path, sums: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> list[str]:
