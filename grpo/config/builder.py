@@ -30,10 +30,13 @@ class RecipeBuilder(Generic[RecipeT]):
 
     A key that is wrong by itself is reported for that only: `_suspects` keeps it, and the key or section that a
     mistyped name probably meant, out of the checks across keys.
+
+    Args:
+        resolves: look at the files that rewards depend on; not for a recipe of the past.
     """
 
-    def __init__(self, recipe_class: type[RecipeT]) -> None:
-        self._recipe_class = recipe_class
+    def __init__(self, recipe_class: type[RecipeT], *, resolves: bool = True) -> None:
+        self._recipe_class, self._resolves = recipe_class, resolves
         self._is_grpo = issubclass(recipe_class, GRPORecipe)
         self._sections: dict[str, type[Section]] = recipe_class.sections()
         self._lost_tables: set[str] = set()  # [reward.NAME] of an unknown kind
@@ -51,7 +54,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._origin, self._folder = origin, folder
         try:
             file = tomli.loads(text)
-        except tomli.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers and nestings beyond Python's limits among them
             self.give_up(f"{origin}: is not valid TOML: {error}")
             return
         own_job = self._recipe_class.job
@@ -110,7 +113,8 @@ class RecipeBuilder(Generic[RecipeT]):
             table = name.rpartition(".")[0]
             if name.startswith(tuple(f"{title}." for title in self._lost_tables)):
                 continue
-            key = name if table in self._keys and self._keys[table].is_table else self._flags.get(flag)
+            is_free = table in self._keys and self._keys[table].is_table
+            key = name if is_free else self._flags.get(flag)
             problem = ""
             if not flag.startswith("-"):
                 problem = "unexpected argument; settings are given as --section.key VALUE"
@@ -118,6 +122,8 @@ class RecipeBuilder(Generic[RecipeT]):
                 problem = f"unknown flag{self._hint(name, flag)}"
             elif key in seen:
                 problem = f"{key} is already set by {seen[key]}; give one of them"
+            elif key not in self._keys and key != CONFIG and not is_free:
+                problem = f"{key}: the kind of that reward has no such key"
             elif given is None and not (key in self._keys and self._keys[key].field.annotation is bool):
                 problem = f"a value is missing (write {flag}=VALUE if it begins with a minus)"
                 self._suspects.add(key)
@@ -193,7 +199,8 @@ class RecipeBuilder(Generic[RecipeT]):
         origins = dict.fromkeys(tables, self._origin)
         for flag, text in flags:
             key = reference.REFERENCE_FLAGS.get(flag, flag.removeprefix("--"))
-            if match := re.fullmatch(r"reward\.([^.]+)\.(.+)", key):
+            match = re.fullmatch(r"reward\.([^.]+)\.(.+)", key)
+            if match and match[1] not in own_keys:
                 name, own_key = match.groups()
                 origins.setdefault(name, flag)
                 kind = text if own_key == "kind" else None
@@ -203,6 +210,8 @@ class RecipeBuilder(Generic[RecipeT]):
         for name, kind in kinds.items():
             title, origin = f"reward.{name}", origins.get(name, self._origin)
             try:
+                if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+                    raise UserError("a reward's name has letters, digits, _ and - only")
                 self._sections[title] = reward_class(str(kind)).Settings
                 self._values[f"{title}.kind"], self._sources[f"{title}.kind"] = kind, origin
             except UserError as error:
@@ -216,7 +225,8 @@ class RecipeBuilder(Generic[RecipeT]):
         titles = [title for title in self._sections if title.startswith("reward.")]
         for title in titles:
             try:
-                tables[title.removeprefix("reward.")] = self._sections[title].model_validate(values[title]).resolved()
+                table = self._sections[title].model_validate(values[title])
+                tables[title.removeprefix("reward.")] = table.resolved() if self._resolves else table
             except UserError as error:
                 self._problems += [f"{title}: {line}" for line in error.problems]
             except ValidationError as error:
@@ -230,7 +240,8 @@ class RecipeBuilder(Generic[RecipeT]):
 
     def _translate(self) -> None:
         """Set what flags of the reference mean beyond their own keys; its batches count on each process."""
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        ranks = int(ranks) if ranks.isdecimal() else 1
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
         is_its_command = not self._origin and not used.keys().isdisjoint(reference.ALL_FLAGS)
         if is_its_command or any(flag in used for flags in reference.BATCH_FLAGS.values() for flag in flags):
@@ -276,7 +287,7 @@ def _free_value(text: str) -> Any:
     """What a flag gives to a table of free keys: a TOML value, or else text."""
     try:
         return tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

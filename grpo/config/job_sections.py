@@ -10,12 +10,12 @@ from grpo.config.sections import (
     MinusOneOrMore,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Precision,
     ProperFraction,
     Section,
     Seed,
+    Temperature,
     TopP,
 )
 
@@ -66,7 +66,7 @@ class Sampling(Section):
     """Side of the images that the generator was trained on, pixels."""
     resize_to: PositiveInt | None = None
     """Side to which drawn images are resized (bicubic, antialiased), pixels; none keeps them."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits."""
     top_k: NonNegativeInt = 0
     """Draw from the k most likely codes only; 0 is off."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import tomli
 
 from grpo.config.builder import Flag, RecipeBuilder, RecipeT
+from grpo.config.errors import UserError
 from grpo.config.help import help_text
 from grpo.config.recipes import job_named
 
@@ -31,6 +32,10 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
         UserError: with one line for each mistake in the file, in the flags and in their combination.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    try:
+        "".join(arguments).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the command line has bytes that are not UTF-8 text") from error
     topics = help_topics(arguments)
     if topics is not None:
         print(help_text(recipe_class, topics))
@@ -39,8 +44,8 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
     flags = _split_arguments(arguments)
     config = next((text for name, text in flags if name == "--config"), None)
     if config is not None:
-        path = _recipe_path(config)
         try:
+            path = _recipe_path(config)
             builder.read(path.read_text(encoding="utf-8-sig"), str(path), path.parent)
         except OSError as error:
             builder.give_up(f"--config {config}: cannot be read: {error.strerror}{_hint(config)}")
@@ -50,7 +55,7 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
 
 
 def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "recipe") -> RecipeT:
-    """The recipe that a TOML text describes, such as the one that `Recipe.to_toml` wrote into a run.
+    """The recipe that `Recipe.to_toml` wrote into a run. The files that it names are not looked at.
 
     Args:
         origin: where the text comes from, for the error lines.
@@ -58,7 +63,7 @@ def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "r
     Raises:
         UserError: with one line for each mistake.
     """
-    builder = RecipeBuilder(recipe_class)
+    builder = RecipeBuilder(recipe_class, resolves=False)
     builder.read(text, origin, folder=Path())
     return builder.build()
 
@@ -67,7 +72,7 @@ def job_of_file(config: str) -> str | None:
     """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
     try:
         return job_named(tomli.loads(_recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
-    except (OSError, ValueError):  # of decoding text and TOML
+    except (OSError, ValueError, RecursionError):  # of decoding text and TOML
         return None
 
 

@@ -55,6 +55,10 @@ class Recipe(BaseModel):
         """Whether it is so, the keys that then have no effect, and why."""
         return []
 
+    def explicit(self) -> Self:
+        """The same recipe with what it leaves to be computed from its other keys written out."""
+        return self
+
     def to_toml(self) -> str:
         """The resolved recipe, to be loaded again as it is: every key but those that are none, which TOML lacks."""
         return tomli_w.dumps({"job": self.job, **self._values(exclude_none=True)})
@@ -128,12 +132,12 @@ def differences(before: Recipe, after: Recipe) -> list[str]:
 def changes_that_matter(before: Recipe, after: Recipe) -> list[str]:
     """Those of `differences` that a resumed run may not have: all but the keys that only move work around."""
     free = {f"{name}.{key}" for name, section in after.sections().items() for key in section.free_keys()}
-    return [line for key, line in _changed_keys(before, after).items() if key not in free]
+    return [line for key, line in _changed_keys(before.explicit(), after.explicit()).items() if key not in free]
 
 
 def _changed_keys(before: Recipe, after: Recipe) -> dict[str, str]:
     old, new = _flatten(before._values()), _flatten(after._values())
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    keys = [key for key in {**old, **new} if repr(old.get(key)) != repr(new.get(key))]  # NaN equals itself
     return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys}
 
 

@@ -1,6 +1,7 @@
 """The recipe of each job: its sections, and what cannot work together in them."""
 
 from collections.abc import Iterator, Mapping
+from typing import Self
 
 from pydantic import Field
 
@@ -42,6 +43,11 @@ class GRPORecipe(GeneratorRecipe):
     rollout: Rollout = Rollout()
     reward: Rewards = Field(default_factory=Rewards)
     objective: Objective = Objective()
+
+    def explicit(self) -> Self:
+        drawn = self.rollout.batch_size * self.rollout.num_generations
+        training = self.training.model_copy(update={"batch_size": self.training.batch_size or drawn})
+        return self.model_copy(update={"training": training})
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

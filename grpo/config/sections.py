@@ -21,6 +21,7 @@ PositiveFloat = Annotated[FiniteFloat, Gt(0)]
 NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
+Temperature = Annotated[FiniteFloat, Ge(1e-30), Le(1e30)]  # what logits can be divided by in fp32
 TopP = Annotated[float, Gt(0), Le(1)]
 GuidanceScale = Annotated[FiniteFloat, Ge(1)]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -114,7 +115,7 @@ class Rollout(Section):
     """Completions of each image (G)."""
     batch_size: PositiveInt = 32
     """Images of one rollout, over all ranks."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits, in sampling and in the log-probs."""
     top_k: NonNegativeInt = 0
     """Draw from the k most likely codes only; 0 is off."""

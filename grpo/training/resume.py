@@ -58,9 +58,12 @@ def read_run_state(
     """
     state = checkpoints.read_run_state(path)
     try:
-        run_dir, before = str(state["run_dir"]), recipe_from_toml(type(recipe), state["recipe"])
-        int(state["step"]), dict(state["stream"]), dict(state["optimizer_step"])
-    except (LookupError, TypeError, ValueError) as error:
+        origin = f"{path}: the recipe in it"
+        run_dir, before = str(state["run_dir"]), recipe_from_toml(type(recipe), state["recipe"], origin=origin)
+        counts = state["step"], state["stream"]["samples"], state["optimizer_step"]["steps"]
+        if any(int(count) < 0 for count in counts):
+            raise ValueError("a count below 0")
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: run_state.json is not that of a training run: take another checkpoint") from error
     inside = recipe.checkpoint_dir.parent == recipe.run_dir
     if not named and not inside and run_dir != str(recipe.run_dir):

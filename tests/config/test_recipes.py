@@ -243,7 +243,7 @@ def test_changes_that_matter_on_resumption() -> None:
         "reward": {"reconstruction": {"weight": 2}, "embedding_cosine": {}, "precision": "fp32"},
     }
     assert set(changes_that_matter(before, GRPORecipe.model_validate(merged(SYNTHETIC, bound)))) == {
-        "training.batch_size: None -> 64",
+        "training.batch_size: 256 -> 64",
         "reward.precision: 'auto' -> 'fp32'",
         "reward.reconstruction.weight: 1.0 -> 2.0",
         "reward.embedding_cosine.kind: None -> 'embedding_cosine'",
