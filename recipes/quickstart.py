@@ -82,7 +82,7 @@ NOTES = [
 
 NEXT = {
     "class": "Next: the teacher-forced recipe on the same base model, grpo quickstart --recipe vapi; or "
-    "set aux_ce_weight = 0 in a copy of train_configs/quickstart (--configs) and watch recall fall.",
+    f"set aux_ce_weight = 0 in a copy of {CONFIGS} (--configs) and watch recall fall.",
     "vapi": "Next: the free-running recipe on the same base model, grpo quickstart; or your own images, "
     "docs/quickstart.md.",
 }

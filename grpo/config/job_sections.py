@@ -109,7 +109,7 @@ class Evaluation(Section):
     reference: str | None = None
     """Reference images: a folder or an .npz with `arr_0`; none takes those of the section [data]."""
     feature_checkpoint: str | None = None
-    """Classifier, as `recipes/train_classifier.py` writes it, whose features and accuracy are used."""
+    """Classifier, as `grpo classifier` writes it, whose features and accuracy are used."""
     inception_checkpoint: str | None = None
     """Inception v3 weights of the published FID, for features and inception score; nothing is downloaded."""
     reward_checkpoint: str | None = None

@@ -15,7 +15,7 @@ class ClassLogProb(Reward):
         """log p(class | image) under a classifier."""
 
         checkpoint: str
-        """Weights of the classifier, as `recipes/train_classifier.py` writes them."""
+        """Weights of the classifier, as `grpo classifier` writes them."""
 
     needs = frozenset({"classes"})
 
