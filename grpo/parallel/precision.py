@@ -24,10 +24,8 @@ def mixed_precision_policy(mixed_precision: Precision, grad_precision: Precision
     The parameters that the optimizer sees, and its state, stay fp32.
     """
     dtype = compute_dtype(mixed_precision)
-    return MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=_DTYPES[grad_precision or "fp32"],
-    )
+    param_dtype = None if dtype == torch.float32 else dtype
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=_DTYPES[grad_precision or "fp32"])
 
 
 def set_matmul_precision(mixed_precision: Precision) -> None:
