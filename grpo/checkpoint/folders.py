@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from grpo.config import UserError
-from grpo.formats import METADATA_NAME, missing_files, read_manifest
+from grpo.checkpoint.manifest import read_manifest
+from grpo.config import Checkpoint, UserError
+from grpo.formats import METADATA_NAME
 
 RUN_STATE_NAME = "run_state.json"
 STEP_NAME = "resume_step.txt"
 STATE_TYPE_NAME = "state_type.txt"
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
-_REQUIRED = (METADATA_NAME, RUN_STATE_NAME, STEP_NAME, STATE_TYPE_NAME)
+_REQUIRED = {METADATA_NAME, RUN_STATE_NAME, STEP_NAME, STATE_TYPE_NAME}
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -54,8 +55,9 @@ def incompleteness(path: Path) -> str | None:
         sums = read_manifest(path)
     except UserError as error:
         return str(error)
-    missing = sorted({*missing_files(path, sums), *(set(_REQUIRED) - sums.keys())})
-    return f"{path} is incomplete: {', '.join(missing)} missing or cut short" if missing else None
+    found = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    missing = {name for name, known in sums.items() if found.get(name) != known.size} | (_REQUIRED - sums.keys())
+    return f"{path} is incomplete: {', '.join(sorted(missing))} missing or cut short" if missing else None
 
 
 def read_run_file(path: str | Path) -> dict[str, Any]:
@@ -72,9 +74,8 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def read_rank_file(path: str | Path, rank: int) -> dict[str, Any]:
+def read_rank_file(file: Path) -> dict[str, Any]:
     """A rank's own state. Raises a UserError if it cannot be read, or not without running what is in it."""
-    file = rank_file(Path(path), rank)
     try:
         return torch.load(file, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -137,25 +138,25 @@ def write_synced(path: Path, text: str) -> None:
     sync(path)
 
 
-def remove_old(folder: Path, *, keep_last: int, keep_best: int, best_is: str, newest: Path) -> None:
+def remove_old(folder: Path, config: Checkpoint, *, newest: Path) -> None:
     """Delete complete checkpoints that are neither among the `keep_last` newest (0: all) nor the `keep_best` best.
 
     `newest`, the one just written, stays whatever its step is; nothing is deleted unless it is whole.
     """
-    if keep_last == 0 or incompleteness(newest) is not None:
+    if config.keep_last == 0 or incompleteness(newest) is not None:
         return
     others = [path for path in by_step(folder) if path != newest and incompleteness(path) is None]
-    scores = {path: score for path in (newest, *others) if keep_best and (score := score_of(path)) is not None}
-    ranked = sorted(scores, key=lambda path: -scores[path] if best_is == "highest" else scores[path])
+    scores = {path: score for path in (newest, *others) if config.keep_best and (score := score_of(path)) is not None}
+    ranked = sorted(scores, key=scores.__getitem__, reverse=config.best_is == "highest")
     for path in others:
-        if path not in {*others[: keep_last - 1], *ranked[:keep_best]}:
+        if path not in {*others[: config.keep_last - 1], *ranked[: config.keep_best]}:
             doomed = path.with_name(f".{path.name}.removed")
             path.rename(doomed)  # at once, so that a half-deleted folder never looks like a checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
 
 
 def score_of(path: Path) -> float | None:
-    """What a checkpoint is ranked by for keep-best; None if it has no such number."""
+    """What a checkpoint is ranked by for keep_best; None if it has no such number."""
     try:
         score = read_run_file(path).get("score")
     except UserError:

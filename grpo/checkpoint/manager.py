@@ -15,20 +15,10 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
+from grpo.checkpoint.manifest import MANIFEST_NAME, FileSum, damaged_files, file_sums, manifest_text, read_manifest
 from grpo.checkpoint.state import load_training_tensors, training_tensors
 from grpo.config import Checkpoint, UserError
-from grpo.formats import (
-    MANIFEST_NAME,
-    METADATA_NAME,
-    FileSum,
-    SafeFileSystemReader,
-    damaged_files,
-    file_sums,
-    manifest_text,
-    read_manifest,
-    read_tensors,
-    save_weights,
-)
+from grpo.formats import METADATA_NAME, SafeFileSystemReader, read_tensors, save_weights
 from grpo.parallel import World, broadcast_object
 
 
@@ -40,10 +30,7 @@ class CheckpointManager:
     Background writing has its own process group, so that training may go on with its collectives meanwhile; one
     checkpoint is written at a time.
 
-    Args:
-        folder: created with the first checkpoint.
-        config: what to write and what to keep.
-        timeout_seconds: how long a rank waits for another one's part of a checkpoint.
+    `folder` is created with the first checkpoint; `timeout_seconds` is how long a rank waits for another one's part.
     """
 
     def __init__(self, folder: str | Path, *, world: World, config: Checkpoint, timeout_seconds: int) -> None:
@@ -69,14 +56,12 @@ class CheckpointManager:
             rank_state: what each rank has of its own, e.g. RNG states: tensors, numbers, strings and their containers.
             score: what `checkpoint.keep_best` ranks it by.
 
-        Raises:
-            UserError: there is one of this step, or it (or, in the background, the one before) could not be written.
+        Raises a UserError: there is one of this step, or it (in the background, the one before) could not be written.
         """
         self.wait()
         self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
-        versions = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
-        run_text = json.dumps(versions | {"run": run_state}, indent=1)
-        shared = step, run_text, getattr(model, "config", None)
+        about = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
+        shared = step, json.dumps(about | {"run": run_state}, indent=1), getattr(model, "config", None)
         state = training_tensors(model, optimizer), dict(rank_state)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
@@ -108,10 +93,8 @@ class CheckpointManager:
     def check_writable(self) -> None:
         """Find out now, not at the first checkpoint, that rank 0 can write nothing: a UserError. Collective."""
         if (problem := self._on_main(lambda: folders.write_probe(self.folder))) is not None:
-            raise UserError(
-                f"checkpoints cannot be written to {self.folder}: {problem}; make it writable, or choose another "
-                "checkpoint.dir or metrics.run_dir"
-            )
+            remedy = "make it writable, or choose another checkpoint.dir or metrics.run_dir"
+            raise UserError(f"checkpoints cannot be written to {self.folder}: {problem}; {remedy}")
 
     def resume_point(
         self, tell: Callable[[str], None] = lambda line: None, *, accept: Callable[[Path], bool] = lambda path: True
@@ -119,11 +102,8 @@ class CheckpointManager:
         """The newest checkpoint of the folder that is whole and undamaged; None if there is none. Collective.
 
         Every file is read and compared with its checksum, each rank reading its share. A folder that fails is renamed
-        to `step-000100.damaged`, so that the run can write that step anew.
-
-        Args:
-            tell: gets a line about each checkpoint that was passed over, on every rank.
-            accept: takes no checkpoint for which rank 0 says no.
+        to `step-000100.damaged`, so that the run can write that step anew; `tell` gets a line about it, on every rank.
+        Those that `accept` refuses on rank 0 are left out.
         """
         self.wait()
         for path in self._on_main(lambda: list(filter(accept, folders.by_step(self.folder)))):
@@ -151,15 +131,13 @@ class CheckpointManager:
     def load(self, path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Overwrite weights and optimizer state by a checkpoint's, whatever the number of ranks that wrote it.
 
-        Returns:
-            This rank's `rank_state`; None when the number of ranks has changed, so that nobody's state fits.
-
-        Raises:
-            UserError: incomplete, damaged, not to be trusted, or of another model.
+        Returns this rank's `rank_state`; None when the number of ranks has changed, so that nobody's state fits.
+        Raises a UserError: incomplete, damaged, not to be trusted, or of another model.
         """
         world_size = folders.read_run_file(path)["world_size"]
         load_training_tensors(model, optimizer, SafeFileSystemReader(path))
-        return folders.read_rank_file(path, self.world.rank) if world_size == self.world.size else None
+        own = folders.rank_file(Path(path), self.world.rank)
+        return folders.read_rank_file(own) if world_size == self.world.size else None
 
     def _write(self, step: int, run_text: str, sizes: Any, tensors: dict[str, Any], rank_state: dict[str, Any]) -> None:
         """Write a checkpoint together; `sizes` are the model's config, for weights in one file."""
@@ -179,7 +157,7 @@ class CheckpointManager:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""
         config = self.config
         wanted = {"consolidated.pth": not config.sharded, "consolidated.safetensors": config.safetensors}
-        consolidated = [name for name in wanted if wanted[name]]
+        consolidated = [name for name, is_wanted in wanted.items() if is_wanted]
         weights = read_tensors(partial, prefix="model.") if consolidated else {}
         for name in consolidated:
             save_weights(partial / name, weights, config=sizes)
@@ -197,14 +175,10 @@ class CheckpointManager:
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
         final = folders.step_folder(self.folder, step)
         folders.publish(partial, final)
-        keep = {"keep_last": config.keep_last, "keep_best": config.keep_best, "best_is": config.best_is}
-        folders.remove_old(self.folder, **keep, newest=final)
+        folders.remove_old(self.folder, config, newest=final)
 
     def _together(self, step: int, work: Callable[[], Any]) -> list[Any]:
-        """Do this rank's part and wait for all; the results of all ranks.
-
-        If one fails, all raise its reason and what was written goes.
-        """
+        """Do this rank's part; the results of all ranks. If one fails, all raise its reason, what was written goes."""
         problem, result = None, None
         try:
             result = work()

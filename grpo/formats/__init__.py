@@ -1,13 +1,4 @@
 """State dicts in files and folders, read beside written: nothing in a file is ever executed."""
 
 from grpo.formats.distributed_folders import METADATA_NAME, SafeFileSystemReader, read_tensors, safe_load
-from grpo.formats.manifest import (
-    MANIFEST_NAME,
-    FileSum,
-    damaged_files,
-    file_sums,
-    manifest_text,
-    missing_files,
-    read_manifest,
-)
 from grpo.formats.weight_files import Layout, read_config, read_weights, save_weights

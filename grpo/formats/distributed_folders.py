@@ -106,12 +106,10 @@ class SafeFileSystemReader(dcp.FileSystemReader):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         self.metadata = read_metadata(folder)
-        needed: dict[str, int] = {}
-        for info in self.metadata.storage_data.values():
-            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
         sizes = {path.name: path.stat().st_size for path in Path(folder).glob("*.distcp")}
-        if missing := sorted(name for name, size in needed.items() if sizes.get(name, -1) < size):
-            raise UserError(f"{folder} is incomplete: {', '.join(missing)} missing or too short.")
+        pieces = [(info.relative_path, info.offset + info.length) for info in self.metadata.storage_data.values()]
+        if missing := {name for name, end in pieces if sizes.get(name, -1) < end}:
+            raise UserError(f"{folder} is incomplete: {', '.join(sorted(missing))} missing or too short.")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         self.metadata.storage_meta = StorageMeta(load_id=self.load_id)

@@ -39,11 +39,8 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
     - a folder with `consolidated.pth`, else with a distributed checkpoint, of which the entries under `model` are
       taken, or all tensors if nothing is there.
 
-    Args:
-        bare: insist that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it.
-
-    Raises:
-        UserError: no such file, not weights, or unsafe to read.
+    `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it.
+    Raises a UserError: no such file, not weights, or unsafe to read.
     """
     path = Path(path)
     if path.is_dir():
@@ -83,15 +80,11 @@ def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: what matters is whether it can be read
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise UserError(f"{path}: not a checkpoint that torch can read") from error
-        raise UserError(
-            f"{path}: refused, reading it could run code: it holds {refused[1]}; ask its author for .safetensors"
-        ) from error
-    except _DAMAGED as error:
-        raise UserError(f"{path}: not a checkpoint that torch can read, or a damaged one") from error
+    except (pickle.UnpicklingError, *_DAMAGED) as error:
+        reason = "not a checkpoint that torch can read, or a damaged one"
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"refused, reading it could run code: it holds {refused[1]}; ask its author for .safetensors"
+        raise UserError(f"{path}: {reason}") from error
     if not bare and isinstance(content, Mapping):
         content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -103,18 +96,15 @@ def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
 def save_weights(
     path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], *, layout: Layout = "auto", config: Any = None
 ) -> None:
-    """Write a state dict; what is at `path` is replaced only when the new one is complete.
+    """Write a state dict of whole tensors; what is at `path` is replaced only when the new one is complete.
 
     Args:
-        path: a file, or a folder for a distributed checkpoint, which must not exist.
-        state_dict: whole tensors of any device.
-        layout: `llamagen` is a pickle of `{"model": weights}`; `auto` follows the suffix: .pt and .pth, .safetensors,
-            none for a distributed checkpoint.
+        layout: `llamagen` is a pickle of `{"model": weights}`, `distributed` a folder, which must not exist; `auto`
+            follows the suffix: .pt and .pth, .safetensors, none for a folder.
         config: the model's sizes, a dataclass or what `read_config` has read. They go with the weights where the
             layout is safetensors, the only one with a place for them.
 
-    Raises:
-        UserError: an unknown suffix, or a folder in the way.
+    Raises a UserError: an unknown suffix, or a folder in the way.
     """
     path = Path(path)
     if layout == "auto" and path.suffix not in _LAYOUT_OF_SUFFIX:

@@ -3,9 +3,8 @@
 from grpo.formats import read_weights, save_weights
 from grpo.models.classifier import Classifier, ClassifierConfig, load_classifier
 from grpo.models.condition import ClassCondition, Condition, as_condition
-from grpo.models.family import MODEL_SPECS, ModelFamily, generator_sizes, get_family, get_model_spec
+from grpo.models.family import MODEL_SPECS, ModelFamily, generator_sizes, get_family
 from grpo.models.gpt import GPT, GPTConfig, KVCache
-from grpo.models.pixels import normalize, to_uint8
 from grpo.models.specs import TOKENIZER_SPECS, get_tokenizer_spec, tokenizer_sizes
-from grpo.models.vq import VQConfig, VQModel
+from grpo.models.vq import VQConfig, VQModel, normalize, to_uint8
 from grpo.models.weights import build_tokenizer, load_gpt, load_vq

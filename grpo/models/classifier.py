@@ -13,13 +13,9 @@ from grpo.formats import read_weights
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """Sizes of a classifier of K classes.
+    """Sizes of a classifier."""
 
-    Args:
-        width: channels of the first stage, a multiple of 8; each of the next two has twice as many.
-    """
-
-    width: int = 32
+    width: int = 32  # channels of the first stage, a multiple of 8; each of the next two has twice as many
     num_classes: int = 10
 
     def __post_init__(self) -> None:
@@ -43,7 +39,7 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1], of any size, to logits [B, K]."""
+    """Images [B, 3, H, W] in [-1, 1], of any size, to logits [B, num_classes]."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()

@@ -1,9 +1,8 @@
 """What an image is asked to be: the one type for it, from the loader to the evaluation.
 
 A row of a condition asks for one image. Each row has an unconditional counterpart, for classifier-free guidance and for
-training with dropped conditions (Ho & Salimans, arXiv 2207.12598): the same row, marked as dropped. What a dropped row
-looks like to a model (the embedding of no class, the null text) is the model's own business, so a condition needs to
-know no model.
+training with dropped conditions (Ho & Salimans, arXiv 2207.12598): the same row, marked as dropped. What such a row
+looks like to a model (the embedding of no class, the null text) is the model's own business.
 """
 
 from collections.abc import Callable
@@ -16,13 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """R requested images; every tensor has R rows.
+    """R requested images; every tensor has R rows."""
 
-    Args:
-        dropped: [R] bool, the rows that ask for nothing in particular; None is no row.
-    """
-
-    dropped: Tensor | None = None
+    dropped: Tensor | None = None  # [R] bool, the rows that ask for nothing in particular; None is no row
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without those that are None."""
@@ -71,13 +66,9 @@ class Condition:
 
 @dataclass(frozen=True)
 class ClassCondition(Condition):
-    """One class an image.
+    """One class an image."""
 
-    Args:
-        class_ids: [R] int64. The id `num_classes` of a model is its unconditional slot, which a dropped row uses too.
-    """
-
-    class_ids: Tensor
+    class_ids: Tensor  # [R] int64; a model's `num_classes` is its unconditional slot, which a dropped row uses too
 
 
 def as_condition(condition: Condition | Tensor) -> Condition:

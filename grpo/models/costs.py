@@ -55,11 +55,8 @@ def activation_bytes(config: GPTConfig, rows: int, *, dtype: torch.dtype, mode: 
     norm = FP32 * (width + 1) + 2 * element * width
     turned = (config.n_head + config.kv_heads) * config.head_dim
     whole = 2 * norm + element * (config.qkv_dim + turned + width + 4 * config.ffn_dim) + heads
-    kept = {
-        "none": whole,
-        "selective": element * (config.qkv_dim + 5 * width + 2 * config.ffn_dim) + heads,
-        "full": element * width,
-    }[mode]
+    selective = element * (config.qkv_dim + 5 * width + 2 * config.ffn_dim) + heads
+    kept = {"none": whole, "selective": selective, "full": element * width}[mode]
     again = {"none": 0, "selective": whole - kept, "full": whole}[mode]  # of the block that is recomputed
     moving = element * 2 * (config.ffn_dim + width)  # gradients inside of a block
     return rows * (config.n_layer * kept + again + norm + moving)

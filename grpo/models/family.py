@@ -1,6 +1,6 @@
 """Families of generators: all that the rest of the project knows about a model.
 
-A new family is a file with its model, a file with a class like `LlamaGen`, and a line in `FAMILIES`.
+A new family is its model and a class like `LlamaGen`, in a file of their own, and an entry in `FAMILIES`.
 """
 
 import os
@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+import grpo.models.costs as costs
 from grpo.config import Model, Tokenizer
-from grpo.models.llamagen import LlamaGen
-from grpo.models.specs import named_spec
+from grpo.models.gpt import GPT, GPTConfig
+from grpo.models.specs import GPT_SPECS, named_spec
+from grpo.models.weights import load_gpt
 
 
 class ModelFamily(Protocol):
@@ -48,18 +50,34 @@ class ModelFamily(Protocol):
         """Weights by the names under which the family is published."""
 
 
+class LlamaGen:
+    """LlamaGen's GPTs over the codes of a VQ tokenizer (https://arxiv.org/abs/2406.06525)."""
+
+    specs = GPT_SPECS
+    costs = costs
+    build = GPT
+    load = staticmethod(load_gpt)
+    export = dict  # the names are the released ones
+
+    def sizes(self, model: Model, tokenizer: Tokenizer, *, image_size: int) -> GPTConfig:
+        return self.specs[model.name].config(
+            image_size=image_size,
+            downsample_size=tokenizer.downsample_size,
+            vocab_size=tokenizer.codebook_size,
+            num_classes=model.num_classes,
+            cls_token_num=model.cls_token_num,
+            class_dropout=model.class_dropout,
+            dropout=model.dropout,
+        )
+
+
 FAMILIES: tuple[ModelFamily, ...] = (LlamaGen(),)
 
 MODEL_SPECS: Mapping[str, Any] = {name: spec for family in FAMILIES for name, spec in family.specs.items()}
 
 
-def get_model_spec(name: str) -> Any:
-    """The generator's spec of that name. Raises a UserError, with the nearest name, if there is none."""
-    return named_spec(MODEL_SPECS, name, key="model.name")
-
-
 def get_family(spec_name: str) -> ModelFamily:
-    """The family that the spec belongs to. Raises as `get_model_spec`."""
+    """The family that the spec belongs to. Raises a UserError, with the nearest name, if there is none."""
     return named_spec({name: family for family in FAMILIES for name in family.specs}, spec_name, key="model.name")
 
 

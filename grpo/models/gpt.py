@@ -16,42 +16,25 @@ from grpo.models.condition import ClassCondition, Condition, as_condition
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Sizes of a GPT, and its dropouts, which are no sizes and do not count in a comparison.
+    """Sizes of a GPT, and its dropouts, which act in train mode only and do not count in a comparison.
 
-    Args:
-        dim: width D.
-        n_layer: number of transformer blocks.
-        n_head: number of query heads; `dim / n_head` must be a multiple of 4 for the 2-D rotary positions.
-        n_kv_head: number of key and value heads (grouped-query attention); None means `n_head`.
-        vocab_size: number of image codes V.
-        block_size: codes of one image T, a square number.
-        num_classes: number of classes; class id `num_classes` is the unconditional slot, which always exists.
-        cls_token_num: condition rows before the image; class-conditional models have exactly one.
-        multiple_of: the feed-forward width is rounded up to a multiple of this.
-        ffn_dim_multiplier: factor on the feed-forward width before rounding.
-        rope_base: base of the rotary frequencies.
-        norm_eps: added to the mean square in RMSNorm.
-        class_dropout: share of rows that see the unconditional class, in train mode only.
-        dropout: dropout of embeddings, attention outputs and feed-forward outputs, in train mode only.
-
-    Raises:
-        ValueError: the sizes do not fit together.
+    Raises a ValueError if the sizes do not fit together.
     """
 
-    dim: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int | None = None
-    vocab_size: int = 16384
-    block_size: int = 256
-    num_classes: int = 1000
-    cls_token_num: int = 1
-    multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
-    rope_base: float = 10000
-    norm_eps: float = 1e-5
-    class_dropout: float = field(default=0.0, compare=False)
-    dropout: float = field(default=0.0, compare=False)
+    dim: int  # width D
+    n_layer: int  # transformer blocks
+    n_head: int  # query heads; `dim / n_head` must be a multiple of 4 for the 2-D rotary positions
+    n_kv_head: int | None = None  # key and value heads (grouped-query attention); None means `n_head`
+    vocab_size: int = 16384  # image codes V
+    block_size: int = 256  # codes of one image T, a square number
+    num_classes: int = 1000  # class id `num_classes` is the unconditional slot, which always exists
+    cls_token_num: int = 1  # condition rows before the image; class-conditional models have exactly one
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None  # factor on the feed-forward width before rounding
+    rope_base: float = 10000  # of the rotary frequencies
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    class_dropout: float = field(default=0.0, compare=False)  # share of rows that see the unconditional class
+    dropout: float = field(default=0.0, compare=False)  # of embeddings, attention outputs and feed-forward outputs
 
     def __post_init__(self) -> None:
         if self.dim % (4 * self.n_head):
@@ -241,8 +224,7 @@ class GPT(nn.Module):
     The output shape and the positions are the same in train and eval mode, and nothing of a rollout is module state.
     """
 
-    forward_methods: ClassVar = ("hidden", "prefill", "extend")
-    """What is called besides `forward` and must see the whole parameters of a sharded model."""
+    forward_methods: ClassVar = ("hidden", "prefill", "extend")  # called besides `forward`, with whole parameters
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -259,17 +241,13 @@ class GPT(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
-        """Logits of the next code after each row.
+        """Logits of the next code after each row, [B, S + 1, V] fp32; row t predicts code t.
 
         Args:
             tokens: the image's first S codes, [B, S] integers, 0 <= S < T.
             condition: B rows, or class ids [B] in 0..num_classes, of which `num_classes` means no class.
 
-        Returns:
-            [B, S + 1, V] fp32; row t predicts code t.
-
-        Raises:
-            ValueError: a shape or dtype is wrong.
+        Raises a ValueError if a shape or dtype is wrong.
         """
         return self.output(self._hidden(tokens, condition)).float()
 
@@ -314,8 +292,7 @@ class GPT(nn.Module):
             position: 0-dim int64 on the model's device, the row being computed, 1 <= position < T.
             cache: from `init_cache`, filled up to that row by `prefill` and earlier calls; updated in place.
 
-        Raises:
-            ValueError: the cache is for another batch size.
+        Raises a ValueError if the cache is for another batch size.
         """
         return self._one_row(self.tok_embeddings(tokens)[:, None], position, cache)
 

@@ -30,9 +30,9 @@ class ModelSpec(SimpleNamespace):
 class TokenizerSpec(SimpleNamespace):
     """Sizes of a tokenizer that do not depend on the codebook, by their names in `VQConfig`."""
 
-    def config(self, *, codebook_size: int = 16384, codebook_embed_dim: int = 8) -> VQConfig:
-        """The whole configuration for a codebook."""
-        return VQConfig(**vars(self), codebook_size=codebook_size, codebook_embed_dim=codebook_embed_dim)
+    def config(self, **others: Any) -> VQConfig:
+        """The whole configuration; `others` are the rest of `VQConfig`, such as `codebook_size`."""
+        return VQConfig(**vars(self), **others)
 
 
 GPT_SPECS: Mapping[str, ModelSpec] = {
@@ -54,7 +54,6 @@ TOKENIZER_SPECS: Mapping[str, TokenizerSpec] = {
     "VQ-digits": TokenizerSpec(ch=16, ch_mult=(1, 2), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
     "VQ-tiny": TokenizerSpec(ch=16, ch_mult=(1, 1), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
 }
-"""Of 16 and 8 pixels a code; the small ones have 4."""
 
 
 def get_tokenizer_spec(name: str) -> TokenizerSpec:

@@ -19,32 +19,19 @@ CODES_REMEMBERED = 65536  # length of LlamaGen's window for the codebook's usage
 class VQConfig:
     """Sizes of a tokenizer, and settings of its training, which do not count in a comparison.
 
-    Args:
-        codebook_size: number of codes K, the GPT's vocabulary.
-        codebook_embed_dim: dimensions C of one code.
-        ch: channels of the first level.
-        ch_mult: channels of each level as multiples of `ch`; every level but the last halves the image.
-        z_channels: channels between encoder and codebook.
-        num_res_blocks: residual blocks of one encoder level; a decoder level has one more.
-        norm_groups: groups of every group normalisation.
-        patch_size: pixels folded into channels on each side before the first and after the last convolution.
-        dropout: dropout in the residual blocks, in train mode only.
-        commit_weight: factor of the commitment loss.
-
-    Raises:
-        ValueError: the sizes do not fit together.
+    Raises a ValueError if the sizes do not fit together.
     """
 
-    codebook_size: int = 16384
-    codebook_embed_dim: int = 8
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    z_channels: int = 256
-    num_res_blocks: int = 2
-    norm_groups: int = 32
-    patch_size: int = 1
-    dropout: float = field(default=0.0, compare=False)
-    commit_weight: float = field(default=0.25, compare=False)
+    codebook_size: int = 16384  # codes K, the GPT's vocabulary
+    codebook_embed_dim: int = 8  # dimensions C of one code
+    ch: int = 128  # channels of the first level
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # of each level, in `ch`; every level but the last halves the image
+    z_channels: int = 256  # between encoder and codebook
+    num_res_blocks: int = 2  # residual blocks of one encoder level; a decoder level has one more
+    norm_groups: int = 32  # of every group normalisation
+    patch_size: int = 1  # side of the squares of pixels folded into channels around the convolutions
+    dropout: float = field(default=0.0, compare=False)  # in the residual blocks, in train mode only
+    commit_weight: float = field(default=0.25, compare=False)  # factor of the commitment loss
 
     def __post_init__(self) -> None:
         if self.ch % self.norm_groups:
@@ -62,6 +49,16 @@ class VQConfig:
 
     def group_norm(self, channels: int) -> nn.GroupNorm:
         return nn.GroupNorm(self.norm_groups, channels, eps=1e-6)
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """Pixels uint8 0..255 to fp32 in [-1, 1], same shape."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to the nearest of 0..255, uint8 of the same shape; values outside are clamped."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -133,10 +130,8 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-def _middle(channels: int, config: VQConfig) -> nn.Sequential:
-    return nn.Sequential(
-        ResnetBlock(channels, channels, config), AttnBlock(channels, config), ResnetBlock(channels, channels, config)
-    )
+def _middle(width: int, config: VQConfig) -> nn.Sequential:
+    return nn.Sequential(ResnetBlock(width, width, config), AttnBlock(width, config), ResnetBlock(width, width, config))
 
 
 class Encoder(nn.Module):
@@ -147,11 +142,10 @@ class Encoder(nn.Module):
         widths = [config.ch * multiple for multiple in (1, *config.ch_mult)]
         self.conv_in = _conv(config.pixel_channels, config.ch)
         last = len(config.ch_mult) - 1
-        levels = [
-            Level(*pair, config.num_res_blocks, config, attention=index == last, down=index != last, up=False)
-            for index, pair in enumerate(pairwise(widths))
-        ]
-        self.conv_blocks = nn.Sequential(*levels)
+        self.conv_blocks = nn.Sequential()
+        for index, pair in enumerate(pairwise(widths)):
+            level = Level(*pair, config.num_res_blocks, config, attention=index == last, down=index != last, up=False)
+            self.conv_blocks.append(level)
         self.mid = _middle(widths[-1], config)
         self.norm_out = config.group_norm(widths[-1])
         self.conv_out = _conv(widths[-1], config.z_channels)
@@ -170,11 +164,10 @@ class Decoder(nn.Module):
         self.conv_in = _conv(config.z_channels, widths[0])
         self.mid = _middle(widths[0], config)
         last = len(config.ch_mult) - 1
-        levels = [
-            Level(*pair, config.num_res_blocks + 1, config, attention=index == 0, down=False, up=index != last)
-            for index, pair in enumerate(pairwise(widths))
-        ]
-        self.conv_blocks = nn.Sequential(*levels)
+        self.conv_blocks = nn.Sequential()
+        for index, pair in enumerate(pairwise(widths)):
+            level = Level(*pair, config.num_res_blocks + 1, config, attention=index == 0, down=False, up=index != last)
+            self.conv_blocks.append(level)
         self.norm_out = config.group_norm(widths[-1])
         self.conv_out = _conv(widths[-1], config.pixel_channels)
 
@@ -283,9 +276,8 @@ class VQModel(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Reconstruct `images`, for training.
 
-        Returns:
-            reconstruction [B, 3, H, W]; codebook loss, which pulls the codes to the latents, and weighted commitment
-            loss, which pulls the latents to the codes, both 0-dim; codes [B, T].
+        Returns the reconstruction [B, 3, H, W]; the codebook loss, which pulls the codes to the latents, and the
+        weighted commitment loss, which pulls the latents to the codes, both 0-dim; the codes [B, T].
         """
         quantized, vq_loss, commit_loss, codes = self.quantize(self.encode_latents(images))
         return self.decode_latents(quantized), vq_loss, commit_loss, codes

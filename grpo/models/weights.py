@@ -30,14 +30,10 @@ _REMEDIES = {
 
 
 def load_gpt(path: PathLike, config: GPTConfig | None = None, *, bare: bool = False) -> GPT:
-    """A GPT with the weights at `path` (see `read_weights`), in fp32 on the CPU, in eval mode.
+    """A GPT with the weights at `path` (see `read_weights`, also for `bare`), in fp32 on the CPU, in eval mode.
 
-    Args:
-        config: the sizes to expect. None takes those written with the weights (`save_weights`).
-        bare: insist on a bare state dict.
-
-    Raises:
-        UserError: the weights cannot be read, are not those of such a GPT, or nothing says their sizes.
+    `config` has the sizes to expect; None takes those written with the weights (`save_weights`). Raises a UserError:
+    the weights cannot be read, are not those of such a GPT, or nothing says their sizes.
     """
     return _build(_GPT, path, read_weights(path, bare=bare), config)
 

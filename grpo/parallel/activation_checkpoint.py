@@ -15,11 +15,9 @@ _KEPT_OPERATIONS = [getattr(torch.ops.aten, name).default for name in _KEPT]
 def checkpoint_activations(block: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
     """Make a block recompute activations in its backward, in place (Chen et al. 2016, arXiv:1604.06174).
 
-    The block's class is replaced by a subclass whose forward is checkpointed, so that module, parameter and
-    state-dict names stay as they are, and identical blocks still share one compilation.
-
-    Args:
-        mode: full keeps the block's inputs only; selective also keeps the results of matrix products and attention.
+    Mode full keeps the block's inputs only; selective also the results of matrix products and attention. The block's
+    class is replaced by a subclass whose forward is checkpointed, so that module, parameter and state-dict names stay
+    as they are, and identical blocks still share one compilation.
     """
     if mode != "none":
         block.__class__ = _checkpointed_class(type(block), mode)

@@ -33,10 +33,8 @@ def parallelize(
     `count / world.size` on each rank. The root's own parameters stay gathered from a forward to its backward, so
     that a loss may use `model.output.weight` outside of `forward`.
 
-    Args:
-        model: its blocks are in `model.layers`; every other parameter belongs to the root. `model.forward_methods`
-            names what is called besides `forward`.
-        mesh: from `build_mesh`.
+    The blocks are in `model.layers`; every other parameter belongs to the root. `model.forward_methods` names what is
+    called besides `forward`.
     """
     for block in model.layers:
         checkpoint_activations(block, activation_checkpoint.mode)

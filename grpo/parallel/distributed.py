@@ -37,10 +37,8 @@ class World:
 def distributed(timeout_seconds: int) -> Iterator[World]:
     """Join the process group for the duration of the block; a process started alone is a group of one.
 
-    On CUDA the group has both backends: NCCL for tensors on the GPU, gloo for those on the CPU.
-
-    Args:
-        timeout_seconds: after which a collective that some rank does not join raises on the others.
+    On CUDA the group has both backends: NCCL for tensors on the GPU, gloo for those on the CPU. A collective that some
+    rank does not join raises on the others after `timeout_seconds`.
     """
     global _store
     told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]  # by torchrun
@@ -76,11 +74,11 @@ def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Totals over all ranks of 0-dim tensors or numbers, named alike on each, in fp64, in one transfer."""
     if not values:
         return {}
-    names = sorted(values)
-    device = next((value.device for value in values.values() if isinstance(value, Tensor)), _collective_device())
+    names, fastest = sorted(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = next((value.device for value in values.values() if isinstance(value, Tensor)), fastest)
     totals = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in names])
     if dist.is_initialized():
-        totals = totals.to(_collective_device())
+        totals = totals.to(fastest)  # where the group's fastest backend takes it
         dist.all_reduce(totals)
     return dict(zip(names, totals.tolist(), strict=True))
 
@@ -103,14 +101,7 @@ def _bind_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= (count := torch.cuda.device_count()):
-        raise UserError(
-            f"This host has {count} GPU(s) but more processes: start torchrun with --nproc_per_node={count}."
-        )
+        raise UserError(f"This host has {count} GPU(s) but more processes: use torchrun --nproc_per_node={count}.")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _collective_device() -> torch.device:
-    """Where a tensor must be for the group's fastest backend."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from grpo.checkpoint import folders
-from grpo.config import UserError
+from grpo.config import Checkpoint, UserError
 from grpo.parallel import distributed
 from tests.checkpoint.training import managed, same, save, start, train, whole_state
 from tests.parallel.torchrun import ROOT, run_two_ranks
@@ -190,9 +190,8 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(world, tmp_path):
     with managed(tmp_path, world) as manager:
         for step in (1, 2):
             save(manager, training, step)
-    how = {"keep_last": 1, "keep_best": 0, "best_is": "highest", "newest": tmp_path / "step-000002"}
     cut_short(tmp_path / "step-000002" / ".metadata")
-    folders.remove_old(tmp_path, **how)
+    folders.remove_old(tmp_path, Checkpoint(keep_last=1), newest=tmp_path / "step-000002")
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
 
 

@@ -10,8 +10,9 @@ import zipfile
 import pytest
 import torch
 
+from grpo.checkpoint.manifest import file_sums, manifest_text, read_manifest
 from grpo.config import UserError
-from grpo.formats import file_sums, manifest_text, read_manifest, read_weights
+from grpo.formats import read_weights
 from grpo.parallel import distributed
 from tests.checkpoint.training import managed, save, start
 

@@ -26,7 +26,7 @@ from grpo.config import (
 from grpo.config.help import markdown
 from grpo.config.keys import section_keys
 from grpo.config.recipes import ORDER
-from grpo.models import get_model_spec, get_tokenizer_spec
+from grpo.models import get_family, get_tokenizer_spec
 
 ROOT = Path(__file__).parents[2]
 SYNTHETIC = {"data": {"name": "synthetic"}}
@@ -260,7 +260,7 @@ def test_committed_recipe_loads(path: Path) -> None:
     recipe = load_recipe(RECIPES[job], ["--config", str(path)])
     assert recipe.notes() == []
     if "model" in recipe.sections():
-        get_model_spec(recipe.model.name)
+        get_family(recipe.model.name)
     if "tokenizer" in recipe.sections():
         spec = get_tokenizer_spec(recipe.tokenizer.name)
         assert recipe.tokenizer.downsample_size == spec.patch_size * 2 ** (len(spec.ch_mult) - 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo.config import UserError
-from grpo.models import GPT, MODEL_SPECS, TOKENIZER_SPECS, VQModel, get_model_spec, get_tokenizer_spec
+from grpo.models import GPT, MODEL_SPECS, TOKENIZER_SPECS, VQModel, get_family, get_tokenizer_spec
 
 PUBLISHED_MILLIONS = {
     "GPT-B": 111,
@@ -25,7 +25,7 @@ def millions(model: torch.nn.Module) -> float:
 @pytest.mark.parametrize("name", MODEL_SPECS)
 def test_gpt_specs(name):
     with torch.device("meta"):
-        model = GPT(get_model_spec(name).config(image_size=384))
+        model = GPT(MODEL_SPECS[name].config(image_size=384))
     assert model.config.block_size == 576
     if name in PUBLISHED_MILLIONS:
         assert round(millions(model)) == PUBLISHED_MILLIONS[name]
@@ -57,7 +57,7 @@ def test_small_tokenizers_run(name):
 
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"model\.name: there is no 'gpt_xl'; did you mean GPT-XL\?"):
-        get_model_spec("gpt_xl")
+        get_family("gpt_xl")
     with pytest.raises(UserError, match=r"tokenizer\.name: there is no 'VQ-32'; did you mean VQ-"):
         get_tokenizer_spec("VQ-32")
 

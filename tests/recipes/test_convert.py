@@ -7,7 +7,7 @@ import torch
 
 from grpo.config import UserError
 from grpo.jobs.convert import main
-from grpo.models import GPT, get_model_spec, load_gpt, read_weights, save_weights
+from grpo.models import GPT, MODEL_SPECS, load_gpt, read_weights, save_weights
 
 RELEASED = Path(__file__).parents[1] / "fixtures" / "llamagen" / "gpt_c2i.pt"
 
@@ -48,7 +48,7 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
 
 
 def test_the_sizes_go_with_the_weights(tmp_path):
-    config = get_model_spec("GPT-tiny").config(image_size=96, vocab_size=12, num_classes=3)
+    config = MODEL_SPECS["GPT-tiny"].config(image_size=96, vocab_size=12, num_classes=3)
     save_weights(tmp_path / "gpt.safetensors", GPT(config).state_dict(), config=config)
     convert(tmp_path / "gpt.safetensors", tmp_path / "copy.safetensors")
     assert load_gpt(tmp_path / "copy.safetensors").config == config

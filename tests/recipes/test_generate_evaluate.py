@@ -16,7 +16,7 @@ from PIL import Image
 
 from grpo.config import UserError
 from grpo.jobs import evaluate, generate
-from grpo.models import GPT, VQModel, get_model_spec, get_tokenizer_spec, save_weights
+from grpo.models import GPT, MODEL_SPECS, VQModel, get_tokenizer_spec, save_weights
 from grpo.models.classifier import Classifier, ClassifierConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,9 +28,7 @@ def folder(tmp_path_factory):
     """Random weights: a GPT of 16-pixel images (16 codes), a tokenizer, a classifier."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    gpt = GPT(
-        get_model_spec("GPT-tiny").config(image_size=16, downsample_size=4, vocab_size=32, num_classes=NUM_CLASSES)
-    )
+    gpt = GPT(MODEL_SPECS["GPT-tiny"].config(image_size=16, downsample_size=4, vocab_size=32, num_classes=NUM_CLASSES))
     torch.nn.init.normal_(gpt.output.weight, std=0.5)
     save_weights(folder / "gpt.safetensors", gpt.state_dict())
     vq = VQModel(get_tokenizer_spec("VQ-tiny").config(codebook_size=32, codebook_embed_dim=8))

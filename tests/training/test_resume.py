@@ -97,7 +97,7 @@ def test_a_recipe_that_differs_is_refused_with_the_differences(tmp_path):
 
 @pytest.mark.parametrize("state", [{}, {"step": 3}, {"step": "x", "recipe": 1, "run_dir": "", "stream": 0}, []])
 def test_a_state_that_is_not_a_runs_is_refused(tmp_path, state):
-    from grpo.formats.manifest import FileSum, file_sums, manifest_text, read_manifest
+    from grpo.checkpoint.manifest import FileSum, file_sums, manifest_text, read_manifest
 
     run(tmp_path, "--training.steps", 3)
     folder = tmp_path / "checkpoints/step-000003"

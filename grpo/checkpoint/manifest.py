@@ -12,9 +12,9 @@ MANIFEST_NAME = "manifest.json"
 
 
 class FileSum(NamedTuple):
-    """What a file held when it was written: so many bytes, with this checksum."""
+    """What a file held when it was written."""
 
-    size: int
+    size: int  # in bytes
     sha256: str
 
 
@@ -39,21 +39,14 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         entries = json.loads(path.read_text())
         sums = {name: FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
     except OSError as error:
-        raise UserError(
-            f"{folder} is not a whole checkpoint of a run: {MANIFEST_NAME}: {error.strerror}; take another checkpoint"
-        ) from None
+        problem = f"{MANIFEST_NAME}: {error.strerror}; take another checkpoint"
+        raise UserError(f"{folder} is not a whole checkpoint of a run: {problem}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): take another checkpoint") from error
     for name in sums:
         if name in ("", ".", "..") or Path(name).name != name:
             raise UserError(f"{path} names {name!r}, which is not a file of this folder: do not trust it")
     return sums
-
-
-def missing_files(folder: Path, sums: Mapping[str, FileSum]) -> list[str]:
-    """Names of the files that are absent or not as long as they were written, without reading them."""
-    found = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    return [name for name, known in sums.items() if found.get(name) != known.size]
 
 
 def damaged_files(folder: Path, sums: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> list[str]:
