@@ -4,8 +4,10 @@
 """
 
 import ast
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -31,8 +33,7 @@ def main() -> NoReturn:
     job, *arguments = sys.argv[1:] or ["--help"]
     if job in ("--help", "-h"):
         lines = [f"  {name:<12}{_documentation(name).splitlines()[0]}" for name in JOBS]
-        print("usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job.", sep="\n")
-        sys.exit(0)
+        _show("\n".join(["usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job."]))
     if job not in JOBS:
         _refuse(f"{job}: unknown job; {did_you_mean(job, JOBS)}")
     run_job(job, arguments)
@@ -49,10 +50,9 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     topics = help_topics(arguments)
     if topics is not None:
         try:
-            print(help_text(RECIPES[name], topics) if name in RECIPES else _documentation(name))
+            _show(help_text(RECIPES[name], topics) if name in RECIPES else _documentation(name))
         except UserError as error:
             _refuse(str(error))
-        sys.exit(0)
     from grpo.parallel import run_main  # torch
 
     run_main(lambda _: import_module(f"grpo.jobs.{JOBS[name]}").main(arguments))
@@ -62,6 +62,13 @@ def _documentation(job: str) -> str:
     """What a job's module says of itself; it is not imported for that."""
     file = Path(__file__).parent / "jobs" / f"{JOBS[job]}.py"
     return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or job
+
+
+def _show(text: str) -> NoReturn:
+    """Print and end; whoever reads may have seen enough before the end."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
+    os._exit(0)  # a regular exit would flush once more into a closed pipe
 
 
 def _refuse(line: str) -> NoReturn:

@@ -1,10 +1,10 @@
 """Recipes: typed sections from TOML and flags. Only this package knows of TOML and of the command line."""
 
 from grpo.config.errors import UserError, did_you_mean
-from grpo.config.flags import help_topics
 from grpo.config.help import help_text
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
-from grpo.config.load import job_of_file, load_recipe, recipe_from_toml
+from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml
+from grpo.config.recipe import Recipe, TrainingRecipe, changes_that_matter, differences
 from grpo.config.recipes import (
     RECIPES,
     ClassifierRecipe,
@@ -13,14 +13,9 @@ from grpo.config.recipes import (
     GenerateRecipe,
     GRPORecipe,
     PretrainRecipe,
-    Recipe,
     TokenizerRecipe,
-    TrainingRecipe,
-    changes_that_matter,
-    differences,
 )
-from grpo.config.reward_kinds import REWARD_KINDS, reward_class
-from grpo.config.reward_sections import Rewards, RewardTable
+from grpo.config.rewards import REWARD_KINDS, Rewards, RewardTable, reward_class
 from grpo.config.schedule import Schedule
 from grpo.config.sections import (
     ActivationCheckpoint,
@@ -38,4 +33,3 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
-from grpo.config.shipped import SHIPPED_RECIPES, recipe_path

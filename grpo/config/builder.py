@@ -14,16 +14,15 @@ from pydantic import ValidationError
 
 from grpo.config import reference_flags as reference
 from grpo.config.errors import UserError, did_you_mean
-from grpo.config.flags import Flag
-from grpo.config.keys import section_keys
-from grpo.config.recipes import FORMER_KEYS, RECIPES, GRPORecipe, Recipe, job_named
-from grpo.config.reward_kinds import reward_class
-from grpo.config.reward_sections import REFERENCE_REWARD, RewardTable
+from grpo.config.keys import Key, section_keys
+from grpo.config.recipe import Recipe
+from grpo.config.recipes import RECIPES, GRPORecipe, job_named
+from grpo.config.rewards import REFERENCE_REWARD, RewardTable, reward_class
 from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
-from grpo.config.shipped import nearest_recipe, recipe_path
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
+Flag = tuple[str, str | None]  # --name, and the text after it if there is one
 
 
 class RecipeBuilder(Generic[RecipeT]):
@@ -31,80 +30,72 @@ class RecipeBuilder(Generic[RecipeT]):
 
     A key that is wrong by itself is reported for that only: `_suspects` keeps it, and the key or section that a
     mistyped name probably meant, out of the checks across keys.
+
+    Args:
+        resolves: look at the files that rewards depend on; not for a recipe of the past.
     """
 
-    def __init__(self, recipe_class: type[RecipeT]) -> None:
-        self._recipe_class = recipe_class
+    def __init__(self, recipe_class: type[RecipeT], *, resolves: bool = True) -> None:
+        self._recipe_class, self._resolves = recipe_class, resolves
         self._is_grpo = issubclass(recipe_class, GRPORecipe)
         self._sections: dict[str, type[Section]] = recipe_class.sections()
-        self._keys = section_keys(self._sections)
-        self._flags = {f"--{key}": key for key in (CONFIG, *self._keys)}
-        if self._is_grpo:  # elsewhere the names of the reference trainer's flags would mislead
-            self._keys |= section_keys(reference.SECTIONS)
-            self._flags |= reference.ALL_FLAGS
+        self._lost_tables: set[str] = set()  # [reward.NAME] of an unknown kind
+        self._keys: dict[str, Key] = {}
+        self._flags: dict[str, str] = {}  # -> their keys
         self._file: dict[str, Any] = {}
         self._origin, self._folder = "", Path()
-        self._reward_origins: dict[str, str] = {}
-        self._lost_tables: set[str] = set()  # [reward.NAME] of an unknown kind
         self._values: dict[str, Any] = {}  # by the full name of the key, as are their sources
         self._sources: dict[str, str] = {}
         self._problems: list[str] = []
         self._suspects: set[str] = set()
 
-    def read_file(self, config: str) -> None:
-        """Read a recipe file."""
-        path = recipe_path(config)
-        try:
-            self.read_text(path.read_text(encoding="utf-8-sig"), str(path), path.parent)
-        except OSError as error:
-            nearest = nearest_recipe(config)
-            hint = f"; did you mean the shipped recipe {nearest}?" if nearest else ""
-            self._give_up(f"--config {config}: cannot be read: {error.strerror}{hint}")
-        except UnicodeDecodeError as error:
-            self._give_up(f"{config}: is not a text file: {error}")
-
-    def read_text(self, text: str, origin: str, folder: Path) -> None:
+    def read(self, text: str, origin: str, folder: Path) -> None:
         """Read a TOML text that stands in a file of this folder."""
         self._origin, self._folder = origin, folder
         try:
             file = tomli.loads(text)
-        except tomli.TOMLDecodeError as error:
-            self._give_up(f"{origin}: is not valid TOML: {error}")
+        except (ValueError, RecursionError) as error:  # numbers and nestings beyond Python's limits among them
+            self.give_up(f"{origin}: is not valid TOML: {error}")
             return
         own_job = self._recipe_class.job
         given = file.pop("job", own_job)
         job = job_named(given)
         if job is None:
-            self._give_up(f"{origin}: job must be one of {', '.join(RECIPES)}, not {_quoted(given)}")
+            self.give_up(f"{origin}: job must be one of {', '.join(RECIPES)}, not {_quoted(given)}")
         elif job != own_job:
-            self._give_up(f"{origin}: is a recipe of `grpo {job}`, not of `grpo {own_job}`")
+            self.give_up(f"{origin}: is a recipe of `grpo {job}`, not of `grpo {own_job}`")
         else:
             self._file = file
 
-    def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None) -> RecipeT:
-        """The recipe of the file and these flags, or one UserError with all mistakes.
+    def give_up(self, line: str) -> None:
+        """The whole file is lost, and any key may have been in it."""
+        self._problems.append(line)
+        self._suspects.add(CONFIG)
 
-        Args:
-            run_name: what a run without a folder of its own is called.
-        """
+    def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None) -> RecipeT:
+        """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name."""
         if self._is_grpo:
             self._find_rewards(flags)
+        self._keys = section_keys(self._sections)
+        self._flags = {f"--{key}": key for key in (CONFIG, *self._keys)}
+        if self._is_grpo:  # elsewhere the names of the reference trainer's flags would mislead
+            self._keys |= section_keys(reference.SECTIONS)
+            self._flags |= reference.ALL_FLAGS
         settings = self._name_flags(flags)
         for name, section in self._file.items():
             self._read_section(name, section)
         for key, text, origin in settings:
             self._take(key, text, origin, is_text=True)
         if self._is_grpo:
-            self._translate({origin.partition(" ")[0]: origin for _, _, origin in settings})
+            self._translate()
+        if run_name and "metrics" in self._sections:
+            self._values["metrics.run_dir"] = self._values.get("metrics.run_dir") or f"runs/{run_name}"
         values: dict[str, dict[str, Any]] = {}
         for key, value in self._values.items():
             section, _, name = key.rpartition(".")
             values.setdefault(section, {})[name] = value
         if self._is_grpo:
             values["reward"] = {**values.get("reward", {}), **self._build_rewards(values)}
-        if run_name and "metrics" in self._sections:
-            metrics = values.setdefault("metrics", {})
-            metrics["run_dir"] = metrics.get("run_dir") or f"runs/{run_name}"
         own = self._recipe_class.sections().items()
         sections = {name: section.model_validate(values[name]) for name, section in own if name in values}
         recipe = self._recipe_class.model_construct(**sections)
@@ -114,68 +105,60 @@ class RecipeBuilder(Generic[RecipeT]):
             raise UserError(self._problems)
         return recipe
 
-    def _give_up(self, line: str) -> None:
-        """The whole file is lost, and any key may have been in it."""
-        self._problems.append(line)
-        self._suspects.add(CONFIG)
-
     def _name_flags(self, flags: Sequence[Flag]) -> list[tuple[str, str, str]]:
         """Key, text and origin of the flags; a line for each that is unknown, lacks its value or was given twice."""
         settings, seen = [], {}
-        for flag in flags:
-            name = flag.name.removeprefix("--")
+        for flag, given in flags:
+            name = flag.removeprefix("--")
+            table = name.rpartition(".")[0]
             if name.startswith(tuple(f"{title}." for title in self._lost_tables)):
                 continue
-            table = name.rpartition(".")[0]
-            has_free_keys = table in self._keys and self._keys[table].is_table
-            key = name if has_free_keys else self._flags.get(flag.name)
+            is_free = table in self._keys and self._keys[table].is_table
+            key = name if is_free else self._flags.get(flag)
             problem = ""
-            if not flag.name.startswith("-"):
+            if not flag.startswith("-"):
                 problem = "unexpected argument; settings are given as --section.key VALUE"
             elif key is None:
-                problem = f"unknown flag{self._hint(name, flag.name)}"
+                problem = f"unknown flag{self._hint(name, flag)}"
             elif key in seen:
                 problem = f"{key} is already set by {seen[key]}; give one of them"
-            elif flag.text is None and not (key in self._keys and self._keys[key].is_switch):
-                problem = f"a value is missing (write {flag.name}=VALUE if it begins with a minus)"
+            elif key not in self._keys and key != CONFIG and not is_free:
+                problem = f"{key}: the kind of that reward has no such key"
+            elif given is None and not (key in self._keys and self._keys[key].field.annotation is bool):
+                problem = f"a value is missing (write {flag}=VALUE if it begins with a minus)"
                 self._suspects.add(key)
             elif key != CONFIG:
-                text = "true" if flag.text is None else flag.text
-                settings.append((key, text, f"{flag.name} {text or '(empty)'}"))
+                text = "true" if given is None else given
+                settings.append((key, text, f"{flag} {text or '(empty)'}"))
             if problem:
-                self._problems.append(f"{flag.name}: {problem}")
-            seen.setdefault(key, flag.name)
+                self._problems.append(f"{flag}: {problem}")
+            seen.setdefault(key, flag)
         return settings
 
     def _read_section(self, title: str, section: object) -> None:
         """Take the keys of a section of the file, and of its tables where it is [reward]."""
-        if title not in self._sections or not isinstance(section, dict):
-            self._problems.append(f"{self._origin}: {self._misplaced(title, section)}")
+        if title in self._sections and isinstance(section, dict):
+            for name, value in section.items():
+                key = f"{title}.{name}"
+                if key in self._keys:
+                    self._take(key, value, self._origin)
+                elif key in self._sections and isinstance(value, dict):
+                    self._read_section(key, value)
+                elif key not in self._lost_tables:
+                    self._problems.append(f"{self._origin}: {key}: unknown key{self._hint(key)}")
             return
-        for name, value in section.items():
-            key = f"{title}.{name}"
-            if key in self._keys:
-                self._take(key, value, self._origin)
-            elif key in self._sections and isinstance(value, dict):
-                self._read_section(key, value)
-            elif key not in self._lost_tables:
-                self._problems.append(f"{self._origin}: {key}: unknown key{self._hint(key)}")
-
-    def _misplaced(self, name: str, value: object) -> str:
-        """What is wrong with an entry outside of the known sections."""
-        if name in self._sections:
-            return f"{name}: is a section: write [{name}] and its keys below"
-        if not isinstance(value, dict):
-            return f"{name}: unknown key outside of the sections{self._hint(name)}"
-        sections = self._recipe_class.sections()
-        self._suspects.update(difflib.get_close_matches(name, sections, n=1))
-        return f"[{name}]: unknown section; {did_you_mean(name, sections)}"
+        if title in self._sections:
+            problem = f"{title}: is a section: write [{title}] and its keys below"
+        elif isinstance(section, dict):
+            sections = self._recipe_class.sections()
+            self._suspects.update(difflib.get_close_matches(title, sections, n=1))
+            problem = f"[{title}]: unknown section; {did_you_mean(title, sections)}"
+        else:
+            problem = f"{title}: unknown key outside of the sections{self._hint(title)}"
+        self._problems.append(f"{self._origin}: {problem}")
 
     def _hint(self, key: str, flag: str = "") -> str:
-        """What became of an unknown key or flag, or which one was probably meant."""
-        if key in FORMER_KEYS:
-            self._suspects.add(key.partition(".")[0])
-            return f"; {FORMER_KEYS[key]}"
+        """Which key or flag an unknown one probably meant."""
         if flag:
             nearest = difflib.get_close_matches(flag, self._flags, n=1)
         else:
@@ -207,35 +190,34 @@ class RecipeBuilder(Generic[RecipeT]):
         self._values[name], self._sources[name] = given, origin
 
     def _find_rewards(self, flags: Sequence[Flag]) -> None:
-        """Learn the keys of the tables [reward.NAME] of the file, of the flags and of the reference trainer."""
+        """Learn the kinds of the tables [reward.NAME] of the file, of the flags and of the reference trainer."""
         section = self._file.get("reward")
-        entries = section if isinstance(section, dict) else {}
+        entries = section.items() if isinstance(section, dict) else ()
         own_keys = self._sections["reward"].model_fields
-        tables = {name: table for name, table in entries.items() if isinstance(table, dict) and name not in own_keys}
+        tables = {name: table for name, table in entries if isinstance(table, dict) and name not in own_keys}
         kinds = {name: table.get("kind", name) for name, table in tables.items()}
-        self._reward_origins = origins = dict.fromkeys(tables, self._origin)
-        for flag in flags:
-            key = reference.REFERENCE_FLAGS.get(flag.name, flag.name.removeprefix("--"))
-            if match := re.fullmatch(r"reward\.([^.]+)\.(.+)", key):
+        origins = dict.fromkeys(tables, self._origin)
+        for flag, text in flags:
+            key = reference.REFERENCE_FLAGS.get(flag, flag.removeprefix("--"))
+            match = re.fullmatch(r"reward\.([^.]+)\.(.+)", key)
+            if match and match[1] not in own_keys:
                 name, own_key = match.groups()
-                origins.setdefault(name, flag.name)
-                kind = flag.text if own_key == "kind" else None
+                origins.setdefault(name, flag)
+                kind = text if own_key == "kind" else None
                 kinds[name] = kind or kinds.get(name, name)
         if all(origin in reference.REFERENCE_FLAGS for origin in origins.values()):
             kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)
         for name, kind in kinds.items():
-            title = f"reward.{name}"
+            title, origin = f"reward.{name}", origins.get(name, self._origin)
             try:
+                if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+                    raise UserError("a reward's name has letters, digits, _ and - only")
                 self._sections[title] = reward_class(str(kind)).Settings
+                self._values[f"{title}.kind"], self._sources[f"{title}.kind"] = kind, origin
             except UserError as error:
-                self._problems.append(f"{origins.get(name, self._origin)}: {title}: {error}")
+                self._problems.append(f"{origin}: {title}: {error}")
                 self._suspects.add("reward.NAME")
                 self._lost_tables.add(title)
-                continue
-            self._values[f"{title}.kind"] = kind
-            keys = section_keys({title: self._sections[title]})
-            self._keys |= keys
-            self._flags |= {f"--{key}": key for key in keys}
 
     def _build_rewards(self, values: Mapping[str, Mapping[str, Any]]) -> dict[str, RewardTable]:
         """The tables that are right, with what their files say."""
@@ -243,7 +225,8 @@ class RecipeBuilder(Generic[RecipeT]):
         titles = [title for title in self._sections if title.startswith("reward.")]
         for title in titles:
             try:
-                tables[title.removeprefix("reward.")] = self._sections[title].model_validate(values[title]).resolved()
+                table = self._sections[title].model_validate(values[title])
+                tables[title.removeprefix("reward.")] = table.resolved() if self._resolves else table
             except UserError as error:
                 self._problems += [f"{title}: {line}" for line in error.problems]
             except ValidationError as error:
@@ -255,13 +238,11 @@ class RecipeBuilder(Generic[RecipeT]):
             self._suspects.add("reward.NAME")
         return tables
 
-    def _translate(self, used: Mapping[str, str]) -> None:
-        """Set what flags of the reference mean beyond their own keys; its batches count on each process.
-
-        Args:
-            used: every flag that was taken, alone -> with its text.
-        """
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    def _translate(self) -> None:
+        """Set what flags of the reference mean beyond their own keys; its batches count on each process."""
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        ranks = int(ranks) if ranks.isdecimal() else 1
+        used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
         is_its_command = not self._origin and not used.keys().isdisjoint(reference.ALL_FLAGS)
         if is_its_command or any(flag in used for flags in reference.BATCH_FLAGS.values() for flag in flags):
             for key, defaults in reference.BATCH_FLAGS.items():
@@ -275,8 +256,9 @@ class RecipeBuilder(Generic[RecipeT]):
                     numbers = [self._values.get(own_keys[flag], default) for flag, default in defaults.items()]
                     origins = [used.get(flag, f"{flag} {default}") for flag, default in defaults.items()]
                     self._take(key, math.prod(numbers) * ranks, ", ".join(origins))
-        is_on = self._reward_origins.get("embedding_cosine") == self._origin
-        if "--reward-embedcos-weight" in used and not self._values.get(reference.EMBEDDING_SWITCH, is_on):
+        is_on = self._sources.get("reward.embedding_cosine.kind") == self._origin
+        switch = reference.ALL_FLAGS["--reward-use-embedcos"]
+        if "--reward-embedcos-weight" in used and not self._values.get(switch, is_on):
             self._values["reward.embedding_cosine.weight"] = 0.0
 
     def _report_combination(self, text: str, keys: Sequence[str]) -> None:
@@ -295,17 +277,17 @@ class RecipeBuilder(Generic[RecipeT]):
 def _broken_limit(error: ValidationError) -> str:
     """A limit that the description of a key does not name: the size of whole numbers, and that text is not empty."""
     broken = error.errors()[0]
+    if broken["type"] == "string_too_short":
+        return ", but not empty"
     limit = broken.get("ctx", {}).get("le")
-    if broken["type"] == "less_than_equal" and limit in (LARGEST_INT, LARGEST_SEED):
-        return f" and <= {limit}"
-    return ", but not empty" if broken["type"] == "string_too_short" else ""
+    return f" and <= {limit}" if limit in (LARGEST_INT, LARGEST_SEED) else ""
 
 
 def _free_value(text: str) -> Any:
     """What a flag gives to a table of free keys: a TOML value, or else text."""
     try:
         return tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

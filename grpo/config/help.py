@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from grpo.config import reference_flags as reference
 from grpo.config.errors import UserError, did_you_mean
 from grpo.config.keys import Key, section_keys
-from grpo.config.recipes import RECIPES, GRPORecipe, Recipe
-from grpo.config.reward_kinds import REWARD_KINDS, reward_class, reward_kinds
+from grpo.config.recipe import Recipe
+from grpo.config.recipes import RECIPES, GRPORecipe
+from grpo.config.rewards import REWARD_KINDS, reward_class, reward_kinds
 from grpo.config.sections import Section
 
-WIDTH = 110
 FLAG_OF_KEY = {key: flag for flag, key in reference.ALL_FLAGS.items()}
 
 
@@ -79,16 +79,15 @@ def _parts(
 def _described(keys: Iterable[Key], *, with_reference: bool) -> Iterator[str]:
     for key in keys:
         flags = ", ".join(_names(key, prefix="--", with_reference=with_reference))
-        default = "required" if key.default is None else f"default {key.default}"
-        yield f"  {flags}  ({key.allowed}; {default})"
-        yield from textwrap.wrap(key.meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        yield f"  {flags}  ({key.allowed}; {f'default {key.default}' if key.default else 'required'})"
+        yield from textwrap.wrap(key.meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _table(keys: Iterable[Key]) -> Iterator[str]:
     yield from ("", "| key | values | default | meaning |", "|---|---|---|---|")
     for key in keys:
         names = "<br>".join(f"`{name}`" for name in _names(key))
-        default = "required" if key.default is None else f"`{key.default}`"
+        default = f"`{key.default}`" if key.default else "required"
         yield f"| {names} | {key.allowed} | {default} | {key.meaning} |"
 
 

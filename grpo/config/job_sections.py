@@ -2,21 +2,20 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
 from pydantic import BeforeValidator
 
 from grpo.config.sections import (
-    LARGEST_INT,
     GuidanceScale,
     KernelBackend,
+    MinusOneOrMore,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Precision,
     ProperFraction,
     Section,
     Seed,
+    Temperature,
     TopP,
 )
 
@@ -67,7 +66,7 @@ class Sampling(Section):
     """Side of the images that the generator was trained on, pixels."""
     resize_to: PositiveInt | None = None
     """Side to which drawn images are resized (bicubic, antialiased), pixels; none keeps them."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits."""
     top_k: NonNegativeInt = 0
     """Draw from the k most likely codes only; 0 is off."""
@@ -75,7 +74,7 @@ class Sampling(Section):
     """Draw from the smallest set of codes whose probability exceeds p; 1 is off."""
     cfg_scale: GuidanceScale = 1.0
     """Classifier-free guidance; 1 is off."""
-    cfg_interval: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
+    cfg_interval: MinusOneOrMore = -1
     """Last token position with guidance; -1 guides all positions."""
     seed: Seed = 0
     """Seed of the draws: the same seed gives the same images on any number of ranks."""

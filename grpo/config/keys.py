@@ -21,15 +21,12 @@ BOUNDS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
 
 @dataclass(frozen=True)
 class Key:
-    """One `section.key`."""
+    """One `section.key`; the section of a reward's table is reward.NAME. A path is relative to the recipe's file."""
 
     section: str
-    """Name of its section; that of a reward's table is reward.NAME."""
     name: str
-    """Its own name in the section."""
     field: FieldInfo
-    is_path: bool = False
-    """Whether it names a file relative to the recipe's."""
+    is_path: bool
 
     def __str__(self) -> str:
         return f"{self.section}.{self.name}"
@@ -40,19 +37,14 @@ class Key:
         return _allowed(self.field.annotation, tuple(self.field.metadata))
 
     @property
-    def default(self) -> str | None:
-        """Its default as a recipe file writes it, or none; None where a value is required."""
-        return None if self.field.is_required() else _toml(self.field.get_default(call_default_factory=True))
+    def default(self) -> str:
+        """Its default as a recipe file writes it, or none, or the empty text where a value is required."""
+        return "" if self.field.is_required() else _toml(self.field.get_default(call_default_factory=True))
 
     @property
     def meaning(self) -> str:
         """Its documentation, on one line."""
         return " ".join((self.field.description or "").split())
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether its flag may stand alone."""
-        return self.field.annotation is bool
 
     @property
     def is_optional(self) -> bool:
@@ -78,7 +70,7 @@ class Key:
 def section_keys(sections: Mapping[str, type[Section]]) -> dict[str, Key]:
     """Every key of these sections by its full name."""
     return {
-        f"{title}.{name}": Key(title, name, field, is_path=name in getattr(section, "path_keys", ()))
+        f"{title}.{name}": Key(title, name, field, name in getattr(section, "path_keys", ()))
         for title, section in sections.items()
         for name, field in section.model_fields.items()
     }

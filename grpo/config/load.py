@@ -1,16 +1,20 @@
 """From a recipe file and a command line to a recipe, or to every mistake in them at once."""
 
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tomli
 
-from grpo.config.builder import RecipeBuilder, RecipeT
-from grpo.config.flags import help_topics, split_arguments
+from grpo.config.builder import Flag, RecipeBuilder, RecipeT
+from grpo.config.errors import UserError
 from grpo.config.help import help_text
 from grpo.config.recipes import job_named
-from grpo.config.shipped import recipe_path
+
+SHIPPED_RECIPES = Path(__file__).parents[1] / "train_configs"
+"""The recipes that come with the project."""
 
 
 def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) -> RecipeT:
@@ -19,7 +23,6 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
     `--help` prints every key and ends the program.
 
     Args:
-        recipe_class: the job.
         argv: arguments without the program's name; None takes those of this process.
 
     Returns:
@@ -29,36 +32,80 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
         UserError: with one line for each mistake in the file, in the flags and in their combination.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    try:
+        "".join(arguments).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the command line has bytes that are not UTF-8 text") from error
     topics = help_topics(arguments)
     if topics is not None:
         print(help_text(recipe_class, topics))
         raise SystemExit(0)
     builder = RecipeBuilder(recipe_class)
-    flags = split_arguments(arguments)
-    config = next((flag.text for flag in flags if flag.name == "--config"), None)
+    flags = _split_arguments(arguments)
+    config = next((text for name, text in flags if name == "--config"), None)
     if config is not None:
-        builder.read_file(config)
+        try:
+            path = _recipe_path(config)
+            builder.read(path.read_text(encoding="utf-8-sig"), str(path), path.parent)
+        except OSError as error:
+            builder.give_up(f"--config {config}: cannot be read: {error.strerror}{_hint(config)}")
+        except UnicodeDecodeError as error:
+            builder.give_up(f"{config}: is not a text file: {error}")
     return builder.build(flags, run_name=Path(config).stem if config else recipe_class.job)
 
 
 def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "recipe") -> RecipeT:
-    """The recipe that a TOML text describes, such as the one that `Recipe.to_toml` wrote into a run.
+    """The recipe that `Recipe.to_toml` wrote into a run. The files that it names are not looked at.
 
     Args:
-        recipe_class: the job.
         origin: where the text comes from, for the error lines.
 
     Raises:
         UserError: with one line for each mistake.
     """
-    builder = RecipeBuilder(recipe_class)
-    builder.read_text(text, origin, folder=Path())
+    builder = RecipeBuilder(recipe_class, resolves=False)
+    builder.read(text, origin, folder=Path())
     return builder.build()
 
 
 def job_of_file(config: str) -> str | None:
     """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
     try:
-        return job_named(tomli.loads(recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
-    except (OSError, ValueError):  # of decoding text and TOML
+        return job_named(tomli.loads(_recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
+    except (OSError, ValueError, RecursionError):  # of decoding text and TOML
         return None
+
+
+def help_topics(arguments: Sequence[str]) -> list[str] | None:
+    """The words after `--help` or `-h`; None where no help is asked for."""
+    asked = [place for place, word in enumerate(arguments) if word in ("--help", "-h")]
+    return [word for word in arguments[asked[0] + 1 :] if not word.startswith("-")] if asked else None
+
+
+def _split_arguments(arguments: Sequence[str]) -> list[Flag]:
+    """The flags of a command line; the word after one is its value unless it begins with a minus and is no number.
+
+    A word that is no flag and no flag's value is kept as one, so that mistakes are told in their order.
+    """
+    flags: list[Flag] = []
+    for word in arguments:
+        if re.match(r"-(?![\d.])", word):
+            name, equals, text = word.partition("=")
+            flags.append((name, text if equals else None))
+        elif flags and flags[-1][0].startswith("-") and flags[-1][1] is None:
+            flags[-1] = (flags[-1][0], word)
+        else:
+            flags.append((word, None))
+    return flags
+
+
+def _recipe_path(config: str) -> Path:
+    """The file that `--config` names: a path, else a shipped recipe by its name, such as quickstart/grpo."""
+    candidates = (Path(config), SHIPPED_RECIPES / config, SHIPPED_RECIPES / f"{config}.toml")
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def _hint(config: str) -> str:
+    names = [file.relative_to(SHIPPED_RECIPES).with_suffix("").as_posix() for file in SHIPPED_RECIPES.glob("**/*.toml")]
+    nearest = difflib.get_close_matches(config, names, n=1)
+    return f"; did you mean the shipped recipe {nearest[0]}?" if nearest else ""

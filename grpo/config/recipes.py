@@ -1,131 +1,16 @@
-"""The recipe of each job: its sections, and what belongs to the recipe as a whole.
-
-A recipe object is always valid: every key by its section, every combination by the checks of its job.
-"""
+"""The recipe of each job: its sections, and what cannot work together in them."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Self
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from grpo.config import checks
+from grpo.config.errors import UserError
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
-from grpo.config.reward_sections import Rewards
-from grpo.config.sections import (
-    ActivationCheckpoint,
-    Checkpoint,
-    Compile,
-    Data,
-    Debug,
-    Metrics,
-    Model,
-    Objective,
-    Optimizer,
-    Parallel,
-    Rollout,
-    Section,
-    Tokenizer,
-    Training,
-)
-
-ORDER = (
-    "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",
-    "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile", "activation_checkpoint",
-    "checkpoint", "metrics", "debug",
-)  # fmt: skip
-"""Sections in the order in which a reader wants them, whichever class declares them."""
-
-
-class Recipe(BaseModel):
-    """Base of all recipes; every field is a section."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    job: ClassVar[str]
-    """Word of the job on the command line, and the value of the key `job` in its file."""
-
-    @classmethod
-    def sections(cls) -> dict[str, type[Section]]:
-        """Name and class of every section, in the order of the file."""
-        return {name: cls.model_fields[name].annotation for name in sorted(cls.model_fields, key=ORDER.index)}
-
-    @model_validator(mode="after")
-    def _check_combinations(self) -> Self:
-        if problems := list(self.problems()):
-            raise ValueError("; ".join(problems))
-        return self
-
-    def problems(self) -> Iterator[str]:
-        """A line for every impossible combination of keys; none for a valid recipe."""
-        yield from ()
-
-    def notes(self) -> list[str]:
-        """One line for each setting that has no effect next to the others."""
-        changed = _changed_keys(type(self).model_construct(), self)
-        idle = [(key, reason) for is_idle, keys, reason in self._idle_keys() if is_idle for key in keys.split()]
-        return [f"{key} has no effect: {reason}" for key, reason in idle if key in changed]
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        """Whether it is so, the keys that then have no effect, and why."""
-        return []
-
-    def to_toml(self) -> str:
-        """The resolved recipe, to be loaded again as it is: every key but those that are none, which TOML lacks."""
-        return tomli_w.dumps({"job": self.job, **self._values(exclude_none=True)})
-
-    def _values(self, **options: Any) -> dict[str, Any]:
-        """The recipe as a file has it."""
-        values = self.model_dump(**options)
-        return {name: values[name] for name in self.sections()}
-
-
-class TrainingRecipe(Recipe):
-    """Base of the recipes of runs, which have a folder and checkpoints."""
-
-    data: Data = Data()
-    optimizer: Optimizer = Optimizer()
-    training: Training = Training()
-    parallel: Parallel = Parallel()
-    checkpoint: Checkpoint = Checkpoint()
-    metrics: Metrics = Metrics()
-    debug: Debug = Debug()
-
-    def problems(self) -> Iterator[str]:
-        yield from checks.data_problems(self.data)
-        if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
-            yield (
-                'parallel.reshard_after_forward = "always" contradicts parallel.data_parallel = "sdp"; '
-                'set parallel.data_parallel = "fsdp"'
-            )
-
-    def notes(self) -> list[str]:
-        notes = super().notes()
-        if not self.checkpoint.save_final and not self.checkpoint.interval:
-            notes.append("checkpoint.interval = 0 and checkpoint.save_final = false: nothing of this run is saved")
-        return notes
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
-        best = "checkpoint.best_metric checkpoint.best_is"
-        return [
-            (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
-            (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
-            (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
-            (not self.metrics.wandb, wandb, "metrics.wandb is off"),
-        ]
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder: `metrics.run_dir`, which `load_recipe` sets to runs/<name of the recipe file>."""
-        return Path(self.metrics.run_dir or f"runs/{self.job}")
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        """Folder of the checkpoints: inside the run's folder unless `checkpoint.dir` was moved."""
-        moved = self.checkpoint.dir.rstrip("/") != Checkpoint().dir
-        return Path(self.checkpoint.dir) if moved else self.run_dir / self.checkpoint.dir
+from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
+from grpo.config.rewards import Rewards, reward_class
+from grpo.config.schedule import Schedule
+from grpo.config.sections import ActivationCheckpoint, Compile, Data, Model, Objective, Parallel, Rollout, Tokenizer
 
 
 class GeneratorRecipe(TrainingRecipe):
@@ -138,8 +23,10 @@ class GeneratorRecipe(TrainingRecipe):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from checks.model_problems(self.model)
-        yield from checks.tokenizer_problems(self.tokenizer, self.data)
+        yield from _model_problems(self.model)
+        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        if self.tokenizer.checkpoint is None and self.data.name != "synthetic":
+            yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
 
 
 class PretrainRecipe(GeneratorRecipe):
@@ -157,12 +44,44 @@ class GRPORecipe(GeneratorRecipe):
     reward: Rewards = Field(default_factory=Rewards)
     objective: Objective = Objective()
 
+    def explicit(self) -> Self:
+        drawn = self.rollout.batch_size * self.rollout.num_generations
+        training = self.training.model_copy(update={"batch_size": self.training.batch_size or drawn})
+        return self.model_copy(update={"training": training})
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from checks.dropout_problems(self.model, self.training)
-        yield from checks.batch_problems(self.rollout, self.training, self.objective)
-        yield from checks.reward_problems(self.reward, self.rollout)
-        yield from checks.rollout_problems(self.rollout)
+        rollout, training, objective = self.rollout, self.training, self.objective
+        same_masks = "old and new log-probs need the same masks; dropout is for pre-training"
+        for key in ("class_dropout", "dropout"):
+            if getattr(self.model, key):
+                yield f"model.{key} must be 0 in GRPO: {same_masks}"
+        if training.dropout_mode != "eval":
+            yield f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
+        try:
+            Schedule.of(rollout=rollout, training=training, objective=objective, ranks=1)
+        except UserError as error:
+            yield from error.problems
+        if rollout.num_generations == 1 and objective.advantage != "batch_std":  # the only one without a group's mean
+            yield f'rollout.num_generations must be at least 2 with objective.advantage = "{objective.advantage}"'
+        if not self.reward.active:
+            yield "no reward is on: give a table [reward.NAME] a weight other than 0"
+        if rollout.mode == "autoregressive":
+            for name, table in self.reward.active.items():
+                if "real_images" in reward_class(table.kind).needs:
+                    yield (
+                        f'reward.{name}.weight must be 0 with rollout.mode = "autoregressive": '
+                        "a free sample has no real image to match"
+                    )
+            if rollout.use_context_noise:
+                yield 'rollout.use_context_noise: needs rollout.mode = "teacher_forced"'
+        elif rollout.cfg_scale != 1:
+            yield 'rollout.cfg_scale: guidance needs rollout.mode = "autoregressive"; set it to 1'
+        if rollout.importance_weight_cap and rollout.cfg_scale != rollout.loss_cfg_scale:
+            yield (
+                'rollout.importance_weight_cap with guidance needs rollout.guidance_in_loss = "guided" '
+                "or rollout.cfg_scale = 1"
+            )
 
     def notes(self) -> list[str]:
         off = [name for name in self.reward.tables if name not in self.reward.active]
@@ -196,7 +115,7 @@ class TokenizerRecipe(TrainingRecipe):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from checks.image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         by_gradient = self.tokenizer_loss.codebook_update == "gradient"
@@ -212,39 +131,56 @@ class ClassifierRecipe(TrainingRecipe):
     classifier: Classifier = Classifier()
 
 
-class GenerateRecipe(Recipe):
+class DrawingRecipe(Recipe):
+    """Base of the recipes that draw images from a trained generator."""
+
+    model: Model = Model()
+    tokenizer: Tokenizer = Tokenizer()
+    sampling: Sampling = Sampling()
+    parallel: Parallel = Parallel()
+
+    def problems(self) -> Iterator[str]:
+        model, tokenizer, class_ids = self.model, self.tokenizer, self.sampling.class_ids
+        yield from _model_problems(model)
+        yield from required("model", model, "checkpoint")
+        yield from required("tokenizer", tokenizer, "checkpoint")
+        yield from _image_size_problems("sampling.image_size", self.sampling.image_size, tokenizer)
+        if class_ids != "all" and not all(class_id < model.num_classes for class_id in class_ids):
+            yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
+
+
+class GenerateRecipe(DrawingRecipe):
     """Images from a trained generator."""
 
     job = "generate"
 
-    model: Model = Model()
-    tokenizer: Tokenizer = Tokenizer()
-    sampling: Sampling = Sampling()
     output: Output = Output()
-    parallel: Parallel = Parallel()
 
     def problems(self) -> Iterator[str]:
-        yield from checks.generator_problems(self.model, self.tokenizer, self.sampling)
+        yield from super().problems()
         if not (self.output.grid or self.output.folder or self.output.npz):
             yield "nothing to write: set output.grid, output.folder or output.npz"
 
 
-class EvaluateRecipe(Recipe):
+class EvaluateRecipe(DrawingRecipe):
     """FID and its companions of a generator, or of a set of images."""
 
     job = "evaluate"
 
-    model: Model = Model()
-    tokenizer: Tokenizer = Tokenizer()
-    sampling: Sampling = Sampling()
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
-    parallel: Parallel = Parallel()
 
     def problems(self) -> Iterator[str]:
-        if self.evaluation.images is None:
-            yield from checks.generator_problems(self.model, self.tokenizer, self.sampling)
-        yield from checks.evaluation_problems(self.evaluation, self.sampling, self.data)
+        data, sampling, evaluation = self.data, self.sampling, self.evaluation
+        if evaluation.images is None:
+            yield from super().problems()
+        if evaluation.reference is None:
+            yield from (f"{problem} unless evaluation.reference is set" for problem in data_problems(data))
+            if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
+                key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
+                yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
+        if evaluation.feature_checkpoint is None and evaluation.inception_checkpoint is None:
+            yield "evaluation.feature_checkpoint or evaluation.inception_checkpoint is required"
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]
@@ -260,7 +196,7 @@ class ConvertRecipe(Recipe):
     convert: Convert = Convert()
 
     def problems(self) -> Iterator[str]:
-        return checks.required("convert", self.convert, "input", "output")
+        return required("convert", self.convert, "input", "output")
 
 
 _ALL = (GRPORecipe, PretrainRecipe, TokenizerRecipe, ClassifierRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe)
@@ -270,18 +206,6 @@ RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 FORMER_JOBS = {"grpo": "train", "train_tokenizer": "tokenizer", "train_classifier": "classifier"}
 """What files of former versions call a job."""
 
-FORMER_KEYS = {
-    "reward.reconstruction": "it is now reward.reconstruction.distance",
-    "reward.reconstruction_weight": "it is now reward.reconstruction.weight",
-    "reward.class_log_prob_weight": "it is now reward.class_log_prob.weight",
-    "reward.classifier_checkpoint": "it is now reward.class_log_prob.checkpoint",
-    "reward.embedding_cosine": "it is now reward.embedding_cosine.weight",
-    "reward.embedding_cosine_weight": "it is now reward.embedding_cosine.weight",
-    "training.gradient_accumulation_steps": "training.batch_size is now all that an optimizer step takes, on all ranks",
-    "optimizer.cpu_offload": "it is gone",
-}
-"""Keys of former versions, and what became of them."""
-
 
 def job_named(word: object) -> str | None:
     """The job that a recipe file calls so; None where there is none."""
@@ -289,26 +213,13 @@ def job_named(word: object) -> str | None:
     return job if job in RECIPES else None
 
 
-def differences(before: Recipe, after: Recipe) -> list[str]:
-    """One line for each key whose value is not the same, for two recipes of the same job."""
-    return list(_changed_keys(before, after).values())
+def _model_problems(model: Model) -> Iterator[str]:
+    """Text-conditional models, with many condition tokens, are another family."""
+    if model.cls_token_num != 1:
+        yield "model.cls_token_num must be 1: models here are class-conditional"
 
 
-def changes_that_matter(before: Recipe, after: Recipe) -> list[str]:
-    """Those of `differences` that a resumed run may not have: all but the keys that only move work around."""
-    free = {f"{name}.{key}" for name, section in after.sections().items() for key in section.free_keys()}
-    return [line for key, line in _changed_keys(before, after).items() if key not in free]
-
-
-def _changed_keys(before: Recipe, after: Recipe) -> dict[str, str]:
-    old, new = _flatten(before._values()), _flatten(after._values())
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys}
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Value of every `section.key` and `reward.NAME.key`."""
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:
+    """Images are cut into whole codes."""
+    if image_size % tokenizer.downsample_size:
+        yield f"{key} = {image_size} must be a multiple of tokenizer.downsample_size = {tokenizer.downsample_size}"

@@ -1,7 +1,6 @@
 """How a rollout is cut into parts, optimizer steps and micro-batches: computed once, read by everyone."""
 
 from dataclasses import dataclass
-from typing import Self
 
 from grpo.config.errors import UserError
 from grpo.config.sections import Objective, Rollout, Training
@@ -9,58 +8,50 @@ from grpo.config.sections import Objective, Rollout, Training
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The sizes of one training step of GRPO on one rank.
+    """The sizes of one training step of GRPO on one rank."""
 
-    Attributes:
-        ranks: processes that share the batch.
-        images: B, images of one rollout.
-        group_size: G, completions of each image.
-        completions_per_step: completions of one optimizer step.
-        micro_batch_size: rows of one forward and backward, at most.
-        trains_sampling_forward: whether the update trains on the graph that a teacher-forced rollout keeps. It takes
-            one optimizer step a rollout, and rewards that need no look at other images before the first backward.
-        scores_targets: whether the codes of real images are part of the loss.
-    """
-
-    ranks: int
-    images: int
-    group_size: int
-    completions_per_step: int
-    micro_batch_size: int
+    ranks: int  # processes that share the batch
+    images: int  # B, images of one rollout
+    group_size: int  # G, completions of each image
+    completions_per_step: int  # completions of one optimizer step
+    micro_batch_size: int  # rows of one forward and backward, at most
+    scores_targets: bool  # whether the codes of real images are part of the loss
     trains_sampling_forward: bool
-    scores_targets: bool
+    """Whether the update trains on the graph that a teacher-forced rollout keeps. It takes one optimizer step a
+    rollout, and rewards that need no look at other images before the first backward."""
 
-    @classmethod
+    @staticmethod
     def of(
-        cls,
-        *,
-        rollout: Rollout,
-        training: Training,
-        objective: Objective,
-        ranks: int,
-        whole_batch_rewards: bool = False,
-    ) -> Self:
+        *, rollout: Rollout, training: Training, objective: Objective, ranks: int, whole_batch_rewards: bool = False
+    ) -> "Schedule":
         """The schedule on so many ranks, where `whole_batch_rewards` look at all completions of a rollout together.
 
         Raises:
-            UserError: the batches cannot be shared by the ranks.
+            UserError: the batches cannot be cut so, or not be shared by the ranks.
         """
         group, drawn = rollout.num_generations, rollout.batch_size * rollout.num_generations
         step = training.batch_size or drawn
+        if drawn % step:
+            raise UserError(
+                f"training.batch_size = {step} completions of one optimizer step must divide "
+                f"rollout.batch_size x rollout.num_generations = {drawn} completions of one rollout"
+            )
         for key, size in (("rollout.batch_size", rollout.batch_size), ("training.batch_size", step)):
             if size % ranks:
                 raise UserError(f"{key} = {size} cannot be shared by {ranks} ranks: make it a multiple of {ranks}")
-        if step != drawn and (step // ranks) % group and group % (step // ranks):
+        share = step // ranks
+        if share % group and group % share:
+            on_each = f", {share} on each of {ranks} ranks," if ranks > 1 else ""
             raise UserError(
-                f"training.batch_size = {step} on {ranks} ranks is {step // ranks} completions each, which must be a "
-                f"multiple or a divisor of rollout.num_generations = {group}"
+                f"training.batch_size = {step}{on_each} must be a multiple or a divisor of "
+                f"rollout.num_generations = {group}"
             )
         waits = whole_batch_rewards or objective.advantage == "batch_std"
-        return cls(
+        return Schedule(
             ranks=ranks,
             images=rollout.batch_size // ranks,
             group_size=group,
-            completions_per_step=step // ranks,
+            completions_per_step=share,
             micro_batch_size=training.micro_batch_size,
             trains_sampling_forward=rollout.mode == "teacher_forced" and step == drawn and not waits,
             scores_targets=objective.aux_ce_weight > 0,

@@ -5,7 +5,7 @@ The string under a field is its documentation and appears in `--help`. Defaults 
 key live with its field, those across keys in `checks.py`; sections of one job or of rewards have files of their own.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, FiniteFloat
@@ -15,11 +15,13 @@ LARGEST_SEED = 2**63 - 1
 
 PositiveInt = Annotated[int, Gt(0), Le(LARGEST_INT)]
 NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_INT)]
+MinusOneOrMore = Annotated[int, Ge(-1), Le(LARGEST_INT)]
 Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
 PositiveFloat = Annotated[FiniteFloat, Gt(0)]
 NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
+Temperature = Annotated[FiniteFloat, Ge(1e-30), Le(1e30)]  # what logits can be divided by in fp32
 TopP = Annotated[float, Gt(0), Le(1)]
 GuidanceScale = Annotated[FiniteFloat, Ge(1)]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -38,13 +40,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, str_min_length=1)
 
-    may_change: ClassVar[bool] = False
-    """Whether a resumed run may change every key of the section, not only those marked with `MayChange`."""
-
     @classmethod
     def free_keys(cls) -> set[str]:
         """The keys that a resumed run may change."""
-        return {name for name, field in cls.model_fields.items() if cls.may_change or MayChange in field.metadata}
+        is_free = issubclass(cls, FreeSection)
+        return {name for name, field in cls.model_fields.items() if is_free or MayChange in field.metadata}
+
+
+class FreeSection(Section):
+    """Base of the sections whose every key a resumed run may change."""
 
 
 class Model(Section):
@@ -111,7 +115,7 @@ class Rollout(Section):
     """Completions of each image (G)."""
     batch_size: PositiveInt = 32
     """Images of one rollout, over all ranks."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits, in sampling and in the log-probs."""
     top_k: NonNegativeInt = 0
     """Draw from the k most likely codes only; 0 is off."""
@@ -245,16 +249,14 @@ class Training(Section):
         return self.batch_size or 64
 
 
-class Parallel(Section):
+class Parallel(FreeSection):
     """How the model is spread over ranks."""
-
-    may_change = True
 
     data_parallel: Literal["fsdp", "sdp", "hsdp"] = "fsdp"
     """fsdp: shard parameters, gradients, optimizer; sdp: keep parameters gathered; hsdp: shard in groups of ranks."""
-    shard_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
+    shard_size: MinusOneOrMore = -1
     """Ranks of one shard group in hsdp; -1 is those of one host, or all ranks / replicate_size where that is set."""
-    replicate_size: Annotated[int, Ge(-1), Le(LARGEST_INT)] = -1
+    replicate_size: MinusOneOrMore = -1
     """Shard groups in hsdp, each with the whole model. -1 fills in: all ranks / shard_size."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     """Free a block's gathered parameters after its forward. always saves memory, never a gather; auto: never in sdp."""
@@ -268,28 +270,22 @@ class Parallel(Section):
     another process that still writes into the run's folder."""
 
 
-class Compile(Section):
+class Compile(FreeSection):
     """torch.compile over the GPT blocks and, in `train`, the networks of the rewards."""
-
-    may_change = True
 
     enabled: bool = False
     """Compile each block, where identical blocks share one compilation, and each network of the rewards."""
 
 
-class ActivationCheckpoint(Section):
+class ActivationCheckpoint(FreeSection):
     """Recompute activations in the backward to save memory."""
-
-    may_change = True
 
     mode: Literal["none", "selective", "full"] = "none"
     """none; selective: keep matrix products and attention, recompute the rest; full: keep block inputs only."""
 
 
-class Checkpoint(Section):
+class Checkpoint(FreeSection):
     """Saving and resuming."""
-
-    may_change = True
 
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
@@ -315,10 +311,8 @@ class Checkpoint(Section):
     """Write in the background while training goes on."""
 
 
-class Metrics(Section):
+class Metrics(FreeSection):
     """What a run writes down and shows."""
-
-    may_change = True
 
     run_dir: str | None = None
     """The run's folder; None is runs/<name of the recipe file>."""
@@ -338,10 +332,8 @@ class Metrics(Section):
     """Its run name; None is the name of the run's folder."""
 
 
-class Debug(Section):
+class Debug(FreeSection):
     """For finding faults."""
-
-    may_change = True
 
     deterministic: bool = False
     """Deterministic algorithms only."""

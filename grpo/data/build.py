@@ -24,8 +24,13 @@ def build_dataset(data: Data, *, num_classes: int | None) -> ImageDataset:
         raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
     if num_classes is None:
         num_classes = max(len(dataset.class_names), int(dataset.class_ids.max()) + 1)
-    else:
-        _check_class_ids(dataset, num_classes)
+    elif len(outside := np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))):
+        others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+        raise UserError(
+            f"{dataset.describe(outside[0])} has label {dataset.class_ids[outside[0]]}{others}, outside 0.."
+            f"{num_classes - 1}: correct the label or set num_classes (now {num_classes}) of the recipe's [model], or "
+            "[classifier], to the number of classes"
+        )
     unnamed = range(len(dataset.class_names), num_classes)
     dataset.class_names = (dataset.class_names + [str(class_id) for class_id in unnamed])[:num_classes]
     return dataset
@@ -55,14 +60,3 @@ def _open(data: Data, *, num_classes: int) -> ImageDataset:
     from grpo.data.huggingface import SavedDataset  # here, for `datasets` takes seconds
 
     return SavedDataset(data=data)
-
-
-def _check_class_ids(dataset: ImageDataset, num_classes: int) -> None:
-    outside = np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))
-    if len(outside):
-        others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
-        raise UserError(
-            f"{dataset.describe(outside[0])} has label {dataset.class_ids[outside[0]]}{others}, outside 0.."
-            f"{num_classes - 1}: correct the label or set num_classes (now {num_classes}) of the recipe's [model], or "
-            "[classifier], to the number of classes"
-        )

@@ -34,13 +34,14 @@ class ImageDataset(Dataset):
     Attributes:
         class_ids: [N] int64 (numpy), the class of each image.
         class_names: names of the classes, by class id; `build_dataset` adds numbers where the source has no names.
+        unreadable: indices of the unreadable images met so far by this process's stream.
     """
 
     def __init__(self, class_ids: np.ndarray, class_names: list[str], *, data: Data) -> None:
         self.data = data
         self.class_ids = np.asarray(class_ids, dtype=np.int64)
         self.class_names = list(class_names)
-        self._unreadable: set[int] = set()
+        self.unreadable: set[int] = set()
 
     def open(self, index: int) -> Image.Image:
         """The image as stored, any mode and size; errors of the decoder pass through."""
@@ -79,19 +80,15 @@ class ImageDataset(Dataset):
         """A condition of this data set in words, a text for each row: the class name."""
         return [self.class_names[class_id] for class_id in condition.class_ids.tolist()]
 
-    @property
-    def bad_images(self) -> int:
-        """Number of unreadable images met so far by this process's stream."""
-        return len(self._unreadable)
-
     def record_unreadable(self, index: int, reason: str) -> None:
         """Name and count an unreadable image. Raises `UserError` beyond the limit."""
-        if index in self._unreadable:
+        if index in self.unreadable:
             return
-        self._unreadable.add(index)
-        if self.bad_images > self.data.max_bad_images:
+        self.unreadable.add(index)
+        count, most = len(self.unreadable), self.data.max_bad_images
+        if count > most:
             raise UserError(
-                f"{self.bad_images} unreadable images, more than data.max_bad_images = {self.data.max_bad_images}; "
-                f"the last: {reason}; repair or remove them, or raise data.max_bad_images"
+                f"{count} unreadable images, more than data.max_bad_images = {most}; the last: {reason}; "
+                "repair or remove them, or raise data.max_bad_images"
             )
-        logger.warning("%s; the next image takes its place (%d so far)", reason, self.bad_images)
+        logger.warning("%s; the next image takes its place (%d so far)", reason, count)

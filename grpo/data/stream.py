@@ -133,8 +133,7 @@ class ImageStream(Iterator[ImageBatch]):
     seed: int
     num_workers: int
     world: World
-    samples: int = 0
-    """Consumed by all ranks together. Batches that workers hold ready do not count."""
+    samples: int = 0  # consumed by all ranks together; batches that workers hold ready do not count
     _fetched: Iterator[_Fetched] | None = None
 
     def __next__(self) -> ImageBatch:

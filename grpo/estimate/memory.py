@@ -24,20 +24,13 @@ BLOCKS_IN_FLIGHT = 2  # the one that is computed, and the one that is gathered m
 class ShardedBytes(NamedTuple):
     """Bytes on the rank that has the largest shards."""
 
-    parameters: int
-    """Shards of the fp32 weights."""
-    gradients: int
-    """Shards of their gradients, from the first reduction to the optimizer step."""
-    optimizer: int
-    """Shards of AdamW's moments."""
-    unreduced: int = 0
-    """Gradients of the whole model that wait for a deferred reduction."""
-    gathered: int = 0
-    """Whole parameters in the dtype of the computation, in a training step: the root's, and two blocks' or all."""
-    gathered_whole: int = 0
-    """The same in a rollout that samples token by token: all parameters."""
-    reduction: int = 0
-    """A block's whole gradient, and the buffer in which it is reduced."""
+    parameters: int  # shards of the fp32 weights
+    gradients: int  # shards of their gradients, from the first reduction to the optimizer step
+    optimizer: int  # shards of AdamW's moments
+    unreduced: int = 0  # gradients of the whole model that wait for a deferred reduction
+    gathered: int = 0  # whole parameters as computed with, in a training step: the root's, and two blocks' or all
+    gathered_whole: int = 0  # the same in a rollout that samples token by token: all parameters
+    reduction: int = 0  # a block's whole gradient, and the buffer in which it is reduced
 
 
 def sharded_bytes(

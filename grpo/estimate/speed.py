@@ -16,10 +16,8 @@ from grpo.parallel import compute_dtype, read_peak_memory
 class Work(NamedTuple):
     """What a step of one rank must do, by phase."""
 
-    flops: Mapping[str, float] = MappingProxyType({})
-    """Of the generator's matrix products."""
-    bytes: Mapping[str, float] = MappingProxyType({})
-    """To be read from memory, in phases that are bound by that."""
+    flops: Mapping[str, float] = MappingProxyType({})  # of the generator's matrix products
+    bytes: Mapping[str, float] = MappingProxyType({})  # to be read from memory, in phases that are bound by that
 
 
 def grpo_work(recipe: GRPORecipe, sizes: Any, schedule: Schedule) -> Work:
@@ -53,10 +51,8 @@ def grpo_work(recipe: GRPORecipe, sizes: Any, schedule: Schedule) -> Work:
 class Peaks(NamedTuple):
     """Rates that no program exceeds."""
 
-    flops: float
-    """Matrix FLOP/s: dense bf16 by the data sheet, or what a product was seen to reach."""
-    bandwidth: float
-    """Bytes/s of its memory."""
+    flops: float  # matrix FLOP/s: dense bf16 by the data sheet, or what a product was seen to reach
+    bandwidth: float  # bytes/s of its memory
 
 
 # By the vendors' data sheets; the first key that is part of the device's name counts.

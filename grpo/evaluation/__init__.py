@@ -1,22 +1,7 @@
 """How good images are: distances to a reference, and what judging networks see in them."""
 
-from grpo.evaluation.distances import (
-    FeatureStatistics,
-    accuracy,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from grpo.evaluation.distances import FeatureStatistics
 from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge, judge_files, load_judges
 from grpo.evaluation.measure import Measured, classifier_gap, compare, measure_images
-from grpo.evaluation.sources import (
-    DatasetImages,
-    DrawnImages,
-    FolderImages,
-    ImageSource,
-    NpzImages,
-    classes_in_turn,
-    open_images,
-)
+from grpo.evaluation.sources import DatasetImages, DrawnImages, ImageSource, classes_in_turn, open_images
 from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_pngs

@@ -121,8 +121,3 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int = 0) -
     divergences = [torch.xlogy(part, part) - torch.xlogy(part, part.mean(dim=0, keepdim=True)) for part in parts]
     scores = torch.stack([divergence.sum(dim=1).mean().exp() for divergence in divergences])
     return scores.mean().item(), scores.std(correction=0).item()
-
-
-def accuracy(probabilities: Tensor, class_ids: Tensor) -> float:
-    """Share of images [N, K] whose most likely class is the one asked for [N]."""
-    return (probabilities.argmax(dim=1) == class_ids).double().mean().item()

@@ -15,10 +15,8 @@ from grpo.models import load_classifier, normalize, read_weights
 class Judge(Protocol):
     """Looks at images as they are stored: [B, 3, H, W] uint8 -> (features [B, D] fp32, logits [B, K] fp32)."""
 
-    names_classes: bool = False
-    """Whether logit k is the generator's class k, so that an accuracy makes sense."""
-    is_inception: bool = False
-    """Whether the features are those of the published FID, so that published statistics apply."""
+    names_classes: bool = False  # whether logit k is the generator's class k, so that an accuracy makes sense
+    is_inception: bool = False  # whether the features are the published FID's, so that published statistics apply
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 

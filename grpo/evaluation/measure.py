@@ -135,7 +135,7 @@ def compare(
     metrics["precision"], metrics["recall"] = distances.precision_recall(*features, nearest_k=settings.nearest_k)
     metrics["inception_score"], metrics["inception_score_std"] = distances.inception_score(images.probabilities)
     if images.class_ids is not None:
-        metrics["accuracy"] = distances.accuracy(images.probabilities, images.class_ids)
+        metrics["accuracy"] = (images.probabilities.argmax(dim=1) == images.class_ids).double().mean().item()
     if images.rewards is not None:
         rewards = images.rewards.double()
         metrics["reward_mean"], metrics["reward_std"] = rewards.mean().item(), rewards.std(correction=0).item()

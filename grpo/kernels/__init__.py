@@ -3,21 +3,19 @@
 Four are custom ops of `torch.library`, each with a plain-torch reference that is also the CPU path, and Triton kernels
 that are imported only when they run (`triton_*.py`):
 
-    sample_tokens             sampling.py            reference: sampling_reference.py
-    token_log_probs           log_probs.py           reference: row_math.py
-    linear_token_log_probs    linear_log_probs.py    reference: projection.py, row_math.py
-    clipped_ratio_loss        ratio_loss.py          reference: ratio_reference.py
+    sample_tokens             sampling.py      reference: sampling_reference.py
+    token_log_probs           log_probs.py     reference: row_math.py
+    linear_token_log_probs    log_probs.py     reference: projection.py, row_math.py
+    clipped_ratio_loss        ratio_loss.py    reference: ratio_reference.py
 
 Two are made of these: `sample_and_score` and `sample_projection`. Two are plain torch: `project_logits` and
 `philox_uniform`. `Draw` is the settings of a draw as one value. `impl` chooses: "auto" takes the kernels on a GPU where
 they support the inputs, "triton" insists on them, "reference" never uses them.
 """
 
-from grpo.kernels.draw import Draw
-from grpo.kernels.linear_log_probs import linear_token_log_probs
-from grpo.kernels.log_probs import token_log_probs
+from grpo.kernels.draw import Draw, ScoredSample, sample_and_score, sample_projection
+from grpo.kernels.log_probs import linear_token_log_probs, token_log_probs
 from grpo.kernels.philox import philox_uniform
 from grpo.kernels.projection import CHUNK_ELEMENTS, project_logits
 from grpo.kernels.ratio_loss import clipped_ratio_loss
-from grpo.kernels.sample_and_score import ScoredSample, sample_and_score, sample_projection
 from grpo.kernels.sampling import Sample, sample_tokens

@@ -6,8 +6,9 @@ import logging
 import os
 
 import torch
+from torch import Tensor
 
-logger = logging.getLogger(__name__)
+_warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
@@ -33,13 +34,18 @@ def use_triton(impl: str, *, op: str, device: torch.device, obstacle: str | None
     if device.type != "cuda":
         return False
     if obstacle:
-        _log_fallback(op, obstacle)
+        _warn_once("%s uses the torch reference: %s", op, obstacle)
     return obstacle is None
 
 
-@functools.cache
-def _log_fallback(op: str, obstacle: str) -> None:
-    logger.warning("%s uses the torch reference: %s", op, obstacle)
+def row_obstacle(**matrices: Tensor) -> str | None:
+    """Why a kernel cannot read rows of these matrices, by their names; None if it can."""
+    for name, matrix in matrices.items():
+        if matrix.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"{name} is {matrix.dtype}"
+        if matrix.stride(1) != 1:
+            return f"the elements of a row of {name} are not adjacent"
+    return None
 
 
 def check_temperature(temperature: float) -> None:
@@ -48,6 +54,6 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}; it must be positive, and between 1e-30 and 1e30")
 
 
-def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """fp32, or fp64 where an input already is: the reference then serves as the truth of the tests."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,11 +1,12 @@
-"""Log-probs of chosen tokens under rows of logits, and the entropy of the rows."""
+"""Log-probs of chosen tokens and the entropy of their rows, under rows of logits or a projection of hidden states."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from grpo.kernels.dispatch import use_triton
+from grpo.kernels.dispatch import row_obstacle, use_triton
+from grpo.kernels.projection import LogitChunks
 from grpo.kernels.row_math import (
     ScoredRows,
     cached_rows,
@@ -36,13 +37,33 @@ def token_log_probs(
     return (log_probs, entropy) if return_entropy else log_probs
 
 
+def linear_token_log_probs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *,
+    temperature: float = 1.0, return_entropy: bool = False, impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """log softmax(hidden @ weight.T / temperature) at `tokens` [N, M] int64: log-probs [N, M] fp32.
+
+    `hidden` [N, D] and `weight` [V, D] of one or two float types (taken to the wider one). With `return_entropy` also
+    the entropy [N] fp32 of each row, in nats. Both have gradients with respect to `hidden` and `weight`; that of an
+    input that needs none is not computed. Logits exist in chunks of rows, in fp32, and are computed again in the
+    backward pass; every sum is accumulated in fp32 in a fixed order, the weight gradient included. Tokens must lie in
+    0 .. V-1; see `token_log_probs`. Raises ValueError for shapes or values out of range.
+    """
+    check_arguments(hidden, tokens, temperature)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or not weight.shape[0]:
+        raise ValueError(f"weight must be [V, {hidden.shape[1]}], not {list(weight.shape)}")
+    settings = (temperature, return_entropy, impl)
+    log_probs, _, entropy = torch.ops.grpo.linear_token_log_probs(hidden, weight, tokens, *settings)
+    return (log_probs, entropy) if return_entropy else log_probs
+
+
 @torch.library.custom_op("grpo::token_log_probs", mutates_args=())
 def _forward(
     logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_tokens(tokens, logits.shape[1])
     outputs = new_outputs(tokens, with_entropy, logits)
-    if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=_obstacle(logits)):
+    if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=row_obstacle(logits=logits)):
         from grpo.kernels.triton_log_probs import launch_forward
 
         with torch.cuda.device_of(logits):
@@ -53,25 +74,14 @@ def _forward(
     return outputs
 
 
-@_forward.register_fake
-def _(logits, tokens, temperature, with_entropy, impl):
-    return new_outputs(tokens, with_entropy, logits)
-
-
 @torch.library.custom_op("grpo::token_log_probs_backward", mutates_args=())
 def _backward(
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    tokens: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    temperature: float,
-    impl: str,
-) -> Tensor:
+    grad_log_probs: Tensor, grad_entropy: Tensor | None, logits: Tensor, tokens: Tensor, lse: Tensor, entropy: Tensor,
+    temperature: float, impl: str,
+) -> Tensor:  # fmt: skip
     scored = ScoredRows(tokens, lse, entropy, grad_log_probs, grad_entropy)
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=_obstacle(logits)):
+    if use_triton(impl, op="token_log_probs", device=logits.device, obstacle=row_obstacle(logits=logits)):
         from grpo.kernels.triton_log_probs import launch_backward
 
         with torch.cuda.device_of(logits):
@@ -84,26 +94,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_log_probs, grad_entropy, logits, tokens, lse, entropy, temperature, impl):
+def _(grad_log_probs, grad_entropy, logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):
-    logits, tokens, ctx.temperature, _, ctx.impl = inputs
-    ctx.save_for_backward(logits, tokens, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad_log_probs, grad_lse, grad_entropy):
-    logits, *saved = ctx.saved_tensors
-    scored = ScoredRows.of(saved, grad_log_probs, grad_entropy)
-    gradient = torch.ops.grpo.token_log_probs_backward(
-        scored.grad_log_probs, scored.grad_entropy, logits, *scored[:3], ctx.temperature, ctx.impl
-    )
-    return gradient, None, None, None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _tempered_chunks(logits: Tensor, temperature: float, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -115,9 +107,78 @@ def _tempered_chunks(logits: Tensor, temperature: float, dtype: torch.dtype) -> 
         yield rows, scores if temperature == 1 else scores.div_(temperature)
 
 
-def _obstacle(logits: Tensor) -> str | None:
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"logits are {logits.dtype}"
-    if logits.stride(1) != 1:
-        return "the columns of a row are not adjacent"
-    return None
+@torch.library.custom_op("grpo::linear_token_log_probs", mutates_args=())
+def _linear_forward(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_tokens(tokens, weight.shape[0])
+    chunk_kind = _chunk_kind(hidden, weight, impl)
+    with torch.cuda.device_of(hidden):
+        if chunk_kind is not LogitChunks and hidden.dtype != torch.float32:
+            from grpo.kernels.triton_linear_log_probs import launch_forward
+
+            return launch_forward(hidden, weight, tokens, temperature, with_entropy)  # logits stay in registers
+        outputs = new_outputs(tokens, with_entropy, hidden, weight)
+        chunks = chunk_kind(hidden, weight, temperature)
+        for rows, scores in chunks:
+            chunks.score(scores, tokens[rows], *(output[rows] for output in outputs))
+    return outputs
+
+
+@torch.library.custom_op("grpo::linear_token_log_probs_backward", mutates_args=())
+def _linear_backward(
+    grad_log_probs: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, tokens: Tensor, lse: Tensor,
+    entropy: Tensor, temperature: float, needs_hidden: bool, needs_weight: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden and weight as they are needed, an empty tensor for what is not; logits are computed again."""
+    scored = ScoredRows(tokens, lse, entropy, grad_log_probs, grad_entropy)
+    with torch.cuda.device_of(hidden):
+        chunks = _chunk_kind(hidden, weight, impl)(hidden, weight, temperature, (needs_hidden, needs_weight))
+        for rows, scores in chunks:
+            chunks.backward(rows, scores, scored)
+        return chunks.gradients()
+
+
+@_linear_backward.register_fake
+def _(grad_log_probs, grad_entropy, hidden, weight, tokens, lse, entropy, temperature, *rest):
+    needs_hidden, needs_weight, _ = rest
+    return hidden.new_empty(hidden.shape if needs_hidden else 0), weight.new_empty(weight.shape if needs_weight else 0)
+
+
+def _chunk_kind(hidden: Tensor, weight: Tensor, impl: str) -> type[LogitChunks]:
+    obstacle = row_obstacle(hidden=hidden, weight=weight)
+    if hidden.dtype != weight.dtype:
+        obstacle = f"hidden is {hidden.dtype} and weight {weight.dtype}"
+    if use_triton(impl, op="linear_token_log_probs", device=hidden.device, obstacle=obstacle):
+        from grpo.kernels.triton_linear_log_probs import TritonLogitChunks
+
+        return TritonLogitChunks
+    return LogitChunks
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.temperature, _, ctx.impl = inputs  # tensors: logits or (hidden, weight), then tokens
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_log_probs, _, grad_entropy):
+    logits, *saved = ctx.saved_tensors
+    scored = ScoredRows.of(saved, grad_log_probs, grad_entropy)
+    gradient = torch.ops.grpo.token_log_probs_backward(*scored[3:], logits, *scored[:3], ctx.temperature, ctx.impl)
+    return gradient, None, None, None, None
+
+
+def _linear_autograd(ctx, grad_log_probs, _, grad_entropy):
+    hidden, weight, *saved = ctx.saved_tensors
+    scored = ScoredRows.of(saved, grad_log_probs, grad_entropy)
+    gradients = torch.ops.grpo.linear_token_log_probs_backward(
+        *scored[3:], hidden, weight, *scored[:3], ctx.temperature, *ctx.needs_input_grad[:2], ctx.impl
+    )
+    return *gradients, None, None, None, None
+
+
+_forward.register_fake(lambda logits, tokens, _, with_entropy, __: new_outputs(tokens, with_entropy, logits))
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+_linear_forward.register_fake(lambda x, y, tokens, _, with_entropy, __: new_outputs(tokens, with_entropy, x, y))
+_linear_forward.register_autograd(_linear_autograd, setup_context=_setup_context)

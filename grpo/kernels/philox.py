@@ -23,16 +23,13 @@ MAX_VOCABULARY = 4 * BLOCK * (MAX_GROUPS - BLOCK // 4)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_ROUNDS = 10
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int]
-) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
     """Four int64 tensors that hold the 32-bit words of Philox4x32-10. Counter words are broadcast; all are int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
+    for _ in range(10):
         # c1 and c3 keep the whole product: the mask clears its high half before it is multiplied again.
         product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = ((product2 >> 32) ^ c1 ^ k0) & _MASK
@@ -66,9 +63,7 @@ def gumbel(bits: Tensor) -> Tensor:
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def draw_noise(
-    seed: Tensor, step: Tensor, row_ids: Tensor, *, num_samples: int, num_blocks: int
-) -> tuple[Tensor, Tensor]:
+def draw_noise(seed: Tensor, step: Tensor, row_ids: Tensor, num_samples: int, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Gumbel noise of the columns of a block [N, num_samples, BLOCK] and of the blocks [N, num_samples, num_blocks].
 
     Whichever block a draw chooses, it reads the same BLOCK numbers for its columns: they are independent of those that

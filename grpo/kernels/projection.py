@@ -1,6 +1,6 @@
 """Logits of a projection hidden [N, D] @ weight.T [D, V], whole for a few rows or in chunks of rows with gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +16,20 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 def project_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [N, D] @ weight.T [D, V] -> logits [N, V] fp32, without gradient.
 
-    bf16 logits of size 8 to 16 are off by up to 0.03, which would go straight into log-probs; here a product of
-    half-precision numbers keeps the fp32 of its accumulator. Use it for the rows that are sampled now, in chunks;
-    log-probs under a gradient come from `linear_token_log_probs`.
+    Use it for the rows that are sampled now, in chunks; log-probs under a gradient come from `linear_token_log_probs`.
     """
-    if hidden.dtype == weight.dtype and mixed_products(hidden):
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    dtype = accumulation_dtype(hidden, weight)
-    return hidden.to(dtype) @ weight.to(dtype).t()
+    return wide_product(hidden, weight.t())
+
+
+def wide_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right in fp32, in fp64 where an input is. Half-precision operands keep the fp32 of the accumulator.
+
+    bf16 logits of size 8 to 16 are off by up to 0.03, which would go straight into log-probs.
+    """
+    if left.dtype == right.dtype and mixed_products(left):
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    dtype = accumulation_dtype(left, right)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
 def mixed_products(operand: Tensor) -> bool:
@@ -45,15 +51,16 @@ class LogitChunks:
     """
 
     widens = True  # takes the operands to the type of the sums
+    score = staticmethod(score_rows)
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, temperature: float, needs: tuple[bool, bool] = (False, False)
+        self, hidden: Tensor, weight: Tensor, temperature: float, needs: Sequence[bool] = (False, False)
     ) -> None:
         self.dtypes, self.dtype = (hidden.dtype, weight.dtype), accumulation_dtype(hidden, weight)
-        operands = (hidden.to(self.dtype), weight.to(self.dtype)) if self.widens else (hidden, weight)
-        (self.hidden, self.weight), self.temperature = operands, temperature
-        self.grad_hidden = self.hidden.new_empty(hidden.shape) if needs[0] else None
-        self.grad_weight = weight.new_zeros(weight.shape, dtype=self.dtype) if needs[1] else None
+        self.hidden, self.weight = (x.to(self.dtype) if self.widens else x for x in (hidden, weight))
+        self.temperature, (self.needs_hidden, self.needs_weight) = temperature, needs
+        self.grad_hidden = self.hidden.new_empty(hidden.shape if self.needs_hidden else 0)
+        self.grad_weight = weight.new_zeros(weight.shape if self.needs_weight else 0, dtype=self.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """The rows of each chunk and their scores [n, V]."""
@@ -68,19 +75,14 @@ class LogitChunks:
         """Fills scores [n, V]."""
         torch.addmm(scores, hidden, self.weight.t(), beta=0, alpha=1 / self.temperature, out=scores)
 
-    def score(self, scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
-        """Fills log_probs [n, M], lse [n] and entropy [n] or [0] from scores [n, V], which are used up."""
-        score_rows(scores, tokens, log_probs, lse, entropy)
-
     def backward(self, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
         """Adds these rows' part of the gradients. `scores` [n, V] are used up; `scored` are all N rows."""
         score_rows_backward(scores, scored.rows(rows), self.temperature)
-        if self.grad_hidden is not None:
+        if self.needs_hidden:
             torch.mm(scores, self.weight, out=self.grad_hidden[rows])
-        if self.grad_weight is not None:
+        if self.needs_weight:
             self.grad_weight.addmm_(scores.t(), self.hidden[rows])
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of hidden and weight, in their types; None for what is not needed."""
-        gradients = zip((self.grad_hidden, self.grad_weight), self.dtypes, strict=True)
-        return tuple(gradient if gradient is None else gradient.to(dtype) for gradient, dtype in gradients)
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Of hidden and weight, in their types; an empty tensor for what is not needed."""
+        return self.grad_hidden.to(self.dtypes[0]), self.grad_weight.to(self.dtypes[1])

@@ -4,23 +4,14 @@ import torch
 from torch import Tensor
 
 from grpo.kernels.dispatch import accumulation_dtype, use_triton
-from grpo.kernels.ratio_reference import KL_ESTIMATORS, METRICS, SURROGATES, Terms, ratio_loss
+from grpo.kernels.ratio_reference import KL_ESTIMATORS, METRICS, SURROGATES, ratio_loss
 
 
 def clipped_ratio_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    *,
-    weights: Tensor,
-    clip_low: float,
-    clip_high: float,
-    ref_log_probs: Tensor | None = None,
-    kl: str = "none",
-    kl_coef: float = 0.0,
-    surrogate: str = "clip",
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, weights: Tensor, clip_low: float, clip_high: float,
+    ref_log_probs: Tensor | None = None, kl: str = "none", kl_coef: float = 0.0, surrogate: str = "clip",
     impl: str = "auto",
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The weighted sum of the per-token losses of `ratio_reference.py`, and the sums that its metrics are made of.
 
     `log_probs`, `old_log_probs`, `ref_log_probs` and `weights` are [R, M, T], `advantages` [R, M]; all but `log_probs`
@@ -61,31 +52,22 @@ def clipped_ratio_loss(
 
 @torch.library.custom_op("grpo::clipped_ratio_loss", mutates_args=())
 def _forward(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    ref_log_probs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    kl: str,
-    kl_coef: float,
-    surrogate: str,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, ref_log_probs: Tensor | None,
+    clip_low: float, clip_high: float, kl: str, kl_coef: float, surrogate: str, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, the sums of `METRICS`, and d loss / d log_probs [R, M, T]."""
     tensors = (log_probs, old_log_probs, advantages, weights, ref_log_probs)
-    terms = Terms(clip_low, clip_high, kl, kl_coef, surrogate)
+    terms = (clip_low, clip_high, kl, kl_coef, surrogate)
     if use_triton(impl, op="clipped_ratio_loss", device=log_probs.device, obstacle=_obstacle(*tensors)):
         from grpo.kernels.triton_ratio_loss import launch
 
         with torch.cuda.device_of(log_probs):
-            return launch(*tensors, terms)
-    return ratio_loss(*tensors, terms)
+            return launch(*tensors, *terms)
+    return ratio_loss(*tensors, *terms)
 
 
 @_forward.register_fake
-def _(log_probs, old_log_probs, advantages, weights, ref_log_probs, clip_low, clip_high, kl, kl_coef, surrogate, impl):
+def _(log_probs, *_):
     dtype = accumulation_dtype(log_probs)
     gradient = torch.empty_like(log_probs, dtype=dtype)
     return log_probs.new_empty((), dtype=dtype), log_probs.new_empty(len(METRICS), dtype=dtype), gradient

@@ -10,8 +10,6 @@ divergence", 2020): k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. Both log-ratios 
 that the exponential is constant and has no gradient.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -21,35 +19,17 @@ SURROGATES = ("clip", "cispo")
 KL_ESTIMATORS = ("none", "k1", "k2", "k3")
 LOG_RATIO_LIMIT = 20.0
 METRICS = (
-    "policy_loss",
-    "kl_loss",
-    "tokens",
-    "ratio",
-    "ratio_squared",
-    "kl_old",
-    "kl_ref",
-    "clipped_low",
-    "clipped_high",
-    "outside",
-)
-
-
-class Terms(NamedTuple):
-    """The loss of a token, in the names of the formulas above."""
-
-    clip_low: float
-    clip_high: float
-    kl: str
-    kl_coef: float
-    surrogate: str
+    "policy_loss", "kl_loss", "tokens", "ratio", "ratio_squared", "kl_old", "kl_ref",
+    "clipped_low", "clipped_high", "outside",
+)  # fmt: skip
 
 
 def ratio_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, ref: Tensor | None, terms: Terms
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, ref: Tensor | None,
+    clip_low: float, clip_high: float, kl: str, kl_coef: float, surrogate: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, the sums of `METRICS`, and d loss / d log_probs [R, M, T]; see `clipped_ratio_loss`."""
-    lowest, highest, kl_coef = 1 - terms.clip_low, 1 + terms.clip_high, terms.kl_coef
-    dtype = accumulation_dtype(log_probs)
+    lowest, highest, dtype = 1 - clip_low, 1 + clip_high, accumulation_dtype(log_probs)
     gradient = torch.empty_like(log_probs, dtype=dtype)
     counted = weights != 0
     weights = weights.to(dtype)
@@ -60,7 +40,7 @@ def ratio_loss(
     log_ratio, ratio, inside = _clamped_exp(log_probs - old_log_probs)
     bounded = ratio.clamp(lowest, highest)
     below, above = ratio < lowest, ratio > highest
-    if terms.surrogate == "clip":
+    if surrogate == "clip":
         clipped_low, clipped_high = below & (advantages < 0), above & (advantages > 0)
         policy = -torch.minimum(advantages * ratio, advantages * bounded)
         d_policy = -advantages * ratio * (inside & ~clipped_low & ~clipped_high)
@@ -72,7 +52,7 @@ def ratio_loss(
     if ref is None:
         divergence = d_divergence = torch.zeros_like(ratio)
     else:
-        divergence, d_divergence = _kl_estimate(ref.to(dtype).where(counted, 0) - log_probs, terms.kl)
+        divergence, d_divergence = _kl_estimate(ref.to(dtype).where(counted, 0) - log_probs, kl)
 
     policy_loss, kl_loss = (weights * policy).sum(), kl_coef * (weights * divergence).sum()
     kl_old = ratio - 1 - log_ratio

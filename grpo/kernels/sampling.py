@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.kernels.dispatch import check_temperature, use_triton
+from grpo.kernels.dispatch import check_temperature, row_obstacle, use_triton
 from grpo.kernels.philox import MAX_SAMPLES, MAX_VOCABULARY
-from grpo.kernels.sampling_reference import Filter, new_sample, sample_rows
+from grpo.kernels.sampling_reference import new_sample, sample_rows
 
 
 class Sample(NamedTuple):
@@ -24,18 +24,10 @@ class Sample(NamedTuple):
 
 
 def sample_tokens(
-    logits: Tensor,
-    *,
-    num_samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | Tensor,
-    step: int | Tensor = 0,
-    row_ids: Tensor | None = None,
-    noise: Tensor | None = None,
+    logits: Tensor, *, num_samples: int = 1, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    seed: int | Tensor, step: int | Tensor = 0, row_ids: Tensor | None = None, noise: Tensor | None = None,
     impl: str = "auto",
-) -> Sample:
+) -> Sample:  # fmt: skip
     """Draws `num_samples` tokens from each row of `logits` [N, V]. No gradient flows through.
 
     The distribution is softmax(logits / temperature), truncated as LlamaGen does: `top_k` keeps every logit that is not
@@ -89,19 +81,14 @@ def _scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
 
 @torch.library.custom_op("grpo::sample_tokens", mutates_args=())
 def _sample_tokens(
-    logits: Tensor,
-    seed: Tensor,
-    step: Tensor,
-    row_ids: Tensor,
-    noise: Tensor | None,
-    num_samples: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = (logits, seed, step, row_ids, noise, num_samples, Filter(temperature, top_k, top_p))
-    if use_triton(impl, op="sample_tokens", device=logits.device, obstacle=_obstacle(logits)):
+    logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor, noise: Tensor | None,
+    num_samples: int, temperature: float, top_k: int, top_p: float, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    arguments = (logits, seed, step, row_ids, noise, num_samples, temperature, top_k, top_p)
+    obstacle = row_obstacle(logits=logits)
+    if logits.shape[1] > 16384:
+        obstacle = f"a row of {logits.shape[1]} columns does not fit in registers; the limit is 16384"
+    if use_triton(impl, op="sample_tokens", device=logits.device, obstacle=obstacle):
         from grpo.kernels.triton_sampling import launch
 
         with torch.cuda.device_of(logits):
@@ -109,16 +96,4 @@ def _sample_tokens(
     return sample_rows(*arguments)
 
 
-def _obstacle(logits: Tensor) -> str | None:
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"logits are {logits.dtype}"
-    if logits.shape[1] > 16384:
-        return f"a row of {logits.shape[1]} columns does not fit in registers; the limit is 16384"
-    if logits.stride(1) != 1:
-        return "the columns of a row are not adjacent"
-    return None
-
-
-@_sample_tokens.register_fake
-def _(logits, seed, step, row_ids, noise, num_samples, temperature, top_k, top_p, impl):
-    return new_sample(logits, num_samples)
+_sample_tokens.register_fake(lambda logits, seed, step, ids, noise, num_samples, *_: new_sample(logits, num_samples))

@@ -1,7 +1,6 @@
 """The plain-torch reference of `sample_tokens`, also its CPU path."""
 
 import math
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -13,39 +12,26 @@ from grpo.kernels.philox import BLOCK, draw_noise
 from grpo.kernels.row_math import cached_rows, row_chunks
 
 
-class Filter(NamedTuple):
-    """The settings of a distribution; top_k 0 and top_p 1 are off."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-
-    @property
-    def truncates(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1
-
-
 def sample_rows(
-    logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor, noise: Tensor | None, num_samples: int, filters: Filter
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor, noise: Tensor | None,
+    num_samples: int, temperature: float, top_k: int, top_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """tokens, log_probs, kept_log_probs [N, num_samples] and kept_mass [N]; see `sample_tokens`."""
     (N, V), dtype = logits.shape, accumulation_dtype(logits)
     tokens, log_probs, kept_log_probs, kept_mass = outputs = new_sample(logits, num_samples)
     num_rows = min(max(1, N), cached_rows(logits))
     buffer = logits.new_empty(num_rows, V, dtype=dtype)
     for rows in row_chunks(N, num_rows):
-        scores, peak, flags = _tempered(logits[rows].to(dtype), filters.temperature)
+        scores, peak, flags = _tempered(logits[rows].to(dtype), temperature)
         weights = torch.sub(scores, peak, out=buffer[: scores.shape[0]]).exp_()  # [n, V]
         mass = block_mass = _block_sums(weights)  # [n, blocks]
-        if filters.truncates:
-            keep = kept_columns(scores, peak, filters.top_k, filters.top_p)
+        if top_k or top_p < 1:
+            keep = kept_columns(scores, peak, top_k, top_p)
             scores = scores.masked_fill(~keep, -math.inf)
             block_mass = _block_sums(weights.mul_(keep))
         if noise is None:
-            column_noise, block_noise = draw_noise(
-                seed, step, row_ids[rows], num_samples=num_samples, num_blocks=mass.shape[1]
-            )
-            tokens[rows] = _draw(scores, block_mass, column_noise, block_noise)
+            noises = draw_noise(seed, step, row_ids[rows], num_samples, mass.shape[1])
+            tokens[rows] = _draw(scores, block_mass, *noises)
         else:
             tokens[rows] = (scores[:, None] + noise[rows]).argmax(-1)
         total, kept = mass.sum(1, keepdim=True), block_mass.sum(1, keepdim=True)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import triton_log_probs
-from grpo.kernels.projection import LogitChunks, mixed_products
+from grpo.kernels.projection import LogitChunks, mixed_products, wide_product
 from grpo.kernels.row_math import ScoredRows, new_outputs
 from grpo.kernels.triton_log_probs import absorb_tile
 
@@ -118,10 +118,7 @@ class TritonLogitChunks(LogitChunks):
     widens = False
 
     def product(self, hidden: Tensor, scores: Tensor) -> None:
-        if mixed_products(hidden):
-            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=scores)
-        else:
-            torch.mm(hidden.float(), self.weight.t().float(), out=scores)
+        wide_product(hidden, self.weight.t(), out=scores)
 
     def score(self, scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
         triton_log_probs.launch_forward(scores, tokens, self.temperature, log_probs, lse, entropy)
@@ -130,12 +127,12 @@ class TritonLogitChunks(LogitChunks):
         # The gradient takes the place of the logits, in the type of the products that follow.
         gradient = scores.view(self.hidden.dtype)[:, : self.weight.shape[0]]
         triton_log_probs.launch_backward(scores, scored.rows(rows), self.temperature, gradient)
-        if self.grad_hidden is not None:
+        if self.needs_hidden:
             torch.mm(gradient, self.weight, out=self.grad_hidden[rows])
-        if self.grad_weight is not None and mixed_products(gradient):
+        if self.needs_weight and mixed_products(gradient):
             total, hidden = self.grad_weight, self.hidden[rows]
             torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
-        elif self.grad_weight is not None:
+        elif self.needs_weight:
             self.grad_weight.addmm_(gradient.t().float(), self.hidden[rows].float())
 
 

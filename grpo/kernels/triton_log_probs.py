@@ -110,14 +110,11 @@ def backward_kernel(
     tl.store(grad_row_ptr + tokens, own.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_forward(
-    logits: Tensor, tokens: Tensor, temperature: float, log_probs: Tensor, lse: Tensor, entropy: Tensor
-) -> None:
-    """Fills log_probs [N, M], lse [N] and entropy [N] (or [0]) from logits [N, V]."""
+def launch_forward(logits: Tensor, tokens: Tensor, temperature: float, *outputs: Tensor) -> None:
+    """Fills `outputs`, log_probs [N, M], lse [N] and entropy [N] (or [0]), from logits [N, V]."""
     N, V = logits.shape
     if N:
-        options = kernel_options(V, tokens.shape[1], entropy.numel() > 0)
-        outputs = (log_probs, lse, entropy)
+        options = kernel_options(V, tokens.shape[1], outputs[2].numel() > 0)
         forward_kernel[(N,)](logits, tokens.contiguous(), *outputs, logits.stride(0), 1 / temperature, **options)
 
 

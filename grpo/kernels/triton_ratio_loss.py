@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.ratio_reference import LOG_RATIO_LIMIT, METRICS, Terms
+from grpo.kernels.ratio_reference import LOG_RATIO_LIMIT, METRICS
 
 _TILE = 512
 _TILE_PROGRAMS = 128
@@ -144,8 +144,9 @@ def ratio_loss_kernel(
 
 
 def launch(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, ref: Tensor | None, terms: Terms
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, ref: Tensor | None,
+    clip_low: float, clip_high: float, kl: str, kl_coef: float, surrogate: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `ratio_loss` of the reference; the gradient has the layout of log_probs."""
     gradient, count = torch.empty_like(log_probs), log_probs.numel()
     if not count:
@@ -160,8 +161,8 @@ def launch(
     ratio_loss_kernel[(programs,)](
         *tensors, log_probs.new_empty(programs, len(METRICS)), _arrivals(log_probs.device), sums, loss,
         *strides, count, log_probs.shape[order[1]], log_probs.shape[order[2]],
-        1 - terms.clip_low, 1 + terms.clip_high, terms.kl_coef,
-        **kernel_options(terms.kl, ref is not None, terms.surrogate),
+        1 - clip_low, 1 + clip_high, kl_coef,
+        **kernel_options(kl, ref is not None, surrogate),
     )  # fmt: skip
     return loss, sums, gradient
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.philox import BLOCK
-from grpo.kernels.sampling_reference import Filter, new_sample
+from grpo.kernels.sampling_reference import new_sample
 
 _BLOCK = tl.constexpr(BLOCK)
 _GROUPS = tl.constexpr(BLOCK // 4)
@@ -264,18 +264,19 @@ def sample_kernel(
 
 
 def launch(
-    logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor, noise: Tensor | None, num_samples: int, filters: Filter
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, seed: Tensor, step: Tensor, row_ids: Tensor, noise: Tensor | None,
+    num_samples: int, temperature: float, top_k: int, top_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """tokens, log_probs, kept_log_probs [N, num_samples] and kept_mass [N]; see `sample_tokens`."""
     N, V = logits.shape
     outputs = new_sample(logits, num_samples)
     block_mass = logits.new_empty(N, triton.cdiv(V, BLOCK), dtype=torch.float32)
     if N:
         noise_or_any = block_mass if noise is None else noise.contiguous()
-        options = kernel_options(V, num_samples, *filters)
         sample_kernel[(N,)](
             logits, seed, step, row_ids.contiguous(), noise_or_any, block_mass, *outputs,
-            logits.stride(0), *filters, V=V, HAS_NOISE=noise is not None, **options,
+            logits.stride(0), temperature, top_k, top_p, V=V, HAS_NOISE=noise is not None,
+            **kernel_options(V, num_samples, temperature, top_k, top_p),
         )  # fmt: skip
     return outputs
 

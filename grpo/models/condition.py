@@ -58,6 +58,10 @@ class Condition:
         """The rows where `rows` [R] bool holds become unconditional."""
         return replace(self, dropped=rows if self.dropped is None else self.dropped | rows)
 
+    def unconditional(self) -> Self:
+        """The unconditional counterpart of every row."""
+        return self.drop(torch.ones(self.rows, dtype=torch.bool, device=self.device))
+
     def with_unconditional(self) -> Self:
         """2R rows: these, then their unconditional counterparts, as classifier-free guidance takes them."""
         both = self.map(lambda tensor: torch.cat([tensor, tensor]))

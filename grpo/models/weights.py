@@ -17,6 +17,7 @@ from grpo.models.gpt import GPT, GPTConfig
 from grpo.models.specs import GPT_SPECS, TOKENIZER_SPECS, tokenizer_sizes
 from grpo.models.vq import CODES_REMEMBERED, VQConfig, VQModel
 
+LARGEST_SIZE = 2**20  # of what a file says of itself: beyond, it is not the size of a model
 PathLike = str | os.PathLike[str]
 
 _REMEDIES = {
@@ -150,10 +151,13 @@ def _own_config(kind: _Kind, path: PathLike) -> Any:
     if (sizes := read_config(path)) is None:
         return None
     try:
-        if unknown := sizes.keys() - {field.name for field in fields(kind.config)}:
+        if unknown := sizes.keys() - {field.name for field in fields(kind.config) if field.compare}:
             raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+        numbers = [number for value in sizes.values() for number in (value if isinstance(value, list) else [value])]
+        if not all(number is None or 0 < number <= LARGEST_SIZE for number in numbers):  # NaN is neither
+            raise ValueError(f"a size that is not in 0 .. {LARGEST_SIZE}")
         return TypeAdapter(kind.config).validate_json(json.dumps(sizes), strict=True)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: damaged, or from a later version: no sizes of {kind.what} ({reason})") from error
 

@@ -21,15 +21,11 @@ def environment() -> dict[str, dict[str, str]]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    hardware = {"cpu": f"{_cpu_name()}, {os.cpu_count()} cores"}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    hardware = {"cpu": f"{cpu}, {os.cpu_count()} cores"}
     if torch.cuda.is_available():
         versions["cuda"] = str(torch.version.cuda)
         hardware["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return {"versions": versions, "hardware": hardware}
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

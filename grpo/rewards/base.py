@@ -35,16 +35,11 @@ class RewardContext:
 class DecodedBatch:
     """n completions of b images, decoded."""
 
-    images: Tensor
-    """[n, 3, H, W] in [-1, 1] up to the decoder's overshoot, in the dtype of the networks that reward."""
-    tokens: Tensor
-    """[n, T] int64."""
-    condition: Condition
-    """n rows, what each completion was asked to be."""
-    real_images: Tensor
-    """[b, 3, H, W] fp32 in [-1, 1], each once; of the same class, and in teacher forcing the image itself."""
-    image_of: Tensor
-    """[n] int64, the real image of each completion."""
+    images: Tensor  # [n, 3, H, W] in [-1, 1] up to the decoder's overshoot, in the dtype of the networks that reward
+    tokens: Tensor  # [n, T] int64
+    condition: Condition  # n rows, what each completion was asked to be
+    real_images: Tensor  # [b, 3, H, W] fp32 in [-1, 1], each once; of the same class, in teacher forcing the image
+    image_of: Tensor  # [n] int64, the real image of each completion
 
 
 class Reward:

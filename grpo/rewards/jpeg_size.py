@@ -30,10 +30,8 @@ class JPEGSize(Reward):
     def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32, below 0."""
         pixels = to_uint8(batch.images).permute(0, 2, 3, 1).cpu().numpy()
-        kilobytes = [self._size(image) / 1000 for image in pixels]
+        kilobytes = []
+        for image in pixels:
+            Image.fromarray(image).save(file := io.BytesIO(), format="jpeg", quality=self.quality)
+            kilobytes.append(file.tell() / 1000)
         return -torch.tensor(kilobytes, device=batch.images.device) / UNIT
-
-    def _size(self, image) -> int:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, format="jpeg", quality=self.quality)
-        return file.tell()

@@ -54,8 +54,9 @@ class PythonFunction(Reward):
                 raise UserError(f"function: must be FILE:NAME, not {self.function}")
             try:
                 source = Path(file).read_bytes()
-            except OSError as error:
-                raise UserError(f"function: cannot read {file}: {error.strerror}") from error
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"function: cannot read {file}: {reason}") from error
             if self.sha256 not in (None, hashlib.sha256(source).hexdigest()):
                 raise UserError(f"function: {file} has changed: bring back what sha256 says, or delete sha256")
             return source
@@ -114,7 +115,8 @@ def _load(file: str, source: bytes) -> ModuleType:
     module = sys.modules[name] = ModuleType(name)  # there, because dataclasses look for their module
     module.__file__ = file
     try:
-        exec(compile(source, file, "exec"), module.__dict__)
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # scoring scripts like to switch it off for good
+            exec(compile(source, file, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         hint = "; modules beside the file are not found by themselves" if isinstance(error, ImportError) else ""

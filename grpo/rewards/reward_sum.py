@@ -20,16 +20,12 @@ Timer = Callable[[str], AbstractContextManager]
 class Rewarded(NamedTuple):
     """Rewards of completions [R, M, T]."""
 
-    total: Tensor
-    """[R, M] fp32, the weighted sum."""
-    components: Tensor
-    """[K, R, M] fp32, each reward before its weight; where one abstains, its mean over the rest of the group."""
-    abstained: dict[str, Tensor]
-    """Of each reward that may abstain: [R, M] bool."""
+    total: Tensor  # [R, M] fp32, the weighted sum
+    components: Tensor  # [K, R, M] fp32, before the weights; where one abstains, its mean over the rest of the group
+    abstained: dict[str, Tensor]  # of each reward that may abstain: [R, M] bool
     names: Sequence[str]
     weights: Sequence[float]
-    images: Tensor
-    """[S, G, 3, H, W] decoded completions of the first S conditions, to be shown."""
+    images: Tensor  # [S, G, 3, H, W] decoded completions of the first S conditions, to be shown
 
     def metrics(self) -> MetricSums:
         """Mean and spread of the sum and of each reward where it did not abstain, and the share where it did."""
@@ -47,12 +43,9 @@ class Rewarded(NamedTuple):
 class RewardSum:
     """The tokenizer's decoder and K weighted rewards."""
 
-    tokenizer: VQModel
-    """Frozen, in the precision of the rewards."""
-    terms: Mapping[str, tuple[Reward, float]]
-    """Name -> reward and weight."""
-    batch_size: int
-    """Completions decoded and scored at once, at most; 0 is what fits into a GPU's memory, 64 on a CPU."""
+    tokenizer: VQModel  # frozen, in the precision of the rewards
+    terms: Mapping[str, tuple[Reward, float]]  # name -> reward and weight
+    batch_size: int  # completions decoded and scored at once, at most; 0 is what fits into a GPU's memory, 64 on a CPU
 
     @torch.no_grad()
     def __call__(

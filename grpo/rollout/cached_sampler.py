@@ -13,12 +13,9 @@ from grpo.rollout.scoring import guide
 class SampledCodes(NamedTuple):
     """Sampled images as codes."""
 
-    tokens: Tensor
-    """[N, T] int64."""
-    log_probs: Tensor
-    """[N, T] fp32, of the full tempered (and guided) distribution."""
-    kept_mass: Tensor
-    """[N, T] fp32, probability of the set that top-k and top-p left to draw from."""
+    tokens: Tensor  # [N, T] int64
+    log_probs: Tensor  # [N, T] fp32, of the full tempered (and guided) distribution
+    kept_mass: Tensor  # [N, T] fp32, probability of the set that top-k and top-p left to draw from
 
 
 class CachedSampler:

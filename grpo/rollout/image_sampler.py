@@ -35,6 +35,7 @@ class ImageSampler:
 
         Starts anew with each call. Where top-k or top-p truncate the draw it is too low.
         """
+        self._drawn.add("entropy", 0.0, 0)  # the name, on a rank that drew nothing
         return self._drawn.means()["entropy"]
 
     def _draw(self, condition: Condition, row_ids: Tensor) -> Tensor:

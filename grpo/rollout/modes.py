@@ -22,12 +22,9 @@ class RandomStream(IntEnum):
     changes the results of every recipe that uses it.
     """
 
-    SAMPLING = 0
-    """Draws of tokens; rows are numbered sample * T + position."""
-    CONTEXT_NOISE = 1
-    """Codes of a teacher-forced context that are replaced; rows are samples."""
-    TOKEN_DROPOUT = 2
-    """Tokens left out of the policy loss; rows are completions."""
+    SAMPLING = 0  # draws of tokens; rows are numbered sample * T + position
+    CONTEXT_NOISE = 1  # codes of a teacher-forced context that are replaced; rows are samples
+    TOKEN_DROPOUT = 2  # tokens left out of the policy loss; rows are completions
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What a rollout yields and an update consumes."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,12 +11,9 @@ from grpo.models import Condition
 class Scores(NamedTuple):
     """What the loss needs of a policy, all fp32 and with gradient where the model has one."""
 
-    log_probs: Tensor
-    """[R, M, T] of the completions, under the tempered (and guided) distribution."""
-    entropy: Tensor
-    """[R, T] of that distribution, nats."""
-    target_log_probs: Tensor | None
-    """[R, T] of the real image's codes, at temperature 1 and without guidance."""
+    log_probs: Tensor  # [R, M, T] of the completions, under the tempered (and guided) distribution
+    entropy: Tensor  # [R, T] of that distribution, nats
+    target_log_probs: Tensor | None  # [R, T] of the real image's codes, at temperature 1 and without guidance
 
     def select(self, rows: slice, completions: slice) -> "Scores":
         """The given rows and, of each, the given completions."""
@@ -24,7 +21,7 @@ class Scores(NamedTuple):
         return Scores(self.log_probs[rows, completions], self.entropy[rows], None if targets is None else targets[rows])
 
 
-PER_COMPLETION = {"per_completion": True}  # metadata of fields whose first two dimensions are [R, M]
+PER_ROW = ("context", "target_tokens")  # all other tensors of a trajectory are [R, M, ...]
 
 
 @dataclass
@@ -36,30 +33,18 @@ class Trajectory:
     (M = 0) and only `target_tokens`: real images for the auxiliary cross-entropy. No later stage needs to know which.
     """
 
-    condition: Condition
-    """R rows: what each context row was asked for."""
-    context: Tensor
-    """[R, T-1] int64: the tokens fed to the model."""
-    tokens: Tensor = field(metadata=PER_COMPLETION)
-    """[R, M, T] int64: the completions scored under that context."""
-    old_log_probs: Tensor = field(metadata=PER_COMPLETION)
-    """[R, M, T] fp32: under the policy that sampled, of the full tempered distribution."""
-    ref_log_probs: Tensor | None = field(default=None, metadata=PER_COMPLETION)
-    """[R, M, T] fp32: under the frozen reference."""
-    target_tokens: Tensor | None = None
-    """[R, T] int64: the codes of the real image, for the auxiliary cross-entropy."""
-    rewards: Tensor | None = field(default=None, metadata=PER_COMPLETION)
-    """[R, M] fp32."""
-    advantages: Tensor | None = field(default=None, metadata=PER_COMPLETION)
-    """[R, M] fp32."""
-    kept_mass: Tensor | None = field(default=None, metadata=PER_COMPLETION)
-    """[R, M, T] fp32: probability of the set that top-k and top-p left to draw from; None without truncation."""
-    completion_ids: Tensor | None = field(default=None, metadata=PER_COMPLETION)
-    """[R, M] int64: global running numbers of the completions, the keys of their random numbers."""
-    scores: Scores | None = None
-    """Scores of the completions with their graph, when the forward that sampled is also the one to train."""
-    real: "Trajectory | None" = None
-    """Rows without completions for the auxiliary cross-entropy, when no row of this trajectory has a target."""
+    condition: Condition  # R rows: what each context row was asked for
+    context: Tensor  # [R, T-1] int64: the tokens fed to the model
+    tokens: Tensor  # [R, M, T] int64: the completions scored under that context
+    old_log_probs: Tensor  # [R, M, T] fp32: of the full tempered distribution of the policy that sampled
+    ref_log_probs: Tensor | None = None  # [R, M, T] fp32: under the frozen reference
+    target_tokens: Tensor | None = None  # [R, T] int64: the codes of the real image, for the auxiliary cross-entropy
+    rewards: Tensor | None = None  # [R, M] fp32
+    advantages: Tensor | None = None  # [R, M] fp32
+    kept_mass: Tensor | None = None  # [R, M, T] fp32: probability of what top-k and top-p left; None if that is all
+    completion_ids: Tensor | None = None  # [R, M] int64: global running numbers, the keys of the random numbers
+    scores: Scores | None = None  # with their graph, when the forward that sampled is also the one to train
+    real: "Trajectory | None" = None  # rows with targets alone, when no row of this trajectory has a target
 
     @property
     def rows(self) -> int:
@@ -78,7 +63,7 @@ class Trajectory:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
-                changes[item.name] = value[rows, completions] if item.metadata else value[rows]
+                changes[item.name] = value[rows] if item.name in PER_ROW else value[rows, completions]
         return replace(self, **changes)
 
     def split(self, rows: int) -> list["Trajectory"]:

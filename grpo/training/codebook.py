@@ -89,6 +89,5 @@ class Codebook:
             self._latents = unit.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C], the last micro-batch's
             self._errors = 1 - (unit * quantized.float()).sum(dim=1).flatten()  # [N], 1 - cosine to their codes
             self._statistics.index_add_(0, codes.flatten(), F.pad(self._latents, (0, 1), value=1.0))
-        if self.optimizer.steps >= self.config.unquantised_steps:
-            return None
-        return unit, torch.zeros_like(vq_loss), torch.zeros_like(commit_loss), codes
+        quantised = self.optimizer.steps >= self.config.unquantised_steps
+        return None if quantised else (unit, torch.zeros_like(vq_loss), torch.zeros_like(commit_loss), codes)

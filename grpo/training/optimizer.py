@@ -5,12 +5,11 @@ import math
 import torch
 from torch import nn
 
-from grpo.config import Optimizer as OptimizerConfig
-from grpo.config import TrainingRecipe
+from grpo.config import Optimizer, TrainingRecipe
 from grpo.parallel import World, clip_grad_norm, grad_scaler
 
 
-def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:
+def learning_rate(config: Optimizer, *, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of `total_steps`.
 
     constant and cosine start with `warmup_steps` of linear warm-up; one_cycle rises over 30 % of the steps and falls
@@ -41,7 +40,7 @@ class GuardedOptimizer:
     def __init__(
         self,
         model: nn.Module,
-        config: OptimizerConfig,
+        config: Optimizer,
         *,
         total_steps: int,
         max_skipped_steps: int,

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from grpo.checkpoint import CheckpointManager
@@ -32,7 +31,14 @@ def find_checkpoint(
                 "overwrite; give another metrics.run_dir or checkpoint.dir, or remove them"
             )
         return None, False
-    goes_on = partial(_continues, checkpoints, start=resume)
+
+    def goes_on(path: Path) -> bool:
+        """Whether a checkpoint was written by a run that had gone on from the one that was named."""
+        try:
+            return checkpoints.read_run_state(path).get("resumed_from") == resume
+        except (UserError, AttributeError):
+            return False
+
     if restarted and (own := checkpoints.resume_point(tell, accept=goes_on)) is not None:
         return own, False
     if (problem := checkpoints.damage(resume)) is not None:
@@ -52,9 +58,12 @@ def read_run_state(
     """
     state = checkpoints.read_run_state(path)
     try:
-        run_dir, before = str(state["run_dir"]), recipe_from_toml(type(recipe), state["recipe"])
-        int(state["step"]), dict(state["stream"]), dict(state["optimizer_step"])
-    except (LookupError, TypeError, ValueError) as error:
+        origin = f"{path}: the recipe in it"
+        run_dir, before = str(state["run_dir"]), recipe_from_toml(type(recipe), state["recipe"], origin=origin)
+        counts = state["step"], state["stream"]["samples"], state["optimizer_step"]["steps"]
+        if any(int(count) < 0 for count in counts):
+            raise ValueError("a count below 0")
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: run_state.json is not that of a training run: take another checkpoint") from error
     inside = recipe.checkpoint_dir.parent == recipe.run_dir
     if not named and not inside and run_dir != str(recipe.run_dir):
@@ -70,11 +79,3 @@ def read_run_state(
         )
         raise UserError([problem, *changes])
     return state, changes
-
-
-def _continues(checkpoints: CheckpointManager, path: Path, *, start: str) -> bool:
-    """Whether a checkpoint was written by a run that had gone on from the checkpoint `start`."""
-    try:
-        return checkpoints.read_run_state(path).get("resumed_from") == start
-    except (UserError, AttributeError):
-        return False

@@ -177,33 +177,6 @@ def test_former_names_of_jobs_are_read(recipe_file) -> None:
     assert job_of_file(path) == "train"
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        (
-            '[reward]\nreconstruction = "l1"\n',
-            "reward.reconstruction: unknown key; it is now reward.rec",
-        ),
-        (
-            "[reward]\nreconstruction_weight = 0.0\n",
-            "reward.reconstruction_weight: unknown key; it is now",
-        ),
-        (
-            "[reward]\nclassifier_checkpoint = 'c'\n",
-            "reward.classifier_checkpoint: unknown key; it is now",
-        ),
-        (
-            "[training]\ngradient_accumulation_steps = 2\n",
-            "training.gradient_accumulation_steps: unknown key; tr",
-        ),
-    ],
-)
-def test_former_keys_name_the_new_ones(recipe_file, settings: str, line: str) -> None:
-    path = recipe_file(f'[data]\nname = "synthetic"\n{settings}')
-    (problem,) = problems_of(GRPORecipe, ["--config", path])
-    assert problem.startswith(f"{path}: {line}")
-
-
 def test_shipped_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     by_name = load_recipe(GRPORecipe, ["--config", "debug"])

@@ -25,7 +25,7 @@ from grpo.config import (
 )
 from grpo.config.help import markdown
 from grpo.config.keys import section_keys
-from grpo.config.recipes import ORDER
+from grpo.config.recipe import ORDER
 from grpo.models import get_family, get_tokenizer_spec
 
 ROOT = Path(__file__).parents[2]
@@ -243,7 +243,7 @@ def test_changes_that_matter_on_resumption() -> None:
         "reward": {"reconstruction": {"weight": 2}, "embedding_cosine": {}, "precision": "fp32"},
     }
     assert set(changes_that_matter(before, GRPORecipe.model_validate(merged(SYNTHETIC, bound)))) == {
-        "training.batch_size: None -> 64",
+        "training.batch_size: 256 -> 64",
         "reward.precision: 'auto' -> 'fp32'",
         "reward.reconstruction.weight: 1.0 -> 2.0",
         "reward.embedding_cosine.kind: None -> 'embedding_cosine'",
@@ -262,8 +262,8 @@ def test_committed_recipe_loads(path: Path) -> None:
     if "model" in recipe.sections():
         get_family(recipe.model.name)
     if "tokenizer" in recipe.sections():
-        spec = get_tokenizer_spec(recipe.tokenizer.name)
-        assert recipe.tokenizer.downsample_size == spec.patch_size * 2 ** (len(spec.ch_mult) - 1)
+        sizes = get_tokenizer_spec(recipe.tokenizer.name).config()
+        assert recipe.tokenizer.downsample_size == sizes.downsample_size
 
 
 def test_published_run_has_its_size() -> None:

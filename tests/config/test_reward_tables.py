@@ -1,5 +1,6 @@
 """Tables [reward.NAME]: typed by their kind, from a file and from flags."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, Self
@@ -7,7 +8,16 @@ from typing import Any, Self
 import pytest
 from pydantic import Field
 
-from grpo.config import REWARD_KINDS, GRPORecipe, RewardTable, UserError, load_recipe, recipe_from_toml, reward_class
+from grpo.config import (
+    REWARD_KINDS,
+    GRPORecipe,
+    RewardTable,
+    UserError,
+    changes_that_matter,
+    load_recipe,
+    recipe_from_toml,
+    reward_class,
+)
 
 MINIMAL = ["--data.name", "synthetic"]
 
@@ -128,7 +138,7 @@ def test_all_mistakes_of_tables_are_reported_with_the_others(recipe_file) -> Non
         ),
         (
             ["--reward.reconstruction_weight", "1"],
-            "--reward.reconstruction_weight: unknown flag; it is now reward.reconstruction.weight",
+            "--reward.reconstruction_weight: unknown flag; did you mean --reward.reconstruction.weight?",
         ),
         (
             ["--rollout.mode", "autoregressive"],
@@ -166,3 +176,36 @@ def test_kinds_of_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_key_of_a_kind_is_documented() -> None:
     for kind in REWARD_KINDS:
         assert all(field.description for field in reward_class(kind).Settings.model_fields.values()), kind
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--reward.batch_size.kind", "jpeg_size"], "--reward.batch_size.kind: unknown flag"),
+        (
+            ["--reward.reconstruction.kind", "jpeg_size", "--reward-rec-type", "l1"],
+            "the kind of that reward has no such",
+        ),
+        (["--reward.a b.kind", "jpeg_size"], "a reward's name has letters, digits"),
+        (["--rollout.temperature", "1e-300"], "rollout.temperature must be a number >= 1e-30"),
+        (["--config", "a" * 300], "cannot be read"),
+        (["--metrics.run_dir", "\udcff"], "not UTF-8"),
+    ],
+)
+def test_flags_that_once_ended_in_a_traceback(flags: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        load_recipe(GRPORecipe, ["--data.name", "synthetic", *flags])
+
+
+@pytest.mark.parametrize("text", ["reward.x = " + "[" * 2000 + "]" * 2000, "seed = " + "9" * 5000])
+def test_files_beyond_pythons_limits_are_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "deep.toml").write_text(text)
+    with pytest.raises(UserError, match="is not valid TOML"):
+        load_recipe(GRPORecipe, ["--config", str(tmp_path / "deep.toml")])
+
+
+def test_a_batch_that_is_left_out_is_the_one_that_it_stands_for() -> None:
+    flags = ["--data.name", "synthetic", "--rollout.batch_size", "4", "--rollout.num_generations", "4"]
+    before, after = (load_recipe(GRPORecipe, [*flags, *more]) for more in ([], ["--training.batch_size", "16"]))
+    assert changes_that_matter(before, after) == []
+    assert changes_that_matter(before, load_recipe(GRPORecipe, [*flags, "--training.batch_size", "8"])) != []

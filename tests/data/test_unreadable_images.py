@@ -69,7 +69,7 @@ def test_next_readable_image_of_the_order_takes_the_place(damaged, caplog):
     with caplog.at_level(logging.WARNING):
         found = order_of(dataset, 3)
     assert [found[number] for number in range(COUNT)] == expected
-    assert dataset.bad_images == len(caplog.records) == 3
+    assert len(dataset.unreadable) == len(caplog.records) == 3
     assert all(f"{index:03d}.png" in record.message for index, record in zip(bad, caplog.records, strict=True))
 
 
@@ -88,7 +88,7 @@ def test_replacement_does_not_depend_on_ranks_workers_or_start(damaged):
 def test_each_bad_image_counts_once(damaged, num_workers):
     dataset = damaged([0, 1, 2], max_bad_images=3)
     order_of(dataset, 12, num_workers=num_workers)
-    assert dataset.bad_images == 3
+    assert len(dataset.unreadable) == 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

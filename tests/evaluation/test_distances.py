@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from grpo.evaluation import (
+from grpo.evaluation.distances import (
     FeatureStatistics,
-    accuracy,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -113,9 +112,3 @@ def test_precision_and_recall_of_equal_and_of_distant_sets():
     features = normal(50, 3, seed=7)
     assert precision_recall(features, features) == (1, 1)
     assert precision_recall(features, features + 1000) == (0, 0)
-
-
-def test_accuracy_and_counts():
-    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    class_ids = torch.tensor([0, 1, 1])
-    assert accuracy(probabilities, class_ids) == pytest.approx(2 / 3)

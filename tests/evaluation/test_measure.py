@@ -17,15 +17,14 @@ from grpo.evaluation import (
     ClassifierJudge,
     DrawnImages,
     FeatureStatistics,
-    FolderImages,
     InceptionJudge,
-    NpzImages,
     classifier_gap,
     compare,
     measure_images,
     save_pngs,
 )
 from grpo.evaluation import judges as judges_module
+from grpo.evaluation.sources import FolderImages, NpzImages
 from grpo.models import save_weights
 
 

@@ -13,14 +13,13 @@ from grpo.data import build_dataset
 from grpo.evaluation import (
     DatasetImages,
     DrawnImages,
-    FolderImages,
-    NpzImages,
     NpzWriter,
     batches_in_order,
     classes_in_turn,
     open_images,
     save_pngs,
 )
+from grpo.evaluation.sources import FolderImages, NpzImages
 from grpo.models import Condition
 
 

@@ -30,6 +30,7 @@ def test_rows_are_chosen_and_repeated():
 def test_dropped_rows_stay_dropped():
     some = ROWS.drop(torch.tensor([True, False, False])).drop(torch.tensor([False, False, True]))
     assert some.dropped.tolist() == [True, False, True]
+    assert some.unconditional().dropped.tolist() == [True, True, True]
     both = some.with_unconditional()
     assert both.class_ids.tolist() == [4, 0, 2, 4, 0, 2]
     assert both.dropped.tolist() == [True, False, True, True, True, True]

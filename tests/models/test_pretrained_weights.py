@@ -143,7 +143,11 @@ def test_a_config_that_differs_from_the_files_own_is_explained(tmp_path, change,
         ('{"dim": "64", "n_layer": 2, "n_head": 4}', "no sizes of a class-conditional GPT"),
         ('{"dim": 64, "n_layer": 2, "n_head": 4, "depth": 3}', "unknown depth"),
         ('{"dim": 64, "n_layer": 2, "n_head": 3}', "multiple of 4"),
-        ('{"dim": 64, "n_layer": 1000000000, "n_head": 4}', "the sizes that are written with the weights are not"),
+        ('{"dim": 64, "n_layer": 1000, "n_head": 4}', "the sizes that are written with the weights are not"),
+        ('{"dim": 64, "n_layer": 1000000000, "n_head": 4}', "a size that is not in 0"),
+        ('{"dim": 64, "n_layer": 2, "n_head": 0}', "a size that is not in 0"),
+        ('{"dim": 64, "n_layer": 2, "n_head": 4, "ffn_dim_multiplier": NaN}', "a size that is not in 0"),
+        ('{"dim": 64, "n_layer": 2, "n_head": 4, "dropout": -1.0}', "unknown dropout"),
     ],
 )
 def test_crafted_sizes_are_refused(tmp_path, weights, text, message):

@@ -73,6 +73,6 @@ def test_two_processes_take_the_steps_of_one(run_here, run_on_two, tmp_path):
 def test_factor_of_another_tokenizer_is_refused(run_here, tmp_path):
     flags = [*TINY, "--metrics.run_dir", tmp_path / "run"]
     flags[flags.index("--tokenizer.downsample_size") + 1] = "8"
-    with pytest.raises(UserError, match=r"tokenizer.downsample_size: VQ-tiny makes one code of 4 pixels, not 8"):
+    with pytest.raises(UserError, match=r"tokenizer.downsample_size: VQ-tiny has 4 pixels a code, not 8"):
         run_here("tokenizer", *flags)
     assert not (tmp_path / "run").exists()

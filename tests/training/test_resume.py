@@ -155,3 +155,17 @@ def test_keep_best_by_a_metric_of_the_run(tmp_path):
     assert kept == {6, norms.index(min(norms)) + 1}
     with pytest.raises(UserError, match=r"best_metric: this job has no metric 'reward'; it has .*reward_mean"):
         run(tmp_path / "other", *flags, "--checkpoint.best_metric", "reward")
+
+
+def test_a_reward_file_that_changed_is_a_difference_that_naming_the_checkpoint_accepts(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(images):\n    return images.mean(dim=(1, 2, 3))\n")
+    flags = ["--reward.mine.kind", "python", "--reward.mine.function", f"{file}:mine"]
+    run(tmp_path / "run", *flags, "--training.steps", 3)
+    file.write_text(file.read_text() + "# a word more\n")
+    with pytest.raises(UserError, match=r"differs \(1 keys\)") as error:
+        run(tmp_path / "run", *flags, "--training.steps", 4)
+    assert error.value.problems[1].startswith("reward.mine.sha256: ")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
+    run(tmp_path / "run", *flags, "--training.steps", 4, "--checkpoint.resume", checkpoint)
+    assert starts(tmp_path / "run") == [0, 3]

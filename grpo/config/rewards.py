@@ -1,14 +1,46 @@
-"""The section [reward] and its tables [reward.NAME], each typed by its kind."""
+"""The kinds of rewards, the section [reward] and its tables [reward.NAME], each typed by its kind."""
 
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, FiniteFloat, SerializeAsAny, model_validator
 
-from grpo.config.reward_kinds import reward_class
+from grpo.config.errors import UserError, did_you_mean
 from grpo.config.sections import MayChange, NonNegativeInt, Section
+
+REWARD_KINDS: dict[str, str] = {
+    "reconstruction": "grpo.rewards.reconstruction:Reconstruction",
+    "embedding_cosine": "grpo.rewards.embedding_cosine:EmbeddingCosine",
+    "class_log_prob": "grpo.rewards.class_log_prob:ClassLogProb",
+    "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
+    "python": "grpo.rewards.python_function:PythonFunction",
+}
+"""Kind -> module and class, imported only when a recipe asks for it. A new reward is one file and one line here."""
 
 REFERENCE_REWARD = "reconstruction"
 """The reference trainer's reward, where a recipe names none: minus the squared error."""
+
+
+def reward_kinds() -> dict[str, str]:
+    """The project's kinds, and those of installed packages under the entry point group `grpo.rewards`."""
+    return {entry.name: entry.value for entry in entry_points(group="grpo.rewards")} | REWARD_KINDS
+
+
+def reward_class(kind: str) -> Any:
+    """The class of a kind: `Settings` (a `RewardTable`), `needs`, and how to build it.
+
+    Raises:
+        UserError: there is no such kind, or its module cannot be imported.
+    """
+    kinds = reward_kinds()
+    if kind not in kinds:
+        raise UserError(f'unknown kind of reward "{kind}"; {did_you_mean(kind, kinds)}')
+    module, _, name = kinds[kind].partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f'the reward "{kind}" cannot be imported from {kinds[kind]}: {error}') from error
 
 
 class RewardTable(Section):
@@ -45,7 +77,7 @@ class Rewards(Section):
     @model_validator(mode="before")
     @classmethod
     def _type_tables(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
+        if isinstance(values, cls):
             return values
         tables = {name: table for name, table in values.items() if name not in cls.model_fields}
         for name, table in (tables or {REFERENCE_REWARD: {}}).items():

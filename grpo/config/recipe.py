@@ -1,0 +1,149 @@
+"""What all recipes share: their base class, the checks of several jobs, and how two of them differ.
+
+A recipe object is always valid: every key by its section, every combination by the checks of its job. A check gives a
+line for all that it finds, so that a user mends a recipe once. The line names every key that takes part as
+`section.key`; the loader tells by them where the mistake was made.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Parallel, Section, Training
+
+ORDER = (
+    "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",
+    "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile", "activation_checkpoint",
+    "checkpoint", "metrics", "debug",
+)  # fmt: skip
+"""Sections in the order in which a reader wants them, whichever class declares them."""
+
+
+class Recipe(BaseModel):
+    """Base of all recipes; every field is a section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job: ClassVar[str]
+    """Word of the job on the command line, and the value of the key `job` in its file."""
+
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        """Name and class of every section, in the order of the file."""
+        return {name: cls.model_fields[name].annotation for name in sorted(cls.model_fields, key=ORDER.index)}
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if problems := list(self.problems()):
+            raise ValueError("; ".join(problems))
+        return self
+
+    def problems(self) -> Iterator[str]:
+        """A line for every impossible combination of keys; none for a valid recipe."""
+        yield from ()
+
+    def notes(self) -> list[str]:
+        """One line for each setting that has no effect next to the others."""
+        changed = _changed_keys(type(self).model_construct(), self)
+        idle = [(key, reason) for is_idle, keys, reason in self._idle_keys() if is_idle for key in keys.split()]
+        return [f"{key} has no effect: {reason}" for key, reason in idle if key in changed]
+
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        """Whether it is so, the keys that then have no effect, and why."""
+        return []
+
+    def explicit(self) -> Self:
+        """The same recipe with what it leaves to be computed from its other keys written out."""
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved recipe, to be loaded again as it is: every key but those that are none, which TOML lacks."""
+        return tomli_w.dumps({"job": self.job, **self._values(exclude_none=True)})
+
+    def _values(self, **options: Any) -> dict[str, Any]:
+        """The recipe as a file has it."""
+        values = self.model_dump(**options)
+        return {name: values[name] for name in self.sections()}
+
+
+class TrainingRecipe(Recipe):
+    """Base of the recipes of runs, which have a folder and checkpoints."""
+
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    debug: Debug = Debug()
+
+    def problems(self) -> Iterator[str]:
+        yield from data_problems(self.data)
+        if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
+            yield 'parallel.reshard_after_forward = "always" needs parallel.data_parallel = "fsdp", not "sdp"'
+
+    def notes(self) -> list[str]:
+        notes = super().notes()
+        if not self.checkpoint.save_final and not self.checkpoint.interval:
+            notes.append("checkpoint.interval = 0 and checkpoint.save_final = false: nothing of this run is saved")
+        return notes
+
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
+        best = "checkpoint.best_metric checkpoint.best_is"
+        return [
+            (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
+            (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
+            (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
+            (not self.metrics.wandb, wandb, "metrics.wandb is off"),
+        ]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder: `metrics.run_dir`, which `load_recipe` sets to runs/<name of the recipe file>."""
+        return Path(self.metrics.run_dir or f"runs/{self.job}")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of the checkpoints: inside the run's folder unless `checkpoint.dir` was moved."""
+        moved = self.checkpoint.dir.rstrip("/") != Checkpoint().dir
+        return Path(self.checkpoint.dir) if moved else self.run_dir / self.checkpoint.dir
+
+
+def required(name: str, section: Section, *keys: str) -> Iterator[str]:
+    """Optional keys that a job cannot do without."""
+    yield from (f"{name}.{key} is required" for key in keys if getattr(section, key) is None)
+
+
+def data_problems(data: Data) -> Iterator[str]:
+    """A data set needs a path unless it comes with the project."""
+    if data.path is None and data.name not in ("digits", "synthetic"):
+        yield f'data.path is required with data.name = "{data.name}"'
+
+
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """One line for each key whose value is not the same, for two recipes of the same job."""
+    return list(_changed_keys(before, after).values())
+
+
+def changes_that_matter(before: Recipe, after: Recipe) -> list[str]:
+    """Those of `differences` that a resumed run may not have: all but the keys that only move work around."""
+    free = {f"{name}.{key}" for name, section in after.sections().items() for key in section.free_keys()}
+    return [line for key, line in _changed_keys(before.explicit(), after.explicit()).items() if key not in free]
+
+
+def _changed_keys(before: Recipe, after: Recipe) -> dict[str, str]:
+    old, new = _flatten(before._values()), _flatten(after._values())
+    keys = [key for key in {**old, **new} if repr(old.get(key)) != repr(new.get(key))]  # NaN equals itself
+    return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Value of every `section.key` and `reward.NAME.key`."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
