@@ -54,7 +54,8 @@ def train(recipe: GRPORecipe, world: World) -> None:
                 with run.timer("update"):
                     updated = job.update(trajectory)  # clipped ratio, in micro-batches
                 metrics.merge(rewarded.metrics(), credited, updated)
-                shown = shown or sample_rows(batch, rewarded, job)
+                if show:
+                    shown = sample_rows(batch, rewarded, job)
             run.observer.images(step, shown)
             drawn, codes = job.schedule.completions * world.size, job.policy.config.block_size
             run.finish(step, metrics, images=drawn, codes=codes, work=job.work)
