@@ -39,9 +39,8 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         entries = json.loads(path.read_text())
         sums = {name: FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
     except OSError as error:
-        raise UserError(
-            f"{folder} is not a whole checkpoint of a run: {MANIFEST_NAME}: {error.strerror}; take another checkpoint"
-        ) from None
+        problem = f"{MANIFEST_NAME}: {error.strerror}; take another checkpoint"
+        raise UserError(f"{folder} is not a whole checkpoint of a run: {problem}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): take another checkpoint") from error
     for name in sums:

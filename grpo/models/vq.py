@@ -108,7 +108,7 @@ class Level(nn.Module):
     """`count` residual blocks of one resolution, with or without attention after each; then half or double the size."""
 
     def __init__(
-        self, inputs: int, outputs: int, count: int, config: VQConfig, *, attention: bool, down=False, up=False
+        self, inputs: int, outputs: int, count: int, config: VQConfig, *, attention: bool, down: bool, up: bool
     ) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * count
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         last = len(config.ch_mult) - 1
         self.conv_blocks = nn.Sequential()
         for index, pair in enumerate(pairwise(widths)):
-            level = Level(*pair, config.num_res_blocks, config, attention=index == last, down=index != last)
+            level = Level(*pair, config.num_res_blocks, config, attention=index == last, down=index != last, up=False)
             self.conv_blocks.append(level)
         self.mid = _middle(widths[-1], config)
         self.norm_out = config.group_norm(widths[-1])
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         last = len(config.ch_mult) - 1
         self.conv_blocks = nn.Sequential()
         for index, pair in enumerate(pairwise(widths)):
-            level = Level(*pair, config.num_res_blocks + 1, config, attention=index == 0, up=index != last)
+            level = Level(*pair, config.num_res_blocks + 1, config, attention=index == 0, down=False, up=index != last)
             self.conv_blocks.append(level)
         self.norm_out = config.group_norm(widths[-1])
         self.conv_out = _conv(widths[-1], config.pixel_channels)

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -16,7 +17,6 @@ from grpo.parallel.distributed import environment_rank, run_store
 
 _REPORTED = "error-reported"
 _PRINTED = "error-printed"
-_PRINT_TIMEOUT = timedelta(seconds=5)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LOST_CONTACT = (
     "Rank {rank} lost another rank in a collective: that one was killed, has failed (it says why itself), or did not "
@@ -75,18 +75,16 @@ def _report(lines: Sequence[str]) -> None:
             if store is not None:
                 store.set(_PRINTED, "")
         elif store is not None:
-            store.wait([_PRINTED], _PRINT_TIMEOUT)
+            store.wait([_PRINTED], timedelta(seconds=5))
     except RuntimeError:  # the store went away together with the rank or the launcher that hosts it
         if rank == "0":
             print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _another_rank_reported() -> bool:
-    store = run_store()
-    try:
-        return store is not None and store.check([_REPORTED])
-    except RuntimeError:
-        return False
+    with suppress(RuntimeError):  # the store may have gone with the rank or the launcher that hosts it
+        return (store := run_store()) is not None and store.check([_REPORTED])
+    return False
 
 
 def _advice(error: BaseException) -> str | None:

@@ -6,13 +6,12 @@ import socket
 import struct
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
-_POLL_SECONDS = 0.01
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface, see netdevice(7)
-_ANY_PORT = 9  # of a datagram socket that sends nothing
 
 
 def connect_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
@@ -52,7 +51,7 @@ def agree_on_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta)
             if store.check([f"word/{other}"]) and (word := store.get(f"word/{other}")) != answered.get(other):
                 store.set(f"prefix/{word.decode()}", prefix)
                 answered[other] = word
-        time.sleep(_POLL_SECONDS)
+        time.sleep(0.01)
     return dist.PrefixStore(prefix, store)
 
 
@@ -62,22 +61,18 @@ def choose_network_interface() -> None:
     Left alone, gloo takes the address that the host's own name resolves to, which in a container is often the
     loopback. Where the way to the rendezvous host is not told from the address, nothing is changed.
     """
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    if (name := _interface_towards(os.environ.get("MASTER_ADDR", ""))) is not None:
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface_towards(os.environ.get("MASTER_ADDR", ""))):
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _interface_towards(host: str) -> str | None:
     """The IPv4 interface whose address packets to `host` would carry; None for the loopback and where it is unknown."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, _ANY_PORT))  # chooses a route and sends nothing
-            address = probe.getsockname()[0]
-            names = [] if address.startswith("127.") else [name for _, name in socket.if_nameindex()]
-            return next((name for name in names if _address_of(probe, name) == address), None)
-    except OSError:
-        return None
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # any port: this chooses a route and sends nothing
+        address = probe.getsockname()[0]
+        names = [] if address.startswith("127.") else [name for _, name in socket.if_nameindex()]
+        return next((name for name in names if _address_of(probe, name) == address), None)
+    return None
 
 
 def _address_of(probe: socket.socket, interface: str) -> str | None:
