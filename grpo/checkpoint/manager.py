@@ -169,7 +169,7 @@ class CheckpointManager:
         }
         for name, text in texts.items():
             folders.write_synced(partial / name, text)
-        sums = file_sums(partial / name for name in (METADATA_NAME, *consolidated, *texts))
+        sums = file_sums([partial / name for name in (METADATA_NAME, *consolidated, *texts)])
         for share in shares:
             sums |= share
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
