@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 STEPS = 16
 RECIPE = (
-    "recipes/grpo.py", "--config", "train_configs/debug.toml", "--parallel.data_parallel", "hsdp",
+    "recipes/train_grpo.py", "--config", "train_configs/debug.toml", "--parallel.data_parallel", "hsdp",
     "--parallel.timeout", "60", "--training.steps", str(STEPS), "--checkpoint.interval", "1", "--checkpoint.sharded",
     "--metrics.image_interval", "0",
 )  # fmt: skip
