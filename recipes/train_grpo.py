@@ -78,7 +78,7 @@ class Job(NamedTuple):
 def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     """Data, models, rollout, rewards and update of a recipe."""
     training, objective, world, seed = recipe.training, recipe.objective, run.world, recipe.training.seed
-    schedule = Schedule.of(rollout=recipe.rollout, training=training, objective=objective, ranks=world.size)
+    schedule = recipe.schedule(ranks=world.size)
     dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
     stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)

@@ -44,6 +44,12 @@ class GRPORecipe(GeneratorRecipe):
     reward: Rewards = Field(default_factory=Rewards)
     objective: Objective = Objective()
 
+    def schedule(self, *, ranks: int) -> Schedule:
+        """The sizes of a step on each of so many ranks. Raises a UserError if they cannot share the batches."""
+        needs = {need for table in self.reward.active.values() for need in reward_class(table.kind).needs}
+        sections = {"rollout": self.rollout, "training": self.training, "objective": self.objective}
+        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards="population" in needs)
+
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
         training = self.training.model_copy(update={"batch_size": self.training.batch_size or drawn})
@@ -59,7 +65,7 @@ class GRPORecipe(GeneratorRecipe):
         if training.dropout_mode != "eval":
             yield f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
         try:
-            Schedule.of(rollout=rollout, training=training, objective=objective, ranks=1)
+            self.schedule(ranks=1)
         except UserError as error:
             yield from error.problems
         if rollout.num_generations == 1 and objective.advantage != "batch_std":  # the only one without a group's mean

@@ -100,7 +100,7 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     with torch.device("meta"):
         model, tokenizer = family.build(sizes), VQModel(tokenizer_sizes(recipe.tokenizer))
     if isinstance(recipe, GRPORecipe):
-        schedule = Schedule.of(rollout=recipe.rollout, training=training, objective=recipe.objective, ranks=ranks)
+        schedule = recipe.schedule(ranks=ranks)
     sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
     rows = sequences * sizes.block_size
     policy = sharded_bytes(model, mesh=mesh, parallel=recipe.parallel, training=training, accumulates=micro_batches > 1)

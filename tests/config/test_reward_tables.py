@@ -209,3 +209,13 @@ def test_a_batch_that_is_left_out_is_the_one_that_it_stands_for() -> None:
     before, after = (load_recipe(GRPORecipe, [*flags, *more]) for more in ([], ["--training.batch_size", "16"]))
     assert changes_that_matter(before, after) == []
     assert changes_that_matter(before, load_recipe(GRPORecipe, [*flags, "--training.batch_size", "8"])) != []
+
+
+def test_a_reward_over_a_population_takes_the_whole_rollout_before_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scores are known only then, so no sampling forward waits for the backward."""
+    recipe = load_recipe(GRPORecipe, ["--data.name", "synthetic", "--rollout.batch_size", "16"])
+    assert recipe.schedule(ranks=2).trains_sampling_forward
+    monkeypatch.setattr(reward_class("reconstruction"), "needs", frozenset({"population"}))
+    schedule = recipe.schedule(ranks=2)
+    assert not schedule.trains_sampling_forward
+    assert schedule.images_per_part == schedule.images == 8

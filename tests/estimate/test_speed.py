@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo.config import GRPORecipe, Schedule, load_recipe
+from grpo.config import GRPORecipe, load_recipe
 from grpo.estimate import Peaks, Work, device_peaks, grpo_work, measured_peaks, throughput
 from grpo.jobs.train_grpo import main
 from grpo.models import GPT, GPTConfig
@@ -55,7 +55,7 @@ def recipe(**changes):
 
 
 def work_of(recipe, config, *, ranks=1):
-    schedule = Schedule.of(rollout=recipe.rollout, training=recipe.training, objective=recipe.objective, ranks=ranks)
+    schedule = recipe.schedule(ranks=ranks)
     return grpo_work(recipe, config, schedule)
 
 
