@@ -158,3 +158,10 @@ def test_inception_without_torch_fidelity(tmp_path, monkeypatch):
     monkeypatch.setattr(judges_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         InceptionJudge(tmp_path / "inception.pth", device=torch.device("cpu"))
+
+
+def test_accuracy_is_the_share_of_images_of_their_class():
+    seen = measure_images(colored(CLASS_IDS, noise=60), JUDGE, batch_size=60)
+    asked = seen.class_ids.clone()
+    asked[:15] = (asked[:15] + 1) % 3
+    assert compare(seen._replace(class_ids=asked), seen)["accuracy"] == 0.75
