@@ -48,7 +48,8 @@ def train(recipe: GRPORecipe, world: World) -> None:
                 show = recipe.metrics.image_groups if run.observer.wants_images(step) and not shown else 0
                 with run.timer("rollout"):
                     trajectory = job.rollout(batch)  # tokens [R, M, T]
-                rewarded = job.reward(trajectory.tokens, batch.condition, batch.images, show=show, timer=run.timer)
+                asked = batch.condition, batch.images, batch.captions
+                rewarded = job.reward(trajectory.tokens, *asked, show=show, timer=run.timer)
                 trajectory.rewards = rewarded.total  # [R, M]
                 trajectory.advantages, credited = job.credit(rewarded)  # [R, M]
                 with run.timer("update"):
@@ -114,6 +115,5 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
 def sample_rows(batch: ImageBatch, rewarded: Rewarded, job: Job) -> list[SampleRow]:
     """Rows of the image grid: the real image, where completions are of it, completions, rewards, the caption."""
     groups = rewarded.total.view(batch.rows, -1)  # [B, G]
-    captions = job.stream.dataset.captions(batch.condition)
-    rows = zip(batch.images, rewarded.images, groups, captions, strict=False)
+    rows = zip(batch.images, rewarded.images, groups, batch.captions, strict=False)
     return [SampleRow(real if job.shows_real else None, drawn, rewards, text) for real, drawn, rewards, text in rows]

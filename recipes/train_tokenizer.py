@@ -49,15 +49,14 @@ def train(recipe: TokenizerRecipe, world: World) -> None:
 
         def after_step(step: int) -> dict[str, float]:
             if run.observer.wants_images(step):
-                captions = dataset.captions(newest[0].condition)
-                run.observer.images(step, sample_rows(*newest, captions)[: recipe.metrics.image_groups])
+                run.observer.images(step, sample_rows(*newest)[: recipe.metrics.image_groups])
             return {**codebook.update(), "codebook_usage": tokenizer.quantize.usage()}
 
         minimise(run, tokenizer, dataset, loss, optimizer=optimizer, after_step=after_step)
 
 
-def sample_rows(batch: ImageBatch, reconstruction: Tensor, captions: Sequence[str]) -> list[SampleRow]:
+def sample_rows(batch: ImageBatch, reconstruction: Tensor) -> list[SampleRow]:
     """Rows of the image grid: the image, its reconstruction and minus the squared error."""
     rewards = -(reconstruction - batch.images).square().mean(dim=(1, 2, 3))
-    rows = zip(batch.images, reconstruction[:, None], rewards[:, None], captions, strict=True)
+    rows = zip(batch.images, reconstruction[:, None], rewards[:, None], batch.captions, strict=True)
     return [SampleRow(*row) for row in rows]

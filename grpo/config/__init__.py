@@ -4,6 +4,7 @@ from grpo.config.errors import UserError, did_you_mean
 from grpo.config.help import help_text
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
 from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml
+from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, changes_that_matter, differences
 from grpo.config.recipes import (
     RECIPES,
@@ -25,11 +26,9 @@ from grpo.config.sections import (
     Debug,
     Metrics,
     Model,
-    Objective,
     Optimizer,
     Parallel,
-    Rollout,
-    Section,
     Tokenizer,
     Training,
 )
+from grpo.config.types import Section

@@ -18,7 +18,7 @@ from grpo.config.keys import Key, section_keys
 from grpo.config.recipe import Recipe
 from grpo.config.recipes import RECIPES, GRPORecipe, job_named
 from grpo.config.rewards import REFERENCE_REWARD, RewardTable, reward_class
-from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
+from grpo.config.types import LARGEST_INT, LARGEST_SEED, Section
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"

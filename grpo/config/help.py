@@ -9,7 +9,7 @@ from grpo.config.keys import Key, section_keys
 from grpo.config.recipe import Recipe
 from grpo.config.recipes import RECIPES, GRPORecipe
 from grpo.config.rewards import REWARD_KINDS, reward_class, reward_kinds
-from grpo.config.sections import Section
+from grpo.config.types import Section
 
 FLAG_OF_KEY = {key: flag for flag, key in reference.ALL_FLAGS.items()}
 

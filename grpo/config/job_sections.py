@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from grpo.config.sections import (
+from grpo.config.types import (
     GuidanceScale,
     KernelBackend,
     MinusOneOrMore,

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from grpo.config.sections import LARGEST_INT, LARGEST_SEED, Section
+from grpo.config.types import LARGEST_INT, LARGEST_SEED, Section
 
 SCALARS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none", Any: "anything"

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Parallel, Section, Training
+from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Parallel, Training
+from grpo.config.types import Section
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",

@@ -7,10 +7,11 @@ from pydantic import Field
 
 from grpo.config.errors import UserError
 from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
+from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
 from grpo.config.schedule import Schedule
-from grpo.config.sections import ActivationCheckpoint, Compile, Data, Model, Objective, Parallel, Rollout, Tokenizer
+from grpo.config.sections import ActivationCheckpoint, Compile, Data, Model, Parallel, Tokenizer
 
 
 class GeneratorRecipe(TrainingRecipe):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from pydantic import FiniteFloat
 
-from grpo.config.sections import PositiveInt, Section
+from grpo.config.types import PositiveInt, Section
 
 _TABLE = """
 model: name gpt-model, checkpoint gpt-ckpt, from_fsdp from-fsdp, num_classes num-classes, cls_token_num cls-token-num,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, FiniteFloat, SerializeAsAny, model_validator
 
 from grpo.config.errors import UserError, did_you_mean
-from grpo.config.sections import MayChange, NonNegativeInt, Section
+from grpo.config.types import MayChange, NonNegativeInt, Section
 
 REWARD_KINDS: dict[str, str] = {
     "reconstruction": "grpo.rewards.reconstruction:Reconstruction",

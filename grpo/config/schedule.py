@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from grpo.config.errors import UserError
-from grpo.config.sections import Objective, Rollout, Training
+from grpo.config.policy_sections import Objective, Rollout
+from grpo.config.sections import Training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,53 +2,26 @@
 
 The string under a field is its documentation and appears in `--help`. Defaults are those of the reference trainer
 (VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines mean the same here. Checks of one
-key live with its field, those across keys in `checks.py`; sections of one job or of rewards have files of their own.
+key live with its field, those across keys in `recipes.py`; sections of one job, of GRPO and of rewards have files of their own.
 """
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, FiniteFloat
-
-LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
-LARGEST_SEED = 2**63 - 1
-
-PositiveInt = Annotated[int, Gt(0), Le(LARGEST_INT)]
-NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_INT)]
-MinusOneOrMore = Annotated[int, Ge(-1), Le(LARGEST_INT)]
-Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
-PositiveFloat = Annotated[FiniteFloat, Gt(0)]
-NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
-Fraction = Annotated[float, Ge(0), Le(1)]
-ProperFraction = Annotated[float, Ge(0), Lt(1)]
-Temperature = Annotated[FiniteFloat, Ge(1e-30), Le(1e30)]  # what logits can be divided by in fp32
-TopP = Annotated[float, Gt(0), Le(1)]
-GuidanceScale = Annotated[FiniteFloat, Ge(1)]
-Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-KernelBackend = Literal["auto", "triton", "reference"]
-PolicyLoss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
-AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "batch_std", "gdpo"]
-KLEstimator = Literal["none", "k1", "k2", "k3"]
-
-
-class MayChange:
-    """Metadata of a key that a resumed run may change: it moves work around, it does not change it."""
-
-
-class Section(BaseModel):
-    """Base of all sections: strict about names, immutable, documented by attribute docstrings; no text is empty."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, str_min_length=1)
-
-    @classmethod
-    def free_keys(cls) -> set[str]:
-        """The keys that a resumed run may change."""
-        is_free = issubclass(cls, FreeSection)
-        return {name for name, field in cls.model_fields.items() if is_free or MayChange in field.metadata}
-
-
-class FreeSection(Section):
-    """Base of the sections whose every key a resumed run may change."""
+from grpo.config.types import (
+    Fraction,
+    FreeSection,
+    KernelBackend,
+    MayChange,
+    MinusOneOrMore,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    ProperFraction,
+    Section,
+    Seed,
+)
 
 
 class Model(Section):
@@ -104,97 +77,6 @@ class Data(Section):
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
     max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
-
-
-class Rollout(Section):
-    """How completions are drawn from the policy."""
-
-    mode: Literal["teacher_forced", "autoregressive"] = "teacher_forced"
-    """teacher_forced: all positions at once under the codes of a real image; autoregressive: true sampling."""
-    num_generations: Annotated[int, Gt(0), Le(4096)] = 8
-    """Completions of each image (G)."""
-    batch_size: PositiveInt = 32
-    """Images of one rollout, over all ranks."""
-    temperature: Temperature = 1.0
-    """Divides the logits, in sampling and in the log-probs."""
-    top_k: NonNegativeInt = 0
-    """Draw from the k most likely codes only; 0 is off."""
-    top_p: TopP = 1.0
-    """Draw from the smallest set of codes whose probability exceeds p; 1 is off."""
-    cfg_scale: GuidanceScale = 1.0
-    """Classifier-free guidance of autoregressive rollouts; 1 is off."""
-    guidance_in_loss: Literal["guided", "conditional"] = "guided"
-    """What the loss scores under guidance: the guided distribution (exact) or the conditional one (cheaper, biased)."""
-    use_context_noise: bool = False
-    """Replace a share of the teacher-forced context by random codes."""
-    context_noise: Fraction = 0.5
-    """That share."""
-    importance_weight_cap: NonNegativeFloat = 0.0
-    """Weight tokens by min(p_full / p_truncated, cap) when top-k or top-p truncate the draw; 0 is off."""
-    max_rows: Annotated[NonNegativeInt, MayChange] = 0
-    """Completions sampled together in autoregressive mode; 0 is what fits into a GPU's memory, and all on a CPU."""
-
-    @property
-    def loss_cfg_scale(self) -> float:
-        """Guidance of the distribution that the loss scores."""
-        return self.cfg_scale if self.guidance_in_loss == "guided" else 1.0
-
-    @property
-    def context_noise_share(self) -> float:
-        """Share of the context tokens that are replaced: `context_noise` where it is switched on, else 0."""
-        return self.context_noise if self.use_context_noise else 0.0
-
-
-class Objective(Section):
-    """Advantages, policy loss and its companions."""
-
-    loss: PolicyLoss = "grpo"
-    """grpo: mean over the tokens of each sequence, then over sequences; dapo: mean over all tokens; dr_grpo: sum over
-    tokens divided by the constant length; gspo: ratio of whole sequences; cispo: clipped ratio as a detached weight."""
-    advantage: AdvantageKind = "group_std"
-    """Baseline and scale of the rewards: within the group of one image, or over the whole batch for the scale."""
-    advantage_clip: PositiveFloat = 5.0
-    """Advantages are clamped to plus and minus this."""
-    clip_range: NonNegativeFloat = 1e-4
-    """The ratio is clipped to 1 - clip_range .. 1 + clip_range."""
-    clip_range_high: NonNegativeFloat | None = None
-    """Upper side of the clip (DAPO's clip-higher); None is clip_range."""
-    kl: KLEstimator = "none"
-    """Estimator of KL(policy || reference), added to the loss with weight kl_coef."""
-    use_kl_loss: bool = False
-    """The reference trainer's switch: the same as kl = "k3"."""
-    kl_coef: NonNegativeFloat = 0.01
-    """Weight of the KL term; without effect while the KL is off."""
-    reference_checkpoint: str | None = None
-    """Weights of the frozen reference; None is the policy's own start."""
-    aux_ce_weight: NonNegativeFloat = 0.0
-    """Weight of the cross-entropy on the real image's codes."""
-    entropy_weight: FiniteFloat = 0.0
-    """Weight of the mean token entropy, subtracted from the loss (a bonus)."""
-    use_token_dropout: bool = False
-    """Leave a random share of the tokens out of the policy loss."""
-    token_dropout: ProperFraction = 0.5
-    """That share."""
-
-    @property
-    def clip_low(self) -> float:
-        """The ratio is clipped from below at 1 - clip_low."""
-        return self.clip_range
-
-    @property
-    def clip_high(self) -> float:
-        """The ratio is clipped from above at 1 + clip_high."""
-        return self.clip_range if self.clip_range_high is None else self.clip_range_high
-
-    @property
-    def kl_estimator(self) -> KLEstimator:
-        """The estimator of the KL term: `kl`, or k3 where only the reference trainer's switch is set."""
-        return "k3" if self.kl == "none" and self.use_kl_loss else self.kl
-
-    @property
-    def token_dropout_share(self) -> float:
-        """Share of the tokens left out of the loss: `token_dropout` where it is switched on, else 0."""
-        return self.token_dropout if self.use_token_dropout else 0.0
 
 
 class Optimizer(Section):

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,12 +33,14 @@ class ImageBatch(NamedTuple):
     condition   B rows, what a generator would be asked for to draw them
     sample_ids  [B] int64, running numbers over the whole run and all ranks: row ids of counter-based randomness
     indices     [B] int64, places in the data set, or None: keys of `CodeCache`
+    captions    B texts, what was asked for in words: the class names
     """
 
     images: Tensor
     condition: Condition
     sample_ids: Tensor
     indices: Tensor | None = None
+    captions: Sequence[str] = ()
 
     @property
     def rows(self) -> int:
@@ -47,12 +49,13 @@ class ImageBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same batch on another device, except for `indices`: the host reads them, and must not wait for a GPU."""
-        return ImageBatch(*(field.to(device) for field in self[:3]), self.indices)
+        return ImageBatch(*(field.to(device) for field in self[:3]), *self[3:])
 
     def select(self, rows: slice) -> "ImageBatch":
         """Some of the images."""
         indices = None if self.indices is None else self.indices[rows]
-        return ImageBatch(self.images[rows], self.condition.select(rows), self.sample_ids[rows], indices)
+        condition = self.condition.select(rows)
+        return ImageBatch(self.images[rows], condition, self.sample_ids[rows], indices, self.captions[rows])
 
     def parts(self, size: int) -> list["ImageBatch"]:
         """The batch in parts of at most `size` images."""
@@ -152,11 +155,13 @@ class ImageStream(Iterator[ImageBatch]):
             self.close()
             raise
         self.samples += self.batch_size
+        condition = self.dataset.condition(fetched.indices)
         return ImageBatch(
             images=normalize(fetched.pixels),
-            condition=self.dataset.condition(fetched.indices),
+            condition=condition,
             sample_ids=torch.arange(first, first + size),
             indices=torch.tensor(fetched.indices),
+            captions=self.dataset.captions(condition),
         )
 
     def _fetch(self, batches: Iterator[range]) -> Iterator[_Fetched]:

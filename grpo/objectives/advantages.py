@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo.config import Objective
-from grpo.config.sections import AdvantageKind
+from grpo.config.types import AdvantageKind
 from grpo.parallel import MetricSums, all_reduce_sums
 from grpo.rewards import Rewarded
 

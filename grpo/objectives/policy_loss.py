@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from grpo.config.sections import PolicyLoss
+from grpo.config.types import PolicyLoss
 from grpo.kernels import clipped_ratio_loss
 
 

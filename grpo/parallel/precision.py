@@ -5,7 +5,7 @@ import functools
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from grpo.config.sections import Precision
+from grpo.config.types import Precision
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # as torch.cpu.get_capabilities names them on x86 and ARM

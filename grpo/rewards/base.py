@@ -39,7 +39,8 @@ class DecodedBatch:
     tokens: Tensor  # [n, T] int64
     condition: Condition  # n rows, what each completion was asked to be
     real_images: Tensor  # [b, 3, H, W] fp32 in [-1, 1], each once; of the same class, in teacher forcing the image
-    image_of: Tensor  # [n] int64, the real image of each completion
+    image_of: Tensor  # [n] int64, the real image, and the caption, of each completion
+    captions: Sequence[str] = ()  # b texts, what was asked for in words: a class name, or a prompt
 
 
 class Reward:

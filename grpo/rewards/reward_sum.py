@@ -49,7 +49,14 @@ class RewardSum:
 
     @torch.no_grad()
     def __call__(
-        self, tokens: Tensor, condition: Condition, real_images: Tensor, *, show: int = 0, timer: Timer = nullcontext
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        real_images: Tensor,
+        captions: Sequence[str] = (),
+        *,
+        show: int = 0,
+        timer: Timer = nullcontext,
     ) -> Rewarded:
         """Score completions.
 
@@ -57,6 +64,7 @@ class RewardSum:
             tokens: [R, M, T] int64: one group of G = R * M / B completions after the other.
             condition: B rows, one a group.
             real_images: [B, 3, H, W] in [-1, 1].
+            captions: B texts, what the conditions ask for in words.
             show: return the decoded completions of the first `show` conditions.
             timer: counts the phases "decode" and "reward".
         """
@@ -72,8 +80,9 @@ class RewardSum:
                     images = self.tokenizer.decode(part)
                 image_of = torch.arange(start, start + len(part), device=flat.device) // group
                 first, last = start // group, (start + len(part) - 1) // group
-                real = real_images[first : last + 1]
-                batch = DecodedBatch(images, part, condition.select(image_of), real, image_of - first)
+                of_group = slice(first, last + 1)
+                asked = condition.select(image_of), real_images[of_group], image_of - first, captions[of_group]
+                batch = DecodedBatch(images, part, *asked)
                 scores.append(torch.stack([reward(batch).float() for reward, _ in self.terms.values()]))
                 if start < show * group:
                     shown.append(images[: show * group - start].float())

@@ -41,7 +41,7 @@ def test_batch_holds_what_the_data_set_holds(section):
     batch = next(stream_of(dataset, batch_size=5))
     assert batch.images.shape == (5, 3, 16, 16)
     assert batch.images.dtype == torch.float32
-    assert {ids.dtype for ids in (batch.condition.class_ids, *batch[2:])} == {torch.int64}
+    assert {ids.dtype for ids in (batch.condition.class_ids, batch.sample_ids, batch.indices)} == {torch.int64}
     assert batch.sample_ids.tolist() == [0, 1, 2, 3, 4]
     for image, class_id, index in zip(batch.images, batch.condition.class_ids, batch.indices, strict=True):
         assert torch.equal(image, dataset[index][0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.config import Objective
-from grpo.config.sections import AdvantageKind
+from grpo.config.types import AdvantageKind
 from grpo.objectives import credit, group_advantages, spreadless_groups
 from grpo.rewards import Rewarded
 

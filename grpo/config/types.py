@@ -1,0 +1,46 @@
+"""The types of keys, and the base of all sections."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
+LARGEST_SEED = 2**63 - 1
+
+PositiveInt = Annotated[int, Gt(0), Le(LARGEST_INT)]
+NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_INT)]
+MinusOneOrMore = Annotated[int, Ge(-1), Le(LARGEST_INT)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
+PositiveFloat = Annotated[FiniteFloat, Gt(0)]
+NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+ProperFraction = Annotated[float, Ge(0), Lt(1)]
+Temperature = Annotated[FiniteFloat, Ge(1e-30), Le(1e30)]  # what logits can be divided by in fp32
+TopP = Annotated[float, Gt(0), Le(1)]
+GuidanceScale = Annotated[FiniteFloat, Ge(1)]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+KernelBackend = Literal["auto", "triton", "reference"]
+PolicyLoss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
+AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "batch_std", "gdpo"]
+KLEstimator = Literal["none", "k1", "k2", "k3"]
+
+
+class MayChange:
+    """Metadata of a key that a resumed run may change: it moves work around, it does not change it."""
+
+
+class Section(BaseModel):
+    """Base of all sections: strict about names, immutable, documented by attribute docstrings; no text is empty."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, str_min_length=1)
+
+    @classmethod
+    def free_keys(cls) -> set[str]:
+        """The keys that a resumed run may change."""
+        is_free = issubclass(cls, FreeSection)
+        return {name for name, field in cls.model_fields.items() if is_free or MayChange in field.metadata}
+
+
+class FreeSection(Section):
+    """Base of the sections whose every key a resumed run may change."""
