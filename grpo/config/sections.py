@@ -2,7 +2,8 @@
 
 The string under a field is its documentation and appears in `--help`. Defaults are those of the reference trainer
 (VA-π's `train_c2i_grpo.py`) wherever it has the setting, so that its command lines mean the same here. Checks of one
-key live with its field, those across keys in `recipes.py`; sections of one job, of GRPO and of rewards have files of their own.
+key live with its field, those across keys in `recipes.py`; sections of one job, of GRPO and of rewards have files of
+their own.
 """
 
 from typing import Annotated, Literal
