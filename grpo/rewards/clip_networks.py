@@ -6,7 +6,9 @@ behind the end of a text it has other padding than transformers' tokenizer, whic
 causal and the feature of a text is taken at its end.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +28,6 @@ from grpo.rewards.words import TextFeatures
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 CONTEXT_LENGTH = 77  # tokens of a text
-END_OF_TEXT = 49407  # in CLIP's vocabulary
 LEVELS = ((0.0, 0.3, 0.6), (-1.0, 0.5, 1.0, 1.5))
 
 Resize = Literal["crop", "squash"]
@@ -97,15 +98,17 @@ class TransformersCLIP(nn.Module):
         super().__init__()
         transformers = library("transformers")
         try:
-            config = transformers.CLIPConfig.from_pretrained(folder, local_files_only=True)
-            if config.model_type != "clip":
-                raise ValueError(f"it is of a {config.model_type}")
-            self.model = transformers.CLIPModel(config)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            config = json.loads((folder / "config.json").read_text())
+            if config["model_type"] != "clip":
+                raise ValueError(f"it is of a {config['model_type']}")
+            self.model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(config))
+        except OSError as error:
+            raise UserError(f"{folder} has no config.json; give a folder as transformers saves a CLIP") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
             raise UserError(f"{folder}/config.json is not that of a CLIP: {reason}") from error
         self.images = _TransformersImages(self.model)
-        self.size, self.width = config.vision_config.image_size, config.projection_dim
+        self.size, self.width = self.model.config.vision_config.image_size, self.model.config.projection_dim
 
     def texts(self, tokens: Tensor) -> Tensor:
         return self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
@@ -134,6 +137,12 @@ def weights_in(folder: Path) -> Path:
     return found[0]
 
 
+@cache
+def tokenizer() -> Callable[[list[str]], Tensor]:
+    """k texts -> [k, 77] int64."""
+    return library("open_clip", "open_clip_torch").SimpleTokenizer(context_length=CONTEXT_LENGTH)
+
+
 class CLIPScorer:
     """Features of images and texts in a CLIP network, each of length 1, in fp32."""
 
@@ -149,8 +158,8 @@ class CLIPScorer:
         return F.normalize(self.network.images(pixels).float(), dim=-1)
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
-        tokens = library("open_clip", "open_clip_torch").SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(texts))
-        return F.normalize(self.network.texts(tokens.to(self.context.device)).float(), dim=-1)
+        tokens = tokenizer()(list(texts)).to(self.context.device)
+        return F.normalize(self.network.texts(tokens).float(), dim=-1)
 
     def cosines(self, images: Tensor, texts: Sequence[str], text_of: Tensor) -> Tensor:
         """Of n images and those of b texts that `text_of` [n] names: [n]."""

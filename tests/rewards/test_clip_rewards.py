@@ -211,7 +211,9 @@ def test_what_is_wrong_is_said(files, context, monkeypatch, tmp_path):
     assert "is no CLIP that open_clip has" in told(CLIP, checkpoint=files["clip"], model="hf-hub:someone/else")
     assert "is no CLIP that open_clip has" in told(CLIP, checkpoint=files["clip"], model="xlm-roberta-base-ViT-B-32")
     assert f"does not hold a CLIP {ARCHITECTURE}" in told(CLIP, checkpoint=files["aesthetic"], model=ARCHITECTURE)
-    assert "config.json is not that of a CLIP" in told(PickScore, checkpoint=str(tmp_path))
+    assert "has no config.json" in told(PickScore, checkpoint=str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "config.json is not that of a CLIP: it is of a bert" in told(PickScore, checkpoint=str(tmp_path))
     settings = {"clip_checkpoint": files["pick"], "checkpoint": files["clip"]}
     assert "does not hold the aesthetic predictor" in told(Aesthetic, **settings)
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
