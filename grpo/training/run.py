@@ -2,15 +2,15 @@
 
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
 
-from grpo.checkpoint import CheckpointManager
+from grpo.checkpoint import CheckpointManager, ExtraState
 from grpo.config import TrainingRecipe, UserError
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
@@ -24,6 +24,7 @@ from grpo.training.stop_request import StopRequest
 
 EXPORT_NAME = "model.safetensors"
 NO_WORK = Work()
+Watch = Callable[[Mapping[str, float]], tuple[Sequence[str], str | None]]
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
 
@@ -62,17 +63,26 @@ class TrainingRun:
         if recipe.debug.deterministic:
             torch.use_deterministic_algorithms(True)
 
-    def start(self, *, model: nn.Module, optimizer: GuardedOptimizer, stream: ImageStream) -> None:
+    def start(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: GuardedOptimizer,
+        stream: ImageStream,
+        extra: Mapping[str, ExtraState] | None = None,
+    ) -> None:
         """Resume if there is something to resume from, and open the observer.
 
         Args:
-            model: parallelized; the state of all three is overwritten by the checkpoint's.
+            model: parallelized; the state of everything here is overwritten by the checkpoint's.
             stream: the images; goes on after the last one that the checkpoint has consumed.
+            extra: by name, what else the run goes on from.
 
         Raises:
             UserError: the checkpoint belongs to another run or to a recipe that differs in a way that matters.
         """
         self._model, self._optimizer, self._stream = model, optimizer, stream
+        self._extra = dict(extra or {})
         self._stop_request.listen(until=self._open)
         if self.world.is_main:  # what the others do with checkpoints waits for what the main rank finds
             lock = lock_folder(self.recipe.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
@@ -112,20 +122,36 @@ class TrainingRun:
             with self._traced(step):
                 yield step
 
-    def finish(self, step: int, sums: MetricSums, *, images: int, codes: int = 0, work: Work = NO_WORK) -> None:
+    def finish(
+        self,
+        step: int,
+        sums: MetricSums,
+        *,
+        images: int,
+        codes: int = 0,
+        work: Work = NO_WORK,
+        watch: Watch = lambda metrics: ([], None),
+    ) -> None:
         """Write a step down, and a checkpoint when it is due.
 
         Args:
             sums: the metrics of this rank; they are added up over ranks here.
             images: images that all ranks together trained on in this step, for the rate.
             codes, work: of one image, and of this rank's step by phase, where the job has them; see `throughput`.
+            watch: looks at the metrics and says what to tell the user, and why the run must stop if it must. Every
+                rank must come to the same verdict, so it looks at no time for that.
 
         Raises:
-            UserError: too many optimizer steps in a row were skipped; there is a checkpoint of this step.
+            UserError: too many optimizer steps in a row were skipped, or `watch` stops the run; there is a checkpoint
+                of this step.
         """
         metrics, times = sums.means(), self.timer.read()
         rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
-        self.observer.log(step, {**metrics, **rates, **times})
+        values = {**metrics, **rates, **times}
+        self.observer.log(step, values)
+        notes, problem = watch(values)
+        for note in notes:
+            self.observer.message(f"step {step}: {note}")
         self._note_skipped(step, metrics)
         self._note_best(metrics)
         config, last = self.recipe.checkpoint, step == self.recipe.training.steps
@@ -136,16 +162,18 @@ class TrainingRun:
             weights = full_state_dict(self._model)
             if self.world.is_main:  # under a name that does not change with the number of steps, for the next job
                 save_weights(self.recipe.run_dir / EXPORT_NAME, weights, config=self._model.config)
-        stopping = self._optimizer.stuck or (vote == _STOP and not last)
+        stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
                 self.save(step)
         if stopping:
             self.checkpoints.wait()
-            self._stop(step)
+            self._stop(step, problem)
 
-    def _stop(self, step: int) -> NoReturn:
+    def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
+        if problem is not None:
+            raise UserError(f"stopped at step {step}: {problem}. Its checkpoint is in {self.recipe.checkpoint_dir}")
         if self._optimizer.stuck:
             raise UserError(
                 f"stopped at step {step}: {self._optimizer.skipped_in_a_row} optimizer steps in a row had a non-finite "
@@ -166,6 +194,7 @@ class TrainingRun:
             "step": step,
             "stream": self._stream.state_dict(),
             "optimizer_step": self._optimizer.state_dict(),
+            "extra": {name: state.state_dict() for name, state in self._counted()},
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
             "resumed_from": self._resumed_from,
@@ -176,7 +205,8 @@ class TrainingRun:
         best, self._best_values = self._best_values, []
         trained = {"model": self._model, "optimizer": self._optimizer.adamw}
         score = sum(best) / len(best) if best else None
-        self.checkpoints.save(step, **trained, run_state=run_state, rank_state=generators, score=score)
+        states = {"run_state": run_state, "rank_state": generators, "extra": self._extra}
+        self.checkpoints.save(step, **trained, **states, score=score)
 
     def __enter__(self) -> Self:
         return self
@@ -222,9 +252,14 @@ class TrainingRun:
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
         state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
-        generators = self.checkpoints.load(path, model=self._model, optimizer=self._optimizer.adamw)
+        trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
+        generators = self.checkpoints.load(path, **trained)
         self._optimizer.load_state_dict(state["optimizer_step"])
         self._stream.load_state_dict(state["stream"])
+        for name, counted in self._counted():
+            if name not in state.get("extra", {}):
+                raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
+            counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
         self._resumed_from = str(path) if named else state.get("resumed_from")
         notes = [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
@@ -235,6 +270,10 @@ class TrainingRun:
         if "cuda" in generators and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(generators["cuda"], self.world.device)
         return notes
+
+    def _counted(self) -> list[tuple[str, Any]]:
+        """Those of the extra states that have counters besides their tensors."""
+        return [(name, state) for name, state in self._extra.items() if hasattr(state, "load_state_dict")]
 
     def _seed(self, step: int) -> None:
         """Seed this rank's own generator (dropout; everything else is counter-based) anew from a step on."""
