@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 
 from grpo.config import UserError
-from grpo.formats import SafeFileSystemReader, safe_load
+from grpo.formats import ShardReader, load_shards
 from grpo.parallel import reshard
 
 # Flat names, `state.<parameter>.exp_avg`, do not depend on the order of parameters or groups.
@@ -24,7 +24,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return {"model": weights, "optimizer": {name: entries[name] for name in entries if name.startswith("state.")}}
 
 
-def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, reader: SafeFileSystemReader) -> None:
+def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, reader: ShardReader) -> None:
     """Overwrite weights and optimizer state by a checkpoint's, resharding as needed.
 
     Raises a UserError if the checkpoint is of another model or optimizer, or damaged.
@@ -40,7 +40,7 @@ def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, re
             f"{reader.path} is a checkpoint of another model: it {difference} "
             f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it."
         )
-    safe_load({"model": weights, "optimizer": state}, reader)
+    load_shards({"model": weights, "optimizer": state}, reader)
     entries |= state
     state_dict.set_state_dict(model, [optimizer], model_state_dict=weights, optim_state_dict=entries, options=_OPTIONS)
 
