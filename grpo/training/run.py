@@ -23,6 +23,7 @@ from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
 
 EXPORT_NAME = "model.safetensors"
+AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
 NO_WORK = Work()
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
@@ -81,7 +82,7 @@ class TrainingRun:
             UserError: the checkpoint belongs to another run or to a recipe that differs in a way that matters.
         """
         self._model, self._optimizer, self._stream = model, optimizer, stream
-        self._extra = dict(extra or {})
+        self._extra = dict(extra or {}) | ({} if optimizer.average is None else {"ema": optimizer.average})
         self._stop_request.listen(until=self._open)
         if self.world.is_main:  # what the others do with checkpoints waits for what the main rank finds
             lock = lock_folder(self.recipe.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
@@ -142,9 +143,7 @@ class TrainingRun:
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
         if last and config.save_final and not config.sharded:
-            weights = full_state_dict(self._model)
-            if self.world.is_main:  # under a name that does not change with the number of steps, for the next job
-                save_weights(self.recipe.run_dir / EXPORT_NAME, weights, config=self._model.config)
+            self._export()
         stopping = self._optimizer.stuck or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
@@ -152,6 +151,18 @@ class TrainingRun:
         if stopping:
             self.checkpoints.wait()
             self._stop(step)
+
+    def _export(self) -> None:
+        """Write the weights under names that do not change with the number of steps, for the next job."""
+        self._write_weights(EXPORT_NAME)
+        if self._optimizer.average is not None:
+            with self._optimizer.average.swapped():
+                self._write_weights(AVERAGE_NAME)
+
+    def _write_weights(self, name: str) -> None:
+        weights = full_state_dict(self._model)
+        if self.world.is_main:
+            save_weights(self.recipe.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int) -> NoReturn:
         """End the run after its checkpoint of this step."""
