@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
-from grpo.checkpoint.state import load_training_tensors, training_tensors
+from grpo.checkpoint.state import ExtraState, load_tensors, training_tensors
 from grpo.config import Checkpoint, UserError
 from grpo.formats import (
     MANIFEST_NAME,
@@ -58,6 +58,7 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer,
         run_state: Mapping[str, Any],
         rank_state: Mapping[str, Any],
+        extra: Mapping[str, ExtraState] | None = None,
         score: float | None = None,
     ) -> None:
         """Write the checkpoint of a step.
@@ -65,6 +66,7 @@ class CheckpointManager:
         Args:
             run_state: what is the same on every rank: counters, data position, schedule; JSON types only.
             rank_state: what each rank has of its own, e.g. RNG states: tensors, numbers, strings and their containers.
+            extra: more tensors by name, see `ExtraState`; their counters belong into `run_state`.
             score: what `checkpoint.keep_best` ranks it by.
 
         Raises a UserError: there is one of this step, or it (in the background, the one before) could not be written.
@@ -73,7 +75,7 @@ class CheckpointManager:
         self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
         about = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
         shared = step, json.dumps(about | {"run": run_state}, indent=1), getattr(model, "config", None)
-        state = training_tensors(model, optimizer), dict(rank_state)
+        state = training_tensors(model, optimizer, extra), dict(rank_state)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
             copies = [DefaultStager(options).stage(part) for part in state]
@@ -139,14 +141,21 @@ class CheckpointManager:
         """The `run_state` of a checkpoint. Raises a UserError if this is no checkpoint folder, or a damaged one."""
         return folders.read_run_file(path)["run"]
 
-    def load(self, path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Overwrite weights and optimizer state by a checkpoint's, whatever the number of ranks that wrote it.
+    def load(
+        self,
+        path: str | Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        extra: Mapping[str, ExtraState] | None = None,
+    ) -> dict[str, Any] | None:
+        """Overwrite weights, optimizer state and `extra` by a checkpoint's, whatever the number of ranks that wrote it.
 
         Returns this rank's `rank_state`; None when the number of ranks has changed, so that nobody's state fits.
         Raises a UserError: incomplete, damaged, not to be trusted, or of another model.
         """
         world_size = folders.read_run_file(path)["world_size"]
-        load_training_tensors(model, optimizer, ShardReader(path))
+        load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
         own = folders.rank_file(Path(path), self.world.rank)
         return folders.read_rank_file(own) if world_size == self.world.size else None
 

@@ -14,7 +14,7 @@ import torch
 from grpo.checkpoint import folders
 from grpo.config import Checkpoint, UserError
 from grpo.parallel import distributed
-from tests.checkpoint.training import managed, same, save, start, train, whole_state
+from tests.checkpoint.training import Extra, managed, same, save, start, train, whole_state
 from tests.parallel.torchrun import ROOT, run_two_ranks
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -66,7 +66,7 @@ def test_number_of_ranks_may_change(world, tmp_path):
     training = start(world)
     train(world, training, range(3))
     with managed(tmp_path / "one", world) as manager:
-        save(manager, training, 3)
+        save(manager, training, 3, mean=Extra(training[0], 3.0))
     torch.save(whole_state(training), tmp_path / "one.pth")
 
     result = run_two_ranks("tests/checkpoint/reshard.py", tmp_path)
@@ -74,7 +74,11 @@ def test_number_of_ranks_may_change(world, tmp_path):
 
     with managed(tmp_path / "two", world) as manager:
         path = manager.resume_point()
-        assert manager.load(path, model=training[0], optimizer=training[1]) is None
+        found = Extra(training[0], 0.0)
+        assert manager.load(path, model=training[0], optimizer=training[1], extra={"mean": found}) is None
+        assert found.equals(Extra(training[0], 5.0))
+        with pytest.raises(UserError, match=r"another recipe: it has extra\.mean\.replicated"):
+            manager.load(path, model=training[0], optimizer=training[1])
     expected = torch.load(tmp_path / "two.pth")
     assert same(whole_state(training), expected)
     consolidated = torch.load(path / "consolidated.pth", weights_only=True)["model"]
