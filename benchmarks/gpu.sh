@@ -26,8 +26,9 @@ stamp=$(date +%F)
 mkdir -p "$work"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
 run_preset=vapi-xxl-384 rollout_preset=xxl-384 processes=8 compile=true patience=1
+profiled="--rollout.batch_size 16 --training.batch_size 128"  # two parts of a step: a profiler is slow
 if [ -n "${SMALL:-}" ]; then
-  run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=6
+  run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=6 profiled=
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 fi
 last_second=$((SECONDS + patience * ${SECONDS_IN_ALL:-540}))
@@ -99,7 +100,9 @@ run() { bench run 180 --preset "$run_preset" --steps 2; }
 rollout() { bench rollout 120 --preset "$rollout_preset" --repeats 2; }
 
 profile() {
-  LINES_SHOWN=75 step profile-run 150 "$python" benchmarks/bench_run.py --preset "$run_preset" --profile "$work/profile"
+  # shellcheck disable=SC2086
+  LINES_SHOWN=75 step profile-run 120 "$python" benchmarks/bench_run.py --preset "$run_preset" $profiled \
+    --profile "$work/profile"
   if command -v ncu > /dev/null; then
     LINES_SHOWN=120 step ncu 60 ncu --clock-control none --section SpeedOfLight --section Occupancy \
       --section WarpStateStats --kernel-name "regex:_kernel$" "$python" benchmarks/run_kernels.py

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels.block_sizes import block_sizes
 from grpo.kernels.ratio_reference import LOG_RATIO_LIMIT, METRICS
 
-_TILE = 512
 _TILE_PROGRAMS = 128
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 _SUMS = tl.constexpr(len(METRICS))
@@ -152,7 +152,8 @@ def launch(
     if not count:
         return log_probs.new_zeros(()), log_probs.new_zeros(len(METRICS)), gradient
     loss, sums = log_probs.new_empty(()), log_probs.new_empty(len(METRICS))
-    programs = triton.cdiv(count, _TILE)
+    options = kernel_options(count, kl, ref is not None, surrogate)
+    programs = triton.cdiv(count, options["TILE"])
     constants = (old_log_probs, advantages[..., None].expand_as(log_probs), weights)
     tensors = (log_probs, *constants, log_probs if ref is None else ref, gradient)
     # Along the memory of log_probs, whatever its layout: neighbours in a tile are neighbours there.
@@ -161,17 +162,16 @@ def launch(
     ratio_loss_kernel[(programs,)](
         *tensors, log_probs.new_empty(programs, len(METRICS)), _arrivals(log_probs.device), sums, loss,
         *strides, count, log_probs.shape[order[1]], log_probs.shape[order[2]],
-        1 - clip_low, 1 + clip_high, kl_coef,
-        **kernel_options(kl, ref is not None, surrogate),
+        1 - clip_low, 1 + clip_high, kl_coef, **options,
     )  # fmt: skip
     return loss, sums, gradient
 
 
-def kernel_options(kl: str, has_ref: bool, surrogate: str) -> dict:
+def kernel_options(count: int, kl: str, has_ref: bool, surrogate: str) -> dict:
     """Compile-time options of the kernel, as the launcher and the compile tests use them."""
     constants = {"KL": kl, "HAS_REF": has_ref, "CLIP": surrogate == "clip"}
-    tiles = {"TILE": _TILE, "TILE_PROGRAMS": _TILE_PROGRAMS}
-    return {**constants, **tiles, "num_warps": 4, "enable_fp_fusion": False}
+    sizes = block_sizes("ratio_loss", count)
+    return {**constants, **sizes, "TILE_PROGRAMS": _TILE_PROGRAMS, "enable_fp_fusion": False}
 
 
 _RING = 1 << 15

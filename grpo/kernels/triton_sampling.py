@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels.block_sizes import block_sizes
 from grpo.kernels.philox import BLOCK
 from grpo.kernels.sampling_reference import new_sample
 
@@ -287,6 +288,6 @@ def kernel_options(V: int, num_samples: int, temperature: float, top_k: int, top
     tiles = {"TILE_BLOCKS": power(num_blocks), "TILE_SAMPLES": power(num_samples)}
     tiles["TILE_GROUPS"] = power(triton.cdiv(num_blocks, 4))
     flags = {"HEAT": temperature != 1, "HAS_TOP_K": top_k > 0, "HAS_TOP_P": top_p < 1}
-    num_warps = 16 if num_blocks > 64 else 8 if num_blocks > 16 else 4
+    sizes = block_sizes("sample_truncated" if top_k > 0 or top_p < 1 else "sample", V)
     # Without fusion: the reference rounds after every operation.
-    return {"NUM_SAMPLES": num_samples, **tiles, **flags, "num_warps": num_warps, "enable_fp_fusion": False}
+    return {"NUM_SAMPLES": num_samples, **tiles, **flags, **sizes, "enable_fp_fusion": False}

@@ -28,9 +28,10 @@ def kernels():
         options = triton_sampling.kernel_options(V, 8, temperature, top_k, top_p)
         yield name, triton_sampling.sample_kernel, sample_types, {"V": V, "HAS_NOISE": False, **options}
 
-    options = triton_log_probs.kernel_options(V, 8, True)
+    options = triton_log_probs.kernel_options("log_probs_forward", V, 8, True)
     forward, backward = triton_log_probs.forward_kernel, triton_log_probs.backward_kernel
     yield "log_probs", forward, "*bf16 *i64 *fp32 *fp32 *fp32 i64 fp32", options
+    options = triton_log_probs.kernel_options("log_probs_backward", V, 8, True)
     types = "*fp32 *fp32 *fp32 *i64 *fp32 *fp32 *bf16 i64 i64 fp32"  # the in-place step of the projection
     yield "log_probs_backward", backward, types, options
 
@@ -47,7 +48,7 @@ def kernels():
     )
 
     types = "*fp32 " * 7 + "*i32 *fp32 *fp32 " + "i32 " * 21 + "fp32 fp32 fp32"
-    options = triton_ratio_loss.kernel_options("k3", True, "clip")
+    options = triton_ratio_loss.kernel_options(65536, "k3", True, "clip")
     yield "ratio_loss", triton_ratio_loss.ratio_loss_kernel, types, options
 
 
