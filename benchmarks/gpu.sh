@@ -14,6 +14,7 @@
 # Each part is planned for two minutes or less, quickstart for five. After every step of a part OUT_FOLDER/results.tgz
 # holds all that is there so far: logs, JSON files, plots, and summary.txt with one line a step. Wheels in .whl
 # (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
+# ROLLOUT="--batches 8" is given to the part of that name.
 # SMALL=1 is a rehearsal on a CPU of everything but the speed: small sizes, the kernels in Triton's interpreter, six times
 # the time. SITE=FOLDER is put on the path there in place of the wheels.
 set -u -o pipefail
@@ -97,7 +98,7 @@ tune() { step tune 120 "$python" -m grpo.kernels.tune --out "$work/$stamp-block_
 
 run() { bench run 180 --preset "$run_preset" --steps 2; }
 
-rollout() { bench rollout 120 --preset "$rollout_preset" --repeats 2; }
+rollout() { bench rollout 120 --preset "$rollout_preset" --repeats 2 ${ROLLOUT:-}; }
 
 profile() {
   # shellcheck disable=SC2086
