@@ -87,10 +87,10 @@ smoke() {
 }
 
 kernels() {
-  bench sampling 60 --seconds 2 --deadline 45
+  bench sampling 60 --seconds 2 --deadline $((patience * 45))
   bench loss 40 --seconds 2
-  bench linear_log_probs 90 --seconds 2 --deadline 60
-  bench token_log_probs 70 --seconds 2 --deadline 50
+  bench linear_log_probs 90 --seconds 2 --deadline $((patience * 60))
+  bench token_log_probs 70 --seconds 2 --deadline $((patience * 50))
   grep -h -E "^(pass|MISS|none) " "$work"/bench-*.log | tee -a "$work/summary.txt"
 }
 
