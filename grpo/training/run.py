@@ -1,6 +1,7 @@
 """What every training job has: a folder, an observer, checkpoints and a step counter."""
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
 
 EXPORT_NAME = "model.safetensors"
+AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
 NO_WORK = Work()
 Watch = Callable[[Mapping[str, float]], tuple[Sequence[str], str | None]]
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
@@ -82,7 +84,7 @@ class TrainingRun:
             UserError: the checkpoint belongs to another run or to a recipe that differs in a way that matters.
         """
         self._model, self._optimizer, self._stream = model, optimizer, stream
-        self._extra = dict(extra or {})
+        self._extra = dict(extra or {}) | ({} if optimizer.average is None else {"ema": optimizer.average})
         self._stop_request.listen(until=self._open)
         if self.world.is_main:  # what the others do with checkpoints waits for what the main rank finds
             lock = lock_folder(self.recipe.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
@@ -158,10 +160,6 @@ class TrainingRun:
         vote = all_reduce_max(_SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None))
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
-        if last and config.save_final and not config.sharded:
-            weights = full_state_dict(self._model)
-            if self.world.is_main:  # under a name that does not change with the number of steps, for the next job
-                save_weights(self.recipe.run_dir / EXPORT_NAME, weights, config=self._model.config)
         stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
@@ -169,6 +167,21 @@ class TrainingRun:
         if stopping:
             self.checkpoints.wait()
             self._stop(step, problem)
+        if last and config.save_final and not config.sharded:
+            self.checkpoints.wait()  # the work of the run is safe before anything else can fail
+            self._export()
+
+    def _export(self) -> None:
+        """Write the weights under names that do not change with the number of steps, for the next job."""
+        self._write_weights(EXPORT_NAME)
+        if self._optimizer.average is not None:
+            with self._optimizer.average.swapped():
+                self._write_weights(AVERAGE_NAME)
+
+    def _write_weights(self, name: str) -> None:
+        weights = full_state_dict(self._model)
+        if self.world.is_main:
+            save_weights(self.recipe.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
@@ -238,7 +251,7 @@ class TrainingRun:
 
     @contextmanager
     def _traced(self, step: int) -> Iterator[None]:
-        """Record the step if it is the one that the recipe wants a trace of."""
+        """Record the step if it is the one that the recipe wants a trace of: the trace, and a table of its times."""
         if step != self.recipe.debug.profile:
             yield
             return
@@ -247,6 +260,9 @@ class TrainingRun:
         path = self.recipe.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
         profiler.export_chrome_trace(str(path))
+        order = "self_cuda_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
+        path.with_suffix(".txt").write_text(table)
         self.observer.message(f"trace of step {step}: {path}")
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
@@ -261,7 +277,7 @@ class TrainingRun:
                 raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
             counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
-        self._resumed_from = str(path) if named else state.get("resumed_from")
+        self._resumed_from = os.path.realpath(path) if named else state.get("resumed_from")
         notes = [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
         if generators is None:
             self._seed(self._first_step)
