@@ -108,7 +108,8 @@ def launch(qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tenso
     splits = options["SPLITS"]
     partial = qkv.new_empty(B * n_head * splits * (options["TILE_D"] + 2), dtype=torch.float32)
     cached_attention_kernel[(splits, n_head, B)](
-        qkv, keys, values, row, rotary, row if start is None else start, partial, _arrivals(qkv.device, B * n_head), out,
+        qkv, keys, values, row, rotary, row if start is None else start,
+        partial, _arrivals(qkv.device, B * n_head), out,
         qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], head_dim**-0.5, **options,
     )  # fmt: skip
     return out

@@ -63,13 +63,12 @@ class FusedGPT(CachedForward):
         return self.output
 
     @torch.no_grad()
-    def refresh(self) -> bool:
+    def refresh(self) -> None:
         blocks, others = _weights(self.model)
         if self.copies:
             torch._foreach_copy_(self.weights[:-1], [*chain(*blocks), *others])
         else:
             self.blocks, (self.embeddings, self.norm, self.output) = blocks, others
-        return super().refresh()
 
     @torch.no_grad()
     def prefill(self, condition: Condition, cache: KVCache) -> Tensor:

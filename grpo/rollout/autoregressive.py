@@ -70,7 +70,7 @@ class CodeSampler:
         """The sampler of the last call, if it is of the right size and its graph is still true, or a new one."""
         kept, self._kept = self._kept, None
         wanted = parts_of(total, self.max_rows or total)[0]
-        if kept is not None and wanted <= kept.rows < 2 * wanted and kept.forward.refresh():
+        if kept is not None and wanted <= kept.rows < 2 * wanted and _refreshed_in_place(kept.forward):
             return kept
         del kept
         fits = sum(parameter.nbytes for parameter in self.model.parameters()) <= self._memory_to_keep()
@@ -90,6 +90,13 @@ class CodeSampler:
 def sample_codes(model: nn.Module, condition: Condition, *, row_ids: Tensor, **settings) -> SampledCodes:
     """A single call of a `CodeSampler` with these settings."""
     return CodeSampler(model, **settings)(condition, row_ids=row_ids)
+
+
+def _refreshed_in_place(forward: CachedForward) -> bool:
+    """Takes up the model's weights; whether they are where a graph looks for them."""
+    before = [weight.data_ptr() for weight in forward.weights]
+    forward.refresh()
+    return before == [weight.data_ptr() for weight in forward.weights]
 
 
 def bytes_of_copies(forward: CachedForward) -> int:
