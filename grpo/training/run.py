@@ -208,7 +208,7 @@ class TrainingRun:
 
     @contextmanager
     def _traced(self, step: int) -> Iterator[None]:
-        """Record the step if it is the one that the recipe wants a trace of."""
+        """Record the step if it is the one that the recipe wants a trace of: the trace, and a table of its times."""
         if step != self.recipe.debug.profile:
             yield
             return
@@ -217,6 +217,9 @@ class TrainingRun:
         path = self.recipe.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
         profiler.export_chrome_trace(str(path))
+        order = "self_cuda_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
+        path.with_suffix(".txt").write_text(table)
         self.observer.message(f"trace of step {step}: {path}")
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
