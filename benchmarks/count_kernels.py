@@ -2,9 +2,9 @@
 
 python benchmarks/count_kernels.py --preset GPT-XXL --json out.json
 
-The step runs on CUDA tensors without memory (fake tensors), and every operation that computes counts as one launch: what
-only views or allocates launches nothing, and an op of this project is one kernel. A library may cut a product of few rows
-in two launches; a GPU's profiler shows that.
+The step runs on CUDA tensors without memory (fake tensors), and every operation that computes counts as one launch:
+what only views or allocates launches nothing, and an op of this project is one kernel. A library may cut a product of
+few rows in two launches; `bench_rollout.py` counts on a GPU what its profiler saw.
 """
 
 import argparse
@@ -87,9 +87,12 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=384)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--cfg-scale", type=float, default=2.0)
+    parser.add_argument(
+        "--sides", nargs="+", default=["fused", "shared", "plain"], choices=["fused", "shared", "plain"]
+    )
     options = parser.parse_args()
     work = {"image_size": options.image_size, "images": options.images, "cfg_scale": options.cfg_scale}
-    results = {side: count(options.preset, **work, side=side) for side in ("fused", "shared", "plain")}
+    results = {side: count(options.preset, **work, side=side) for side in options.sides}
     for side, result in results.items():
         print(f"{options.preset} {side}: {result['step']} a step, {result['block']:g} a block")
         print("  " + ", ".join(f"{name} {number}" for name, number in result["operations"].items()))
