@@ -44,6 +44,7 @@ class CodeSampler:
         self.model, self.max_rows, self.keep_memory = model, max_rows, keep_memory
         self.settings = {"draw": draw, "cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
         self._kept: CachedSampler | None = None
+        self._addresses: list[int] = []  # of the weights that its graph reads
 
     @torch.no_grad()
     def __call__(self, condition: Condition, *, row_ids: Tensor) -> SampledCodes:
@@ -64,13 +65,14 @@ class CodeSampler:
                 drawn.append(engine.read())
             held = engine.nbytes + bytes_of_copies(engine.forward)
             self._kept = engine if held <= self._memory_to_keep() else None
+            self._addresses = addresses(engine.forward)
         return SampledCodes(*(torch.cat(values)[:total] for values in zip(*drawn, strict=True)))
 
     def _engine(self, total: int) -> CachedSampler:
         """The sampler of the last call, if it is of the right size and its graph is still true, or a new one."""
         kept, self._kept = self._kept, None
         wanted = parts_of(total, self.max_rows or total)[0]
-        if kept is not None and wanted <= kept.rows < 2 * wanted and _refreshed_in_place(kept.forward):
+        if kept is not None and wanted <= kept.rows < 2 * wanted and self._refreshed_in_place(kept.forward):
             return kept
         del kept
         fits = sum(parameter.nbytes for parameter in self.model.parameters()) <= self._memory_to_keep()
@@ -78,6 +80,11 @@ class CodeSampler:
         forward = family_of(self.model).cached_forward(self.model, impl=impl, copies=fits)
         most = self.max_rows or rows_in_memory(self.model, guided=self.settings["cfg_scale"] != 1.0)
         return CachedSampler(forward, parts_of(total, most)[0], **self.settings)
+
+    def _refreshed_in_place(self, forward: CachedForward) -> bool:
+        """Takes up the model's weights; whether they are where the graph of the last call looks for them."""
+        forward.refresh()
+        return self._addresses == addresses(forward)
 
     def _memory_to_keep(self) -> int:
         """Bytes; none on a CPU, where building anew costs nothing."""
@@ -92,11 +99,9 @@ def sample_codes(model: nn.Module, condition: Condition, *, row_ids: Tensor, **s
     return CodeSampler(model, **settings)(condition, row_ids=row_ids)
 
 
-def _refreshed_in_place(forward: CachedForward) -> bool:
-    """Takes up the model's weights; whether they are where a graph looks for them."""
-    before = [weight.data_ptr() for weight in forward.weights]
-    forward.refresh()
-    return before == [weight.data_ptr() for weight in forward.weights]
+def addresses(forward: CachedForward) -> list[int]:
+    """Where the weights are."""
+    return [weight.data_ptr() for weight in forward.weights]
 
 
 def bytes_of_copies(forward: CachedForward) -> int:
