@@ -18,6 +18,12 @@ REWARD_KINDS: dict[str, str] = {
     "log_ratio": "grpo.rewards.log_ratio:LogRatio",
     "loo_fid": "grpo.rewards.loo_fid:LeaveOneOutFID",
     "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
+    "clip": "grpo.rewards.clip:CLIP",
+    "hps_v2": "grpo.rewards.hps_v2:HPSv2",
+    "pick_score": "grpo.rewards.pick_score:PickScore",
+    "image_reward": "grpo.rewards.image_reward:ImageReward",
+    "aesthetic": "grpo.rewards.aesthetic:Aesthetic",
+    "maniqa": "grpo.rewards.maniqa:MANIQAScore",
     "http": "grpo.rewards.http_scorer:HTTPScorer",
     "python": "grpo.rewards.python_function:PythonFunction",
 }
