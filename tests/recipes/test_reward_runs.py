@@ -88,6 +88,15 @@ def test_a_function_without_any_opinion_stops_the_run_with_a_checkpoint(tmp_path
     assert log.count("mine.py:4: no opinion (NaN) of 100% of the completions of a step; the run stops after 10") == 1
 
 
+def test_a_scorer_that_is_down_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    flags = ["--reward.judge.kind", "http", "--reward.judge.url", "http://127.0.0.1:9/", "--reward.judge.retries", "0"]
+    flags += ["--reward.reconstruction.weight", "1", "--metrics.run_dir", str(tmp_path), "--checkpoint.interval", "0"]
+    with pytest.raises(UserError, match=r"stopped at step 3: reward\.judge: http://127\.0\.0\.1:9/: no opinion"):
+        main([*DEBUG, *flags])
+    assert (tmp_path / "checkpoints/step-000003").is_dir()
+
+
 def test_all_missing_files_are_told_at_once(tmp_path):
     flags = {
         "model.checkpoint": "gpt.pt",
