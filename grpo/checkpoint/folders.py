@@ -13,9 +13,8 @@ import torch
 
 from grpo.checkpoint.manifest import read_manifest
 from grpo.config import Checkpoint, UserError
-from grpo.formats import METADATA_NAME
+from grpo.formats import METADATA_NAME, RUN_STATE_NAME
 
-RUN_STATE_NAME = "run_state.json"
 STEP_NAME = "resume_step.txt"
 STATE_TYPE_NAME = "state_type.txt"
 

@@ -18,7 +18,7 @@ from grpo.checkpoint import folders
 from grpo.checkpoint.manifest import MANIFEST_NAME, FileSum, damaged_files, file_sums, manifest_text, read_manifest
 from grpo.checkpoint.state import load_training_tensors, training_tensors
 from grpo.config import Checkpoint, UserError
-from grpo.formats import METADATA_NAME, SafeFileSystemReader, read_tensors, save_weights
+from grpo.formats import METADATA_NAME, SafeFileSystemReader, read_tensors, save_weights, saved_config
 from grpo.parallel import World, broadcast_object
 
 
@@ -61,7 +61,9 @@ class CheckpointManager:
         self.wait()
         self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
         about = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
-        shared = step, json.dumps(about | {"run": run_state}, indent=1), getattr(model, "config", None)
+        config = getattr(model, "config", None)
+        about["config"] = None if config is None else saved_config(config)
+        shared = step, json.dumps(about | {"run": run_state}, indent=1), config
         state = training_tensors(model, optimizer), dict(rank_state)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking

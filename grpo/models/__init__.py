@@ -1,6 +1,7 @@
 """Conditions, the generators' families, the VQ tokenizer, a classifier; named sizes; weights in and out."""
 
 from grpo.formats import read_weights, save_weights
+from grpo.models.class_names import WORDNET_ID, imagenet, imagenet_names, learned_classes, numbered
 from grpo.models.classifier import Classifier, ClassifierConfig, load_classifier
 from grpo.models.condition import ClassCondition, Condition, as_condition
 from grpo.models.family import MODEL_SPECS, ModelFamily, generator_sizes, get_family

@@ -4,7 +4,7 @@ A new family is its model and a class like `LlamaGen`, in a file of their own, a
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ class ModelFamily(Protocol):
 
     - `config`: its sizes, a frozen dataclass with `block_size` T, `vocab_size` V and `dim` D;
     - `layers`: its blocks, the units of recomputation, compilation and sharding;
+    - `cls_embedding`: what embeds a condition;
     - `output`: the projection of hidden states to V logits;
     - `hidden(tokens [B, S], condition) -> [B, S + 1, D]`, what `output` is applied to, and `forward`, after it;
     - `init_cache(batch_size, *, dtype, device, length=None)`, `prefill(condition, cache) -> [B, D]` and
@@ -37,13 +38,20 @@ class ModelFamily(Protocol):
     costs: ModuleType
     """Floating-point operations and bytes by `config`, as in `grpo.models.costs`."""
 
-    def sizes(self, model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:
-        """The `config` of the spec `model.name` for a recipe's sections. Raises a UserError if they do not fit."""
+    def sizes(
+        self, model: Model, tokenizer: Tokenizer, *, image_size: int, class_names: Sequence[str] | None = None
+    ) -> Any:
+        """The `config` of the spec `model.name` for a recipe's sections. Raises a UserError if they do not fit.
+
+        `class_names`, a name a class, go with the weights in files that have a place for them.
+        """
 
     def build(self, config: Any) -> nn.Module:
         """A model with fresh weights."""
 
-    def load(self, path: str | os.PathLike[str], config: Any = None, *, bare: bool = False) -> nn.Module:
+    def load(
+        self, path: str | os.PathLike[str], config: Any = None, *, bare: bool = False, new_classes: int = 0
+    ) -> nn.Module:
         """A model with the weights at `path`, in any layout in which the family is published; see `load_gpt`."""
 
     def export(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,12 +67,15 @@ class LlamaGen:
     load = staticmethod(load_gpt)
     export = dict  # the names are the released ones
 
-    def sizes(self, model: Model, tokenizer: Tokenizer, *, image_size: int) -> GPTConfig:
+    def sizes(
+        self, model: Model, tokenizer: Tokenizer, *, image_size: int, class_names: Sequence[str] | None = None
+    ) -> GPTConfig:
         return self.specs[model.name].config(
             image_size=image_size,
             downsample_size=tokenizer.downsample_size,
             vocab_size=tokenizer.codebook_size,
             num_classes=model.num_classes,
+            class_names=None if class_names is None else tuple(class_names),
             cls_token_num=model.cls_token_num,
             class_dropout=model.class_dropout,
             dropout=model.dropout,
@@ -81,6 +92,8 @@ def get_family(spec_name: str) -> ModelFamily:
     return named_spec({name: family for family in FAMILIES for name in family.specs}, spec_name, key="model.name")
 
 
-def generator_sizes(model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:
+def generator_sizes(
+    model: Model, tokenizer: Tokenizer, *, image_size: int, class_names: Sequence[str] | None = None
+) -> Any:
     """Sizes of a recipe's generator. Raises a UserError: no such spec, or images that are not whole codes wide."""
-    return get_family(model.name).sizes(model, tokenizer, image_size=image_size)
+    return get_family(model.name).sizes(model, tokenizer, image_size=image_size, class_names=class_names)
