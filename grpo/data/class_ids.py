@@ -23,7 +23,7 @@ count as spaces. A name that no image has is passed over, except that it keeps i
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tomli
@@ -73,10 +73,8 @@ def find_class_ids(
             return list(range(len(names)))
     if twofold := {place: ids for place, ids in candidates.items() if len(ids) > 1}:
         place, ids = next(iter(twofold.items()))
-        meant = " and ".join(f"{class_id} ({known.title(class_id)})" for class_id in sorted(ids))
-        raise UserError(
-            f"{source}: {asked[place]!r} is a name of the classes {meant}: use the WordNet id, or data.class_map"
-        )
+        of_classes = f"{asked[place]!r} is a name of the classes {known.titles(ids)}"
+        raise UserError(f"{source}: {of_classes}: use the WordNet id, or data.class_map")
     found = {place: next(iter(ids)) for place, ids in candidates.items() if ids}
     if class_map is not None:
         found |= {place: int(name) for place, name in asked.items() if _is_number(name)}
@@ -94,6 +92,21 @@ def find_class_ids(
     ids = {name: len(learned) + number for number, name in enumerate(new)}
     found |= {place: ids[_plain(name)] for place, name in others.items()}
     return [found.get(place, -1) for place in range(len(names))]
+
+
+def class_id_of(name: str, *, num_classes: int, learned: Sequence[str]) -> int:
+    """The class that a recipe calls so, by its id in digits or by any of its names.
+
+    Raises:
+        UserError: the model has no such class, or several.
+    """
+    known = _Known(learned)
+    ids = {int(name)} if _is_number(name) else known.find(name)
+    if len(ids) > 1:
+        raise UserError(f"{name!r} is a name of the classes {known.titles(ids)}: give the id")
+    if not ids or min(ids) >= num_classes:
+        raise UserError(f"{name!r} is no class of the model: give ids in 0..{num_classes - 1}, or names that it knows")
+    return min(ids)
 
 
 def implied_classes(names: Sequence[str], *, num_classes: int) -> tuple[str, ...]:
@@ -155,9 +168,9 @@ class _Known:
                 return own if len(own) == 1 else own | others
         return set()
 
-    def title(self, class_id: int) -> str:
-        """A name that only this class has, where there is one: ImageNet's classes by their WordNet ids."""
-        return self._titles[class_id]
+    def titles(self, class_ids: Iterable[int]) -> str:
+        """The classes for a message; ImageNet's by their WordNet ids, for names may occur twice."""
+        return " and ".join(f"{class_id} ({self._titles[class_id]})" for class_id in sorted(class_ids))
 
 
 def _mapped(asked: Mapping[int, str], class_map: Mapping[str, str], source: str) -> dict[int, str]:

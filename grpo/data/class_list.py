@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.config import Data
-from grpo.data.class_ids import find_class_ids
+from grpo.config import Data, UserError
+from grpo.data.class_ids import class_id_of
 from grpo.data.dataset import ImageDataset
 from grpo.models import numbered
 
@@ -22,12 +22,15 @@ class ClassList(ImageDataset):
     has_images = False
 
     def __init__(self, *, data: Data, num_classes: int, learned: tuple[str, ...]) -> None:
-        titles = [*learned, *numbered(num_classes)[len(learned) :]]
-        class_ids = range(num_classes)
-        if data.classes != "all":
-            known = {"num_classes": num_classes, "learned": titles, "source": "data.classes"}
-            class_ids = [find_class_ids([name], class_map={name: name}, **known)[0] for name in data.classes]
-        super().__init__(np.array(class_ids), titles, data=data)
+        names = [*learned, *numbered(num_classes)[len(learned) :]]
+        asked = numbered(num_classes) if data.classes == "all" else data.classes
+        try:
+            class_ids = [class_id_of(name, num_classes=num_classes, learned=learned) for name in asked]
+        except UserError as error:
+            raise UserError(f"data.classes: {error}") from error
+        if not class_ids:
+            raise UserError('data.classes is empty: give ids or names, or "all"')
+        super().__init__(np.array(class_ids), names, data=data)
 
     def pixels(self, index: int) -> Tensor:
         return torch.empty(3, 0, 0, dtype=torch.uint8)

@@ -3,6 +3,7 @@
 A class without a name is called by its number, everywhere.
 """
 
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -44,13 +45,28 @@ def learned_classes(model: Model) -> tuple[str, ...]:
     kept = model.num_classes - model.new_classes
     if model.checkpoint is None or not kept:
         return ()
-    names = (read_config(model.checkpoint) or {}).get("class_names")
+    names = written_names(model.checkpoint)
     if names is None:
         return imagenet_names() if kept == len(imagenet()) else numbered(kept)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{model.checkpoint}: the class names in this file are damaged")
     if len(names) != kept:
         raise UserError(class_count_problem(model.checkpoint, found=len(names), wanted=kept, new=model.new_classes))
+    return names
+
+
+def written_names(path: str | os.PathLike[str], count: int | None = None) -> tuple[str, ...] | None:
+    """Names of the classes, by class id, that were written with weights; None where there are none.
+
+    Raises a UserError: they are damaged, or not `count` names.
+    """
+    names = (read_config(path) or {}).get("class_names")
+    if names is None:
+        return None
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+        or count not in (None, len(names))
+    ):
+        raise UserError(f"{path}: the class names in this file are damaged")
     return tuple(names)
 
 

@@ -67,10 +67,13 @@ def build_trainable_tokenizer(recipe: TokenizerRecipe, *, mesh: DeviceMesh, worl
     return _spread(make, load, recipe, mesh=mesh, world=world, convolutional=True)
 
 
-def build_classifier(recipe: ClassifierRecipe, *, mesh: DeviceMesh, world: World) -> Classifier:
-    """The recipe's classifier."""
+def build_classifier(
+    recipe: ClassifierRecipe, *, class_names: Sequence[str], mesh: DeviceMesh, world: World
+) -> Classifier:
+    """The recipe's classifier, whose classes are called so."""
+    width, num_classes = recipe.classifier.width, recipe.classifier.num_classes
     try:
-        sizes = ClassifierConfig(width=recipe.classifier.width, num_classes=recipe.classifier.num_classes)
+        sizes = ClassifierConfig(width=width, num_classes=num_classes, class_names=tuple(class_names))
     except ValueError as error:
         raise UserError(f"classifier.width: {error}") from error
     return _spread(partial(Classifier, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
