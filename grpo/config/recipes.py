@@ -142,7 +142,11 @@ class TokenizerRecipe(TrainingRecipe):
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         by_gradient = self.tokenizer_loss.codebook_update == "gradient"
         keys = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
-        return [*super()._idle_keys(), (by_gradient, keys, 'codebook_update is "gradient"')]
+        return [
+            *super()._idle_keys(),
+            (by_gradient, keys, 'codebook_update is "gradient"'),
+            (True, "data.class_map", "a tokenizer is trained without classes"),
+        ]
 
 
 class ClassifierRecipe(TrainingRecipe):
@@ -211,7 +215,10 @@ class EvaluateRecipe(DrawingRecipe):
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]
         are_given = self.evaluation.images is not None
-        return [(are_given, " ".join(keys), "evaluation.images are not drawn from a model")]
+        return [
+            (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
+            (True, "data.class_map data.classes", "the classes of reference images do not matter"),
+        ]
 
 
 class ConvertRecipe(Recipe):
