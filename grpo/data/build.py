@@ -82,8 +82,8 @@ def _require_new_classes(dataset: ImageDataset, *, num_classes: int, learned: Se
         known = ", ".join(f"{learned[class_id]!r}" for class_id in sorted(found)[:4] if 0 <= class_id < len(learned))
         raise UserError(
             f"the data have images of {len(new) - len(without)} new classes, model.new_classes = {len(new)}"
-            f"{f' (of the model they have {known})' if known else ''}: lower model.new_classes and model.num_classes by "
-            f"{len(without)}, or say in data.class_map which class is which"
+            f"{f' (of the model they have {known})' if known else ''}: lower model.new_classes and model.num_classes "
+            f"by {len(without)}, or say in data.class_map which class is which"
         )
 
 

@@ -222,9 +222,7 @@ def test_new_classes_are_named_after_the_data(class_folders, section):
     dataset = build_dataset(section(path), num_classes=3, learned=("cat", "ant"))
     assert dataset.class_ids.tolist() == [1, 2]
     assert dataset.class_names == ["cat", "ant", "my dog"]
-    with pytest.raises(
-        UserError, match=r"images of 1 new classes, model.new_classes = 2 \(of the model they have 'ant'"
-    ):
+    with pytest.raises(UserError, match=r"1 new classes, model.new_classes = 2 \(of the model they have 'ant'"):
         build_dataset(section(path), num_classes=4, learned=("cat", "ant"))
 
 
