@@ -135,6 +135,9 @@ class Training(Section):
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
     """Dropout in the update of `train`. Only eval (none, as in the rollout): the other two are refused."""
+    ema_decay: ProperFraction | None = None
+    """Decay of a moving average of the weights, per optimizer step, which is written beside them at the end as
+    `model_ema.safetensors`. None keeps no average."""
     max_skipped_steps: Annotated[PositiveInt, MayChange] = 10
     """Optimizer steps in a row with a non-finite loss or gradient (each skipped) after which the run stops."""
     kernels: KernelBackend = "auto"
@@ -235,4 +238,4 @@ class Debug(FreeSection):
     deterministic: bool = False
     """Deterministic algorithms only."""
     profile: NonNegativeInt = 0
-    """Step of which each rank writes a trace into the run's folder, for Perfetto or chrome://tracing; 0 is none."""
+    """Step of which each rank writes a trace, for Perfetto, and a table of times into the run's folder; 0 is none."""
