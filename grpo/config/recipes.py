@@ -232,7 +232,7 @@ class EvaluateRecipe(DrawingRecipe):
         are_given = self.evaluation.images is not None
         return [
             (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
-            (True, "data.class_map data.classes", "the classes of reference images do not matter"),
+            (True, "data.classes", "reference images have classes of their own"),
         ]
 
 
