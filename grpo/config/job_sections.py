@@ -1,6 +1,6 @@
 """The sections that belong to one job: what to train, sample, measure or convert besides the shared settings."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from grpo.config.types import (
     ClassIds,
