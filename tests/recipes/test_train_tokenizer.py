@@ -79,22 +79,22 @@ def test_factor_of_another_tokenizer_is_refused(run_here, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="module")
-def adversarial(tmp_path_factory):
-    """Flags of a run with both learned losses, whose discriminator joins at the second step."""
-    backbone = save_vgg16(tmp_path_factory.mktemp("vgg") / "vgg.pth")
-    flags = ["--tokenizer_loss.perceptual_weight", 0.5, "--tokenizer_loss.perceptual_backbone", backbone]
-    flags += ["--adversary.weight", 0.5, "--adversary.start", 2, "--adversary.dim", 4, "--adversary.num_layers", 2]
-    flags += ["--adversary.adaptive", "--tokenizer_loss.unquantised_steps", 0, "--training.batch_size", 4]
-    return [*TINY, *flags]
+ADVERSARY = [
+    *TINY, "--adversary.weight", 0.5, "--adversary.start", 2, "--adversary.dim", 4, "--adversary.num_layers", 2,
+    "--adversary.adaptive", "--tokenizer_loss.unquantised_steps", 0, "--training.batch_size", 4,
+]  # fmt: skip
+"""A discriminator that joins at the second step."""
 
 
-def test_learned_losses_are_resumed_bit_for_bit_and_the_discriminator_rewards(run_here, tmp_path, adversarial):
+def test_learned_losses_are_resumed_bit_for_bit_and_the_discriminator_rewards(run_here, tmp_path):
     """Interrupted once before the discriminator starts and once after; then it and LPIPS reward a run."""
-    whole = run_here("tokenizer", *adversarial, "--training.steps", 4, "--metrics.run_dir", tmp_path / "whole")
+    backbone = save_vgg16(tmp_path / "vgg.pth")
+    learned = ["--tokenizer_loss.perceptual_weight", 0.5, "--tokenizer_loss.perceptual_backbone", backbone]
+    learned = [*ADVERSARY, *learned]
+    whole = run_here("tokenizer", *learned, "--training.steps", 4, "--metrics.run_dir", tmp_path / "whole")
     for steps in (1, 3, 4):
         flags = ["--training.steps", steps, "--metrics.run_dir", tmp_path / "broken"]
-        resumed = run_here("tokenizer", *adversarial, *flags)
+        resumed = run_here("tokenizer", *learned, *flags)
     judged = ("adversarial", "adversarial_weight", "discriminator_loss", "logits_real", "discriminator_grad_norm")
     assert "adversarial" not in whole[0]
     assert all(line["perceptual"] > 0 for line in whole)
@@ -109,8 +109,16 @@ def test_learned_losses_are_resumed_bit_for_bit_and_the_discriminator_rewards(ru
 
     flags = [*TINY[:12], "--model.name", "GPT-tiny", "--model.num_classes", 10, "--training.mixed_precision", "fp32"]
     flags += ["--tokenizer.checkpoint", tmp_path / "whole" / "model.safetensors", "--rollout.batch_size", 2]
-    flags += ["--rollout.num_generations", 2, "--training.steps", 1, "--metrics.run_dir", tmp_path / "grpo"]
-    backbone = adversarial[adversarial.index("--tokenizer_loss.perceptual_backbone") + 1]
+    flags += [
+        "--rollout.num_generations",
+        2,
+        "--training.batch_size",
+        4,
+        "--training.steps",
+        1,
+        "--metrics.run_dir",
+        tmp_path / "grpo",
+    ]
     flags += ["--reward-perceptual-weight", 1, "--reward.lpips.backbone", backbone]
     flags += ["--reward-use-gan", "--reward-disc-ckpt", tmp_path / "whole" / "discriminator.safetensors"]
     (line,) = run_here("train", *flags)
@@ -120,15 +128,15 @@ def test_learned_losses_are_resumed_bit_for_bit_and_the_discriminator_rewards(ru
     assert line["reward_mean"] == pytest.approx(parts, rel=1e-5)
 
 
-def test_the_discriminator_is_the_same_on_both_ranks(run_on_two, tmp_path, adversarial):
+def test_the_discriminator_is_the_same_on_both_ranks(run_on_two, tmp_path):
     """A resumed run gives every rank what rank 0 had; it would differ if another rank had had something else."""
-    whole = run_on_two("tokenizer", *adversarial, "--training.steps", 4, "--metrics.run_dir", tmp_path / "whole")
-    for steps in (3, 4):
-        flags = ["--training.steps", steps, "--metrics.run_dir", tmp_path / "broken"]
-        resumed = run_on_two("tokenizer", *adversarial, *flags)
-    assert [line.get("discriminator_loss") for line in resumed] == [line.get("discriminator_loss") for line in whole]
-    assert plain(resumed) == plain(whole)
-    first, second = (read_weights(tmp_path / run / "discriminator.safetensors") for run in ("whole", "broken"))
+    flags = [*ADVERSARY, "--training.steps", 4, "--checkpoint.interval", 3]
+    whole = run_on_two("tokenizer", *flags, "--metrics.run_dir", tmp_path / "whole")
+    flags += ["--checkpoint.resume", tmp_path / "whole" / "checkpoints" / "step-000003"]
+    (resumed,) = run_on_two("tokenizer", *flags, "--metrics.run_dir", tmp_path / "resumed")
+    assert resumed["discriminator_loss"] == whole[3]["discriminator_loss"]
+    assert plain([resumed]) == plain(whole[3:])
+    first, second = (read_weights(tmp_path / run / "discriminator.safetensors") for run in ("whole", "resumed"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
