@@ -123,6 +123,18 @@ def test_possible_settings(settings: Mapping) -> None:
             },
             "sampling.resize_to must equal data.image_size = 256",
         ),
+        (
+            TokenizerRecipe,
+            merged(SYNTHETIC, {"data": {"image_size": 16}}),
+            {"adversary": {"weight": 0.5}},
+            "adversary.num_layers = 3 needs data.image_size of at least 24",
+        ),
+        (
+            TokenizerRecipe,
+            {"data": {"name": "synthetic", "image_size": 8}, "tokenizer": {"downsample_size": 4}},
+            {"tokenizer_loss": {"perceptual_weight": 1}},
+            "tokenizer_loss.perceptual_weight: LPIPS needs data.image_size of at least 16, not 8",
+        ),
     ],
 )
 def test_impossible_settings_of_other_jobs(
@@ -151,6 +163,7 @@ def test_a_recipe_object_is_valid() -> None:
         ({"rollout": {"importance_weight_cap": 2}}, "rollout.importance_weight_cap"),
         ({"rollout": {"guidance_in_loss": "conditional"}}, "rollout.guidance_in_loss"),
         ({"rollout": {"max_rows": 8}}, "rollout.max_rows"),
+        ({"rollout": {"keep_memory": 0.2}}, "rollout.keep_memory"),
         (
             {"reward": {"reconstruction": {}, "embedding_cosine": {"weight": 0}}},
             "reward.embedding_cosine",
@@ -172,6 +185,11 @@ def test_notes_of_other_jobs() -> None:
     by_gradient = {"tokenizer_loss": {"codebook_update": "gradient", "codebook_ema": 0.5}}
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()
     assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
+    adversary = {"adversary": {"weight": 0.5, "start": 101, "dim": 8}}
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, adversary)).notes()
+    assert note == "adversary.weight has no effect: adversary.start = 101 is after the last step"
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, {"adversary": {"dim": 8}})).notes()
+    assert note == "adversary.dim has no effect: adversary.weight is 0"
     (note,) = EvaluateRecipe.model_validate(merged(EVALUATE, {"sampling": {"top_k": 3}})).notes()
     assert note == "sampling.top_k has no effect: evaluation.images are not drawn from a model"
 
@@ -231,12 +249,12 @@ def test_changes_that_matter_on_resumption() -> None:
     free = {
         "training": {"steps": 7, "micro_batch_size": 2, "max_skipped_steps": 1},
         "data": {"num_workers": 0, "cache_codes": True, "max_bad_images": 1},
-        "rollout": {"max_rows": 9},
+        "rollout": {"max_rows": 9, "keep_memory": 0},
         "reward": {"reconstruction": {}, "batch_size": 5},
         "parallel": {"timeout": 5},
         "checkpoint": {"interval": 1},
     }
-    assert len(differences(before, GRPORecipe.model_validate(merged(SYNTHETIC, free)))) == 10
+    assert len(differences(before, GRPORecipe.model_validate(merged(SYNTHETIC, free)))) == 11
     assert changes_that_matter(before, GRPORecipe.model_validate(merged(SYNTHETIC, free))) == []
     bound = {
         "training": {"batch_size": 64},
