@@ -87,16 +87,11 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
     codes = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
     generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
-    policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
 
     @cache  # one for the KL term and the rewards where both want the same weights
     def frozen(checkpoint: str | None) -> nn.Module:
         return generator(checkpoint=checkpoint).eval().requires_grad_(False)
 
-    if objective.kl_estimator != "none":
-        reference = frozen(objective.reference_checkpoint or recipe.model.checkpoint)
-    sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
-    rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
     reward = build_rewards(
         recipe.reward,
         tokenizer,
@@ -106,6 +101,11 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         generator=lambda checkpoint: frozen(checkpoint or recipe.model.checkpoint),
         real_images=partial(sample_images, dataset, world=world),
     )
+    policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
+    if objective.kl_estimator != "none":
+        reference = frozen(objective.reference_checkpoint or recipe.model.checkpoint)
+    sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
+    rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
     optimizer = build_optimizer(policy, recipe, world, steps_per_training_step=schedule.steps_per_rollout)
     update = PolicyUpdate(
         policy, optimizer, objective=objective, rollout=recipe.rollout, reference=reference, **sampling
