@@ -10,12 +10,13 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
 
     run_job("train")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from grpo.checkpoint import ExtraState
 from grpo.config import GRPORecipe, Schedule, load_recipe
 from grpo.data import CodeCache, ImageBatch, ImageStream, build_dataset, build_stream
 from grpo.estimate import Work, grpo_work
@@ -39,7 +40,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
     """The whole job on this rank."""
     with TrainingRun(recipe, world, title="GRPO") as run:
         job = build(recipe, run)
-        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream)
+        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream, extra=job.extra)
         for step in run.steps():
             metrics, shown = MetricSums(), []
             with run.timer("data"):
@@ -72,6 +73,7 @@ class Job(NamedTuple):
     reward: RewardSum
     credit: Callable[[Rewarded], tuple[Tensor, MetricSums]]
     update: PolicyUpdate
+    extra: Mapping[str, ExtraState]  # what else the run goes on from
     work: Work  # of a step on one rank, to tell how well the devices are used
     shows_real: bool  # whether completions are of the real images
 
@@ -88,14 +90,20 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
     if objective.kl_estimator != "none":
-        frozen = objective.reference_checkpoint or recipe.model.checkpoint
-        reference = generator(checkpoint=frozen).eval().requires_grad_(False)
+        start = objective.reference_checkpoint or recipe.model.checkpoint
+        reference = generator(checkpoint=start).eval().requires_grad_(False)
     sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
     rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
     reward = build_rewards(
         recipe.reward, tokenizer, class_names=dataset.class_names, device=world.device, compile=recipe.compile
     )
-    optimizer = build_optimizer(policy, recipe, world, steps_per_training_step=schedule.steps_per_rollout)
+    optimizer = build_optimizer(
+        policy,
+        recipe,
+        world,
+        steps_per_training_step=schedule.steps_per_rollout,
+        average_into=reference if objective.reference == "ema" else None,
+    )
     update = PolicyUpdate(
         policy, optimizer, objective=objective, rollout=recipe.rollout, reference=reference, **sampling
     )
@@ -107,6 +115,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         reward=reward,
         credit=partial(credit, group_size=schedule.group_size, objective=objective),
         update=update,
+        extra={"entropy": update.entropy_control} if update.entropy_control.steers else {},
         work=grpo_work(recipe, policy.config, schedule),
         shows_real=recipe.rollout.mode == "teacher_forced",
     )

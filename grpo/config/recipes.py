@@ -71,6 +71,12 @@ class GRPORecipe(GeneratorRecipe):
             yield from error.problems
         if rollout.num_generations == 1 and objective.advantage != "batch_std":  # the only one without a group's mean
             yield f'rollout.num_generations must be at least 2 with objective.advantage = "{objective.advantage}"'
+        if objective.reference == "ema" and training.ema_decay is None:
+            yield 'objective.reference = "ema" needs training.ema_decay'
+        if objective.reference == "ema" and objective.reference_checkpoint is not None:
+            yield 'objective.reference_checkpoint needs objective.reference = "start": the average starts at the policy'
+        if objective.entropy_target is not None and objective.entropy_weight <= 0:
+            yield "objective.entropy_target needs objective.entropy_weight above 0, where the weight starts"
         if not self.reward.active:
             yield "no reward is on: give a table [reward.NAME] a weight other than 0"
         if rollout.mode == "autoregressive":
@@ -98,10 +104,13 @@ class GRPORecipe(GeneratorRecipe):
         rollout, objective = self.rollout, self.objective
         no_kl = objective.kl_estimator == "none"
         one_reward = objective.advantage == "gdpo" and len(self.reward.active) == 1
+        of_kl = ("kl_coef", "kl_level", "reference", "reference_checkpoint")
+        steering = "objective.entropy_dead_band objective.entropy_gain"
         is_whole = not rollout.top_k and rollout.top_p == 1
         return [
             *super()._idle_keys(),
-            (no_kl, "objective.kl_coef objective.reference_checkpoint", 'the KL term is off (objective.kl = "none")'),
+            (no_kl, " ".join(f"objective.{key}" for key in of_kl), 'the KL term is off (objective.kl = "none")'),
+            (objective.entropy_target is None, steering, "objective.entropy_target is none"),
             (not objective.use_token_dropout, "objective.token_dropout", "objective.use_token_dropout is off"),
             (one_reward, "objective.advantage", "with one reward gdpo is group_std"),
             (not rollout.use_context_noise, "rollout.context_noise", "rollout.use_context_noise is off"),

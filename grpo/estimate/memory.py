@@ -110,7 +110,9 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
         "optimizer": policy.optimizer,
         "unreduced gradients": policy.unreduced,
     }
-    if schedule and recipe.objective.kl_estimator != "none":
+    if training.ema_decay is not None:
+        lasting["average"] = policy.parameters
+    if schedule and recipe.objective.has_frozen_reference:
         lasting["reference"] = policy.parameters
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
     update = {
