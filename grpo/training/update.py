@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from grpo.config import Objective, Rollout, Schedule
 from grpo.kernels import Draw, philox_uniform
 from grpo.objectives import EntropyControl, highest_entropy, policy_loss, token_weights
-from grpo.parallel import MetricSums, all_reduce_sums, gradient_sync
+from grpo.parallel import MetricSums, gradient_sync
 from grpo.rollout import RandomStream, Scores, Trajectory, score
 from grpo.training.optimizer import GuardedOptimizer
 

@@ -58,6 +58,12 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
         ({"rollout": {"batch_size": 3}, "training": {"batch_size": 12}}, "must be a multiple or a divisor of rollout"),
         ({"reward": {"reconstruction": {"weight": 0}}}, "no reward is on"),
         ({"model": {"dropout": 0.1}}, "model.dropout must be 0 in GRPO"),
+        ({"objective": {"reference": "ema"}}, 'objective.reference = "ema" needs training.ema_decay'),
+        (
+            {"objective": {"reference": "ema", "reference_checkpoint": "x"}, "training": {"ema_decay": 0.9}},
+            'objective.reference_checkpoint needs objective.reference = "start"',
+        ),
+        ({"objective": {"entropy_target": 0.8}}, "objective.entropy_target needs objective.entropy_weight above 0"),
         ({"model": {"cls_token_num": 120}}, "model.cls_token_num must be 1"),
         ({"data": {"image_size": 100}}, "data.image_size = 100 must be a multiple of"),
         ({"data": {"name": "digits"}}, "tokenizer.checkpoint is required"),

@@ -57,6 +57,8 @@ def test_settings_move_what_they_should():
     assert plain.lasting["unreduced gradients"] == pytest.approx(8 * plain.lasting["weights"], rel=1e-3)
     assert "reference" not in plain.lasting
     assert estimate("--objective.kl", "k3").lasting["reference"] == plain.lasting["weights"]
+    moving = estimate("--objective.kl", "k3", "--objective.reference", "ema", "--training.ema_decay", "0.99").lasting
+    assert moving == {**plain.lasting, "average": plain.lasting["weights"]}
     two_hosts = estimate("--training.micro_batch_size", "4", mesh=(2, 8))
     assert two_hosts.lasting == plain.lasting
     assert (
