@@ -1,8 +1,8 @@
 """GRPO of an autoregressive image generator: rollout -> reward -> credit -> update -> observe.
 
 grpo train --config debug
-torchrun --nproc_per_node=8 -m grpo train --config vapi_xxl_384
-torchrun --nproc_per_node=8 recipes/train_grpo.py --config train_configs/vapi_xxl_384.toml
+torchrun --nproc_per_node=8 -m grpo train --config published/vapi_xxl_384
+torchrun --nproc_per_node=8 recipes/train_grpo.py --config train_configs/published/vapi_xxl_384.toml
 """
 
 if __name__ == "__main__":  # before the imports, so that --help does without torch

@@ -268,3 +268,15 @@ def test_negative_numbers_need_no_equals_sign(text: str) -> None:
 def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "bom.toml").write_bytes('\ufeff[data]\nname = "synthetic"\n'.encode())
     assert load_recipe(GRPORecipe, ["--config", str(tmp_path / "bom.toml")]).data.name == "synthetic"
+
+
+def test_the_folder_of_a_shipped_recipe_may_be_left_out_where_its_name_is_unique(monkeypatch, tmp_path):
+    whole, short = (load_recipe(GRPORecipe, ["--config", name]) for name in ("published/vapi_xxl_384", "vapi_xxl_384"))
+    assert short == whole
+    assert short.metrics.run_dir == "runs/vapi_xxl_384"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.toml").write_text("")
+    monkeypatch.setattr("grpo.config.load.SHIPPED_RECIPES", tmp_path)
+    with pytest.raises(UserError, match="--config same: cannot be read"):
+        load_recipe(GRPORecipe, ["--config", "same"])

@@ -273,7 +273,7 @@ def test_committed_recipe_loads(path: Path) -> None:
 
 
 def test_published_run_has_its_size() -> None:
-    recipe = load_recipe(GRPORecipe, ["--config", str(ROOT / "train_configs" / "vapi_xxl_384.toml")])
+    recipe = load_recipe(GRPORecipe, ["--config", str(ROOT / "train_configs" / "published" / "vapi_xxl_384.toml")])
     rollout, training = recipe.rollout, recipe.training
     assert training.steps * rollout.batch_size * rollout.num_generations == 102_400
     assert (rollout.batch_size, training.batch_size, training.micro_batch_size) == (128, 1024, 8)

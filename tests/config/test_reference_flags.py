@@ -245,7 +245,7 @@ def test_published_command(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     rest = PUBLISHED.replace("--reward-perceptual-weight 1.0", "").replace("--sample-model-mode train", "")
     recipe = load_recipe(GRPORecipe, rest.split())
-    shipped = load_recipe(GRPORecipe, ["--config", "vapi_xxl_384"])
+    shipped = load_recipe(GRPORecipe, ["--config", "published/vapi_xxl_384"])
     for section in ("rollout", "training", "reward", "objective", "optimizer"):
         assert getattr(recipe, section) == getattr(shipped, section)
     assert recipe.metrics.wandb_entity is None

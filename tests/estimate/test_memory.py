@@ -47,7 +47,7 @@ def test_activations_are_within_an_eighth_of_the_measured_ones(size, dtype, mode
 
 
 def estimate(*flags, mesh=(8,), memory=80 * GIB):
-    arguments = ["--config", "vapi_xxl_384", *flags]
+    arguments = ["--config", "published/vapi_xxl_384", *flags]
     return recipe_memory(load_recipe(GRPORecipe, arguments), mesh=mesh, memory=memory)
 
 
