@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import Objective, Rollout, Schedule
-from grpo.kernels import Draw, philox_uniform
+from grpo.kernels import Draw, RandomStream, philox_uniform
 from grpo.objectives import policy_loss, token_weights
 from grpo.parallel import MetricSums, gradient_sync
-from grpo.rollout import RandomStream, Trajectory, score
+from grpo.rollout import Trajectory, score
 from grpo.training.optimizer import GuardedOptimizer
 
 
@@ -21,6 +21,10 @@ class PolicyUpdate:
     Where a rollout feeds one optimizer step, the policy that sampled is the policy that is trained: old log-probs are
     the new ones, detached, and a teacher-forced rollout may hand over its own scores. Otherwise the rollout is cut into
     several optimizer steps, and old log-probs are scored first, by the same function as the new ones.
+
+    An optimizer step passes over its batch with dropout, without, or both ways, whose mean is then its loss. New, old
+    and reference log-probs of a pass have the same masks, which depend on a row's number only: the ratio of a policy
+    that has not changed is 1, and a KL compares models, not masks.
 
     The loss of one optimizer step is divided by global counts, so neither the number of ranks nor the micro-batch size
     changes the gradient.
@@ -51,20 +55,18 @@ class PolicyUpdate:
         """Backward of a rollout or a part of one, with every optimizer step that this completes; their metrics.
 
         Args:
-            trajectory: with advantages; its log-probs of before the first step are filled in here.
+            trajectory: with advantages.
         """
         metrics, ranks = MetricSums(), self.schedule.ranks
-        if self.reference is not None:
-            trajectory.ref_log_probs = self.score(self.reference, trajectory)
-        if not self.schedule.on_policy:
-            trajectory.old_log_probs = self.score(self.policy, trajectory)
-        for parts in self._plan(trajectory):
-            real_rows = sum(part.rows for part in parts if not part.num_completions)
-            self._pending += sum(part.num_completions for part in parts)
+        passes = [self._one_pass(trajectory, drops) for drops in self.schedule.dropout_passes]
+        for planned in zip(*map(self._plan, passes), strict=True):
+            real_rows = sum(part.rows for part in planned[0] if not part.num_completions)
+            self._pending += sum(part.num_completions for part in planned[0])
+            parts = [part for one_pass in planned for part in one_pass]
             complete = self._pending == self.schedule.completions_per_step
             for part in parts:
                 gradient_sync(self.policy, complete and part is parts[-1])
-                loss = self._loss(part, real_rows, metrics)
+                loss = self._loss(part, real_rows, metrics) / len(passes)
                 metrics.add("loss", loss, 0)
                 self.optimizer.backward(loss * ranks)  # gradients are averaged over ranks, the loss is a sum
             if complete:
@@ -73,6 +75,16 @@ class PolicyUpdate:
                 for name, value in self.optimizer.step().items():
                     metrics.add(name, value)
         return metrics
+
+    def _one_pass(self, trajectory: Trajectory, drops: bool) -> Trajectory:
+        """The trajectory as one pass sees it: with log-probs of before the first step under the pass's own masks."""
+        real = trajectory.real and replace(trajectory.real, drops=drops)
+        seen = replace(trajectory, drops=drops, real=real, scores=None if drops else trajectory.scores)
+        if self.reference is not None:
+            seen.ref_log_probs = self.score(self.reference, seen)
+        if not self.schedule.on_policy:
+            seen.old_log_probs = self.score(self.policy, seen)
+        return seen
 
     @torch.no_grad()
     def score(self, model: nn.Module, trajectory: Trajectory) -> Tensor:
