@@ -100,6 +100,7 @@ class TrainingRecipe(Recipe):
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
             (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
             (not self.metrics.wandb, wandb, "metrics.wandb is off"),
+            (self.job != "train", "training.dropout_mode", "it is a key of the job train"),
         ]
 
     @property

@@ -36,6 +36,14 @@ class PretrainRecipe(GeneratorRecipe):
     job = "pretrain"
 
 
+DROPOUT_NOTE = (
+    "the update has dropout, the rollout none: old and reference log-probs are under the same masks as new ones, so "
+    "that only a changed policy changes the ratio; with teacher forcing the completions of an image share one forward and "
+    "its masks. The reference trainer compares with log-probs without dropout, and draws masks for each completion"
+)
+"""What a run says about its dropout."""
+
+
 class GRPORecipe(GeneratorRecipe):
     """Reinforcement learning of the generator: rollout, reward, advantage, update."""
 
@@ -58,13 +66,7 @@ class GRPORecipe(GeneratorRecipe):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        rollout, training, objective = self.rollout, self.training, self.objective
-        same_masks = "old and new log-probs need the same masks; dropout is for pre-training"
-        for key in ("class_dropout", "dropout"):
-            if getattr(self.model, key):
-                yield f"model.{key} must be 0 in GRPO: {same_masks}"
-        if training.dropout_mode != "eval":
-            yield f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
+        rollout, objective = self.rollout, self.objective
         try:
             self.schedule(ranks=1)
         except UserError as error:
@@ -92,13 +94,17 @@ class GRPORecipe(GeneratorRecipe):
 
     def notes(self) -> list[str]:
         off = [name for name in self.reward.tables if name not in self.reward.active]
-        return [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
+        notes = [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
+        if self.training.dropout_mode != "eval" and (self.model.dropout or self.model.class_dropout):
+            notes.append(DROPOUT_NOTE)
+        return notes
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         rollout, objective = self.rollout, self.objective
         no_kl = objective.kl_estimator == "none"
         one_reward = objective.advantage == "gdpo" and len(self.reward.active) == 1
         is_whole = not rollout.top_k and rollout.top_p == 1
+        mode, rates = self.training.dropout_mode, (self.model.dropout, self.model.class_dropout)
         return [
             *super()._idle_keys(),
             (no_kl, "objective.kl_coef objective.reference_checkpoint", 'the KL term is off (objective.kl = "none")'),
@@ -108,6 +114,8 @@ class GRPORecipe(GeneratorRecipe):
             (is_whole, "rollout.importance_weight_cap", "neither top_k nor top_p truncates the draw"),
             (rollout.cfg_scale == 1, "rollout.guidance_in_loss", "guidance is off (rollout.cfg_scale = 1)"),
             (rollout.mode == "teacher_forced", "rollout.max_rows", "teacher-forced rollouts have no cache"),
+            (mode == "eval", "model.dropout model.class_dropout", 'training.dropout_mode is "eval"'),
+            (not any(rates), "training.dropout_mode", "model.dropout and model.class_dropout are 0"),
         ]
 
 

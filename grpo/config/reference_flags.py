@@ -74,6 +74,9 @@ ALL_FLAGS: Mapping[str, str] = {
 
 EMBEDDING_SWITCH = ALL_FLAGS["--reward-use-embedcos"]
 
+DROPOUT_RATE = 0.1
+"""Of the reference's dropouts, where its update has them and no flag says otherwise."""
+
 BATCH_FLAGS: Mapping[str, Mapping[str, int]] = {
     "rollout.batch_size": {"--sample-batch-size": 32},
     "training.batch_size": {"--train-batch-size": 8, "--gradient-accumulation-steps": 1},

@@ -23,7 +23,8 @@ class Schedule:
     dropout_passes: tuple[bool, ...] = (False,)  # of an optimizer step over its batch; whether each is with dropout
     trains_sampling_forward: bool
     """Whether the update trains on the graph that a teacher-forced rollout keeps. It takes one optimizer step a
-    rollout, a pass without dropout, as the rollout is, and rewards that need no look at other images before the first backward."""
+    rollout, a pass without dropout, as rollouts are, and rewards that need no look at other images before the first
+    backward."""
 
     @staticmethod
     def of(

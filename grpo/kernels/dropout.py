@@ -22,8 +22,8 @@ from grpo.kernels.philox import RandomStream, philox_stack, philox_uniform, spli
 class Dropout:
     """The random numbers of the dropouts of one forward over R rows; a model is handed it whole.
 
-    A mask depends on the seed, the row's id, the layer, the place in the layer and the element, and on nothing else: two
-    forwards of a row with the same ids drop the same, whatever is computed beside it.
+    A mask depends on the seed, the row's id, the layer, the place in it and the element, and on nothing else: forwards
+    of a row drop the same, whatever is computed beside it.
     """
 
     row_ids: Tensor  # [R] int64: numbers that no other row of the run has, however often a row is computed

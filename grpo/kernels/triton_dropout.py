@@ -40,9 +40,7 @@ def dropout_kernel(
     _drop(x_ptr, out_ptr, element + 3 * groups, valid & (group + 3 * groups < D), w3, threshold, scale)
 
 
-def launch(
-    x: Tensor, row_ids: Tensor, layer: Tensor, seed: int, stream: int, threshold: int, scale: float
-) -> Tensor:
+def launch(x: Tensor, row_ids: Tensor, layer: Tensor, seed: int, stream: int, threshold: int, scale: float) -> Tensor:
     """As the reference in `dropout.py`."""
     x, (R, S, D) = x.contiguous(), x.shape
     out, count = torch.empty_like(x), R * S * triton.cdiv(D, 4)

@@ -55,7 +55,7 @@ class PolicyUpdate:
         """Backward of a rollout or a part of one, with every optimizer step that this completes; their metrics.
 
         Args:
-            trajectory: with advantages.
+            trajectory: with advantages; its log-probs of before the first step are filled in here.
         """
         metrics, ranks = MetricSums(), self.schedule.ranks
         passes = [self._one_pass(trajectory, drops) for drops in self.schedule.dropout_passes]
@@ -78,13 +78,14 @@ class PolicyUpdate:
 
     def _one_pass(self, trajectory: Trajectory, drops: bool) -> Trajectory:
         """The trajectory as one pass sees it: with log-probs of before the first step under the pass's own masks."""
-        real = trajectory.real and replace(trajectory.real, drops=drops)
-        seen = replace(trajectory, drops=drops, real=real, scores=None if drops else trajectory.scores)
+        if drops:  # the scores of the rollout are without
+            real = trajectory.real and replace(trajectory.real, drops=True)
+            trajectory = replace(trajectory, drops=True, real=real, scores=None)
         if self.reference is not None:
-            seen.ref_log_probs = self.score(self.reference, seen)
+            trajectory.ref_log_probs = self.score(self.reference, trajectory)
         if not self.schedule.on_policy:
-            seen.old_log_probs = self.score(self.policy, seen)
-        return seen
+            trajectory.old_log_probs = self.score(self.policy, trajectory)
+        return trajectory
 
     @torch.no_grad()
     def score(self, model: nn.Module, trajectory: Trajectory) -> Tensor:

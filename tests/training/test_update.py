@@ -55,11 +55,12 @@ def trajectory():
         ref_log_probs=log_probs + 0.1 * torch.randn(B, G, T, generator=generator),
         target_tokens=codes,
         advantages=torch.randn(B, G, generator=generator),
+        row_ids=torch.arange(B) + 100,
         completion_ids=torch.arange(B * G).view(B, G),
     )
 
 
-def make_update(model, *, micro_batch, step=B * G, objective, images=B, temperature=1.0, **rollout):
+def make_update(model, *, micro_batch, step=B * G, objective, images=B, temperature=1.0, passes=(False,), **rollout):
     """An update that keeps gradients, for rollouts of `images` x G completions and `step` completions a step."""
     schedule = Schedule(
         ranks=1,
@@ -67,8 +68,9 @@ def make_update(model, *, micro_batch, step=B * G, objective, images=B, temperat
         group_size=G,
         completions_per_step=step,
         micro_batch_size=micro_batch,
-        trains_sampling_forward=rollout.get("mode") != "autoregressive" and step == images * G,
+        trains_sampling_forward=rollout.get("mode") != "autoregressive" and step == images * G and False in passes,
         scores_targets=objective.aux_ce_weight > 0,
+        dropout_passes=passes,
     )
     draw = Draw(temperature=temperature)
     rollout = Rollout(batch_size=images, num_generations=G, **rollout)
