@@ -86,6 +86,9 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
     stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
+    reward = build_rewards(
+        recipe.reward, tokenizer, class_names=dataset.class_names, device=world.device, compile=recipe.compile
+    )
     codes = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
     generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
@@ -94,9 +97,6 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         reference = generator(checkpoint=start).eval().requires_grad_(False)
     sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
     rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
-    reward = build_rewards(
-        recipe.reward, tokenizer, class_names=dataset.class_names, device=world.device, compile=recipe.compile
-    )
     optimizer = build_optimizer(
         policy,
         recipe,

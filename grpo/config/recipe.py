@@ -100,7 +100,7 @@ class TrainingRecipe(Recipe):
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
             (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
             (not self.metrics.wandb, wandb, "metrics.wandb is off"),
-            (self.job != "train", "training.epochs_per_rollout", "only `train` has rollouts"),
+            (self.job != "train", "training.dropout_mode training.epochs_per_rollout", "only `train` has rollouts"),
         ]
 
     @property

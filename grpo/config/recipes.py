@@ -36,6 +36,14 @@ class PretrainRecipe(GeneratorRecipe):
     job = "pretrain"
 
 
+DROPOUT_NOTE = (
+    "the update has dropout, the rollout none: old and reference log-probs are under the same masks as new ones, so "
+    "that only a changed policy changes the ratio; with teacher forcing the completions of an image share one forward and "
+    "its masks. The reference trainer compares with log-probs without dropout, and draws masks for each completion"
+)
+"""What a run says about its dropout."""
+
+
 class GRPORecipe(GeneratorRecipe):
     """Reinforcement learning of the generator: rollout, reward, advantage, update."""
 
@@ -59,12 +67,6 @@ class GRPORecipe(GeneratorRecipe):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         rollout, training, objective = self.rollout, self.training, self.objective
-        same_masks = "old and new log-probs need the same masks; dropout is for pre-training"
-        for key in ("class_dropout", "dropout"):
-            if getattr(self.model, key):
-                yield f"model.{key} must be 0 in GRPO: {same_masks}"
-        if training.dropout_mode != "eval":
-            yield f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
         try:
             self.schedule(ranks=1)
         except UserError as error:
@@ -98,7 +100,10 @@ class GRPORecipe(GeneratorRecipe):
 
     def notes(self) -> list[str]:
         off = [name for name in self.reward.tables if name not in self.reward.active]
-        return [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
+        notes = [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
+        if self.training.dropout_mode != "eval" and (self.model.dropout or self.model.class_dropout):
+            notes.append(DROPOUT_NOTE)
+        return notes
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         rollout, objective = self.rollout, self.objective
@@ -107,6 +112,7 @@ class GRPORecipe(GeneratorRecipe):
         of_kl = ("kl_coef", "kl_level", "reference", "reference_checkpoint")
         steering = "objective.entropy_dead_band objective.entropy_gain"
         is_whole = not rollout.top_k and rollout.top_p == 1
+        mode, rates = self.training.dropout_mode, (self.model.dropout, self.model.class_dropout)
         return [
             *super()._idle_keys(),
             (no_kl, " ".join(f"objective.{key}" for key in of_kl), 'the KL term is off (objective.kl = "none")'),
@@ -117,6 +123,8 @@ class GRPORecipe(GeneratorRecipe):
             (is_whole, "rollout.importance_weight_cap", "neither top_k nor top_p truncates the draw"),
             (rollout.cfg_scale == 1, "rollout.guidance_in_loss", "guidance is off (rollout.cfg_scale = 1)"),
             (rollout.mode == "teacher_forced", "rollout.max_rows", "teacher-forced rollouts have no cache"),
+            (mode == "eval", "model.dropout model.class_dropout", 'training.dropout_mode is "eval"'),
+            (not any(rates), "training.dropout_mode", "model.dropout and model.class_dropout are 0"),
         ]
 
 

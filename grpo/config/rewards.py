@@ -13,6 +13,8 @@ REWARD_KINDS: dict[str, str] = {
     "reconstruction": "grpo.rewards.reconstruction:Reconstruction",
     "embedding_cosine": "grpo.rewards.embedding_cosine:EmbeddingCosine",
     "class_log_prob": "grpo.rewards.class_log_prob:ClassLogProb",
+    "lpips": "grpo.rewards.lpips:PerceptualSimilarity",
+    "patchgan": "grpo.rewards.patchgan:PatchGAN",
     "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
     "python": "grpo.rewards.python_function:PythonFunction",
 }

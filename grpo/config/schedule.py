@@ -6,6 +6,9 @@ from grpo.config.errors import UserError
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.sections import Training
 
+DROPOUT_PASSES = {"eval": (False,), "train": (True,), "twice": (False, True)}
+"""Of each `training.dropout_mode`: the passes of an optimizer step over its batch, and whether each is with dropout."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -18,9 +21,11 @@ class Schedule:
     epochs: int = 1  # times that a rollout passes through the optimizer steps
     micro_batch_size: int  # rows of one forward and backward, at most
     scores_targets: bool  # whether the codes of real images are part of the loss
+    dropout_passes: tuple[bool, ...] = (False,)  # of an optimizer step over its batch; whether each is with dropout
     trains_sampling_forward: bool
     """Whether the update trains on the graph that a teacher-forced rollout keeps. It takes one optimizer step a
-    rollout, and rewards that need no look at other images before the first backward."""
+    rollout, a pass without dropout, as rollouts are, and rewards that need no look at other images before the first
+    backward."""
 
     @staticmethod
     def of(
@@ -48,6 +53,7 @@ class Schedule:
                 f"training.batch_size = {step}{on_each} must be a multiple or a divisor of "
                 f"rollout.num_generations = {group}"
             )
+        passes = DROPOUT_PASSES[training.dropout_mode]
         waits = whole_batch_rewards or objective.advantage == "batch_std"
         one_step = step == drawn and training.epochs_per_rollout == 1
         return Schedule(
@@ -57,8 +63,9 @@ class Schedule:
             completions_per_step=share,
             epochs=training.epochs_per_rollout,
             micro_batch_size=training.micro_batch_size,
-            trains_sampling_forward=rollout.mode == "teacher_forced" and one_step and not waits,
+            trains_sampling_forward=(rollout.mode == "teacher_forced" and one_step and False in passes and not waits),
             scores_targets=objective.aux_ce_weight > 0,
+            dropout_passes=passes,
         )
 
     @property

@@ -39,9 +39,10 @@ class Model(Section):
     cls_token_num: PositiveInt = 1
     """Condition tokens before the image; must be 1, as in every class-conditional model."""
     class_dropout: Fraction = 0.0
-    """Share of training rows that see the unconditional class (pre-training only)."""
-    dropout: Fraction = 0.0
-    """Dropout of tokens, residuals and feed-forwards in pre-training."""
+    """Share of rows that see the unconditional class: in `pretrain`, and in the update of `train` where
+    training.dropout_mode is not eval, which makes the default 0.1."""
+    dropout: ProperFraction = 0.0
+    """Dropout of embeddings and of the outputs of attention and feed-forward, there too and with the same default."""
 
 
 class Tokenizer(Section):
@@ -122,7 +123,9 @@ class Training(Section):
     grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
-    """Dropout in the update of `train`. Only eval (none, as in the rollout): the other two are refused."""
+    """Dropout in the update of `train`; a rollout has none. eval: none either; train: with model.dropout and
+    model.class_dropout; twice: each batch once without and once with them, the mean of both losses. Old and reference
+    log-probs are those under the update's masks."""
     ema_decay: ProperFraction | None = None
     """Decay of a moving average of the weights, per optimizer step, which is written beside them at the end as
     `model_ema.safetensors`. None keeps no average."""

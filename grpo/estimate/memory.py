@@ -142,7 +142,8 @@ def _micro_batches(recipe: GRPORecipe | PretrainRecipe, schedule: Schedule | Non
     else:
         sequences, real = schedule.completions_per_step, int(schedule.scores_targets)  # of real images, at least
         copies = 1 if recipe.rollout.loss_cfg_scale == 1 else 2
-    return copies * min(most, sequences), math.ceil(sequences / most) + real
+    passes = len(schedule.dropout_passes) if schedule else 1
+    return copies * min(most, sequences), passes * (math.ceil(sequences / most) + real)
 
 
 def _phases_before_update(

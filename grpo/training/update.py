@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import Objective, Rollout, Schedule
-from grpo.kernels import Draw, philox_uniform
+from grpo.kernels import Draw, RandomStream, philox_uniform
 from grpo.objectives import EntropyControl, highest_entropy, policy_loss, token_weights
 from grpo.parallel import MetricSums, gradient_sync
-from grpo.rollout import RandomStream, Scores, Trajectory, score
+from grpo.rollout import Scores, Trajectory, score
 from grpo.training.optimizer import GuardedOptimizer
 
 
@@ -22,6 +22,10 @@ class PolicyUpdate:
     the new ones, detached, and a teacher-forced rollout may hand over its own scores. Otherwise the rollout is cut into
     several optimizer steps, or gone through several times in the same order, and old log-probs are scored first, by the
     same function as the new ones. So are those of the reference, also of one that moves with each optimizer step.
+
+    An optimizer step passes over its batch with dropout, without, or both ways, whose mean is then its loss. New, old
+    and reference log-probs of a pass have the same masks, which depend on a row's number only: the ratio of a policy
+    that has not changed is 1, and a KL compares models, not masks.
 
     The loss of one optimizer step is divided by global counts, so neither the number of ranks nor the micro-batch size
     changes the gradient.
@@ -60,17 +64,15 @@ class PolicyUpdate:
             trajectory: with advantages; its log-probs of before the first step are filled in here.
         """
         metrics, ranks = MetricSums(), self.schedule.ranks
-        if self.reference is not None:
-            trajectory.ref_log_probs = self.score(self.reference, trajectory)
-        if not self.schedule.on_policy:
-            trajectory.old_log_probs = self.score(self.policy, trajectory)
-        for parts in self._plan(trajectory) * self.schedule.epochs:
-            real_rows = sum(part.rows for part in parts if not part.num_completions)
-            self._pending += sum(part.num_completions for part in parts)
+        passes = [self._one_pass(trajectory, drops) for drops in self.schedule.dropout_passes]
+        for planned in list(zip(*map(self._plan, passes), strict=True)) * self.schedule.epochs:
+            real_rows = sum(part.rows for part in planned[0] if not part.num_completions)
+            self._pending += sum(part.num_completions for part in planned[0])
+            parts = [part for one_pass in planned for part in one_pass]
             complete = self._pending == self.schedule.completions_per_step
             for part in parts:
                 gradient_sync(self.policy, complete and part is parts[-1])
-                loss = self._loss(part, real_rows, metrics)
+                loss = self._loss(part, real_rows, metrics) / len(passes)
                 metrics.add("loss", loss, 0)
                 self.optimizer.backward(loss * ranks)  # gradients are averaged over ranks, the loss is a sum
             if complete:
@@ -82,6 +84,17 @@ class PolicyUpdate:
                     metrics.add("entropy_weight", self.entropy_control.weight)
                     self.entropy_control.update(self._entropy.means()["entropy"])
         return metrics
+
+    def _one_pass(self, trajectory: Trajectory, drops: bool) -> Trajectory:
+        """The trajectory as one pass sees it: with log-probs of before the first step under the pass's own masks."""
+        if drops:  # the scores of the rollout are without
+            real = trajectory.real and replace(trajectory.real, drops=True)
+            trajectory = replace(trajectory, drops=True, real=real, scores=None)
+        if self.reference is not None:
+            trajectory.ref_log_probs = self.score(self.reference, trajectory)
+        if not self.schedule.on_policy:
+            trajectory.old_log_probs = self.score(self.policy, trajectory)
+        return trajectory
 
     @torch.no_grad()
     def score(self, model: nn.Module, trajectory: Trajectory) -> Tensor:

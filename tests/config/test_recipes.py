@@ -57,7 +57,6 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
         ({"training": {"batch_size": 512}}, "must divide rollout.batch_size x rollout.num_generations = 256"),
         ({"rollout": {"batch_size": 3}, "training": {"batch_size": 12}}, "must be a multiple or a divisor of rollout"),
         ({"reward": {"reconstruction": {"weight": 0}}}, "no reward is on"),
-        ({"model": {"dropout": 0.1}}, "model.dropout must be 0 in GRPO"),
         ({"objective": {"reference": "ema"}}, 'objective.reference = "ema" needs training.ema_decay'),
         (
             {"objective": {"reference": "ema", "reference_checkpoint": "x"}, "training": {"ema_decay": 0.9}},
@@ -157,6 +156,10 @@ def test_a_recipe_object_is_valid() -> None:
         ({"rollout": {"importance_weight_cap": 2}}, "rollout.importance_weight_cap"),
         ({"rollout": {"guidance_in_loss": "conditional"}}, "rollout.guidance_in_loss"),
         ({"rollout": {"max_rows": 8}}, "rollout.max_rows"),
+        ({"model": {"dropout": 0.1}}, "model.dropout"),
+        ({"model": {"class_dropout": 0.1}}, "model.class_dropout"),
+        ({"training": {"dropout_mode": "train"}}, "training.dropout_mode has no effect: model.dropout and model.class"),
+        ({"training": {"dropout_mode": "twice"}, "model": {"dropout": 0.1}}, "the update has dropout, the rollout no"),
         (
             {"reward": {"reconstruction": {}, "embedding_cosine": {"weight": 0}}},
             "reward.embedding_cosine",
@@ -178,6 +181,8 @@ def test_notes_of_other_jobs() -> None:
     by_gradient = {"tokenizer_loss": {"codebook_update": "gradient", "codebook_ema": 0.5}}
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()
     assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
+    (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"training": {"dropout_mode": "train"}})).notes()
+    assert note == "training.dropout_mode has no effect: it is a key of the job train"
     (note,) = EvaluateRecipe.model_validate(merged(EVALUATE, {"sampling": {"top_k": 3}})).notes()
     assert note == "sampling.top_k has no effect: evaluation.images are not drawn from a model"
 

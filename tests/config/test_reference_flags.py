@@ -7,7 +7,7 @@ import pytest
 
 from grpo.config import GRPORecipe, PretrainRecipe, UserError, load_recipe
 from grpo.config.keys import section_keys
-from grpo.config.reference_flags import ALL_FLAGS, BATCH_FLAGS, REFERENCE_FLAGS, Unavailable
+from grpo.config.reference_flags import ALL_FLAGS, BATCH_FLAGS, REFERENCE_FLAGS
 
 SEED_FLAGS = json.loads((Path(__file__).parents[1] / "fixtures" / "seed_flags.json").read_text())
 REQUIRED = {"--vq-ckpt": "vq.pth", "--data-path": "images"}
@@ -54,6 +54,9 @@ ACCEPTED = {
     "--ckpt-sharded": (None, True),
     "--reward-rec-type": ("l1", "l1"),
     "--reward-rec-weight": ("0.5", 0.5),
+    "--reward-disc-dim": ("32", 32),
+    "--reward-disc-num-layers": ("4", 4),
+    "--reward-disc-ckpt": ("disc.pt", "disc.pt"),
     "--aux-ce-weight": ("0.1", 0.1),
     "--kl-coef": ("0.05", 0.05),
     "--use-kl-loss": (None, True),
@@ -67,12 +70,6 @@ REFUSED = {
     "--cls-token-num": ("120", "must be 1"),
     "--uncond-prob": ("0.1", "must be 0 in GRPO"),
     "--sample-model-mode": ("train", 'must be "eval" in GRPO'),
-    "--reward-perceptual-weight": ("1.0", "not available yet"),
-    "--reward-use-gan": (None, "not available yet"),
-    "--reward-gan-weight": ("0.5", "not available yet"),
-    "--reward-disc-dim": ("32", "not available yet"),
-    "--reward-disc-num-layers": ("4", "not available yet"),
-    "--reward-disc-ckpt": ("disc.pt", "not available yet"),
 }
 TRANSLATED = {
     "--sample-batch-size",
@@ -80,7 +77,12 @@ TRANSLATED = {
     "--gradient-accumulation-steps",
     "--reward-use-embedcos",
     "--reward-embedcos-weight",
+    "--reward-perceptual-weight",
+    "--reward-use-gan",
+    "--reward-gan-weight",
 }
+OFF = {"lpips", "patchgan"}
+"""Rewards that a command line without their flags has no table of."""
 PUBLISHED = (
     "--vq-ckpt V --data-path D --gpt-ckpt G --from-fsdp --image-size 384 --downsample-size 16 --gpt-model GPT-XXL "
     "--sample-batch-size 16 --train-batch-size 8 --gradient-accumulation-steps 16 --num-generations 8 "
@@ -118,8 +120,11 @@ def test_default_is_that_of_the_reference(entry: dict) -> None:
     expected = REQUIRED[entry["flag"]] if entry["default"] == "required" else entry["default"]
     if entry["flag"] in TRANSLATED:
         return
-    section, _, name = ALL_FLAGS[entry["flag"]].partition(".")
-    value = getattr(Unavailable(), name) if section == "unavailable" else value_of(recipe, f"{section}.{name}")
+    key = ALL_FLAGS[entry["flag"]]
+    if key.split(".")[1] in OFF:
+        assert recipe.reward.tables.keys().isdisjoint(OFF)
+        return
+    value = value_of(recipe, key)
     assert value == expected
     assert type(value) is type(expected)
 
@@ -157,7 +162,6 @@ def test_refused_flags_are_accepted_at_their_defaults() -> None:
         "--cls-token-num": "1",
         "--uncond-prob": "0.0",
         "--sample-model-mode": "eval",
-        "--reward-gan-weight": "1",
     }
     recipe = load_recipe(GRPORecipe, command_line(**defaults))
     assert recipe == load_recipe(GRPORecipe, command_line())
@@ -224,7 +228,8 @@ def test_mistakes_in_batch_flags(flags: str, line: str) -> None:
         ("--reward-use-embedcos --reward-embedcos-weight 0.3", 0.3),
         ("--reward-embedcos-weight 0.3", 0.0),
         ("--reward-use-embedcos false --reward-embedcos-weight 0.3", 0.0),
-        ("--reward-use-embedcos", None),
+        ("--reward-use-embedcos", 0.0),
+        ("--reward-use-gan false", None),
         ("", None),
     ],
 )
@@ -234,16 +239,56 @@ def test_switch_of_the_embedding_reward(flags: str, weight: float | None) -> Non
     assert (tables["embedding_cosine"].weight if "embedding_cosine" in tables else None) == weight
 
 
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ("--reward-use-gan", 1.0),
+        ("--reward-use-gan --reward-gan-weight 0.3", 0.3),
+        ("--reward-use-gan TRUE --reward-gan-weight 0.3", 0.3),
+        ("--reward-gan-weight 0.3", 0.0),
+        ("", 0.0),
+        ("--reward-use-gan false", 0.0),
+        ("--reward.patchgan.weight 2", 2.0),
+    ],
+)
+def test_switch_of_the_discriminator(flags: str, weight: float) -> None:
+    """Its checkpoint alone makes a table that is off."""
+    recipe = load_recipe(GRPORecipe, [*command_line(), *flags.split(), "--reward-disc-ckpt", "disc.pt"])
+    assert recipe.reward.tables["patchgan"].weight == weight
+    assert ("reconstruction" in recipe.reward.tables) == ("--reward." not in flags)  # a key of our own replaces it
+
+
+def test_switch_over_a_file(tmp_path: Path) -> None:
+    """A table of a file is on, until the switch is set to off."""
+    (tmp_path / "r.toml").write_text('[reward.patchgan]\nweight = 3\ncheckpoint = "disc.pt"\n')
+    argv = [*command_line(), "--config", str(tmp_path / "r.toml")]
+    for flags, table in (
+        ([], (3.0, None)),
+        (["--reward-disc-dim", "8"], (3.0, 8)),
+        (["--reward-use-gan"], (3.0, None)),
+        (["--reward-use-gan", "--reward-gan-weight", "2"], (2.0, None)),
+    ):
+        patchgan = load_recipe(GRPORecipe, [*argv, *flags]).reward.tables["patchgan"]
+        assert (patchgan.weight, patchgan.dim) == table
+    with pytest.raises(UserError, match="no reward is on"):
+        load_recipe(GRPORecipe, [*argv, "--reward-use-gan", "false"])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_weight_of_lpips(weight: float) -> None:
+    tables = load_recipe(GRPORecipe, [*command_line(), "--reward-perceptual-weight", str(weight)]).reward.tables
+    assert {name: table.weight for name, table in tables.items()} == {"lpips": weight, "reconstruction": 1.0}
+
+
 def test_published_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused for what is not there yet, and nothing else; without that it is the shipped recipe."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(UserError) as caught:
         load_recipe(GRPORecipe, PUBLISHED.split())
     assert [line.partition(":")[0] for line in caught.value.problems] == [
-        "--reward-perceptual-weight 1.0",
         "--sample-model-mode train",
     ]
-    rest = PUBLISHED.replace("--reward-perceptual-weight 1.0", "").replace("--sample-model-mode train", "")
+    rest = PUBLISHED.replace("--sample-model-mode train", "")
     recipe = load_recipe(GRPORecipe, rest.split())
     shipped = load_recipe(GRPORecipe, ["--config", "published/vapi_xxl_384"])
     for section in ("rollout", "training", "reward", "objective", "optimizer"):

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo.kernels import triton_linear_log_probs, triton_log_probs, triton_ratio_loss, triton_sampling
+from grpo.kernels import triton_dropout, triton_linear_log_probs, triton_log_probs, triton_ratio_loss, triton_sampling
 
 V = 16384
 
@@ -49,6 +49,9 @@ def kernels():
     types = "*fp32 " * 7 + "*i32 *fp32 *fp32 " + "i32 " * 21 + "fp32 fp32 fp32"
     options = triton_ratio_loss.kernel_options("k3", True, "clip")
     yield "ratio_loss", triton_ratio_loss.ratio_loss_kernel, types, options
+
+    types = "*bf16 *bf16 *i64 *i64 i64 i32 i64 i32 i32 fp32"
+    yield "dropout", triton_dropout.dropout_kernel, types, triton_dropout.kernel_options(1536)
 
 
 def compile_kernel(kernel, types: str, options: dict, target: GPUTarget):

@@ -56,11 +56,14 @@ def trajectory():
         ref_log_probs=log_probs + 0.1 * torch.randn(B, G, T, generator=generator),
         target_tokens=codes,
         advantages=torch.randn(B, G, generator=generator),
+        row_ids=torch.arange(B) + 100,
         completion_ids=torch.arange(B * G).view(B, G),
     )
 
 
-def make_update(model, *, micro_batch, step=B * G, objective, images=B, temperature=1.0, epochs=1, **rollout):
+def make_update(
+    model, *, micro_batch, step=B * G, objective, images=B, temperature=1.0, epochs=1, passes=(False,), **rollout
+):
     """An update that keeps gradients, for rollouts of `images` x G completions and `step` completions a step."""
     schedule = Schedule(
         ranks=1,
@@ -69,8 +72,11 @@ def make_update(model, *, micro_batch, step=B * G, objective, images=B, temperat
         completions_per_step=step,
         epochs=epochs,
         micro_batch_size=micro_batch,
-        trains_sampling_forward=rollout.get("mode") != "autoregressive" and step == images * G and epochs == 1,
+        trains_sampling_forward=(
+            rollout.get("mode") != "autoregressive" and step == images * G and epochs == 1 and False in passes
+        ),
         scores_targets=objective.aux_ce_weight > 0,
+        dropout_passes=passes,
     )
     draw = Draw(temperature=temperature)
     rollout = Rollout(batch_size=images, num_generations=G, **rollout)
