@@ -182,7 +182,7 @@ def test_notes_of_other_jobs() -> None:
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()
     assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
     (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"training": {"dropout_mode": "train"}})).notes()
-    assert note == "training.dropout_mode has no effect: it is a key of the job train"
+    assert note == "training.dropout_mode has no effect: only `train` has rollouts"
     (note,) = EvaluateRecipe.model_validate(merged(EVALUATE, {"sampling": {"top_k": 3}})).notes()
     assert note == "sampling.top_k has no effect: evaluation.images are not drawn from a model"
 
