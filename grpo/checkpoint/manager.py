@@ -15,10 +15,21 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
-from grpo.checkpoint.manifest import MANIFEST_NAME, FileSum, damaged_files, file_sums, manifest_text, read_manifest
-from grpo.checkpoint.state import load_training_tensors, training_tensors
+from grpo.checkpoint.state import ExtraState, load_tensors, training_tensors
 from grpo.config import Checkpoint, UserError
-from grpo.formats import METADATA_NAME, SafeFileSystemReader, read_tensors, save_weights
+from grpo.formats import (
+    MANIFEST_NAME,
+    FileSum,
+    ShardReader,
+    damaged_files,
+    file_sums,
+    manifest_text,
+    rank_shards,
+    read_manifest,
+    read_tensors,
+    save_weights,
+    write_shards,
+)
 from grpo.parallel import World, broadcast_object
 
 
@@ -47,6 +58,7 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer,
         run_state: Mapping[str, Any],
         rank_state: Mapping[str, Any],
+        extra: Mapping[str, ExtraState] | None = None,
         score: float | None = None,
     ) -> None:
         """Write the checkpoint of a step.
@@ -54,6 +66,7 @@ class CheckpointManager:
         Args:
             run_state: what is the same on every rank: counters, data position, schedule; JSON types only.
             rank_state: what each rank has of its own, e.g. RNG states: tensors, numbers, strings and their containers.
+            extra: more tensors by name, see `ExtraState`; their counters belong into `run_state`.
             score: what `checkpoint.keep_best` ranks it by.
 
         Raises a UserError: there is one of this step, or it (in the background, the one before) could not be written.
@@ -62,7 +75,7 @@ class CheckpointManager:
         self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
         about = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
         shared = step, json.dumps(about | {"run": run_state}, indent=1), getattr(model, "config", None)
-        state = training_tensors(model, optimizer), dict(rank_state)
+        state = training_tensors(model, optimizer, extra), dict(rank_state)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
             copies = [DefaultStager(options).stage(part) for part in state]
@@ -128,14 +141,21 @@ class CheckpointManager:
         """The `run_state` of a checkpoint. Raises a UserError if this is no checkpoint folder, or a damaged one."""
         return folders.read_run_file(path)["run"]
 
-    def load(self, path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Overwrite weights and optimizer state by a checkpoint's, whatever the number of ranks that wrote it.
+    def load(
+        self,
+        path: str | Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        extra: Mapping[str, ExtraState] | None = None,
+    ) -> dict[str, Any] | None:
+        """Overwrite weights, optimizer state and `extra` by a checkpoint's, whatever the number of ranks that wrote it.
 
         Returns this rank's `rank_state`; None when the number of ranks has changed, so that nobody's state fits.
         Raises a UserError: incomplete, damaged, not to be trusted, or of another model.
         """
         world_size = folders.read_run_file(path)["world_size"]
-        load_training_tensors(model, optimizer, SafeFileSystemReader(path))
+        load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
         own = folders.rank_file(Path(path), self.world.rank)
         return folders.read_rank_file(own) if world_size == self.world.size else None
 
@@ -147,11 +167,11 @@ class CheckpointManager:
 
     def _write_share(self, partial: Path, tensors: dict[str, Any], rank_state: dict[str, Any]) -> dict[str, FileSum]:
         """Write this rank's files; their checksums."""
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
+        write_shards(partial, tensors, group=self._group)
         rank_file = folders.rank_file(partial, self.world.rank)
         torch.save(rank_state, rank_file)
         folders.sync(rank_file)
-        return file_sums([rank_file, *partial.glob(f"__{self.world.rank}_*.distcp")])
+        return file_sums([rank_file, *rank_shards(partial, self.world.rank)])
 
     def _publish(self, partial: Path, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""
@@ -169,7 +189,7 @@ class CheckpointManager:
         }
         for name, text in texts.items():
             folders.write_synced(partial / name, text)
-        sums = file_sums([partial / name for name in (METADATA_NAME, *consolidated, *texts)])
+        sums = file_sums([partial / name for name in (*consolidated, *texts)])
         for share in shares:
             sums |= share
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))

@@ -124,6 +124,9 @@ class Training(Section):
     """Dropout in the update of `train`; a rollout has none. eval: none either; train: with model.dropout and
     model.class_dropout; twice: each batch once without and once with them, the mean of both losses. Old and reference
     log-probs are those under the update's masks."""
+    ema_decay: ProperFraction | None = None
+    """Decay of a moving average of the weights, per optimizer step, which is written beside them at the end as
+    `model_ema.safetensors`. None keeps no average."""
     max_skipped_steps: Annotated[PositiveInt, MayChange] = 10
     """Optimizer steps in a row with a non-finite loss or gradient (each skipped) after which the run stops."""
     kernels: KernelBackend = "auto"
