@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 
-from grpo.checkpoint.manifest import read_manifest
 from grpo.config import Checkpoint, UserError
-from grpo.formats import METADATA_NAME
+from grpo.formats import read_manifest
 
 RUN_STATE_NAME = "run_state.json"
 STEP_NAME = "resume_step.txt"
 STATE_TYPE_NAME = "state_type.txt"
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
-_REQUIRED = {METADATA_NAME, RUN_STATE_NAME, STEP_NAME, STATE_TYPE_NAME}
+_REQUIRED = {RUN_STATE_NAME, STEP_NAME, STATE_TYPE_NAME}
 
 
 def step_folder(folder: Path, step: int) -> Path:

@@ -15,10 +15,21 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
-from grpo.checkpoint.manifest import MANIFEST_NAME, FileSum, damaged_files, file_sums, manifest_text, read_manifest
 from grpo.checkpoint.state import ExtraState, load_tensors, training_tensors
 from grpo.config import Checkpoint, UserError
-from grpo.formats import METADATA_NAME, SafeFileSystemReader, read_tensors, save_weights
+from grpo.formats import (
+    MANIFEST_NAME,
+    FileSum,
+    ShardReader,
+    damaged_files,
+    file_sums,
+    manifest_text,
+    rank_shards,
+    read_manifest,
+    read_tensors,
+    save_weights,
+    write_shards,
+)
 from grpo.parallel import World, broadcast_object
 
 
@@ -144,7 +155,7 @@ class CheckpointManager:
         Raises a UserError: incomplete, damaged, not to be trusted, or of another model.
         """
         world_size = folders.read_run_file(path)["world_size"]
-        load_tensors(training_tensors(model, optimizer, extra), SafeFileSystemReader(path))
+        load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
         own = folders.rank_file(Path(path), self.world.rank)
         return folders.read_rank_file(own) if world_size == self.world.size else None
 
@@ -156,11 +167,11 @@ class CheckpointManager:
 
     def _write_share(self, partial: Path, tensors: dict[str, Any], rank_state: dict[str, Any]) -> dict[str, FileSum]:
         """Write this rank's files; their checksums."""
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
+        write_shards(partial, tensors, group=self._group)
         rank_file = folders.rank_file(partial, self.world.rank)
         torch.save(rank_state, rank_file)
         folders.sync(rank_file)
-        return file_sums([rank_file, *partial.glob(f"__{self.world.rank}_*.distcp")])
+        return file_sums([rank_file, *rank_shards(partial, self.world.rank)])
 
     def _publish(self, partial: Path, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""
@@ -178,7 +189,7 @@ class CheckpointManager:
         }
         for name, text in texts.items():
             folders.write_synced(partial / name, text)
-        sums = file_sums([partial / name for name in (METADATA_NAME, *consolidated, *texts)])
+        sums = file_sums([partial / name for name in (*consolidated, *texts)])
         for share in shares:
             sums |= share
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 
 from grpo.config import UserError
-from grpo.formats import SafeFileSystemReader, safe_load
+from grpo.formats import ShardReader, load_shards
 from grpo.parallel import reshard
 
 # Flat names, `state.<parameter>.exp_avg`, do not depend on the order of parameters or groups.
@@ -62,7 +62,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {name: entries[name] for name in entries if name.startswith("state.")}
 
 
-def load_tensors(tensors: dict[str, Tensor], reader: SafeFileSystemReader) -> None:
+def load_tensors(tensors: dict[str, Tensor], reader: ShardReader) -> None:
     """Overwrite the live tensors of a run by a checkpoint's, resharding as needed.
 
     Raises a UserError if the checkpoint is of another model, optimizer or recipe, or damaged.
@@ -77,7 +77,11 @@ def load_tensors(tensors: dict[str, Tensor], reader: SafeFileSystemReader) -> No
             f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it, or start anew from its "
             "weights by model.checkpoint."
         )
-    safe_load(tensors, reader)
+    stored = reader.metadata.state_dict_metadata
+    if other := [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]:
+        dtypes = f"{stored[other[0]].properties.dtype}, not {tensors[other[0]].dtype}"
+        raise UserError(f"{reader.path} is a checkpoint of another recipe: {other[0]} is {dtypes}")
+    load_shards(tensors, reader)
 
 
 def _optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

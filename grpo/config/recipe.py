@@ -52,6 +52,10 @@ class Recipe(BaseModel):
         idle = [(key, reason) for is_idle, keys, reason in self._idle_keys() if is_idle for key in keys.split()]
         return [f"{key} has no effect: {reason}" for key, reason in idle if key in changed]
 
+    def remarks(self) -> list[str]:
+        """What a run says of settings that mean something else here than a reader may think."""
+        return []
+
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         """Whether it is so, the keys that then have no effect, and why."""
         return []

@@ -36,10 +36,10 @@ class PretrainRecipe(GeneratorRecipe):
     job = "pretrain"
 
 
-DROPOUT_NOTE = (
+DROPOUT_REMARK = (
     "the update has dropout, the rollout none: old and reference log-probs are under the same masks as new ones, so "
-    "that only a changed policy changes the ratio; with teacher forcing the completions of an image share one forward and "
-    "its masks. The reference trainer compares with log-probs without dropout, and draws masks for each completion"
+    "that only a changed policy changes the ratio; with teacher forcing the completions of an image share one forward "
+    "and its masks. The reference trainer compares with log-probs without dropout, and draws masks for each completion"
 )
 """What a run says about its dropout."""
 
@@ -100,10 +100,11 @@ class GRPORecipe(GeneratorRecipe):
 
     def notes(self) -> list[str]:
         off = [name for name in self.reward.tables if name not in self.reward.active]
-        notes = [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
-        if self.training.dropout_mode != "eval" and (self.model.dropout or self.model.class_dropout):
-            notes.append(DROPOUT_NOTE)
-        return notes
+        return [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
+
+    def remarks(self) -> list[str]:
+        drops = self.training.dropout_mode != "eval" and (self.model.dropout or self.model.class_dropout)
+        return [DROPOUT_REMARK] if drops else []
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         rollout, objective = self.rollout, self.objective

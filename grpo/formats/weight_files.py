@@ -15,18 +15,19 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grpo.config import UserError
-from grpo.formats.distributed_folders import METADATA_NAME, read_tensors
+from grpo.formats.manifest import check_files
+from grpo.formats.shards import read_tensors, shard_files, write_shards
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
 _WRAPPERS = ("model", "module", "state_dict")
 _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
+CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
 _CONFIG = "config"  # in the metadata of a .safetensors file
 
 
@@ -36,22 +37,23 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str |
     - a pickle of `{"model" | "module" | "state_dict": weights, ...}` or of the weights themselves; the pickle may hold
       an `argparse.Namespace`, and nothing else that is not plain data;
     - a `.safetensors` file;
-    - a folder with `consolidated.pth`, else with a distributed checkpoint, of which the entries under `model` are
-      taken, or all tensors if nothing is there.
+    - a folder of safetensors shards, as a run's checkpoints are, of which the entries under `model` are taken, or all
+      tensors if nothing is there; else a folder with `consolidated.pth`. A manifest's checksums are compared.
 
     `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it; `key` that it is under
     this key of a pickle, or that a `.safetensors` file holds it alone, and then a folder is refused.
-    Raises a UserError: no such file, not weights, or unsafe to read.
+    Raises a UserError: no such file, not weights, damaged, or unsafe to read.
     """
     path = Path(path)
     if path.is_dir() and key is not None:
         raise UserError(f"{path}: is a folder; give the file with the {key}")
     if path.is_dir():
-        if (path / "consolidated.pth").is_file():
-            return _read_pickle(path / "consolidated.pth", bare=bare)
-        if (path / METADATA_NAME).is_file():
-            return read_tensors(path, prefix="model.") or read_tensors(path)
-        raise UserError(f"{path}: no weights in this folder; give a file or a folder such as checkpoints/step-000100")
+        consolidated = path / CONSOLIDATED
+        if not shard_files(path) and consolidated.is_file():
+            check_files(path, [CONSOLIDATED])
+            return _read_pickle(consolidated, bare=bare)
+        check_files(path, [file.name for file in shard_files(path)])
+        return read_tensors(path, prefix="model.") or read_tensors(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the weights")
     if path.suffix == ".safetensors":
@@ -134,6 +136,5 @@ def save_weights(
         torch.save({"model": tensors}, unfinished)
     else:
         shutil.rmtree(unfinished, ignore_errors=True)
-        with warnings.catch_warnings(action="ignore"):  # that there is no process group is intended
-            dcp.save({"model": tensors}, checkpoint_id=unfinished, no_dist=True)
+        write_shards(unfinished, {"model": tensors})
     os.replace(unfinished, path)

@@ -90,7 +90,7 @@ class TrainingRun:
         if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
             self.checkpoints.check_writable()
         self._seed(0)
-        notes = self.recipe.notes()
+        notes = [*self.recipe.notes(), *self.recipe.remarks()]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)

@@ -17,6 +17,8 @@ from grpo.parallel import distributed
 from tests.checkpoint.training import Extra, managed, same, save, start, train, whole_state
 from tests.parallel.torchrun import ROOT, run_two_ranks
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
 
 @pytest.fixture(scope="module")
 def world():
@@ -89,7 +91,13 @@ def test_files(world, tmp_path, sharded, state_type):
         save(manager, start(world), 100)
     path = tmp_path / "step-000100"
     assert [*tmp_path.iterdir()] == [path]
-    names = {".metadata", "__0_0.distcp", "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt"}
+    names = {
+        SHARD,
+        "rank-00000.pth",
+        "run_state.json",
+        "resume_step.txt",
+        "state_type.txt",
+    }
     names.add("manifest.json")
     assert {file.name for file in path.iterdir()} == names | (set() if sharded else {"consolidated.pth"})
     assert (path / "state_type.txt").read_text().strip() == state_type
@@ -102,22 +110,22 @@ def test_only_complete_folders_count(world, tmp_path):
         assert manager.resume_point() is None
         for step in (1, 2, 3, 4):
             save(manager, training, step)
-        (tmp_path / "step-000004" / ".metadata").unlink()
-        cut_short(tmp_path / "step-000003" / "__0_0.distcp")
+        (tmp_path / "step-000004" / "run_state.json").unlink()
+        cut_short(tmp_path / "step-000003" / SHARD)
         (tmp_path / "step-000005").mkdir()
         (tmp_path / "step-latest").mkdir()
         shutil.copytree(tmp_path / "step-000001", folders.partial_folder(tmp_path, 6))
-        with pytest.raises(UserError, match=r"step-000003 is incomplete: __0_0\.distcp"):
+        with pytest.raises(UserError, match="step-000003 cannot be read"):
             manager.load(tmp_path / "step-000003", model=training[0], optimizer=training[1])
         lines = []
         assert manager.resume_point(lines.append) == tmp_path / "step-000002"
     assert [line.partition(" ")[0] for line in lines] == [str(tmp_path / f"step-00000{step}") for step in (5, 4, 3)]
     assert "manifest.json: No such file" in lines[0]
-    assert ".metadata missing or cut short; renamed to step-000004.damaged" in lines[1]
-    assert "__0_0.distcp missing or cut short" in lines[2]
+    assert "run_state.json missing or cut short; renamed to step-000004.damaged" in lines[1]
+    assert f"{SHARD} missing or cut short" in lines[2]
 
 
-FILES = (".metadata", "__0_0.distcp", "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt",
+FILES = (SHARD, "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt",
          "consolidated.pth", "manifest.json")  # fmt: skip
 
 
@@ -194,7 +202,7 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(world, tmp_path):
     with managed(tmp_path, world) as manager:
         for step in (1, 2):
             save(manager, training, step)
-    cut_short(tmp_path / "step-000002" / ".metadata")
+    cut_short(tmp_path / "step-000002" / SHARD)
     folders.remove_old(tmp_path, Checkpoint(keep_last=1), newest=tmp_path / "step-000002")
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
 

@@ -159,7 +159,6 @@ def test_a_recipe_object_is_valid() -> None:
         ({"model": {"dropout": 0.1}}, "model.dropout"),
         ({"model": {"class_dropout": 0.1}}, "model.class_dropout"),
         ({"training": {"dropout_mode": "train"}}, "training.dropout_mode has no effect: model.dropout and model.class"),
-        ({"training": {"dropout_mode": "twice"}, "model": {"dropout": 0.1}}, "the update has dropout, the rollout no"),
         (
             {"reward": {"reconstruction": {}, "embedding_cosine": {"weight": 0}}},
             "reward.embedding_cosine",
@@ -175,6 +174,14 @@ def test_settings_without_effect_are_noted(settings: Mapping, subject: str) -> N
     assert GRPORecipe.model_validate(SYNTHETIC).notes() == []
     (note,) = GRPORecipe.model_validate(merged(SYNTHETIC, settings)).notes()
     assert note.startswith(subject)
+
+
+def test_dropout_in_the_update_is_remarked() -> None:
+    settings = {"training": {"dropout_mode": "twice"}, "model": {"dropout": 0.1}}
+    recipe = GRPORecipe.model_validate(merged(SYNTHETIC, settings))
+    (remark,) = recipe.remarks()
+    assert "reference trainer" in remark
+    assert recipe.notes() == GRPORecipe.model_validate(SYNTHETIC).remarks() == []
 
 
 def test_notes_of_other_jobs() -> None:

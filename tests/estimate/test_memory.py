@@ -19,8 +19,9 @@ from tests.estimate.live_bytes import LiveBytes
 ROOT = Path(__file__).resolve().parents[2]
 ONE_STEP = ["--training.batch_size", "8192"]
 SAMPLED = [
-    "--rollout.mode", "autoregressive", "--reward.reconstruction.weight", "0", "--reward.class_log_prob.weight", "1",
-    "--reward.lpips.weight", "0", "--reward.class_log_prob.checkpoint", "classifier.pth",
+    "--rollout.mode", "autoregressive", "--reward.reconstruction.weight", "0", "--reward.lpips.weight", "0",
+    "--reward.class_log_prob.weight", "1",
+    "--reward.class_log_prob.checkpoint", "classifier.pth",
 ]  # fmt: skip
 SIZES = [(128, 8, 4, 64, 4), (256, 4, 4, 144, 2)]  # D, layers, heads, T, sequences
 

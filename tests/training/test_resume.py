@@ -43,14 +43,14 @@ def nine_steps(tmp_path_factory):
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, nine_steps):
     run(tmp_path)
-    shard = tmp_path / "checkpoints/step-000006/__0_0.distcp"
+    shard = tmp_path / "checkpoints/step-000006/shard-00001-model-00001-of-00001.safetensors"
     contents = bytearray(shard.read_bytes())
     contents[len(contents) // 3] ^= 4
     shard.write_bytes(contents)
     assert run(tmp_path, "--training.steps", 9) == nine_steps
     assert starts(tmp_path) == [0, 3]
     log = (tmp_path / "log.txt").read_text()
-    assert "step-000006 is damaged: __0_0.distcp changed since it was written; renamed to step-000006.damaged" in log
+    assert f"step-000006 is damaged: {shard.name} changed since it was written; renamed to step-000006.damaged" in log
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-000003", "step-000006", "step-000009", "step-000006.damaged"}
 
@@ -58,8 +58,8 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, nin
 def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path):
     run(tmp_path / "first", "--training.steps", 3)
     named = tmp_path / "first/checkpoints/step-000003"
-    (named / ".metadata").unlink()
-    with pytest.raises(UserError, match=r"checkpoint\.resume: .*step-000003 is incomplete: \.metadata missing"):
+    (named / "run_state.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint\.resume: .*step-000003 is incomplete: run_state\.json missing"):
         run(tmp_path / "second", "--checkpoint.resume", named)
     with pytest.raises(UserError, match="not a whole checkpoint of a run"):
         run(tmp_path / "second", "--checkpoint.resume", tmp_path / "nowhere")
@@ -97,7 +97,7 @@ def test_a_recipe_that_differs_is_refused_with_the_differences(tmp_path):
 
 @pytest.mark.parametrize("state", [{}, {"step": 3}, {"step": "x", "recipe": 1, "run_dir": "", "stream": 0}, []])
 def test_a_state_that_is_not_a_runs_is_refused(tmp_path, state):
-    from grpo.checkpoint.manifest import FileSum, file_sums, manifest_text, read_manifest
+    from grpo.formats import FileSum, file_sums, manifest_text, read_manifest
 
     run(tmp_path, "--training.steps", 3)
     folder = tmp_path / "checkpoints/step-000003"
