@@ -23,7 +23,7 @@ from grpo.training import TrainingRun, build_generator, build_optimizer, minimis
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, train."""
-    recipe = load_recipe(PretrainRecipe, arguments)
+    recipe = load_recipe(PretrainRecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         train(recipe, world)
 

@@ -10,28 +10,27 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
 
     run_job("train")
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from grpo.checkpoint import ExtraState
 from grpo.config import GRPORecipe, Schedule, load_recipe
-from grpo.data import CodeCache, ImageBatch, ImageStream, build_dataset, build_stream
+from grpo.data import CodeCache, ImageBatch, ImageStream, build_dataset, build_stream, sample_images
 from grpo.estimate import Work, grpo_work
 from grpo.models import build_tokenizer
 from grpo.objectives import credit
 from grpo.observe import SampleRow
 from grpo.parallel import MetricSums, World, distributed
-from grpo.rewards import Rewarded, RewardSum, build_rewards
+from grpo.rewards import Rewarded, RewardSum, RewardWatch, build_rewards
 from grpo.rollout import Trajectory, build_draw, build_rollout
 from grpo.training import PolicyUpdate, TrainingRun, build_generator, build_optimizer
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, train."""
-    recipe = load_recipe(GRPORecipe, arguments)
+    recipe = load_recipe(GRPORecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         train(recipe, world)
 
@@ -40,7 +39,9 @@ def train(recipe: GRPORecipe, world: World) -> None:
     """The whole job on this rank."""
     with TrainingRun(recipe, world, title="GRPO") as run:
         job = build(recipe, run)
-        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream, extra=job.extra)
+        extra = {"reward": job.reward, "entropy": job.update.entropy_control}
+        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream, extra=extra)
+        watch = RewardWatch(job.reward.terms)
         for step in run.steps():
             metrics, shown = MetricSums(), []
             with run.timer("data"):
@@ -60,7 +61,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
                     shown = sample_rows(batch, rewarded, job)
             run.observer.images(step, shown)
             drawn, codes = job.schedule.completions * world.size, job.policy.config.block_size
-            run.finish(step, metrics, images=drawn, codes=codes, work=job.work)
+            run.finish(step, metrics, images=drawn, codes=codes, work=job.work, watch=watch)
 
 
 class Job(NamedTuple):
@@ -73,7 +74,6 @@ class Job(NamedTuple):
     reward: RewardSum
     credit: Callable[[Rewarded], tuple[Tensor, MetricSums]]
     update: PolicyUpdate
-    extra: Mapping[str, ExtraState]  # what else the run goes on from
     work: Work  # of a step on one rank, to tell how well the devices are used
     shows_real: bool  # whether completions are of the real images
 
@@ -86,23 +86,35 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
     stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
-    reward = build_rewards(
-        recipe.reward, tokenizer, class_names=dataset.class_names, device=world.device, compile=recipe.compile
-    )
     codes = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
     generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
+    follows = objective.reference == "ema"  # the reference is the moving average of the policy
+
+    @cache  # one for the KL term and the rewards where both want the same weights, which do not move
+    def untrained(checkpoint: str | None, *, moves: bool = False) -> nn.Module:
+        return generator(checkpoint=checkpoint).eval().requires_grad_(False)
+
     if objective.kl_estimator != "none":
         start = objective.reference_checkpoint or recipe.model.checkpoint
-        reference = generator(checkpoint=start).eval().requires_grad_(False)
+        reference = untrained(start, moves=follows)
     sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
     rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
+    reward = build_rewards(
+        recipe.reward,
+        tokenizer,
+        class_names=dataset.class_names,
+        device=world.device,
+        compile=recipe.compile,
+        generator=lambda checkpoint: untrained(checkpoint or recipe.model.checkpoint),
+        real_images=partial(sample_images, dataset, world=world),
+    )
     optimizer = build_optimizer(
         policy,
         recipe,
         world,
         steps_per_training_step=schedule.steps_per_rollout,
-        average_into=reference if objective.reference == "ema" else None,
+        average_into=reference if follows else None,
     )
     update = PolicyUpdate(
         policy, optimizer, objective=objective, rollout=recipe.rollout, reference=reference, **sampling
@@ -115,7 +127,6 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         reward=reward,
         credit=partial(credit, group_size=schedule.group_size, objective=objective),
         update=update,
-        extra={"entropy": update.entropy_control} if update.entropy_control.steers else {},
         work=grpo_work(recipe, policy.config, schedule),
         shows_real=recipe.rollout.mode == "teacher_forced",
     )

@@ -46,6 +46,11 @@ class Recipe(BaseModel):
         """A line for every impossible combination of keys; none for a valid recipe."""
         yield from ()
 
+    def missing_files(self) -> Iterator[str]:
+        """A line for each file or folder that the job needs and that is not there, beginning with `section.key`."""
+        for name in self.sections():
+            yield from (f"{name}.{line}" for line in getattr(self, name).missing_files())
+
     def notes(self) -> list[str]:
         """One line for each setting that has no effect next to the others."""
         changed = _changed_keys(type(self).model_construct(), self)

@@ -57,7 +57,8 @@ class GRPORecipe(GeneratorRecipe):
         """The sizes of a step on each of so many ranks. Raises a UserError if they cannot share the batches."""
         needs = {need for table in self.reward.active.values() for need in reward_class(table.kind).needs}
         sections = {"rollout": self.rollout, "training": self.training, "objective": self.objective}
-        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards="population" in needs)
+        batch_statistics = any(table.normalise == "batch" for table in self.reward.active.values())
+        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards="population" in needs or batch_statistics)
 
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
@@ -79,6 +80,9 @@ class GRPORecipe(GeneratorRecipe):
             yield 'objective.reference_checkpoint needs objective.reference = "start": the average starts at the policy'
         if objective.entropy_target is not None and objective.entropy_weight <= 0:
             yield "objective.entropy_target needs objective.entropy_weight above 0, where the weight starts"
+        for name, table in self.reward.active.items():
+            if rollout.num_generations == 1 and table.normalise == "group":
+                yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
         if not self.reward.active:
             yield "no reward is on: give a table [reward.NAME] a weight other than 0"
         if rollout.mode == "autoregressive":
@@ -206,6 +210,11 @@ class EvaluateRecipe(DrawingRecipe):
                 yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
         if evaluation.feature_checkpoint is None and evaluation.inception_checkpoint is None:
             yield "evaluation.feature_checkpoint or evaluation.inception_checkpoint is required"
+
+    def missing_files(self) -> Iterator[str]:
+        unread = ("model.", "tokenizer.") if self.evaluation.images is not None else ()
+        unread += ("data.",) if self.evaluation.reference is not None else ()
+        yield from (line for line in super().missing_files() if not line.startswith(unread))
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]

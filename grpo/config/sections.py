@@ -6,6 +6,7 @@ key live with its field, those across keys in `recipes.py`; sections of one job,
 their own.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from grpo.config.types import (
@@ -22,6 +23,7 @@ from grpo.config.types import (
     ProperFraction,
     Section,
     Seed,
+    Wanted,
 )
 
 
@@ -30,7 +32,7 @@ class Model(Section):
 
     name: str = "GPT-B"
     """Spec of the GPT, a key of `grpo.models.MODEL_SPECS`: GPT-B, GPT-L, GPT-XL, GPT-XXL, ..."""
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, Wanted("weights of the generator, such as LlamaGen's c2i_XXL_384.pt")] = None
     """Weights to start from: a LlamaGen file, .safetensors, or a checkpoint folder. None starts from random weights."""
     from_fsdp: bool = False
     """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
@@ -50,7 +52,7 @@ class Tokenizer(Section):
 
     name: str = "VQ-16"
     """Spec of the tokenizer, a key of `grpo.models.TOKENIZER_SPECS`: VQ-16, VQ-8 or a small one."""
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, Wanted("weights of the tokenizer, such as LlamaGen's vq_ds16_c2i.pt")] = None
     """Weights of the tokenizer. Required by every job but its own training."""
     codebook_size: PositiveInt = 16384
     """Number of codes, the GPT's vocabulary."""
@@ -66,7 +68,7 @@ class Data(Section):
     name: Literal["imagenet", "huggingface", "folder", "digits", "synthetic"] = "imagenet"
     """imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is; huggingface and folder
     insist on one of them; digits: MNIST digits, which come along; synthetic: random images, to try the machinery."""
-    path: str | None = None
+    path: Annotated[str | None, Wanted("the folder of the data set")] = None
     """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required unless digits or synthetic."""
     split: str = "train"
     """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, its halves train_a and
@@ -79,6 +81,10 @@ class Data(Section):
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
     max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
+
+    def missing_files(self) -> Iterator[str]:
+        if self.name not in ("digits", "synthetic"):  # which read no folder
+            yield from super().missing_files()
 
 
 class Optimizer(Section):

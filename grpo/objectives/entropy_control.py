@@ -52,5 +52,6 @@ class EntropyControl:
         return {"weight": self.weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what `state_dict` returned."""
-        self.weight = float(state["weight"])
+        """Restore what `state_dict` returned; without a target the recipe's weight holds."""
+        if self.steers:
+            self.weight = float(state["weight"])

@@ -1,9 +1,12 @@
 """How sure a classifier is that the image shows what was asked for."""
 
+from typing import Annotated
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from grpo.config import RewardTable, UserError
+from grpo.config.types import Wanted
 from grpo.models import load_classifier
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
@@ -14,7 +17,7 @@ class ClassLogProb(Reward):
     class Settings(RewardTable):
         """log p(class | image) under a classifier."""
 
-        checkpoint: str
+        checkpoint: Annotated[str, Wanted("weights that `grpo classifier` has written")]
         """Weights of the classifier, as `grpo classifier` writes them."""
 
     needs = frozenset({"classes"})

@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -25,6 +25,7 @@ from grpo.training.stop_request import StopRequest
 EXPORT_NAME = "model.safetensors"
 AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
 NO_WORK = Work()
+Watch = Callable[[Mapping[str, float]], tuple[Sequence[str], str | None]]
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
 
@@ -122,20 +123,36 @@ class TrainingRun:
             with self._traced(step):
                 yield step
 
-    def finish(self, step: int, sums: MetricSums, *, images: int, codes: int = 0, work: Work = NO_WORK) -> None:
+    def finish(
+        self,
+        step: int,
+        sums: MetricSums,
+        *,
+        images: int,
+        codes: int = 0,
+        work: Work = NO_WORK,
+        watch: Watch = lambda metrics: ([], None),
+    ) -> None:
         """Write a step down, and a checkpoint when it is due.
 
         Args:
             sums: the metrics of this rank; they are added up over ranks here.
             images: images that all ranks together trained on in this step, for the rate.
             codes, work: of one image, and of this rank's step by phase, where the job has them; see `throughput`.
+            watch: looks at the metrics and says what to tell the user, and why the run must stop if it must. Every
+                rank must come to the same verdict, so it looks at no time for that.
 
         Raises:
-            UserError: too many optimizer steps in a row were skipped; there is a checkpoint of this step.
+            UserError: too many optimizer steps in a row were skipped, or `watch` stops the run; there is a checkpoint
+                of this step.
         """
         metrics, times = sums.means(), self.timer.read()
         rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
-        self.observer.log(step, {**metrics, **rates, **times})
+        values = {**metrics, **rates, **times}
+        self.observer.log(step, values)
+        notes, problem = watch(values)
+        for note in notes:
+            self.observer.message(f"step {step}: {note}")
         self._note_skipped(step, metrics)
         self._note_best(metrics)
         config, last = self.recipe.checkpoint, step == self.recipe.training.steps
@@ -144,13 +161,13 @@ class TrainingRun:
             self.checkpoints.wait()  # raises
         if last and config.save_final and not config.sharded:
             self._export()
-        stopping = self._optimizer.stuck or (vote == _STOP and not last)
+        stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
                 self.save(step)
         if stopping:
             self.checkpoints.wait()
-            self._stop(step)
+            self._stop(step, problem)
 
     def _export(self) -> None:
         """Write the weights under names that do not change with the number of steps, for the next job."""
@@ -164,8 +181,10 @@ class TrainingRun:
         if self.world.is_main:
             save_weights(self.recipe.run_dir / name, weights, config=self._model.config)
 
-    def _stop(self, step: int) -> NoReturn:
+    def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
+        if problem is not None:
+            raise UserError(f"stopped at step {step}: {problem}. Its checkpoint is in {self.recipe.checkpoint_dir}")
         if self._optimizer.stuck:
             raise UserError(
                 f"stopped at step {step}: {self._optimizer.skipped_in_a_row} optimizer steps in a row had a non-finite "

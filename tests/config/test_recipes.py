@@ -266,6 +266,8 @@ def test_changes_that_matter_on_resumption() -> None:
         "reward.reconstruction.weight: 1.0 -> 2.0",
         "reward.embedding_cosine.kind: None -> 'embedding_cosine'",
         "reward.embedding_cosine.weight: None -> 1.0",
+        "reward.embedding_cosine.normalise: None -> 'none'",
+        "reward.embedding_cosine.separate: None -> False",
     }
 
 

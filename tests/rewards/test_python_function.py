@@ -155,7 +155,7 @@ def test_a_lack_of_memory_is_left_to_the_launcher(build, batch):
         ("import helpers_beside_it", {}, "No module named 'helpers_beside_it'; modules beside the file are not found"),
         ("def f(): ...", {}, "my_rewards.py:1: cannot call f: too many positional arguments"),
         ("def f(images, radius): ...", {}, "cannot call f: missing a required argument: 'radius'"),
-        ("def f(images, prompts): ...", {}, "missing a required argument: 'prompts'.*there are no prompts yet"),
+        ("def f(images, prompts): ...", {}, "missing a required argument: 'prompts'.*this model has no prompts"),
         ("def f(images): ...", {"arguments": {"radius": 3}}, "got an unexpected keyword argument 'radius'"),
     ],
 )
