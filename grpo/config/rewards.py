@@ -17,6 +17,12 @@ REWARD_KINDS: dict[str, str] = {
     "lpips": "grpo.rewards.lpips:PerceptualSimilarity",
     "patchgan": "grpo.rewards.patchgan:PatchGAN",
     "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
+    "clip": "grpo.rewards.clip:CLIP",
+    "hps_v2": "grpo.rewards.hps_v2:HPSv2",
+    "pick_score": "grpo.rewards.pick_score:PickScore",
+    "image_reward": "grpo.rewards.image_reward:ImageReward",
+    "aesthetic": "grpo.rewards.aesthetic:Aesthetic",
+    "maniqa": "grpo.rewards.maniqa:MANIQAScore",
     "python": "grpo.rewards.python_function:PythonFunction",
 }
 """Kind -> module and class, imported only when a recipe asks for it. A new reward is one file and one line here."""

@@ -24,7 +24,7 @@ from grpo.formats.shards import read_tensors, shard_files, write_shards
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
-_WRAPPERS = ("model", "module", "state_dict")
+_WRAPPERS = ("model", "module", "state_dict", "params")
 _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
@@ -34,7 +34,7 @@ _CONFIG = "config"  # in the metadata of a .safetensors file
 def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in any layout in which such weights are published, on the CPU, in its own dtypes.
 
-    - a pickle of `{"model" | "module" | "state_dict": weights, ...}` or of the weights themselves; the pickle may hold
+    - a pickle of `{"model" | "module" | "state_dict" | "params": weights, ...}` or of the weights; it may hold
       an `argparse.Namespace`, and nothing else that is not plain data;
     - a `.safetensors` file;
     - a folder of safetensors shards, as a run's checkpoints are, of which the entries under `model` are taken, or all

@@ -48,6 +48,7 @@ class DecodedBatch:
     real_images: Tensor  # [b, 3, H, W] fp32 in [-1, 1], each once; of the same class, in teacher forcing the image
     image_of: Tensor  # [n] int64, the real image, and the caption, of each completion
     captions: Sequence[str] = ()  # b texts, what was asked for in words: a class name, or a prompt
+    completion_ids: Tensor | None = None  # [n] int64, running numbers over the whole run and all ranks
 
 
 class Reward:
