@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from grpo.environment import environment
 from grpo.models import GPT, GPTConfig
-from grpo.observe import environment
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -14,6 +14,9 @@ REWARD_KINDS: dict[str, str] = {
     "reconstruction": "grpo.rewards.reconstruction:Reconstruction",
     "embedding_cosine": "grpo.rewards.embedding_cosine:EmbeddingCosine",
     "class_log_prob": "grpo.rewards.class_log_prob:ClassLogProb",
+    "feature_distance": "grpo.rewards.feature_distance:FeatureDistance",
+    "log_ratio": "grpo.rewards.log_ratio:LogRatio",
+    "loo_fid": "grpo.rewards.loo_fid:LeaveOneOutFID",
     "lpips": "grpo.rewards.lpips:PerceptualSimilarity",
     "patchgan": "grpo.rewards.patchgan:PatchGAN",
     "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
@@ -23,6 +26,7 @@ REWARD_KINDS: dict[str, str] = {
     "image_reward": "grpo.rewards.image_reward:ImageReward",
     "aesthetic": "grpo.rewards.aesthetic:Aesthetic",
     "maniqa": "grpo.rewards.maniqa:MANIQAScore",
+    "http": "grpo.rewards.http_scorer:HTTPScorer",
     "python": "grpo.rewards.python_function:PythonFunction",
 }
 """Kind -> module and class, imported only when a recipe asks for it. A new reward is one file and one line here."""
