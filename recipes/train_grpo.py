@@ -50,7 +50,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
                 show = recipe.metrics.image_groups if run.observer.wants_images(step) and not shown else 0
                 with run.timer("rollout"):
                     trajectory = job.rollout(batch)  # tokens [R, M, T]
-                asked = batch.condition, batch.images, batch.captions
+                asked = batch.condition, batch.images, batch.captions, trajectory.completion_ids
                 rewarded = job.reward(trajectory.tokens, *asked, show=show, timer=run.timer)
                 trajectory.rewards = rewarded.total  # [R, M]
                 trajectory.advantages, credited = job.credit(rewarded)  # [R, M]

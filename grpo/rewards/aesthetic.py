@@ -1,8 +1,11 @@
 """How beautiful people found such an image, as LAION's aesthetic predictor learned it."""
 
+from typing import Annotated
+
 from torch import Tensor
 
 from grpo.config import RewardTable
+from grpo.config.types import Wanted
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.clip_networks import CLIPScorer
 from grpo.rewards.linear_chain import LinearChain
@@ -15,9 +18,9 @@ class Aesthetic(Reward):
     class Settings(RewardTable):
         """LAION's aesthetic score."""
 
-        checkpoint: str
+        checkpoint: Annotated[str, Wanted("sac+logos+ava1-l14-linearMSE.pth")]
         """`sac+logos+ava1-l14-linearMSE.pth`."""
-        clip_checkpoint: str
+        clip_checkpoint: Annotated[str, Wanted("open_clip_model.safetensors, or the folder of clip-vit-large-patch14")]
         """OpenAI's CLIP ViT-L/14: a file of open_clip's weights, or a folder of transformers'."""
         clip_model: str = "ViT-L-14-quickgelu"
         """open_clip's name of the architecture of a file."""

@@ -1,8 +1,11 @@
 """How well an image fits the words that asked for it, under a CLIP network."""
 
+from typing import Annotated
+
 from pydantic import FiniteFloat, model_validator
 from torch import Tensor, nn
 
+from grpo.config.types import Wanted
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.clip_networks import CLIPScorer, Resize, quantised
 from grpo.rewards.words import WordsTable
@@ -47,7 +50,7 @@ class CLIP(CosineReward):
     class Settings(CosineTable):
         """How well an image fits its words under a CLIP."""
 
-        checkpoint: str
+        checkpoint: Annotated[str, Wanted("open_clip_model.safetensors, or the folder of clip-vit-base-patch32")]
         """A file of open_clip's weights, or a folder of transformers' (config.json, model.safetensors)."""
         model: str = "ViT-B-32-quickgelu"
         """open_clip's name of the architecture of a file; OpenAI's weights need one that ends in -quickgelu."""

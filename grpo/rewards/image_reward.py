@@ -6,14 +6,15 @@ vision transformer, which timm has, and BLIP's text encoder that looks at an ima
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from grpo.config import UserError
+from grpo.config import UserError, import_extra
+from grpo.config.types import Wanted
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.clip_networks import clip_pixels
-from grpo.rewards.libraries import library
 from grpo.rewards.linear_chain import LinearChain
 from grpo.rewards.published_weights import load_strictly, numbered, read_published, under
 from grpo.rewards.words import TextFeatures, WordsTable
@@ -29,11 +30,14 @@ class ImageGroundedText(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        timm, blip = library("timm"), library("transformers.models.blip", "transformers")
+        vision, text = (
+            import_extra(name, extra="rewards", wanted_by="ImageReward")
+            for name in ("timm.models.vision_transformer", "transformers.models.blip.modeling_blip_text")
+        )
         width, _, patch, _ = weights["visual_encoder.patch_embed.proj.weight"].shape
         self.size = patch * round((weights["visual_encoder.pos_embed"].shape[1] - 1) ** 0.5)
         vocabulary, text_width = weights["text_encoder.embeddings.word_embeddings.weight"].shape
-        self.visual_encoder = timm.models.VisionTransformer(
+        self.visual_encoder = vision.VisionTransformer(
             img_size=self.size,
             patch_size=patch,
             embed_dim=width,
@@ -42,7 +46,7 @@ class ImageGroundedText(nn.Module):
             num_classes=0,
             global_pool="",
         )
-        config = blip.configuration_blip.BlipTextConfig(
+        config = text.BlipTextConfig(
             vocab_size=vocabulary,
             hidden_size=text_width,
             encoder_hidden_size=width,
@@ -52,7 +56,7 @@ class ImageGroundedText(nn.Module):
             max_position_embeddings=len(weights["text_encoder.embeddings.position_embeddings.weight"]),
             is_decoder=True,  # which is what its cross-attention depends on; attention stays bidirectional
         )
-        self.text_encoder = blip.modeling_blip_text.BlipTextModel(config, add_pooling_layer=False)
+        self.text_encoder = text.BlipTextModel(config, add_pooling_layer=False)
 
     def forward(self, pixels: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
         """[n, 3, S, S], [n, 35], [n, 35] -> the first token's features [n, D]."""
@@ -66,9 +70,9 @@ class ImageReward(Reward):
     class Settings(WordsTable):
         """Human preference score ImageReward-v1.0."""
 
-        checkpoint: str
+        checkpoint: Annotated[str, Wanted("ImageReward.pt")]
         """`ImageReward.pt`, of ImageReward-v1.0."""
-        tokenizer: str
+        tokenizer: Annotated[str, Wanted("the folder of bert-base-uncased, with vocab.txt")]
         """A folder with the vocabulary of `bert-base-uncased` (vocab.txt, or tokenizer.json)."""
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
@@ -111,7 +115,7 @@ def load_image_reward(checkpoint: str) -> tuple[ImageGroundedText, LinearChain]:
 
 
 def _load_tokenizer(folder: str):  # -> transformers.BertTokenizer
-    transformers = library("transformers")
+    transformers = import_extra("transformers", extra="rewards", wanted_by="ImageReward")
     names = ("vocab.txt", "tokenizer.json")
     if not any((Path(folder) / name).is_file() for name in names):
         raise UserError(f"tokenizer: {folder} has neither {names[0]} nor {names[1]} of bert-base-uncased")

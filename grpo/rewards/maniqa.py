@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grpo.config import RewardTable, UserError
+from grpo.config.types import Wanted
 from grpo.kernels import philox_uniform
 from grpo.models import to_uint8
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
@@ -28,7 +29,7 @@ class MANIQAScore(Reward):
     class Settings(RewardTable):
         """Quality of the image by MANIQA."""
 
-        checkpoint: str
+        checkpoint: Annotated[str, Wanted("ckpt_koniq10k.pt")]
         """`ckpt_koniq10k.pt` of MANIQA, or another of its files, or pyiqa's copies of them."""
         crops: Annotated[int, Ge(1)] = 20
         """Random crops of 224 pixels whose mean is taken."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grpo.rewards.libraries import library
+from grpo.config import import_extra
 from grpo.rewards.published_weights import numbered, under
 
 TAKEN = (6, 7, 8, 9)  # the transformer's blocks whose tokens are looked at; later ones are left out
@@ -121,7 +121,7 @@ class MANIQA(nn.Module):
         places = weights["vit.pos_embed"].shape[1] - 1
         self.side = round(places**0.5)
         self.size = patch * self.side
-        self.vit = library("timm").models.VisionTransformer(
+        self.vit = import_extra("timm", extra="rewards", wanted_by="MANIQA").models.VisionTransformer(
             img_size=self.size,
             patch_size=patch,
             embed_dim=width,

@@ -1,7 +1,10 @@
 """How much people would pick an image for the words that asked for it, as PickScore learned it (arXiv 2305.01569)."""
 
+from typing import Annotated
+
 from torch import Tensor
 
+from grpo.config.types import Wanted
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.clip_networks import CLIPScorer
 from grpo.rewards.words import WordsTable
@@ -15,7 +18,7 @@ class PickScore(Reward):
     class Settings(WordsTable):
         """Human preference score PickScore_v1."""
 
-        checkpoint: str
+        checkpoint: Annotated[str, Wanted("the folder of PickScore_v1, with config.json and model.safetensors")]
         """The folder of `PickScore_v1`: config.json and model.safetensors of a CLIP-H."""
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:

@@ -52,6 +52,7 @@ class RewardSum:
         condition: Condition,
         real_images: Tensor,
         captions: Sequence[str] = (),
+        completion_ids: Tensor | None = None,
         *,
         show: int = 0,
         timer: Timer = nullcontext,
@@ -63,14 +64,17 @@ class RewardSum:
             condition: B rows, one a group.
             real_images: [B, 3, H, W] in [-1, 1].
             captions: B texts, what the conditions ask for in words.
+            completion_ids: [R, M] int64, the keys of random numbers; None counts them from 0.
             show: return the decoded completions of the first `show` conditions.
             timer: counts the phases "decode", "reward", and of that "reward/NAME".
         """
         flat, group = tokens.flatten(0, 1), tokens.shape[0] * tokens.shape[1] // condition.rows
         found: dict[str, list[Tensor]] = {name: [] for name in self.terms}  # scores, or features of a population
         shown: list[Tensor] = []
+        numbers = torch.arange(len(flat), device=flat.device) if completion_ids is None else completion_ids.flatten()
+        asked = condition, real_images, captions
         with timer("reward"):
-            for start, batch in self._batches(flat, condition, real_images, captions, group=group, timer=timer):
+            for start, batch in self._batches(flat, numbers, *asked, group=group, timer=timer):
                 for name, term in self.terms.items():
                     is_population = isinstance(term.reward, PopulationReward)
                     with timer(f"reward/{name}"):
@@ -97,6 +101,7 @@ class RewardSum:
     def _batches(
         self,
         flat: Tensor,
+        numbers: Tensor,
         condition: Condition,
         real_images: Tensor,
         captions: Sequence[str],
@@ -104,7 +109,7 @@ class RewardSum:
         group: int,
         timer: Timer,
     ) -> Iterator[tuple[int, DecodedBatch]]:
-        """Completions [B*G, T] in batches, decoded, each with the number of its first completion."""
+        """Completions [B*G, T], numbered [B*G], in batches, decoded, each with the number of its first completion."""
         config, weight = self.tokenizer.config, self.tokenizer.post_quant_conv.weight
         most = self.batch_size or decode_batch(config, flat.shape[1], dtype=weight.dtype, device=weight.device)
         size = most - most % group if most > group else most  # whole groups, so that a real image is in one batch only
@@ -116,7 +121,7 @@ class RewardSum:
             first, last = start // group, (start + len(part) - 1) // group
             of_group = slice(first, last + 1)
             asked = condition.select(image_of), real_images[of_group], image_of - first, captions[of_group]
-            yield start, DecodedBatch(images, part, *asked)
+            yield start, DecodedBatch(images, part, *asked, completion_ids=numbers[start : start + size])
 
     def _scores(self, name: str, found: Tensor, *, timer: Timer) -> Tensor:
         """A reward's numbers [N] fp32 from what was found, NaN only where it abstains."""

@@ -267,3 +267,16 @@ def test_jpeg_size_is_that_of_the_file(batch, context):
     file = io.BytesIO()
     to_image(to_uint8(noise[0])).save(file, format="jpeg", quality=95)
     assert noisy[0].item() == pytest.approx(-len(file.getvalue()) / 500_000)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_a_completion_keeps_its_number(tokenizer, rollout, batch_size):
+    tokens, condition, real = rollout
+
+    class Number(Reward):
+        def __call__(self, batch):
+            return batch.completion_ids.double()
+
+    ids = torch.arange(12).flip(0).view(3, 4) * 1000
+    total = RewardSum(tokenizer, {"it": Term(Number())}, batch_size=batch_size)
+    assert torch.equal(total(tokens.view(3, 4, 16), condition, real, (), ids).total, ids.float())
