@@ -131,11 +131,6 @@ class Objective(Section):
         return "k3" if self.kl == "none" and self.use_kl_loss else self.kl
 
     @property
-    def has_frozen_reference(self) -> bool:
-        """Whether the KL term needs weights besides the policy's and its moving average."""
-        return self.kl_estimator != "none" and self.reference == "start"
-
-    @property
     def token_dropout_share(self) -> float:
         """Share of the tokens left out of the loss: `token_dropout` where it is switched on, else 0."""
         return self.token_dropout if self.use_token_dropout else 0.0

@@ -60,6 +60,14 @@ class GRPORecipe(GeneratorRecipe):
         batch_statistics = any(table.normalise == "batch" for table in self.reward.active.values())
         return Schedule.of(**sections, ranks=ranks, whole_batch_rewards="population" in needs or batch_statistics)
 
+    def frozen_generators(self) -> set[str | None]:
+        """Weights of the generators beside the policy and its moving average: of the KL term, and of rewards."""
+        objective, tables = self.objective, self.reward.active.values()
+        named = {table.checkpoint for table in tables if "generator" in reward_class(table.kind).needs}
+        if objective.kl_estimator != "none" and objective.reference == "start":
+            named.add(objective.reference_checkpoint)
+        return {name or self.model.checkpoint for name in named}
+
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
         training = self.training.model_copy(update={"batch_size": self.training.batch_size or drawn})

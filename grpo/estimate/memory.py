@@ -112,8 +112,8 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     }
     if training.ema_decay is not None:
         lasting["average"] = policy.parameters
-    if schedule and recipe.objective.has_frozen_reference:
-        lasting["reference"] = policy.parameters
+    if schedule and (frozen := recipe.frozen_generators()):
+        lasting["reference"] = len(frozen) * policy.parameters
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
     update = {
         "gathered weights": policy.gathered,

@@ -60,6 +60,10 @@ def test_settings_move_what_they_should():
     assert estimate("--objective.kl", "k3").lasting["reference"] == plain.lasting["weights"]
     moving = estimate("--objective.kl", "k3", "--objective.reference", "ema", "--training.ema_decay", "0.99").lasting
     assert moving == {**plain.lasting, "average": plain.lasting["weights"]}
+    rewarding = ["--objective.kl", "k3", "--reward.log_ratio.weight", "1"]
+    assert estimate(*rewarding).lasting["reference"] == plain.lasting["weights"]  # shared with the KL term's
+    other = estimate(*rewarding, "--objective.reference_checkpoint", "other.pt").lasting
+    assert other["reference"] == 2 * plain.lasting["weights"]
     two_hosts = estimate("--training.micro_batch_size", "4", mesh=(2, 8))
     assert two_hosts.lasting == plain.lasting
     assert (
