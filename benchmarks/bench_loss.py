@@ -4,12 +4,13 @@ python benchmarks/bench_loss.py [--json results.json]
 """
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from grpo.kernels import clipped_ratio_loss
-from harness import DEVICE, Case, Result, Target, compiled, launches, main
+from harness import DEVICE, Case, Target, compiled, launches, main
 
 R, M, T = (16, 8, 512) if DEVICE.type == "cuda" else (64, 8, 576)
 CLIP_LOW, CLIP_HIGH, KL_COEF = 0.2, 0.28, 0.1
@@ -42,7 +43,7 @@ def ours(log_probs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, re
     )
 
 
-def cases(options: argparse.Namespace) -> list[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Loss, metrics and gradient of R x M sequences of T tokens."""
     log_probs = -8 + torch.randn(R, M, T, device=DEVICE)
     old, ref = (log_probs + 0.2 * torch.randn_like(log_probs) for _ in range(2))
@@ -53,35 +54,27 @@ def cases(options: argparse.Namespace) -> list[Case]:
         loss, metrics = loss_of(log_probs, *rest)
         return loss, metrics, torch.autograd.grad(loss, log_probs)[0]
 
-    (loss, metrics, gradient), (expected_loss, expected_metrics, expected_gradient) = run(ours), run(eager)
-    error = {
-        "loss": (loss - expected_loss).abs().item(),
-        "gradient": (gradient - expected_gradient).abs().max().item(),
-        "metrics, relative": max((metrics[k] / v - 1).abs().item() for k, v in expected_metrics.items()),
-    }
+    def errors():
+        (loss, metrics, gradient), (expected_loss, expected_metrics, expected_gradient) = run(ours), run(eager)
+        launched = {LAUNCHES: launches(lambda: ours(log_probs, *rest))} if DEVICE.type == "cuda" else {}
+        return launched | {
+            "loss": (loss - expected_loss).abs().item(),
+            "gradient": (gradient - expected_gradient).abs().max().item(),
+            "metrics, relative": max((metrics[k] / v - 1).abs().item() for k, v in expected_metrics.items()),
+        }
+
     losses = {"eager": eager, "ours": ours, **compiled(eager, options)}
     sides = {side: (lambda loss_of=loss_of: run(loss_of)) for side, loss_of in losses.items()}
     sizes = {"R": R, "M": M, "T": T}
-    size = {"bytes": 5 * 4 * log_probs.numel()}
-    result = [Case("forward + backward", sizes, sides, error, **size)]
-    if DEVICE.type == "cuda":
-        sizes = sizes | {
-            "launches": launches(lambda: ours(log_probs, *rest)),
-            "launches_eager": launches(lambda: eager(log_probs, *rest)),
-        }
-        sides = {side: (lambda loss_of=loss_of: loss_of(log_probs, *rest)) for side, loss_of in losses.items()}
-        result.append(Case("forward", sizes, sides, error, **size))
-    return result
+    yield Case(BOTH, sizes, sides, errors, bytes=5 * 4 * log_probs.numel())
 
 
-def targets(results: dict[str, Result]) -> list[Target]:
-    """Wanted: 65536 tokens."""
-    forward, both = results["forward"], results["forward + backward"]
-    return [
-        Target("launches of loss, metrics and gradient", forward.sizes["launches"], 1, at_most=True),
-        Target("loss and gradient, speed of eager", both.ratio("eager"), 8),
-    ]
+LAUNCHES, BOTH = "launches of our forward", "forward + backward"
+TARGETS = (  # of 65536 tokens
+    Target("launches of loss, metrics and gradient", lambda r: r[BOTH].error[LAUNCHES], 1, at_most=True, expected="1"),
+    Target("loss and gradient, speed of eager", lambda r: r[BOTH].ratio("eager"), 8),
+)
 
 
 if __name__ == "__main__":
-    main(__doc__, cases, targets)
+    main(__doc__, cases, TARGETS)

@@ -12,9 +12,12 @@ is that of those few images; both sides' is the peak above the loaded models, an
 """
 
 import argparse
+import gc
+import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +58,9 @@ PRESETS = {
     ),
     "vapi-xxl-384": Preset(
         "vapi_xxl_384",
-        "--rollout.batch_size 128 --training.batch_size 1024 --training.micro_batch_size 16 "
+        "--rollout.batch_size 128 --training.batch_size 1024 --training.micro_batch_size 8 "
         "--data.num_workers 4 --data.cache_codes false --activation_checkpoint.mode none --compile.enabled true "
-        "--reward.batch_size 128",
+        "--reward.batch_size 64",
         100,
     ),
 }
@@ -79,45 +82,69 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured steps, after one warm-up")
     parser.add_argument("--sweep", action="store_true", help="also how both grow with each size; plots beside --json")
     parser.add_argument("--reference-images", type=int, default=2, help="images of the reference algorithm's part")
+    parser.add_argument("--profile", type=Path, help="folder for the profiler's table of one step; nothing is measured")
     options, flags = parser.parse_known_args()
     preset = PRESETS[options.preset]
-    result = {
-        **header(),
-        "preset": options.preset,
-        **measure(preset, flags, options),
-    }
+    if options.profile:
+        profile(preset, flags, options.profile)
+        return
+    result = {**header(), "preset": options.preset}
+    for part in measure(preset, flags, options):  # each side is written down when it is there
+        result |= part
+        write(result, options.json)
     if options.sweep:
         result["sweeps"] = {
             name: [
-                {name: value, **measure(preset, [*flags, *change.split()], options)} for value, change in points.items()
+                {name: value, **merged(measure(preset, [*flags, *change.split()], options))}
+                for value, change in points.items()
             ]
             for name, points in SWEEPS.items()
         }
-    write(result, options.json)
+        write(result, options.json)
 
 
-def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -> dict:
-    """Both sides for a preset with changes."""
+def merged(parts: Iterable[dict]) -> dict:
+    """The last word of each key."""
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -> Iterator[dict]:
+    """A preset with changes: what is known after ours, and after the reference. A side that raises is told."""
     with tempfile.TemporaryDirectory() as folder:
-
-        def recipe_of(steps: int, name: str) -> GRPORecipe:
-            pairs = [*SYNTHETIC.split(), *preset.flags.split(), *flags]
-            pairs += ["--training.steps", str(steps), "--metrics.run_dir", str(Path(folder, name))]
-            latest = dict(zip(pairs[::2], pairs[1::2], strict=True))  # a flag may not be given twice
-            rest = [text for pair in latest.items() for text in pair]
-            return load_recipe(GRPORecipe, ["--config", preset.recipe, *rest])
-
-        recipe = recipe_of(options.steps + 1, "run")
+        recipe = recipe_of(preset, flags, options.steps + 1, Path(folder, "run"))
         if not torch.cuda.is_available():  # the memory of libraries that are used for the first time is not the step's
-            run_recipe(recipe_of(1, "warm-up"))
-        ours = our_steps(recipe)
-    sides = {"ours": ours, "reference": reference_step(recipe, images=options.reference_images)}
+            run_recipe(recipe_of(preset, flags, 1, Path(folder, "warm-up")))
+        sides, failed = {}, {}
+        for side, run in (
+            ("ours", lambda: our_steps(recipe)),
+            ("reference", lambda: reference_step(recipe, images=options.reference_images)),
+        ):
+            try:
+                sides[side] = run()
+            except Exception as error:
+                traceback.print_exc()
+                failed[side] = f"{type(error).__name__}: {error}"
+            yield summary(recipe, preset, sides, failed, options)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if side in sides:
+                show(side, sides[side], sides[side]["seconds"] * preset.run_steps / 60)
+
+
+def show(side: str, numbers: dict, minutes: float) -> None:
+    """A side for the console."""
+    phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in numbers["phases"].items())
+    shares = ", ".join(f"{name} {value:.3f}" for name, value in numbers.get("shares", {}).items())
+    print(f"{side}, seconds a step: {phases}; in all {numbers['seconds']:.2f}; {shares}", end="; ")
+    above = f"{numbers['peak_bytes'] / 2**30:.2f} GiB above the models"
+    print(f"{above}; whole run {minutes:.1f} minutes", flush=True)
+
+
+def summary(recipe: GRPORecipe, preset: Preset, sides: dict, failed: dict, options: argparse.Namespace) -> dict:
+    """What goes into the JSON of the sides that are there."""
     minutes = {side: numbers["seconds"] * preset.run_steps / 60 for side, numbers in sides.items()}
-    for side, numbers in sides.items():
-        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in numbers["phases"].items())
-        print(f"{side}, seconds a step: {phases}; in all {numbers['seconds']:.2f}", end="")
-        print(f"; {numbers['peak_bytes'] / 2**30:.2f} GiB above the models; whole run {minutes[side]:.1f} minutes")
-    return {
+    result = {
         "sizes": {
             "images": recipe.rollout.batch_size,
             "G": recipe.rollout.num_generations,
@@ -127,10 +154,33 @@ def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -
             "reference_images": options.reference_images,
         },
         "sides": sides,
+        "failed": failed,
         "run_minutes": minutes,
-        "speedup": minutes["reference"] / minutes["ours"],
-        "memory_ratio": ours["peak_bytes"] / sides["reference"]["peak_bytes"],
     }
+    if len(sides) == 2:
+        result["speedup"] = minutes["reference"] / minutes["ours"]
+        result["memory_ratio"] = sides["ours"]["peak_bytes"] / sides["reference"]["peak_bytes"]
+    return result
+
+
+def recipe_of(preset: Preset, flags: Sequence[str], steps: int, run_dir: Path) -> GRPORecipe:
+    """The preset's recipe with changes."""
+    pairs = [*SYNTHETIC.split(), *preset.flags.split(), *flags]
+    pairs += ["--training.steps", str(steps), "--metrics.run_dir", str(run_dir)]
+    latest = dict(zip(pairs[::2], pairs[1::2], strict=True))  # a flag may not be given twice
+    rest = [text for pair in latest.items() for text in pair]
+    return load_recipe(GRPORecipe, ["--config", preset.recipe, *rest])
+
+
+def profile(preset: Preset, flags: Sequence[str], out: Path) -> None:
+    """A warm-up and a step under the profiler: its table goes to `out`, its trace, some hundred megabytes, does not."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(preset, [*flags, "--debug.profile", "2"], 2, Path(folder))
+        run_recipe(recipe)
+        (table,) = Path(folder).glob("trace-*.txt")
+        shutil.copy(table, out / f"step-{recipe.model.name}.txt")
+        print(table.read_text())
 
 
 def sizes_of(recipe: GRPORecipe) -> Any:
@@ -167,7 +217,8 @@ def our_steps(recipe: GRPORecipe) -> dict:
 def reference_step(recipe: GRPORecipe, *, images: int) -> dict:
     """What a step takes by the reference algorithm: a part of it is measured, and its time scaled up."""
     torch.manual_seed(0)
-    model = get_family(recipe.model.name).build(sizes_of(recipe)).eval()
+    with DEVICE:
+        model = get_family(recipe.model.name).build(sizes_of(recipe)).eval()
     model.to(DEVICE, compute_dtype(recipe.training.mixed_precision))
     spread_logits(model)
     tokenizer = build_tokenizer(recipe.tokenizer, device=DEVICE)

@@ -1,47 +1,138 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in the order of its worth. One part may fail without ending the others.
+# Everything that needs a GPU, in parts. A part may fail or run out of time without ending the others.
 #
-#   benchmarks/gpu.sh OUT_FOLDER [kernels|runs]      PYTHON=python3 by default
+#   benchmarks/gpu.sh OUT_FOLDER PART...       PYTHON=python3 by default, SECONDS_IN_ALL=540
 #
-# kernels: kernel tests in bf16, in-place kernels under compute-sanitizer, kernel benchmarks with their targets; planned
-#          to end within ten minutes. Needs torch, triton, numpy and pytest; matplotlib draws the plots, and peers that
-#          are installed (liger-kernel, cut-cross-entropy, fla-core) are timed too.
-# runs:    the published run, rollouts, the update, the quickstart; about twenty minutes, with the whole project.
-# Without a second argument: both.
+# smoke       the kernels against their references, in parallel processes; the debug recipe in both modes on NCCL
+# kernels     the four kernel benchmarks at the sizes of their targets
+# tune        block sizes timed on this GPU
+# run         the published run: some steps of it, phase by phase
+# rollout     autoregressive sampling of GPT-XXL beside LlamaGen's sampler and the memory's bandwidth
+# profile     tables of the profiler: update, decoder, sampling; counters of single kernels where ncu may read them
+# quickstart  the whole quickstart
+#
+# Each part is planned for two minutes or less, quickstart for five. After every step of a part OUT_FOLDER/results.tgz
+# holds all that is there so far: logs, JSON files, plots, and summary.txt with one line a step. Wheels in .whl
+# (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
+# ROLLOUT="--batches 8" is given to the part of that name.
+# SMALL=1 is a rehearsal on a CPU of everything but the speed: small sizes, the kernels in Triton's interpreter, six times
+# the time. SITE=FOLDER is put on the path there in place of the wheels.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD  # nothing is installed there
-out=${1:?folder for the results}
-what=${2:-all}
+out=$(mkdir -p "${1:?folder for the results}" && cd "$1" && pwd)
+shift
 python=${PYTHON:-python3}
+work=$(mktemp -d)/results
 stamp=$(date +%F)
-mkdir -p "$out"
+mkdir -p "$work"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
+run_preset=vapi-xxl-384 rollout_preset=xxl-384 processes=8 compile=true patience=1
+profiled="--rollout.batch_size 16 --training.batch_size 128"  # two parts of a step: a profiler is slow
+if [ -n "${SMALL:-}" ]; then
+  run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=6 profiled=
+  export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+fi
+last_second=$((SECONDS + patience * ${SECONDS_IN_ALL:-540}))
 
-part() { # name, seconds, command
-  local name=$1 seconds=$2
-  shift 2
-  echo "== $name"
-  timeout "$seconds" "$@" 2>&1 | tee "$out/$stamp-$name.log" | tail -40
-  echo "== $name: exit code ${PIPESTATUS[0]}"
+pack() { # steps may run at the same time
+  tar -czf "$work.$BASHPID" -C "$(dirname "$work")" results 2> /dev/null
+  cp "$work.$BASHPID" "$out/results.tgz" && rm "$work.$BASHPID"
 }
 
-if [ "$what" != runs ]; then
-  part kernel-tests 200 "$python" -m pytest tests/kernels/test_on_gpu.py tests/kernels/test_triton.py -q -k "not compile"
-  if command -v compute-sanitizer > /dev/null; then
-    part sanitizer 60 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q -W ignore -o python_functions='check_*' \
-      tests/kernels/triton_checks/check_token_log_probs.py -k "over_the_logits or out_of_range"
+# name, most seconds, command: runs it into a log of its own, shows the log's end, packs.
+step() {
+  local name=$1 limit=$((patience * $2)) begin=$SECONDS code
+  shift 2
+  [ $((last_second - SECONDS)) -lt "$limit" ] && limit=$((last_second - SECONDS))
+  if [ "$limit" -lt 5 ]; then
+    echo "$name: not begun, no time left" | tee -a "$work/summary.txt"
+    return
   fi
-  part bench-sampling 80 "$python" benchmarks/bench_sampling.py --json "$out/$stamp-gpu-sampling.json"
-  part bench-loss 60 "$python" benchmarks/bench_loss.py --json "$out/$stamp-gpu-loss.json"
-  part bench-token_log_probs 80 "$python" benchmarks/bench_token_log_probs.py --repeats 30 \
-    --json "$out/$stamp-gpu-token_log_probs.json"
-  part bench-linear_log_probs 120 "$python" benchmarks/bench_linear_log_probs.py --repeats 20 \
-    --json "$out/$stamp-gpu-linear_log_probs.json"
-  grep -h -E "^(pass|MISS) " "$out/$stamp"-bench-*.log
+  timeout --kill-after 5 "$limit" "$@" > "$work/$name.log" 2>&1
+  code=$?
+  tail -n "${LINES_SHOWN:-25}" "$work/$name.log"
+  echo "== $name: exit code $code, $((SECONDS - begin)) of $limit seconds" | tee -a "$work/summary.txt"
+  pack
+}
+
+bench() { # name, most seconds, further arguments
+  local name=$1 limit=$2
+  shift 2
+  step "bench-$name" "$limit" "$python" "benchmarks/bench_$name.py" --json "$work/$stamp-gpu-$name.json" "$@"
+}
+
+debug_recipe() { # name, flags
+  local name=$1
+  shift
+  step "$name" 80 "$python" -m torch.distributed.run --standalone --nproc_per_node 1 -m grpo train --config debug \
+    --metrics.run_dir "$work/$name" "$@"
+  trim "$name"
+}
+
+smoke() {
+  nvidia-smi > "$work/nvidia-smi.txt" 2>&1
+  "$python" -m pip list > "$work/pip-list.txt" 2>/dev/null
+  # Both recipes, one after the other, beside the tests.
+  (
+    debug_recipe debug-teacher-forced --compile.enabled "$compile"
+    debug_recipe debug-autoregressive --rollout.mode autoregressive --rollout.cfg_scale 2 \
+      --reward.reconstruction.weight 0 --reward.jpeg_size.weight 1
+  ) > "$work/debug-recipes.txt" 2>&1 &
+  step kernel-tests 85 "$python" -m pytest -q -W ignore -n "$processes" --timeout $((patience * 80)) \
+    -o "python_functions=test_* check_*" tests/kernels/test_on_gpu.py tests/rollout/test_on_gpu.py \
+    tests/kernels/triton_checks/check_*.py
+  wait
+  grep -h "^==" "$work/debug-recipes.txt"
+  for name in debug-teacher-forced debug-autoregressive; do tail -n 3 "$work/$name.log"; done
+  pack
+}
+
+kernels() {
+  bench sampling 60 --seconds 2 --deadline $((patience * 45))
+  bench loss 40 --seconds 2
+  bench linear_log_probs 90 --seconds 2 --deadline $((patience * 60))
+  bench token_log_probs 70 --seconds 2 --deadline $((patience * 50))
+  grep -h -E "^(pass|MISS|none) " "$work"/bench-*.log | tee -a "$work/summary.txt"
+}
+
+tune() { step tune 120 "$python" -m grpo.kernels.tune --out "$work/$stamp-block_sizes.json"; }
+
+run() { bench run 180 --preset "$run_preset" --steps 2; }
+
+rollout() { bench rollout 120 --preset "$rollout_preset" --repeats 2 ${ROLLOUT:-}; }
+
+profile() {
+  # shellcheck disable=SC2086
+  LINES_SHOWN=75 step profile-run 120 "$python" benchmarks/bench_run.py --preset "$run_preset" $profiled \
+    --profile "$work/profile"
+  if command -v ncu > /dev/null; then
+    LINES_SHOWN=120 step ncu 60 ncu --clock-control none --section SpeedOfLight --section Occupancy \
+      --section WarpStateStats --kernel-name "regex:_kernel$" "$python" benchmarks/run_kernels.py
+  fi
+}
+
+quickstart() { step quickstart 320 "$python" -m grpo quickstart --run-dir "$work/quickstart"; trim quickstart; }
+
+trim() { # what a run's folder holds beside its results
+  find "$work/$1" -type d -name checkpoints -prune -exec rm -rf {} +
+  find "$work/$1" -name "*.safetensors" -delete
+  pack
+}
+
+if [ -n "${SITE:-}" ]; then
+  export PYTHONPATH=$PWD:$SITE
+elif compgen -G ".whl/*.whl" > /dev/null; then
+  site=$(dirname "$work")/site
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
+  export PYTHONPATH=$PWD:$site
 fi
-if [ "$what" != kernels ]; then
-  part bench-run 420 "$python" benchmarks/bench_run.py --preset vapi-xxl-384 --json "$out/$stamp-gpu-run.json"
-  part bench-rollout 300 "$python" benchmarks/bench_rollout.py --preset xxl-384 --json "$out/$stamp-gpu-rollout.json"
-  part bench-update 240 "$python" benchmarks/bench_update.py --preset b-256 --json "$out/$stamp-gpu-update.json"
-  part quickstart 300 "$python" -m grpo quickstart --run-dir "$out/quickstart"
-fi
+for part in "$@"; do
+  echo "==== $part"
+  case $part in
+    smoke | kernels | tune | run | rollout | profile | quickstart) "$part" ;;
+    *) echo "$part: unknown part" ;;
+  esac
+done
+pack
+echo "==== all in $out/results.tgz"
+cat "$work/summary.txt"

@@ -1,8 +1,9 @@
 """What the kernel benchmarks share: timing, peak memory, the device's own rates, results as JSON, a plot.
 
-A benchmark makes a list of `Case`: sizes, named sides that do the same work, the bytes and FLOP that the work needs at
-least, and an error measured on the spot. The side named "ours" is compared with the side named "eager". On a GPU the
-results are held against `Target`s.
+A benchmark yields `Case`s: sizes, named sides that do the same work, the bytes and FLOP that the work needs at least,
+and an error measured on the spot. The side named "ours" is compared with the side named "eager". A side that raises
+(no memory, a peer of another version) is written down and loses nothing of the others, and the results are written
+after every case. On a GPU they are held against `Target`s.
 """
 
 import argparse
@@ -13,17 +14,18 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 
 import torch
 
-from grpo.observe import environment
+from grpo.environment import environment
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NO_GPU = "Measured on a CPU, where ours is the torch reference path; no Triton kernel was timed on a GPU."
+FEWEST_REPEATS = 5
 
 
 @dataclass
@@ -33,8 +35,8 @@ class Case:
     name: str
     sizes: dict[str, int | float | str]
     sides: dict[str, Callable[[], object]]
-    error: dict[str, float]
-    """Largest differences from the fp64 truth, or between sides, by what was compared."""
+    error: Callable[[], dict[str, float]]
+    """Measures the largest differences from the fp64 truth, or between sides, by what was compared."""
     bytes: int = 0
     """Memory traffic that no implementation can avoid."""
     flop: int = 0
@@ -44,33 +46,16 @@ class Case:
 
 
 @dataclass
-class Target:
-    """A figure that the project wants to reach on an H200."""
-
-    what: str
-    figure: float
-    limit: float
-    at_most: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.figure <= self.limit if self.at_most else self.figure >= self.limit
-
-    def __str__(self) -> str:
-        bound = "at most" if self.at_most else "at least"
-        return f"{'pass' if self.met else 'MISS'}  {self.what}: {self.figure:.3g}, wanted {bound} {self.limit:.3g}"
-
-
-@dataclass
 class Result:
-    """What was measured of one case."""
+    """What was measured of one case. Sides that failed are in `failed` alone, by what they raised."""
 
     name: str
     sizes: dict[str, int | float | str]
-    error: dict[str, float]
-    sides: dict[str, dict[str, float]]
-    speedup: float
-    memory_ratio: float
+    error: dict[str, float] = field(default_factory=dict)
+    sides: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    speedup: float | None = None
+    memory_ratio: float | None = None
     shares: dict[str, float] = field(default_factory=dict)
     """Of ours: share of the measured copy bandwidth and matrix rate."""
     output_bytes: int = 0
@@ -84,62 +69,136 @@ class Result:
         return self.seconds(side) / self.seconds(other)
 
 
-Targets = Callable[[dict[str, Result]], list[Target]]
+@dataclass
+class Target:
+    """A figure that the project wants to reach on an H200."""
+
+    what: str
+    figure: Callable[[dict[str, Result]], float]
+    """Of the results by case name; a KeyError says that a case or side is missing."""
+    limit: float
+    at_most: bool = False
+    expected: str = ""
+    """What was thought likely before any GPU was there."""
+
+    def held_against(self, results: dict[str, Result]) -> dict[str, str | float | bool | None]:
+        """What is wanted, expected and measured; `met` is None where nothing was measured."""
+        try:
+            figure = self.figure(results)
+        except KeyError:
+            figure = None
+        met = None if figure is None else figure <= self.limit if self.at_most else figure >= self.limit
+        wanted = f"{'at most' if self.at_most else 'at least'} {self.limit:.3g}"
+        return {"what": self.what, "wanted": wanted, "expected": self.expected, "figure": figure, "met": met}
 
 
-def main(description: str, cases: Callable[[argparse.Namespace], list[Case]], targets: Targets) -> None:
-    """The command line of a kernel benchmark: measure `cases(options)`, print them, write what was asked for.
+def main(description: str, cases: Callable[[argparse.Namespace], Iterator[Case]], targets: Sequence[Target]) -> None:
+    """The command line of a kernel benchmark: measure `cases(options)` one by one, print and write each.
 
-    `targets(results by case name)` is asked on a GPU only: on a CPU the kernels do not run.
+    The targets are for a GPU: on a CPU the kernels do not run.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file for the results; a plot goes beside it where matplotlib is")
     parser.add_argument("--repeats", type=int, default=100 if DEVICE.type == "cuda" else 7, help="runs of each side")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a case's measured runs, about, at most")
+    parser.add_argument("--deadline", type=float, default=3600.0, help="seconds after which no case is begun")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile's side")
     options = parser.parse_args()
     torch.manual_seed(0)
+    begin, results, left_out = time.monotonic(), [], []
     rates = device_rates()
-    print(", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()))
-    results = []
+    print(", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()), flush=True)
     for case in cases(options):
-        results.append(measure(case, rates, repeats=options.repeats))
+        if time.monotonic() - begin > options.deadline:
+            left_out.append(case.name)
+            continue
+        results.append(measure(case, rates, repeats=options.repeats, seconds=options.seconds))
         show(results[-1])
-    reached = targets({result.name: result for result in results}) if DEVICE.type == "cuda" else []
-    print(*reached, sep="\n")
+        if options.json:
+            write(options.json, results, rates, targets, left_out)
+    if left_out:
+        print(f"left out at the deadline: {', '.join(left_out)}")
+    if DEVICE.type == "cuda":
+        print(*map(target_line, held(targets, results)), sep="\n", flush=True)
     if options.json:
-        write(options.json, results, rates, reached)
+        write(options.json, results, rates, targets, left_out)
+        draw(results, options.json.with_suffix(".png"))
 
 
-def measure(case: Case, rates: dict[str, float], *, repeats: int) -> Result:
-    """Median seconds and peak memory of every side, the sides in turn so that a slow spell meets all of them."""
-    seconds: dict[str, list[float]] = {side: [] for side in case.sides}
-    peaks = {}
+def held(targets: Sequence[Target], results: list[Result]) -> list[dict]:
+    """All targets beside what was measured."""
+    by_name = {result.name: result for result in results}
+    return [target.held_against(by_name) for target in targets]
+
+
+def target_line(target: dict) -> str:
+    """One target for the console."""
+    word = {True: "pass", False: "MISS", None: "none"}[target["met"]]
+    figure = "not measured" if target["figure"] is None else f"{target['figure']:.3g}"
+    expected = f", expected {target['expected']}" * bool(target["expected"])
+    return f"{word}  {target['what']}: {figure}, wanted {target['wanted']}{expected}"
+
+
+def measure(case: Case, rates: dict[str, float], *, repeats: int, seconds: float) -> Result:
+    """Median seconds and peak memory of every side, the sides in turn so that a slow spell meets all of them.
+
+    Every side runs `repeats` times, or fewer (not below `FEWEST_REPEATS`) where all of it would take more than
+    `seconds`.
+    """
+    result = Result(case.name, case.sizes, output_bytes=case.output_bytes)
+    guard = _Guard(result.failed)
+    result.error = guard("error", case.error) or {}
+    times: dict[str, list[float]] = {}
     for side, run in case.sides.items():
-        run()  # compiles, warms up
-        peaks[side] = peak_bytes(run)
-    for _ in range(repeats):
-        for side, run in case.sides.items():
-            seconds[side].append(timed(run))
-    sides = {
-        side: {"seconds": statistics.median(times), "fastest_seconds": min(times), "peak_bytes": peaks[side]}
-        for side, times in seconds.items()
-    }
-    ours, eager = sides["ours"], sides["eager"]
-    shares = {}
-    if case.bytes:
-        shares["copy_bandwidth"] = case.bytes / ours["seconds"] / rates["copy_bytes_per_second"]
-    if case.flop:
-        shares["matrix_rate"] = case.flop / ours["seconds"] / rates["matrix_flop_per_second"]
-    return Result(
-        name=case.name,
-        sizes=case.sizes,
-        error=case.error,
-        sides=sides,
-        speedup=eager["seconds"] / ours["seconds"],
-        memory_ratio=ours["peak_bytes"] / eager["peak_bytes"],
-        shares=shares,
-        output_bytes=case.output_bytes,
-    )
+        guard(side, run)  # compiles, warms up
+        peak = guard(side, lambda run=run: peak_bytes(run))
+        if side not in result.failed:
+            times[side], result.sides[side] = [], {"peak_bytes": peak}
+    begin = time.monotonic()
+    for turn in range(repeats):
+        if turn >= FEWEST_REPEATS and time.monotonic() - begin > seconds:
+            break
+        for side in [side for side in times if side not in result.failed]:
+            times[side].append(guard(side, lambda side=side: timed(case.sides[side])))
+    for side in list(result.sides):
+        if side in result.failed:
+            del result.sides[side]
+        else:
+            median = statistics.median(times[side])
+            result.sides[side] |= {"seconds": median, "fastest_seconds": min(times[side]), "repeats": len(times[side])}
+    _compare(result, case, rates)
+    return result
+
+
+class _Guard:
+    """Calls functions; what one raises is noted under a name, and None returned."""
+
+    def __init__(self, failed: dict[str, str]) -> None:
+        self.failed = failed
+
+    def __call__(self, name: str, run: Callable[[], object]) -> object:
+        if name in self.failed:
+            return None
+        try:
+            return run()
+        except Exception as error:
+            self.failed[name] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:200]}"
+        if DEVICE.type == "cuda":  # outside the handler, which holds the frames and their tensors
+            gc.collect()
+            torch.cuda.empty_cache()
+        return None
+
+
+def _compare(result: Result, case: Case, rates: dict[str, float]) -> None:
+    """Fills in what needs ours, and ours beside eager."""
+    ours, eager = result.sides.get("ours"), result.sides.get("eager")
+    if ours and eager:
+        result.speedup = eager["seconds"] / ours["seconds"]
+        result.memory_ratio = ours["peak_bytes"] / max(eager["peak_bytes"], 1)
+    if ours and case.bytes:
+        result.shares["copy_bandwidth"] = case.bytes / ours["seconds"] / rates["copy_bytes_per_second"]
+    if ours and case.flop:
+        result.shares["matrix_rate"] = case.flop / ours["seconds"] / rates["matrix_flop_per_second"]
 
 
 def launches(run: Callable[[], object]) -> int:
@@ -218,7 +277,19 @@ def peers(**functions: Callable[[], Callable]) -> dict[str, Callable]:
     """
     if DEVICE.type != "cuda":
         return {}
-    return {name: make() for name, make in functions.items() if importlib.util.find_spec(name)}
+    return {name: _late(make) for name, make in functions.items() if importlib.util.find_spec(name)}
+
+
+def _late(make: Callable[[], Callable]) -> Callable:
+    """The function that `make` returns, made at its first call: an import that fails is then that side's alone."""
+    made: list[Callable] = []
+
+    def call(*arguments):
+        if not made:
+            made.append(make())
+        return made[0](*arguments)
+
+    return call
 
 
 def show(result: Result) -> None:
@@ -226,12 +297,18 @@ def show(result: Result) -> None:
     print(f"\n{result.name} {result.sizes}")
     for side, numbers in result.sides.items():
         print(f"  {side:20} {numbers['seconds'] * 1e3:10.3f} ms {numbers['peak_bytes'] / 2**20:10.1f} MiB")
-    shares = ", ".join(f"{share:.0%} of {name}" for name, share in result.shares.items())
+    for side, reason in result.failed.items():
+        print(f"  {side:20} FAILED {reason}")
+    ours = [f"{share:.0%} of {name}" for name, share in result.shares.items()]
+    if result.speedup:
+        ours.insert(0, f"{result.speedup:.2f}x eager, memory {result.memory_ratio:.2f}x")
     errors = ", ".join(f"{name} {error:.1e}" for name, error in result.error.items())
-    print(f"  ours: {result.speedup:.2f}x eager, memory {result.memory_ratio:.2f}x; {shares}; errors: {errors}")
+    print(f"  ours: {', '.join(ours)}; errors: {errors}", flush=True)
 
 
-def write(file: Path, results: list[Result], rates: dict[str, float], targets: list[Target]) -> None:
+def write(
+    file: Path, results: list[Result], rates: dict[str, float], targets: Sequence[Target], left_out: list[str]
+) -> None:
     """The results as JSON, with hardware, versions and date; speedup and memory_ratio are those of the first case."""
     content = {
         **environment(),
@@ -241,14 +318,21 @@ def write(file: Path, results: list[Result], rates: dict[str, float], targets: l
         "rates": rates,
         "speedup": results[0].speedup,
         "memory_ratio": results[0].memory_ratio,
-        "targets": [{**asdict(target), "met": target.met} for target in targets],
+        "targets": held(targets, results) if DEVICE.type == "cuda" else [],
+        "left_out": left_out,
         "sizes": results[0].sizes,
         "sides": results[0].sides,
         "cases": [asdict(result) for result in results],
     }
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    whole = file.with_suffix(".part")
+    whole.write_text(json.dumps(content, indent=1) + "\n")
+    whole.replace(file)
+
+
+def draw(results: list[Result], file: Path) -> None:
+    """The plot, where matplotlib is."""
     if importlib.util.find_spec("matplotlib"):
-        plot(results, file.with_suffix(".png"))
+        plot(results, file)
     else:
         print("no plot: matplotlib is not installed", file=sys.stderr)
 

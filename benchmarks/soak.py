@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from grpo.observe import environment
+from grpo.environment import environment
 from soak_job import Job, Watch, compare_runs
 
 RECOVERY_SECONDS = 300

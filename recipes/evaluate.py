@@ -21,6 +21,7 @@ import torch
 
 from grpo.config import EvaluateRecipe, load_recipe
 from grpo.data import build_dataset
+from grpo.environment import environment
 from grpo.evaluation import (
     DatasetImages,
     ImageSource,
@@ -32,7 +33,7 @@ from grpo.evaluation import (
     open_images,
 )
 from grpo.jobs.generate import drawn_images
-from grpo.observe import environment, progress
+from grpo.observe import progress
 from grpo.parallel import World, distributed
 
 

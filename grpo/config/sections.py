@@ -227,4 +227,4 @@ class Debug(FreeSection):
     deterministic: bool = False
     """Deterministic algorithms only."""
     profile: NonNegativeInt = 0
-    """Step of which each rank writes a trace into the run's folder, for Perfetto or chrome://tracing; 0 is none."""
+    """Step of which each rank writes a trace, for Perfetto, and a table of times into the run's folder; 0 is none."""

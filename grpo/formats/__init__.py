@@ -4,7 +4,6 @@ from grpo.formats.manifest import (
     MANIFEST_NAME,
     FileSum,
     check_files,
-    damaged_files,
     file_sums,
     manifest_text,
     read_manifest,

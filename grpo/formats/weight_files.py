@@ -1,6 +1,7 @@
 """State dicts in and out of files: LlamaGen's layouts, safetensors, distributed checkpoint folders."""
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -112,7 +114,7 @@ def save_weights(
         config: the model's sizes, a dataclass or what `read_config` has read. They go with the weights where the
             layout is safetensors, the only one with a place for them.
 
-    Raises a UserError: an unknown suffix, or a folder in the way.
+    Raises a UserError: an unknown suffix, a folder in the way, or what cannot be written, of which nothing is left.
     """
     path = Path(path)
     if layout == "auto" and path.suffix not in _LAYOUT_OF_SUFFIX:
@@ -120,21 +122,32 @@ def save_weights(
     layout = _LAYOUT_OF_SUFFIX[path.suffix] if layout == "auto" else layout
     if path.is_dir() or (layout == "distributed" and path.exists()):
         raise UserError(f"{path} exists and is not overwritten; give another name for the weights")
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(unfinished, tensors, layout=layout, config=config)
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's is a RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"{path} could not be written: {reason}; free space there or give another place") from error
+
+
+def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: Any) -> None:
     if layout == "safetensors":
         if config is not None and not isinstance(config, Mapping):
             config = {field.name: getattr(config, field.name) for field in fields(config) if field.compare}
         # One key: several would be written in an order that changes, and equal weights are to make equal files.
         metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # the library makes a file that its owner alone can read
-        safetensors.torch.save_file(tensors, unfinished, metadata=metadata)
-        unfinished.chmod(mode)
+        path.touch()
+        mode = path.stat().st_mode  # the library makes a file that its owner alone can read
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        path.chmod(mode)
     elif layout == "llamagen":
-        torch.save({"model": tensors}, unfinished)
+        torch.save({"model": tensors}, path)
     else:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_shards(unfinished, {"model": tensors})
-    os.replace(unfinished, path)
+        shutil.rmtree(path, ignore_errors=True)
+        write_shards(path, {"model": tensors})

@@ -1,7 +1,6 @@
 """What a run shows and writes down: metrics, console, Weights & Biases, image grids, the report."""
 
 from grpo.observe.console import progress
-from grpo.observe.environment import environment
 from grpo.observe.files import MetricsFile, read_metrics
 from grpo.observe.grids import SampleRow, image_grid, sample_grid
 from grpo.observe.observer import RunObserver

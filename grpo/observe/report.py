@@ -8,9 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from grpo.environment import environment
 from grpo.observe import charts
 from grpo.observe.charts import Curve, curve
-from grpo.observe.environment import environment
 from grpo.observe.files import Metrics, read_metrics, write_atomically
 
 CURVES = {

@@ -1,6 +1,7 @@
 """What every training job has: a folder, an observer, checkpoints and a step counter."""
 
 import math
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -142,8 +143,6 @@ class TrainingRun:
         vote = all_reduce_max(_SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None))
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
-        if last and config.save_final and not config.sharded:
-            self._export()
         stopping = self._optimizer.stuck or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
@@ -151,6 +150,9 @@ class TrainingRun:
         if stopping:
             self.checkpoints.wait()
             self._stop(step)
+        if last and config.save_final and not config.sharded:
+            self.checkpoints.wait()  # the work of the run is safe before anything else can fail
+            self._export()
 
     def _export(self) -> None:
         """Write the weights under names that do not change with the number of steps, for the next job."""
@@ -227,7 +229,7 @@ class TrainingRun:
 
     @contextmanager
     def _traced(self, step: int) -> Iterator[None]:
-        """Record the step if it is the one that the recipe wants a trace of."""
+        """Record the step if it is the one that the recipe wants a trace of: the trace, and a table of its times."""
         if step != self.recipe.debug.profile:
             yield
             return
@@ -236,6 +238,9 @@ class TrainingRun:
         path = self.recipe.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
         profiler.export_chrome_trace(str(path))
+        order = "self_cuda_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
+        path.with_suffix(".txt").write_text(table)
         self.observer.message(f"trace of step {step}: {path}")
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
@@ -250,7 +255,7 @@ class TrainingRun:
                 raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
             counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
-        self._resumed_from = str(path) if named else state.get("resumed_from")
+        self._resumed_from = os.path.realpath(path) if named else state.get("resumed_from")
         return [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
 
     def _counted(self) -> list[tuple[str, Any]]:
