@@ -4,6 +4,10 @@ python benchmarks/bench_rollout.py                          # CPU, small: a minu
 python benchmarks/bench_rollout.py --json out.json --sweep    # and three more
 python benchmarks/bench_rollout.py --preset xxl-384 --json out.json   # one GPU
 
+Ours draws again and again with one sampler, as a training run does; its first call compiles and captures. On a GPU
+"plain" is the same sampler with the model's own forward in place of the fused kernels, and a step is looked at closely:
+its time at half of the cache, and its kernels by name.
+
 The floor is the time to read what a step cannot avoid: all weights of the blocks and the projection once, and the part
 of the cache that is filled, at the copy bandwidth measured in the same run.
 """
@@ -20,9 +24,11 @@ from comparison import DEVICE, header, now, random_model, write
 
 import reference_algorithm
 from grpo.estimate import measured_peaks
-from grpo.models import GPT
+from grpo.kernels import Draw
+from grpo.models import GPT, ClassCondition, family_of
 from grpo.models.costs import extension_bytes
-from grpo.rollout import generate
+from grpo.rollout import CodeSampler
+from grpo.rollout.cached_sampler import CachedSampler
 from harness import peak_bytes
 
 
@@ -46,7 +52,8 @@ PRESETS = {
 }
 SWEEPS = {"images": [2, 8, 32], "T": [16, 64, 144], "V": [1024, 4096, 16384], "n_layer": [2, 6, 12]}
 MOST_REFERENCE_IMAGES = 32  # beyond, LlamaGen's way takes minutes
-SAMPLING = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+CFG_SCALE = 2.0
+SAMPLING = {"cfg_scale": CFG_SCALE, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def main() -> None:
@@ -98,22 +105,35 @@ def build(sizes: Sizes) -> GPT:
 def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
     """Both sides for one number of images: ours first, for the reference takes long."""
     class_ids = torch.arange(images, device=DEVICE) % 1000
+    condition, row_ids = ClassCondition(class_ids), torch.arange(images, device=DEVICE)
+    samplers = {
+        name: CodeSampler(model, draw=Draw(impl=impl), cfg_scale=CFG_SCALE)
+        for name, impl in {"ours": "auto", "plain": "reference"}.items()
+    }
     runs = {
-        "ours": lambda: generate(model, class_ids, **SAMPLING),
+        "ours": lambda: samplers["ours"](condition, row_ids=row_ids),
+        "step": lambda: step_on_gpu(model, images),
+        "plain": lambda: samplers["plain"](condition, row_ids=row_ids),
         "reference": lambda: reference_algorithm.generate(model, class_ids, **SAMPLING),
     }
-    if not class_ids.is_cuda:  # the memory of libraries that are used for the first time is not a side's
-        for run in runs.values():
+    if not class_ids.is_cuda:
+        del runs["step"], runs["plain"]
+        for run in runs.values():  # the memory of libraries that are used for the first time is not a side's
             run()
     floor = extension_bytes(model.config, 2 * images, dtype=model.output.weight.dtype) / bandwidth  # both halves
     result = {"images": images, "sides": {}, "failed": {}, "floor_seconds": floor}
     if images > MOST_REFERENCE_IMAGES:
-        del runs["reference"]
+        runs.pop("plain", None), runs.pop("reference")
     for name, run in runs.items():
+        again = {"ours": repeats, "plain": 1}.get(name, 0) if class_ids.is_cuda else repeats
         try:
-            result["sides"][name] = timed_side(run, repeats=repeats if name == "ours" or not class_ids.is_cuda else 0)
+            if name == "step":
+                result["step"] = run()
+            else:
+                result["sides"][name] = timed_side(run, repeats=again)
         except Exception as error:
-            result["failed"][name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            result["failed"][name] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+        samplers.pop(name, None)  # with what it kept
         gc.collect()
         if class_ids.is_cuda:
             torch.cuda.empty_cache()
@@ -121,8 +141,14 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
     text = f"{images} images: floor {floor:.2f} s"
     if ours:
         result["share_of_bandwidth"] = floor / ours["seconds"]
+        result["ms_per_step"] = 1000 * ours["seconds"] / model.config.block_size
         text += f", ours {ours['seconds']:.2f} s (first {ours['first_seconds']:.2f}), "
+        text += f"{result['ms_per_step']:.2f} ms a step, "
         text += f"{result['share_of_bandwidth']:.0%} of bandwidth, {ours['peak_bytes'] / 2**30:.1f} GiB"
+    if "plain" in result["sides"]:
+        text += f", plain {result['sides']['plain']['seconds']:.2f} s"
+    if "step" in result:
+        text += f", step {result['step']['seconds'] * 1e3:.2f} ms, {result['step']['kernels']:g} kernels"
     if reference:
         text += f", reference {reference['seconds']:.2f} s"
     if ours and reference:
@@ -131,6 +157,33 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
         text += f", {result['speedup']:.1f}x, memory {result['memory_ratio']:.2f}x"
     print(text, *(f"{name} FAILED {reason}" for name, reason in result["failed"].items()), sep="; ", flush=True)
     return result
+
+
+def step_on_gpu(model: GPT, images: int, *, replays: int = 20) -> dict:
+    """Seconds of a replayed step where half of the cache is filled, and what its kernels take, the longest first."""
+    forward = family_of(model).cached_forward(model, impl="auto", copies=True)
+    engine = CachedSampler(forward, images, draw=Draw(), cfg_scale=CFG_SCALE, cfg_interval=-1)
+    engine.start(ClassCondition(engine.row_ids), engine.row_ids)
+    engine.row.fill_(engine.length // 2)
+    for _ in range(3):
+        engine.extend()
+    start = now()
+    for _ in range(replays):
+        engine.extend()
+    seconds = (now() - start) / replays
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        engine.extend()
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels.setdefault(event.name[:80], []).append(event.device_time_total)
+    table = [
+        {"name": name, "launches": len(times), "microseconds": sum(times)}
+        for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    ]
+    launches = sum(row["launches"] for row in table)
+    return {"seconds": seconds, "replayed": engine.replay.graph is not None, "kernels": launches, "by_name": table}
 
 
 def timed_side(run: Callable[[], object], *, repeats: int) -> dict:

@@ -26,7 +26,8 @@ def now() -> float:
 def random_model(*, dim: int, n_layer: int, n_head: int, V: int, T: int, dtype: str) -> GPT:
     """A GPT with random weights, in eval mode, on the device, always the same."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(dim=dim, n_layer=n_layer, n_head=n_head, vocab_size=V, block_size=T))
+    with DEVICE:  # a CPU takes half a minute for the weights of GPT-XXL
+        model = GPT(GPTConfig(dim=dim, n_layer=n_layer, n_head=n_head, vocab_size=V, block_size=T))
     spread_logits(model)
     return model.eval().to(DEVICE, getattr(torch, dtype))
 

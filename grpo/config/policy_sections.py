@@ -54,6 +54,8 @@ class Rollout(Section):
     """Weight tokens by min(p_full / p_truncated, cap) when top-k or top-p truncate the draw; 0 is off."""
     max_rows: Annotated[NonNegativeInt, MayChange] = 0
     """Completions sampled together in autoregressive mode; 0 is what fits into a GPU's memory, and all on a CPU."""
+    keep_memory: Annotated[Fraction, MayChange] = 0.1
+    """Share of a GPU's memory that cache, weights and CUDA graph of sampling may hold through the update."""
 
     @property
     def loss_cfg_scale(self) -> float:

@@ -135,7 +135,11 @@ class GRPORecipe(GeneratorRecipe):
             (not rollout.use_context_noise, "rollout.context_noise", "rollout.use_context_noise is off"),
             (is_whole, "rollout.importance_weight_cap", "neither top_k nor top_p truncates the draw"),
             (rollout.cfg_scale == 1, "rollout.guidance_in_loss", "guidance is off (rollout.cfg_scale = 1)"),
-            (rollout.mode == "teacher_forced", "rollout.max_rows", "teacher-forced rollouts have no cache"),
+            (
+                rollout.mode == "teacher_forced",
+                "rollout.max_rows rollout.keep_memory",
+                "teacher-forced rollouts have no cache",
+            ),
             (mode == "eval", "model.dropout model.class_dropout", 'training.dropout_mode is "eval"'),
             (not any(rates), "training.dropout_mode", "model.dropout and model.class_dropout are 0"),
         ]

@@ -38,7 +38,6 @@ class RandomStream(IntEnum):
     CONTEXT_NOISE = 1  # codes of a teacher-forced context that are replaced; rows are samples
     TOKEN_DROPOUT = 2  # tokens left out of the policy loss; rows are completions
     DROPOUT = 3  # features and conditions dropped in a forward, see `dropout.py`; rows are those of forwards
-    SHIFT = 4  # shifts of a classifier's images; rows are the first samples of micro-batches
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import grpo.models.costs as costs
 from grpo.config import Model, Tokenizer
+from grpo.models.cached_forward import CachedForward
+from grpo.models.fused_gpt import cached_forward
 from grpo.models.gpt import GPT, GPTConfig
 from grpo.models.specs import GPT_SPECS, named_spec
 from grpo.models.weights import load_gpt
@@ -23,7 +25,8 @@ class ModelFamily(Protocol):
     - `config`: its sizes, a frozen dataclass with `block_size` T, `vocab_size` V and `dim` D;
     - `layers`: its blocks, the units of recomputation, compilation and sharding;
     - `output`: the projection of hidden states to V logits;
-    - `hidden(tokens [B, S], condition) -> [B, S + 1, D]`, what `output` is applied to, and `forward`, after it;
+    - `hidden(tokens [B, S], condition, dropout=None) -> [B, S + 1, D]`, what `output` is applied to, and `forward`,
+      after it; they drop where they are given a `grpo.kernels.Dropout`, by its masks alone;
     - `init_cache(batch_size, *, dtype, device, length=None)`, `prefill(condition, cache) -> [B, D]` and
       `extend(tokens [B], position, cache) -> [B, D]`: the same, row by row, in static shapes;
     - `forward_methods`: the names of those that are called besides `forward` and need whole parameters;
@@ -36,6 +39,8 @@ class ModelFamily(Protocol):
     """Its named sizes; a name belongs to one family."""
     costs: ModuleType
     """Floating-point operations and bytes by `config`, as in `grpo.models.costs`."""
+    model: type[nn.Module]
+    """The class of its models."""
 
     def sizes(self, model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:
         """The `config` of the spec `model.name` for a recipe's sections. Raises a UserError if they do not fit."""
@@ -49,15 +54,22 @@ class ModelFamily(Protocol):
     def export(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by the names under which the family is published."""
 
+    def cached_forward(self, model: nn.Module, *, impl: str, copies: bool) -> CachedForward:
+        """What samples from a model: `CachedForward(model)`, or the same in fused kernels where the family has them.
+
+        Its parameters are whole. With `copies` the weights may be copied, see `FusedGPT`.
+        """
+
 
 class LlamaGen:
     """LlamaGen's GPTs over the codes of a VQ tokenizer (https://arxiv.org/abs/2406.06525)."""
 
     specs = GPT_SPECS
     costs = costs
-    build = GPT
+    model = build = GPT
     load = staticmethod(load_gpt)
     export = dict  # the names are the released ones
+    cached_forward = staticmethod(cached_forward)
 
     def sizes(self, model: Model, tokenizer: Tokenizer, *, image_size: int) -> GPTConfig:
         return self.specs[model.name].config(
@@ -79,6 +91,11 @@ MODEL_SPECS: Mapping[str, Any] = {name: spec for family in FAMILIES for name, sp
 def get_family(spec_name: str) -> ModelFamily:
     """The family that the spec belongs to. Raises a UserError, with the nearest name, if there is none."""
     return named_spec({name: family for family in FAMILIES for name in family.specs}, spec_name, key="model.name")
+
+
+def family_of(model: nn.Module) -> ModelFamily:
+    """The family of a model, parallelized or not."""
+    return next(family for family in FAMILIES if isinstance(model, family.model))
 
 
 def generator_sizes(model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:

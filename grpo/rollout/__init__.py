@@ -1,6 +1,6 @@
 """Rollouts: conditions -> Trajectory; scoring; images from conditions."""
 
-from grpo.rollout.autoregressive import generate, sample_codes
+from grpo.rollout.autoregressive import CodeSampler, generate, sample_codes
 from grpo.rollout.cached_sampler import SampledCodes
 from grpo.rollout.image_sampler import ImageSampler, load_sampler
 from grpo.rollout.modes import AutoregressiveRollout, TeacherForcedRollout, build_draw, build_rollout

@@ -2,63 +2,115 @@
 
 import math
 import sys
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from grpo.kernels import Draw
-from grpo.models import Condition, as_condition
+from grpo.models import CachedForward, Condition, as_condition, family_of
 from grpo.parallel import free_memory, gathered
 from grpo.rollout.cached_sampler import CachedSampler, SampledCodes, bytes_per_sequence
-from grpo.rollout.cuda_graphs import Replay
 
-SEGMENT = 128  # calls that read the same part of the cache; each segment costs a GPU one capture
 MEMORY_SHARE = 0.8  # of the free memory, for caches and logits
+KEEP_MEMORY = 0.1  # of a GPU's memory, for what stays from one call to the next
 
 
-@torch.no_grad()
-def sample_codes(
-    model: nn.Module,
-    condition: Condition,
-    *,
-    row_ids: Tensor,
-    draw: Draw,
-    cfg_scale: float = 1.0,
-    cfg_interval: int = -1,
-    max_rows: int = 0,
-) -> SampledCodes:
-    """Draw one completion of each row of a condition.
+class CodeSampler:
+    """Draws completions of conditions, call after call.
 
-    Cache, buffers and graphs live during this call only, and so do the parameters that FSDP2 gathers, at addresses of
-    their own each time. Capturing anew costs about one call in `SEGMENT`.
+    On a GPU a call captures its step as a CUDA graph. Cache, graph and a copy of the weights stay for the next call
+    where together they take little memory; otherwise all of it is freed with the call, because the update needs it.
 
     Args:
-        model: an image generator; under FSDP2 its parameters are gathered once for the whole call.
-        condition: N rows.
-        row_ids: [N] int64, global numbers of the completions; their random numbers depend on nothing else.
-        draw: how a code is drawn from logits.
+        model: an image generator; under FSDP2 its parameters are gathered once for a whole call.
+        draw: how a code is drawn from logits; its `impl` is that of the forward, too.
         cfg_scale: classifier-free guidance, 1 is off.
         cfg_interval: guidance is switched off after this position (LlamaGen's `cfg_interval`); -1 keeps it on.
         max_rows: completions sampled together; 0 is as many as fit into a GPU's memory, and all on a CPU.
+        keep_memory: share of a GPU's memory that may stay in use between two calls. As much may go into a copy of the
+            weights, which is faster to compute with.
     """
-    total, drawn = condition.rows, []
-    with gathered(model):
-        rows, parts = _parts(total, max_rows or rows_in_memory(model, guided=cfg_scale != 1.0))
-        condition, row_ids = condition.padded(rows * parts), nn.functional.pad(row_ids, (0, rows * parts - total))
-        sampler = CachedSampler(model, rows, draw=draw, cfg_scale=cfg_scale, cfg_interval=cfg_interval)
-        calls = _calls(sampler)
-        for start in range(0, rows * parts, rows):
-            part = slice(start, start + rows)
-            sampler.start(condition.select(part), row_ids[part])
-            for position in range(1, sampler.length):
-                calls[position // SEGMENT]()
-            drawn.append(sampler.read())
-    return SampledCodes(*(torch.cat(values)[:total] for values in zip(*drawn, strict=True)))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        draw: Draw,
+        cfg_scale: float = 1.0,
+        cfg_interval: int = -1,
+        max_rows: int = 0,
+        keep_memory: float = KEEP_MEMORY,
+    ) -> None:
+        self.model, self.max_rows, self.keep_memory = model, max_rows, keep_memory
+        self.settings = {"draw": draw, "cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
+        self._kept: CachedSampler | None = None
+        self._addresses: list[int] = []  # of the weights that its graph reads
+
+    @torch.no_grad()
+    def __call__(self, condition: Condition, *, row_ids: Tensor) -> SampledCodes:
+        """One completion of each of N rows of a condition.
+
+        row_ids [N] int64 are global numbers of the completions; their random numbers depend on nothing else.
+        """
+        total, drawn = condition.rows, []
+        with gathered(self.model):
+            engine = self._engine(total)
+            rows, parts = engine.rows, math.ceil(total / engine.rows)
+            condition, row_ids = condition.padded(rows * parts), nn.functional.pad(row_ids, (0, rows * parts - total))
+            for start in range(0, rows * parts, rows):
+                part = slice(start, start + rows)
+                engine.start(condition.select(part), row_ids[part])
+                for _ in range(engine.length - 1):
+                    engine.extend()
+                drawn.append(engine.read())
+            held = engine.nbytes + bytes_of_copies(engine.forward)
+            self._kept = engine if held <= self._memory_to_keep() else None
+            self._addresses = addresses(engine.forward)
+        return SampledCodes(*(torch.cat(values)[:total] for values in zip(*drawn, strict=True)))
+
+    def _engine(self, total: int) -> CachedSampler:
+        """The sampler of the last call, if it is of the right size and its graph is still true, or a new one."""
+        kept, self._kept = self._kept, None
+        wanted = parts_of(total, self.max_rows or total)[0]
+        if kept is not None and wanted <= kept.rows < 2 * wanted and self._refreshed_in_place(kept.forward):
+            return kept
+        del kept
+        fits = sum(parameter.nbytes for parameter in self.model.parameters()) <= self._memory_to_keep()
+        impl = self.settings["draw"].impl
+        forward = family_of(self.model).cached_forward(self.model, impl=impl, copies=fits)
+        most = self.max_rows or rows_in_memory(self.model, guided=self.settings["cfg_scale"] != 1.0)
+        return CachedSampler(forward, parts_of(total, most)[0], **self.settings)
+
+    def _refreshed_in_place(self, forward: CachedForward) -> bool:
+        """Takes up the model's weights; whether they are where the graph of the last call looks for them."""
+        forward.refresh()
+        return self._addresses == addresses(forward)
+
+    def _memory_to_keep(self) -> int:
+        """Bytes; none on a CPU, where building anew costs nothing."""
+        device = self.model.output.weight.device
+        if device.type != "cuda":
+            return 0
+        return int(self.keep_memory * torch.cuda.get_device_properties(device).total_memory)
 
 
-def _parts(total: int, most: int) -> tuple[int, int]:
+def sample_codes(model: nn.Module, condition: Condition, *, row_ids: Tensor, **settings) -> SampledCodes:
+    """A single call of a `CodeSampler` with these settings."""
+    return CodeSampler(model, **settings)(condition, row_ids=row_ids)
+
+
+def addresses(forward: CachedForward) -> list[int]:
+    """Where the weights are."""
+    return [weight.data_ptr() for weight in forward.weights]
+
+
+def bytes_of_copies(forward: CachedForward) -> int:
+    """Memory of weights that are not the model's own."""
+    own = {parameter.data_ptr() for parameter in forward.model.parameters()}
+    return sum(weight.nbytes for weight in forward.weights if weight.data_ptr() not in own)
+
+
+def parts_of(total: int, most: int) -> tuple[int, int]:
     """(rows of a part, number of parts): the fewest parts of at most `most` rows, of equal size to share buffers."""
     parts = max(1, math.ceil(total / most))
     return math.ceil(total / parts), parts
@@ -71,16 +123,6 @@ def rows_in_memory(model: nn.Module, *, guided: bool) -> int:
         return sys.maxsize
     row = bytes_per_sequence(model, dtype=weight.dtype, guided=guided)
     return max(1, int(free_memory(weight.device) * MEMORY_SHARE) // row)
-
-
-def _calls(sampler: CachedSampler) -> list[Callable[[], None]]:
-    """The calls of `extend` of each segment; on a GPU they are replayed as CUDA graphs."""
-    length = sampler.length
-    calls = [partial(sampler.extend, min(first + SEGMENT, length)) for first in range(0, length, SEGMENT)]
-    if not sampler.row.is_cuda:
-        return calls
-    pool = torch.cuda.graph_pool_handle()
-    return [Replay(call, pool) for call in calls]
 
 
 def generate(
@@ -98,7 +140,7 @@ def generate(
     with it.
 
     Args:
-        cfg_scale, cfg_interval, row_ids: see `sample_codes`.
+        cfg_scale, cfg_interval, row_ids: see `CodeSampler`.
         draw: `temperature`, `top_k`, `top_p`, `seed` and `impl`, see `Draw`.
     """
     condition = as_condition(condition)

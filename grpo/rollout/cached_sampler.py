@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels import Draw, project_logits
-from grpo.models import Condition
+from grpo.models import CachedForward, Condition
+from grpo.rollout.cuda_graphs import Replay
 from grpo.rollout.scoring import guide
 
 
@@ -22,42 +23,63 @@ class CachedSampler:
     """N sequences that grow by one code with each call of `extend`.
 
     A call reads and writes the same memory every time: the row that it computes, like everything else that changes, is
-    a tensor on the device. Nothing waits for the host, so a GPU can replay it as a CUDA graph.
+    a tensor on the device. Nothing waits for the host, so that a GPU replays the call as a CUDA graph.
 
     Args:
-        model: an image generator whose parameters stay where they are for the life of the sampler.
+        forward: computes the rows; see `refresh` there for how long the sampler may be used.
         rows: N.
-        draw, cfg_scale, cfg_interval: see `sample_codes`.
+        draw, cfg_scale, cfg_interval: see `CodeSampler`.
     """
 
-    def __init__(self, model: nn.Module, rows: int, *, draw: Draw, cfg_scale: float, cfg_interval: int) -> None:
-        self.model, self.draw, self.cfg_scale, self.cfg_interval = model, draw, cfg_scale, cfg_interval
-        weight, self.length = model.output.weight, model.config.block_size
+    def __init__(self, forward: CachedForward, rows: int, *, draw: Draw, cfg_scale: float, cfg_interval: int) -> None:
+        self.forward, self.rows, self.draw = forward, rows, draw
+        self.cfg_scale, self.cfg_interval = cfg_scale, cfg_interval
+        weight, self.length = forward.projection, forward.model.config.block_size
         self.copies = 1 if cfg_scale == 1.0 else 2
-        self.cache = model.init_cache(rows * self.copies, dtype=weight.dtype, device=weight.device)
+        self.cache = forward.model.init_cache(rows * self.copies, dtype=weight.dtype, device=weight.device)
         self.row = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self.row_ids = self.row.new_zeros(rows)
         self.previous = self.row.new_zeros(rows)
         empty = torch.zeros(self.length, rows, device=weight.device)
         self.drawn = SampledCodes(empty.long(), empty, empty.clone())  # each [T, N], one row a call
+        self.replay = Replay() if weight.is_cuda else None
+        self.position = 0  # of the next code, as `row` says it on the device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of cache and buffers, without the temporary memory of a graph."""
+        return sum(tensor.nbytes for tensor in (*self.cache, *self.drawn))
 
     def start(self, condition: Condition, row_ids: Tensor) -> None:
         """Begin new sequences, N rows of a condition and row_ids [N] int64, and draw their first code."""
         self.row.zero_()
         self.row_ids.copy_(row_ids)
         rows = condition.with_unconditional() if self.copies == 2 else condition
-        self._emit(self.model.prefill(rows, self._cache(1)))
+        self._emit(self.forward.prefill(rows, self.cache))
+        self.position = 1
 
-    def extend(self, length: int) -> None:
-        """Draw the next code of each sequence; only the cache's first `length` rows, which hold it, are read."""
-        self._emit(self.model.extend(self.previous.repeat(self.copies), self.row[0], self._cache(length)))
+    def extend(self) -> None:
+        """Draw the next code of each sequence."""
+        if self.replay is None:
+            self.step()
+        else:
+            self.replay(self.step)
+        self.position += 1
+
+    def step(self) -> None:
+        """What `extend` does on the device."""
+        tokens = self.previous.repeat(self.copies)
+        self._emit(self.forward.extend(tokens, self.row[0], self._filled_cache()))
 
     def read(self) -> SampledCodes:
         """What has been drawn, in memory of its own."""
         return SampledCodes(*(values.t().clone() for values in self.drawn))
 
-    def _cache(self, length: int) -> tuple[Tensor, ...]:
-        return type(self.cache)(*(tensor[:, :, :, :length] for tensor in self.cache))
+    def _filled_cache(self) -> tuple[Tensor, ...]:
+        """All of it where the work of a call may not change, or the rows up to the present one, the last but T - p."""
+        if self.forward.reads_filled_part or self.replay is not None:
+            return self.cache
+        return type(self.cache)(*(x[:, :, :, : x.shape[3] - self.length + self.position + 1] for x in self.cache))
 
     def _emit(self, hidden: Tensor) -> None:
         """Draw from hidden states [N or 2N, D] and note the draw."""
@@ -65,7 +87,7 @@ class CachedSampler:
             guided, conditional = guide(hidden, self.cfg_scale), hidden[: len(self.row_ids)]
             always = self.cfg_interval < 0
             hidden = guided if always else torch.where(self.row - 1 <= self.cfg_interval, guided, conditional)
-        logits = project_logits(hidden, self.model.output.weight)
+        logits = project_logits(hidden, self.forward.projection)
         sample = self.draw.sample(logits, row_ids=self.row_ids * self.length + self.row)
         self.previous.copy_(sample.tokens[:, 0])
         for drawn, values in zip(self.drawn, (sample.tokens, sample.log_probs, sample.kept_mass), strict=True):

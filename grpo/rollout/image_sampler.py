@@ -8,7 +8,7 @@ from grpo.config import Model, Sampling
 from grpo.config import Tokenizer as TokenizerConfig
 from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, get_family, to_uint8
 from grpo.parallel import MetricSums, compute_dtype, set_matmul_precision
-from grpo.rollout.autoregressive import sample_codes
+from grpo.rollout.autoregressive import CodeSampler
 from grpo.rollout.modes import build_draw
 
 
@@ -20,7 +20,9 @@ class ImageSampler:
 
     def __init__(self, model: nn.Module, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> None:
         self.model, self.tokenizer, self.sampling, self.device = model, tokenizer, sampling, device
-        self.draw = build_draw(sampling, seed=sampling.seed, impl=sampling.kernels)
+        draw = build_draw(sampling, seed=sampling.seed, impl=sampling.kernels)
+        guidance = {"cfg_scale": sampling.cfg_scale, "cfg_interval": sampling.cfg_interval}
+        self.draw_codes = CodeSampler(model, draw=draw, **guidance)
         self._drawn = MetricSums()
 
     @torch.no_grad()
@@ -39,13 +41,11 @@ class ImageSampler:
         return self._drawn.means()["entropy"]
 
     def _draw(self, condition: Condition, row_ids: Tensor) -> Tensor:
-        sampling = self.sampling
-        guidance = {"cfg_scale": sampling.cfg_scale, "cfg_interval": sampling.cfg_interval}
-        drawn = sample_codes(self.model, condition, row_ids=row_ids, draw=self.draw, **guidance)
+        drawn = self.draw_codes(condition, row_ids=row_ids)
         self._drawn.add("entropy", -drawn.log_probs.sum(), drawn.log_probs.numel())
         images = self.tokenizer.decode(drawn.tokens).float().clamp(-1, 1)
-        if sampling.resize_to is not None:
-            images = F.interpolate(images, size=(sampling.resize_to,) * 2, mode="bicubic", antialias=True)
+        if self.sampling.resize_to is not None:
+            images = F.interpolate(images, size=(self.sampling.resize_to,) * 2, mode="bicubic", antialias=True)
         return to_uint8(images)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from grpo.config import Rollout, Sampling, Schedule
 from grpo.data import ImageBatch
 from grpo.kernels import Draw, RandomStream, philox_uniform
-from grpo.rollout.autoregressive import sample_codes
+from grpo.rollout.autoregressive import CodeSampler
 from grpo.rollout.scoring import score_targets
 from grpo.rollout.trajectory import Scores, Trajectory, real_rows
 
@@ -83,12 +84,17 @@ class TeacherForcedRollout(RolloutMode):
 class AutoregressiveRollout(RolloutMode):
     """G sampled completions of each condition; a completion is its own context."""
 
+    @cached_property
+    def draw_codes(self) -> CodeSampler:
+        config = self.config
+        how = {"cfg_scale": config.cfg_scale, "max_rows": config.max_rows, "keep_memory": config.keep_memory}
+        return CodeSampler(self.model, draw=self.draw, **how)
+
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] conditions -> Trajectory with R = B * G rows in groups of G, M = 1."""
         condition = batch.condition.repeat_interleave(self.schedule.group_size)
         completion_ids = self.completion_ids(batch).flatten()  # [B*G]
-        how = {"draw": self.draw, "cfg_scale": self.config.cfg_scale, "max_rows": self.config.max_rows}
-        tokens, log_probs, kept_mass = sample_codes(self.model, condition, row_ids=completion_ids, **how)
+        tokens, log_probs, kept_mass = self.draw_codes(condition, row_ids=completion_ids)
         return Trajectory(
             condition=condition,
             context=tokens[:, :-1],

@@ -159,6 +159,7 @@ def test_a_recipe_object_is_valid() -> None:
         ({"model": {"dropout": 0.1}}, "model.dropout"),
         ({"model": {"class_dropout": 0.1}}, "model.class_dropout"),
         ({"training": {"dropout_mode": "train"}}, "training.dropout_mode has no effect: model.dropout and model.class"),
+        ({"rollout": {"keep_memory": 0.2}}, "rollout.keep_memory"),
         (
             {"reward": {"reconstruction": {}, "embedding_cosine": {"weight": 0}}},
             "reward.embedding_cosine",
@@ -249,12 +250,12 @@ def test_changes_that_matter_on_resumption() -> None:
     free = {
         "training": {"steps": 7, "micro_batch_size": 2, "max_skipped_steps": 1},
         "data": {"num_workers": 0, "cache_codes": True, "max_bad_images": 1},
-        "rollout": {"max_rows": 9},
+        "rollout": {"max_rows": 9, "keep_memory": 0},
         "reward": {"reconstruction": {}, "batch_size": 5},
         "parallel": {"timeout": 5},
         "checkpoint": {"interval": 1},
     }
-    assert len(differences(before, GRPORecipe.model_validate(merged(SYNTHETIC, free)))) == 10
+    assert len(differences(before, GRPORecipe.model_validate(merged(SYNTHETIC, free)))) == 11
     assert changes_that_matter(before, GRPORecipe.model_validate(merged(SYNTHETIC, free))) == []
     bound = {
         "training": {"batch_size": 64},

@@ -16,7 +16,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo.kernels import triton_dropout, triton_linear_log_probs, triton_log_probs, triton_ratio_loss, triton_sampling
+from grpo.kernels import (
+    triton_cached_attention,
+    triton_dropout,
+    triton_linear_log_probs,
+    triton_log_probs,
+    triton_norm_and_gate,
+    triton_ratio_loss,
+    triton_sampling,
+)
 
 V = 16384
 
@@ -54,6 +62,24 @@ def kernels():
 
     types = "*bf16 *bf16 *i64 *i64 i64 i32 i64 i32 i32 fp32"
     yield "dropout", triton_dropout.dropout_kernel, types, triton_dropout.kernel_options(1536)
+
+    attention, norm, gate = (
+        triton_cached_attention.cached_attention_kernel,
+        triton_norm_and_gate.norm_kernel,
+        triton_norm_and_gate.gate_kernel,
+    )
+    types = "*bf16 *bf16 *bf16 *i64 *fp32 *i64 *fp32 *i32 *bf16 " + "i64 " * 7 + "fp32"
+    for heads in ((24, 24, 64), (32, 32, 100), (32, 8, 128)):
+        options = triton_cached_attention.kernel_options(*heads, 576, heads[2] == 128)
+        yield f"cached_attention_{heads[2]}", attention, types, options
+    for D in (1536, 4096):
+        yield (
+            f"norm_{D}",
+            norm,
+            "*bf16 *bf16 *bf16 *bf16 *bf16 i64 i64 fp32",
+            triton_norm_and_gate.norm_options(D, True),
+        )
+    yield "gate", gate, "*bf16 *bf16 *bf16 i64 i64", triton_norm_and_gate.gate_options(4096)
 
 
 def compile_kernel(kernel, types: str, options: dict, target: GPUTarget):

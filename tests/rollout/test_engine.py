@@ -3,16 +3,15 @@
 import gc
 import logging
 import weakref
-from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.kernels import Draw, sample_tokens
-from grpo.models import GPT, MODEL_SPECS, ClassCondition
-from grpo.rollout import autoregressive, cuda_graphs, sample_codes
-from grpo.rollout.autoregressive import _parts, rows_in_memory
+from grpo.models import GPT, MODEL_SPECS, CachedForward, ClassCondition
+from grpo.rollout import CodeSampler, cached_sampler, cuda_graphs, sample_codes
+from grpo.rollout.autoregressive import parts_of, rows_in_memory
 from grpo.rollout.cached_sampler import CachedSampler, bytes_per_sequence
 from grpo.rollout.cuda_graphs import Replay
 from grpo.rollout.scoring import guide
@@ -43,9 +42,7 @@ def plain(model, rows=6, *, cfg_scale=1.0, cfg_interval=-1, **settings):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("segment", [4, 7, 128])
-def test_engine_equals_a_whole_forward_for_every_code(model, settings, segment, monkeypatch):
-    monkeypatch.setattr(autoregressive, "SEGMENT", segment)
+def test_engine_equals_a_whole_forward_for_every_code(model, settings):
     tokens, log_probs = plain(model, **settings)
     drawn = draw(model, **settings)
     assert torch.equal(drawn.tokens, tokens)
@@ -62,7 +59,7 @@ def test_parts_draw_what_the_whole_does(model, max_rows):
 
 @pytest.mark.parametrize(("total", "most", "expected"), [(6, 4, (3, 2)), (7, 3, (3, 3)), (5, 100, (5, 1))])
 def test_parts_are_of_equal_size(total, most, expected):
-    assert _parts(total, most) == expected
+    assert parts_of(total, most) == expected
 
 
 class NoHostReads(TorchDispatchMode):
@@ -75,7 +72,7 @@ class NoHostReads(TorchDispatchMode):
 
 def test_a_step_is_the_same_work_on_the_same_memory(model):
     """What a CUDA graph needs: no buffer moves, and the host takes no part."""
-    engine = CachedSampler(model, 3, draw=Draw(seed=1), cfg_scale=1.5, cfg_interval=2)
+    engine = CachedSampler(CachedForward(model), 3, draw=Draw(seed=1), cfg_scale=1.5, cfg_interval=2)
 
     def addresses():
         buffers = (*engine.cache, *engine.drawn, engine.row, engine.row_ids, engine.previous)
@@ -86,7 +83,7 @@ def test_a_step_is_the_same_work_on_the_same_memory(model):
         engine.start(ClassCondition(torch.arange(3)), torch.arange(3) + first)
         with NoHostReads():
             for _ in range(15):
-                engine.extend(16)
+                engine.extend()
     assert addresses() == before
     assert engine.row.item() == 16
 
@@ -102,7 +99,7 @@ def test_cache_is_freed_with_the_call(model, monkeypatch):
         return cache
 
     monkeypatch.setattr(model, "init_cache", remembered)
-    monkeypatch.setattr(autoregressive, "_calls", partial(replayed_calls, autoregressive._calls))
+    replay_on_a_cpu(monkeypatch)
     gc.disable()
     try:
         draw(model, max_rows=3)
@@ -112,43 +109,107 @@ def test_cache_is_freed_with_the_call(model, monkeypatch):
         gc.enable()
 
 
-def replayed_calls(calls, engine):
-    """As on a GPU, with captures that fail for want of one."""
-    return [Replay(call, pool=(0, 0)) for call in calls(engine)]
+def replay_on_a_cpu(monkeypatch):
+    """As on a GPU; captures fail for want of one, unless the test captures in its own way."""
+    create = CachedSampler.__init__
+
+    def with_replay(engine, *arguments, **settings):
+        create(engine, *arguments, **settings)
+        engine.replay = Replay()
+
+    monkeypatch.setattr(cached_sampler.CachedSampler, "__init__", with_replay)
 
 
 def test_a_step_is_run_then_captured_then_replayed(monkeypatch):
     log = []
 
-    def capture(function, pool):
+    def capture(function):
         log.append("capture")
         return lambda: log.append("replay")
 
     monkeypatch.setattr(cuda_graphs, "capture", capture)
-    step = Replay(lambda: log.append("run"), pool=(0, 0))
+    replay = Replay()
     for _ in range(4):
-        step()
+        replay(lambda: log.append("run"))
     assert log == ["run", "capture", "replay", "replay", "replay"]
 
 
 def test_a_failed_capture_falls_back_with_one_line(model, monkeypatch, caplog):
     attempts = []
 
-    def capture(function, pool):
+    def capture(function):
         attempts.append(function)
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
-    monkeypatch.setattr(cuda_graphs, "capture", capture)
-    monkeypatch.setattr(autoregressive, "SEGMENT", 4)
     expected = draw(model)
-    monkeypatch.setattr(autoregressive, "_calls", partial(replayed_calls, autoregressive._calls))
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    replay_on_a_cpu(monkeypatch)
     cuda_graphs._log_fallback.cache_clear()
     with caplog.at_level(logging.WARNING):
-        drawn = draw(model)
+        drawn = draw(model, max_rows=3)
     assert torch.equal(drawn.tokens, expected.tokens)
-    assert len(attempts) == 4
+    assert len(attempts) == 1  # of one step, for both parts
     (record,) = caplog.records
     assert record.getMessage().endswith("without a CUDA graph: operation not permitted when stream is capturing")
+
+
+def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
+    """torch 2.11 leaves the stream of the capture current."""
+    streams = ["mine"]
+
+    class Graph:
+        def __init__(self, graph, **options):
+            pass
+
+        def __enter__(self):
+            streams.append("of the capture")
+
+        def __exit__(self, *error):
+            raise RuntimeError("capture ended")
+
+    for name, value in {
+        "CUDAGraph": object,
+        "graph": Graph,
+        "current_stream": lambda: streams[-1],
+        "set_stream": streams.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="capture ended"):
+        cuda_graphs.capture(lambda: None)
+    assert streams[-1] == "mine"
+
+
+def engines_of(sampler, calls, monkeypatch):
+    """The numbers of rows of the engines that calls of so many completions build."""
+    built = []
+    create = CachedSampler.__init__
+
+    def counted(engine, forward, rows, **settings):
+        built.append(rows)
+        create(engine, forward, rows, **settings)
+
+    monkeypatch.setattr(cached_sampler.CachedSampler, "__init__", counted)
+    for rows in calls:
+        condition, row_ids = ClassCondition(torch.arange(rows) % 5), torch.arange(50, 50 + rows)
+        assert torch.equal(sampler(condition, row_ids=row_ids).tokens, draw(sampler.model, rows).tokens)
+        built.pop()  # of the comparison
+    monkeypatch.undo()
+    return built
+
+
+def test_an_engine_is_kept_while_it_is_small_and_fits_the_call(model, monkeypatch):
+    """The graph of a kept one is of use as long as its weights are where they were."""
+    sampler = CodeSampler(model, draw=Draw(seed=3))
+    assert engines_of(sampler, [6, 6], monkeypatch) == [6, 6]  # a CPU keeps nothing
+    monkeypatch.setattr(CodeSampler, "_memory_to_keep", lambda self: 1 << 30)
+    assert engines_of(sampler, [6, 6, 4, 3, 6], monkeypatch) == [6, 3, 6]
+    monkeypatch.setattr(CodeSampler, "_memory_to_keep", lambda self: 1 << 30)
+    model.load_state_dict(GPT(model.config).state_dict())
+    torch.nn.init.normal_(model.output.weight)
+    assert engines_of(sampler, [6], monkeypatch) == []  # the same addresses
+    monkeypatch.setattr(CodeSampler, "_memory_to_keep", lambda self: 1 << 30)
+    model.output.weight.data = model.output.weight.data.clone()
+    assert engines_of(sampler, [6], monkeypatch) == [6]
 
 
 def test_memory_of_a_sequence_by_hand(model):
@@ -157,7 +218,7 @@ def test_memory_of_a_sequence_by_hand(model):
         large = GPT(MODEL_SPECS["GPT-XXL"].config(image_size=384))
     cache = 2 * 48 * 24 * 64 * 576 * 2
     assert bytes_per_sequence(large, dtype=torch.bfloat16, guided=True) == 2 * cache + 8 * 16384
-    engine = CachedSampler(model, 3, draw=Draw(), cfg_scale=2.0, cfg_interval=-1)
+    engine = CachedSampler(CachedForward(model), 3, draw=Draw(), cfg_scale=2.0, cfg_interval=-1)
     held = sum(tensor.nbytes for tensor in engine.cache)
     assert 3 * (bytes_per_sequence(model, dtype=torch.float32, guided=True) - 8 * 64) == held
     assert rows_in_memory(model, guided=True) >= 10**6  # nothing is bounded on a CPU

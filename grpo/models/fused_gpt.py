@@ -1,0 +1,129 @@
+"""The cached forward of LlamaGen's GPT in fused kernels, with which a GPU samples. A block is
+
+    add_rms_norm, wqkv, cached_attention, wo, add_rms_norm, w1 and w3 as one, silu_mul, w2: 8 launches,
+
+or 9 where w1 and w3 are products of their own. The numbers are those of `GPT.extend`, rounded at the same places.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo.kernels import add_rms_norm, attention_obstacle, cached_attention, silu_mul, use_triton
+from grpo.models.cached_forward import CachedForward
+from grpo.models.condition import Condition
+from grpo.models.gpt import GPT, Block, KVCache
+
+
+class BlockWeights(NamedTuple):
+    """The matrices and norms of one block."""
+
+    attention_norm: Tensor
+    wqkv: Tensor
+    wo: Tensor
+    ffn_norm: Tensor
+    w1: Tensor
+    w3: Tensor
+    w2: Tensor
+
+
+class FusedGPT(CachedForward):
+    """`prefill` and `extend` of a GPT with one condition row, without dropout.
+
+    Args:
+        model: a GPT whose weights are whole.
+        copies: compute with a copy of the weights at addresses of its own, in which w1 and w3 lie one after the other.
+            `refresh` writes the model's weights into it, so that a CUDA graph outlives FSDP2's gathered parameters.
+        impl: of the kernels.
+    """
+
+    reads_filled_part = True
+
+    def __init__(self, model: GPT, *, copies: bool, impl: str = "auto") -> None:
+        self.impl, self.copies, config = impl, copies, model.config
+        self.eps, self.head_dim, self.ffn_dim = config.norm_eps, config.head_dim, config.ffn_dim
+        blocks, others = _weights(model)
+        if copies:
+            blocks, others = [_new_block(block) for block in blocks], [torch.empty_like(weight) for weight in others]
+        self.blocks, (self.embeddings, self.norm, self.output) = blocks, others
+        self.rotary = model.layers[0].attention.rotary.table
+        super().__init__(model)
+        self.refresh()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [*chain(*self.blocks), self.embeddings, self.norm, self.output, self.rotary]
+
+    @property
+    def projection(self) -> Tensor:
+        return self.output
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        blocks, others = _weights(self.model)
+        if self.copies:
+            torch._foreach_copy_(self.weights[:-1], [*chain(*blocks), *others])
+        else:
+            self.blocks, (self.embeddings, self.norm, self.output) = blocks, others
+
+    @torch.no_grad()
+    def prefill(self, condition: Condition, cache: KVCache) -> Tensor:
+        embedding = self.model.cls_embedding(condition)  # [B, 1, D]
+        return self._row(embedding[:, 0], torch.zeros(1, dtype=torch.int64, device=embedding.device), cache)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+        return self._row(F.embedding(tokens, self.embeddings), position.view(1), cache)
+
+    def _row(self, x: Tensor, row: Tensor, cache: KVCache) -> Tensor:
+        """Embeddings of one row of each sequence [B, D] -> normed hidden states [B, D]."""
+        settings, residual = {"eps": self.eps, "impl": self.impl}, None
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            normed, residual = add_rms_norm(x, residual, block.attention_norm, **settings)
+            qkv = F.linear(normed, block.wqkv)
+            attended = cached_attention(qkv, keys, values, row=row, rotary=self.rotary, impl=self.impl)
+            normed, residual = add_rms_norm(F.linear(attended, block.wo), residual, block.ffn_norm, **settings)
+            x = F.linear(silu_mul(*self._gate_and_up(normed, block), impl=self.impl), block.w2)
+        return add_rms_norm(x, residual, self.norm, **settings)[0]
+
+    def _gate_and_up(self, x: Tensor, block: BlockWeights) -> tuple[Tensor, Tensor]:
+        if self.copies:  # w3 follows w1
+            both = block.w1.as_strided((2 * self.ffn_dim, x.shape[1]), block.w1.stride())
+            return F.linear(x, both).split(self.ffn_dim, dim=1)
+        return F.linear(x, block.w1), F.linear(x, block.w3)
+
+
+def cached_forward(model: GPT, *, impl: str, copies: bool) -> CachedForward:
+    """In fused kernels where they run (see `impl` in `grpo.kernels`), else the model's own.
+
+    Raises a ValueError where `impl` is "triton" and they do not.
+    """
+    weight, config = model.output.weight, model.config
+    obstacle = attention_obstacle(weight.dtype, config.head_dim)
+    if use_triton(impl, op="the cached forward", device=weight.device, obstacle=obstacle):
+        return FusedGPT(model, copies=copies, impl=impl)
+    return CachedForward(model)
+
+
+def _weights(model: GPT) -> tuple[list[BlockWeights], list[Tensor]]:
+    """Those of the blocks; embeddings of the codes, last norm and projection."""
+    others = [model.tok_embeddings.weight, model.norm.weight, model.output.weight]
+    return [BlockWeights(*_block_weights(block)) for block in model.layers], [weight.detach() for weight in others]
+
+
+def _block_weights(block: Block) -> Iterator[Tensor]:
+    attention, feed_forward = block.attention, block.feed_forward
+    before, after = (block.attention_norm, attention.wqkv, attention.wo), (block.ffn_norm,)
+    for module in (*before, *after, feed_forward.w1, feed_forward.w3, feed_forward.w2):
+        yield module.weight.detach()
+
+
+def _new_block(block: BlockWeights) -> BlockWeights:
+    """Memory for a copy, w1 and w3 in one piece."""
+    new = {name: torch.empty_like(weight) for name, weight in block._asdict().items() if name not in ("w1", "w3")}
+    w1, w3 = torch.cat([block.w1, block.w3]).chunk(2)
+    return BlockWeights(w1=w1, w3=w3, **new)

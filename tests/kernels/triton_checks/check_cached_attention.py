@@ -1,0 +1,132 @@
+"""The Triton kernels of a sampling step beside fp64 references. Run by `test_triton.py`."""
+
+import pytest
+import torch
+
+from grpo.kernels import add_rms_norm, cached_attention, silu_mul
+from grpo.kernels.triton_cached_attention import kernel_options
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter gets it wrong
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def cache_case(B, n_head, n_kv_head, head_dim, length, row, *, dtype=torch.float32, padded=False):
+    """Inputs of `cached_attention`; rows of the cache that nobody may read are NaN."""
+    keys, values = (random(B, n_kv_head, length, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    start = None
+    if padded:
+        start = torch.arange(B, device=DEVICE) * row // max(1, B - 1)  # from 0 to the row itself
+        hidden = torch.arange(length, device=DEVICE) < start[:, None]
+        keys.masked_fill_(hidden[:, None, :, None], torch.nan)
+    keys[:, :, row:], values[:, :, row:] = torch.nan, torch.nan
+    angles = random(length, head_dim // 2, seed=3)
+    rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    qkv = random(B, (n_head + 2 * n_kv_head) * head_dim, dtype=dtype, seed=4)
+    return qkv, keys, values, torch.tensor([row], device=DEVICE), rotary, start
+
+
+def attend(qkv, keys, values, row, rotary, start, impl):
+    """Result, and the cache's rows that are filled now; the reference sees zeros in place of what is hidden."""
+    keys, values = keys.clone(), values.clone()
+    if impl == "reference":
+        keys, values = keys.nan_to_num(0), values.nan_to_num(0)
+    out = cached_attention(qkv, keys, values, row=row, rotary=rotary, start=start, impl=impl)
+    filled = int(row) + 1
+    return out, keys[:, :, int(row) : filled], values[:, :, int(row) : filled]
+
+
+def assert_as_good_as_torch(actual, reference, truth):
+    """The kernels' error may not exceed that of the torch reference by more than a tolerance."""
+    for ours, theirs, true in zip(actual, reference, truth, strict=True):
+        assert ours.dtype == theirs.dtype
+        allowed = (theirs - true).abs().max() + TOLERANCE[ours.dtype] * max(1, true.abs().max())
+        torch.testing.assert_close(ours.double(), true, atol=float(allowed), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("B", "n_head", "n_kv_head", "head_dim", "length", "row"),
+    [
+        (2, 3, 3, 64, 300, 0),  # the first row attends to itself
+        (2, 3, 3, 64, 300, 127),  # a full split
+        (2, 3, 3, 64, 300, 128),  # the new row alone in its split
+        (3, 2, 2, 64, 300, 299),  # a ragged last split
+        (2, 4, 2, 48, 200, 171),  # grouped queries, a head that is no power of two
+        (3, 4, 1, 100, 130, 129),
+        (1, 2, 2, 128, 577, 576),
+        (2, 2, 2, 8, 16, 9),
+    ],
+)
+def check_attention(B, n_head, n_kv_head, head_dim, length, row, padded, dtype):
+    case = cache_case(B, n_head, n_kv_head, head_dim, length, row, dtype=dtype, padded=padded)
+    qkv, keys, values, row, rotary, start = case
+    truth = attend(qkv.double(), keys.double(), values.double(), row, rotary, start, "reference")
+    assert_as_good_as_torch(attend(*case, "triton"), attend(*case, "reference"), truth)
+
+
+def check_attention_writes_one_row():
+    qkv, keys, values, row, rotary, _ = cache_case(2, 4, 2, 48, 40, 21)
+    before = keys.clone(), values.clone()
+    cached_attention(qkv, keys, values, row=row, rotary=rotary, impl="triton")
+    for old, new in zip(before, (keys, values), strict=True):
+        same = (old == new) | (old.isnan() & new.isnan())
+        assert same.all(dim=(0, 1, 3)).logical_not().nonzero().flatten().tolist() == [21]
+
+
+def check_attention_of_a_row_does_not_depend_on_the_batch():
+    """Over several splits, again and again: the counters of arrived programs are back at 0."""
+    case = cache_case(5, 4, 2, 64, 400, 390)
+    whole = attend(*case, "triton")
+    assert kernel_options(4, 2, 64, 400, False)["SPLITS"] == 4
+    for part in (slice(0, 2), slice(2, 5)):
+        qkv, keys, values, row, rotary, _ = case
+        again = attend(qkv[part], keys[part], values[part], row, rotary, None, "triton")
+        for one, all_of_them in zip(again, whole, strict=True):
+            assert torch.equal(one, all_of_them[part])
+
+
+def check_attention_reads_strided_inputs():
+    """A layer of a larger cache, and a product with other columns beside it."""
+    qkv, keys, values, row, rotary, _ = cache_case(2, 2, 2, 16, 32, 20)
+    expected = attend(qkv, keys, values, row, rotary, None, "triton")
+    wide = torch.cat([qkv, qkv], dim=1)[:, : qkv.shape[1]]
+    long = [torch.cat([tensor, tensor], dim=2)[:, :, :32] for tensor in (keys, values)]
+    out = cached_attention(wide, *long, row=row, rotary=rotary, impl="triton")
+    assert torch.equal(out, expected[0])
+    assert torch.equal(long[0][:, :, 20:21], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("N", "D"), [(1, 64), (5, 100), (3, 1536)])
+def check_norm(N, D, with_residual, dtype):
+    x, residual, weight = 3 * random(N, D, dtype=dtype), random(N, D, dtype=dtype, seed=1), random(D, dtype=dtype)
+    inputs = x, residual if with_residual else None, weight
+
+    def run(impl, *tensors):
+        return add_rms_norm(*tensors, eps=1e-5, impl=impl)
+
+    truth = run("reference", *(None if tensor is None else tensor.double() for tensor in inputs))
+    assert_as_good_as_torch(run("triton", *inputs), run("reference", *inputs), truth)
+    assert torch.equal(run("triton", *inputs)[1], run("reference", *inputs)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "F"), [(1, 64), (5, 100), (3, 3000)])
+def check_gate(N, F, dtype):
+    gate, up = (8 * random(N, 2 * F, dtype=dtype)).chunk(2, dim=1)
+    truth = silu_mul(gate.double(), up.double(), impl="reference")
+    assert_as_good_as_torch([silu_mul(gate, up, impl="triton")], [silu_mul(gate, up, impl="reference")], [truth])
+
+
+def check_no_rows():
+    qkv, keys, values, row, rotary, _ = cache_case(0, 2, 2, 16, 32, 20)
+    assert cached_attention(qkv, keys, values, row=row, rotary=rotary, impl="triton").shape == (0, 32)
+    assert add_rms_norm(random(0, 8), random(0, 8), random(8), eps=1e-5, impl="triton")[1].shape == (0, 8)
+    assert silu_mul(random(0, 8), random(0, 8), impl="triton").shape == (0, 8)

@@ -1,0 +1,81 @@
+"""Sampling with the fused blocks beside the plain model: the same codes. Run by `test_triton.py`."""
+
+import pytest
+import torch
+
+from grpo.kernels import Draw
+from grpo.models import GPT, ClassCondition, GPTConfig, family_of
+from grpo.models.fused_gpt import FusedGPT
+from grpo.rollout import CodeSampler, sample_codes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32] + [torch.float16] * torch.cuda.is_available()
+CASES = [  # heads of 24, 12 and 48
+    ({"n_head": 2}, {}),
+    ({"n_head": 4, "n_kv_head": 2}, {"cfg_scale": 1.7}),
+    ({"n_head": 1}, {"cfg_scale": 2.0, "cfg_interval": 3}),
+]
+
+
+def build(dtype=torch.float32, block_size=9, **heads):
+    """2 layers x 48; the output layer is made peaked so that codes matter."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(dim=48, n_layer=2, vocab_size=40, block_size=block_size, num_classes=5, **heads)).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.3)
+    torch.nn.init.normal_(model.tok_embeddings.weight, std=0.5)
+    return model.requires_grad_(False).to(DEVICE, dtype)
+
+
+def draw(model, impl, rows=2, **settings):
+    class_ids, row_ids = torch.arange(rows, device=DEVICE) % 5, torch.arange(50, 50 + rows, device=DEVICE)
+    how = Draw(seed=3, impl=impl)
+    return sample_codes(model, ClassCondition(class_ids), row_ids=row_ids, draw=how, **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "settings"), CASES, ids=str)
+def check_codes_equal_the_plain_models(heads, settings, dtype):
+    model = build(dtype, **heads)
+    plain, fused = draw(model, "reference", **settings), draw(model, "triton", **settings)
+    assert torch.equal(fused.tokens, plain.tokens)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(fused.log_probs, plain.log_probs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def check_hidden_states_over_several_splits(copies):
+    """Heads of 48 are split every 128 rows. With a copy of the weights, whatever happens to the model's own."""
+    model = build(block_size=256, n_head=1)
+    condition, tokens = ClassCondition(torch.arange(2, device=DEVICE)), torch.arange(512, device=DEVICE) % 37
+    tokens, expected = tokens.view(2, 256), model.hidden(tokens.view(2, 256)[:, :-1], condition)
+    fused = FusedGPT(model, copies=copies, impl="triton")
+    cache = model.init_cache(2, dtype=torch.float32, device=DEVICE)
+    rows = {0: fused.prefill(condition, cache)}
+    # Keys and values of the rows between, from the plain model.
+    for position in range(1, 256):
+        forward = fused if position in (1, 127, 128, 200, 255) else model
+        rows[position] = forward.extend(tokens[:, position - 1], torch.tensor(position, device=DEVICE), cache)
+    for position, row in rows.items():
+        torch.testing.assert_close(row, expected[:, position], rtol=1e-4, atol=1e-5)
+
+
+def check_copies_are_refreshed_in_place():
+    """A kept engine draws with the weights of the day: the model's, wherever they are."""
+    model = build(block_size=4, n_head=2)
+    forward = family_of(model).cached_forward(model, impl="triton", copies=True)
+    before = [weight.data_ptr() for weight in forward.weights]
+    sampler = CodeSampler(model, draw=Draw(seed=3, impl="triton"))
+    sampler._memory_to_keep = lambda: 1 << 30
+    condition, row_ids = ClassCondition(torch.arange(2, device=DEVICE)), torch.arange(50, 52, device=DEVICE)
+    first = sampler(condition, row_ids=row_ids).tokens
+    kept = sampler._kept
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) / 5
+    second = sampler(condition, row_ids=row_ids).tokens
+    assert sampler._kept is kept
+    assert torch.equal(second, draw(model, "reference").tokens)
+    assert not torch.equal(first, second)
+    forward.refresh()
+    assert before == [weight.data_ptr() for weight in forward.weights]
+    for mine, theirs in zip(forward.blocks[1], FusedGPT(model, copies=False).blocks[1], strict=True):
+        assert torch.equal(mine, theirs)
