@@ -16,9 +16,9 @@ from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Pa
 from grpo.config.types import Section
 
 ORDER = (
-    "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",
-    "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile", "activation_checkpoint",
-    "checkpoint", "metrics", "debug",
+    "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
+    "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile",
+    "activation_checkpoint", "checkpoint", "metrics", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
 

@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import Field
 
 from grpo.config.errors import UserError
-from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
+from grpo.config.job_sections import Adversary, Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
@@ -152,16 +152,30 @@ class TokenizerRecipe(TrainingRecipe):
 
     tokenizer: Tokenizer = Tokenizer()
     tokenizer_loss: TokenizerLoss = TokenizerLoss()
+    adversary: Adversary = Adversary()
     compile: Compile = Compile()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        side, adversary = self.data.image_size, self.adversary
+        yield from _image_size_problems("data.image_size", side, self.tokenizer)
+        if self.tokenizer_loss.perceptual_weight and side < 16:
+            yield f"tokenizer_loss.perceptual_weight: LPIPS needs data.image_size of at least 16, not {side}"
+        if adversary.weight and side < (smallest := 3 * 2**adversary.num_layers):
+            yield f"adversary.num_layers = {adversary.num_layers} needs data.image_size of at least {smallest}"
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        by_gradient = self.tokenizer_loss.codebook_update == "gradient"
-        keys = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
-        return [*super()._idle_keys(), (by_gradient, keys, 'codebook_update is "gradient"')]
+        loss, adversary = self.tokenizer_loss, self.adversary
+        codebook = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
+        others = " ".join(f"adversary.{key}" for key in type(adversary).model_fields if key != "weight")
+        late = adversary.start > self.training.steps
+        return [
+            *super()._idle_keys(),
+            (loss.codebook_update == "gradient", codebook, 'codebook_update is "gradient"'),
+            (not loss.perceptual_weight, "tokenizer_loss.perceptual_backbone", "its weight is 0"),
+            (not adversary.weight, others, "adversary.weight is 0"),
+            (late, "adversary.weight", f"adversary.start = {adversary.start} is after the last step"),
+        ]
 
 
 class ClassifierRecipe(TrainingRecipe):

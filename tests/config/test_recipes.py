@@ -128,6 +128,18 @@ def test_possible_settings(settings: Mapping) -> None:
             },
             "sampling.resize_to must equal data.image_size = 256",
         ),
+        (
+            TokenizerRecipe,
+            merged(SYNTHETIC, {"data": {"image_size": 16}}),
+            {"adversary": {"weight": 0.5}},
+            "adversary.num_layers = 3 needs data.image_size of at least 24",
+        ),
+        (
+            TokenizerRecipe,
+            {"data": {"name": "synthetic", "image_size": 8}, "tokenizer": {"downsample_size": 4}},
+            {"tokenizer_loss": {"perceptual_weight": 1}},
+            "tokenizer_loss.perceptual_weight: LPIPS needs data.image_size of at least 16, not 8",
+        ),
     ],
 )
 def test_impossible_settings_of_other_jobs(
@@ -191,6 +203,11 @@ def test_notes_of_other_jobs() -> None:
     assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
     (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"training": {"dropout_mode": "train"}})).notes()
     assert note == "training.dropout_mode has no effect: only `train` has rollouts"
+    adversary = {"adversary": {"weight": 0.5, "start": 101, "dim": 8}}
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, adversary)).notes()
+    assert note == "adversary.weight has no effect: adversary.start = 101 is after the last step"
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, {"adversary": {"dim": 8}})).notes()
+    assert note == "adversary.dim has no effect: adversary.weight is 0"
     (note,) = EvaluateRecipe.model_validate(merged(EVALUATE, {"sampling": {"top_k": 3}})).notes()
     assert note == "sampling.top_k has no effect: evaluation.images are not drawn from a model"
 
