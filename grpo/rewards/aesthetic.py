@@ -26,7 +26,7 @@ class Aesthetic(Reward):
         """open_clip's name of the architecture of a file."""
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
-        self.scorer = CLIPScorer(context, settings.clip_checkpoint, settings.clip_model)
+        self.scorer = CLIPScorer.of(context, settings.clip_checkpoint, settings.clip_model)
         what = f"the aesthetic predictor of {settings.clip_model}"
         self.chain = LinearChain(self.scorer.network.width).eval().requires_grad_(False)
         load_strictly(self.chain, read_published(settings.checkpoint), settings.checkpoint, what=what)

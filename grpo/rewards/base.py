@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class RewardContext:
     """Weights -> the frozen generator with them, sharded as the policy and built once; None are the policy's own."""
     real_images: Callable[[int], Iterable[Tensor]] | None = None
     """Number -> so many images of the data set at most, in batches [n, 3, H, W] fp32 in [-1, 1]: this rank's share."""
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """What several rewards of a run use, such as one network, by a key that says what it is."""
 
     def prepare(self, network: Network) -> Network:
         """A network that rewards: on the device, frozen; a copy in `dtype` and tensor cores' layout unless fp32."""

@@ -60,4 +60,4 @@ class CLIP(CosineReward):
         """Factor of the cosine."""
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
-        super().__init__(settings, CLIPScorer(context, settings.checkpoint, settings.model, resize=settings.resize))
+        super().__init__(settings, CLIPScorer.of(context, settings.checkpoint, settings.model, resize=settings.resize))

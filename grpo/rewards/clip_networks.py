@@ -7,6 +7,7 @@ causal and the feature of a text is taken at its end.
 """
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -151,11 +152,23 @@ class CLIPScorer:
         self.scale = network.model.logit_scale.exp().item()
         self.context, self.resize, self.network = context, resize, context.prepare(network)
         self.texts = TextFeatures(self._encode_texts)
+        self._last: tuple[Callable[[], Tensor | None], Tensor] | None = None  # a batch, weakly, and its features
+
+    @classmethod
+    def of(cls, context: RewardContext, checkpoint: str, architecture: str, *, resize: Resize = "crop") -> "CLIPScorer":
+        """The one scorer of these weights in a run: rewards that use the same network see each image once."""
+        key = cls, checkpoint, architecture, resize
+        if key not in context.shared:
+            context.shared[key] = cls(context, checkpoint, architecture, resize=resize)
+        return context.shared[key]
 
     def images(self, images: Tensor) -> Tensor:
         """[n, 3, H, W] in [-1, 1] -> [n, D]."""
-        pixels = clip_pixels(images, self.network.size, self.resize).to(self.context.dtype)
-        return F.normalize(self.network.images(pixels).float(), dim=-1)
+        if self._last is None or self._last[0]() is not images:
+            pixels = clip_pixels(images, self.network.size, self.resize).to(self.context.dtype)
+            features = F.normalize(self.network.images(pixels).float(), dim=-1)
+            self._last = weakref.ref(images), features
+        return self._last[1]
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         tokens = tokenizer()(list(texts)).to(self.context.device)

@@ -20,4 +20,4 @@ class HPSv2(CosineReward):
         """open_clip's name of the architecture."""
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
-        super().__init__(settings, CLIPScorer(context, settings.checkpoint, settings.model))
+        super().__init__(settings, CLIPScorer.of(context, settings.checkpoint, settings.model))

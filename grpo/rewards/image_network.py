@@ -5,7 +5,7 @@ library is imported only for a network of its own.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from grpo.config import RewardTable, UserError, import_extra
 from grpo.config.types import PositiveInt, Wanted
-from grpo.models import load_classifier, read_weights
+from grpo.models import load_classifier
 from grpo.rewards.base import RewardContext
+from grpo.rewards.published_weights import load_strictly, read_published
 
 Output = Literal["features", "logits"]
 OWN = "classifier"
@@ -150,8 +151,8 @@ def _torchvision(name: str) -> _Library:
         keys: dict[str, Any] = {}
         if name in TRANSFORMS_INPUT:
             keys = {"transform_input": True, "aux_logits": True, "init_weights": False}
-        weights = read_weights(checkpoint)
-        network = _load(models.get_model(name, weights=None, **keys), weights, checkpoint, f"torchvision's {name}")
+        network, weights = models.get_model(name, weights=None, **keys), read_published(checkpoint)
+        load_strictly(network, weights, checkpoint, what=f"the weights of torchvision's {name}")
         linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise UserError(f"net: torchvision's {name} does not end in a linear layer; take another network")
@@ -177,22 +178,13 @@ def _timm(name: str) -> _Library:
         return Preprocessing(resize, crop, interpolation, list(config["mean"]), list(config["std"]))
 
     def build(checkpoint: str, output: Output) -> tuple[nn.Module, int]:
-        weights = read_weights(checkpoint)
-        network = _load(timm.create_model(name, pretrained=False), weights, checkpoint, f"timm's {name}")
+        network = timm.create_model(name, pretrained=False)
+        load_strictly(network, read_published(checkpoint), checkpoint, what=f"the weights of timm's {name}")
         if output == "logits":
             return network, network.num_classes
         return _Look(network, _timm_features), network.num_classes
 
     return _Library(preprocessing, build)
-
-
-def _load(network: nn.Module, weights: Mapping[str, Tensor], path: str, what: str) -> nn.Module:
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split(":", 1)[-1].split())[:200]
-        raise UserError(f"checkpoint: {path} does not hold the weights of {what}: {reason}") from error
-    return network
 
 
 def _timm_features(network: nn.Module, images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ in 1/n, with T = C^-½ (C^½ C' C^½)^½ C^-½ the optimal-transport map from ou
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,6 +25,7 @@ from grpo.parallel import sum_over_ranks
 from grpo.rewards.base import DecodedBatch, PopulationReward, RewardContext
 from grpo.rewards.image_network import ImageNetwork, NetworkTable
 
+INCEPTION = "torchvision:inception_v3"
 Count = Annotated[int, Ge(2), Le(LARGEST_INT)]
 
 
@@ -49,10 +50,9 @@ class LeaveOneOutFID(PopulationReward):
     class Settings(NetworkTable):
         """What each completion does to the FID in the features of a network; several tables take several networks."""
 
-        net: str = "torchvision:inception_v3"
-        """classifier: what `grpo classifier` writes; torchvision:NAME or timm:NAME: a network of that library."""
-        resize: Annotated[int, Ge(1), Le(LARGEST_INT)] | None = 299
-        """Images are resized to this side; none is the network's own, which the classifier has none of."""
+        net: str = INCEPTION
+        """classifier: what `grpo classifier` writes; torchvision:NAME or timm:NAME: a network of that library.
+        Inception gets images of 299 pixels, none of which is cut off."""
         covariance: Literal["diagonal", "full"] = "diagonal"
         """diagonal: exact, of the features' variances; full: to first order, of the whole covariance."""
         memory: ProperFraction = 0.99
@@ -63,8 +63,12 @@ class LeaveOneOutFID(PopulationReward):
         reference_images: Count = 10_000
         """Images of the data set to take for that, at most."""
 
+        def resolved(self) -> Self:
+            whole = {"resize": 299} if self.net == INCEPTION and self.resize is None else {}
+            return NetworkTable.resolved(self.model_copy(update=whole))
+
     def __init__(self, settings: Settings, context: RewardContext) -> None:
-        self.network = ImageNetwork(settings, context, output="features")
+        self.network = ImageNetwork(settings.resolved(), context, output="features")
         self.networks = [self.network.network]
         self.full, self.keep, device = settings.covariance == "full", settings.memory, context.device
         size = self.network(torch.zeros(1, 3, 64, 64, device=device)).shape[1]

@@ -16,6 +16,7 @@ from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.maniqa_network import MANIQA, without_unused
 from grpo.rewards.published_weights import load_strictly, read_published
 
+CROPS_AT_ONCE = 20  # of 224 pixels: 785 tokens each and maps of 3072 x 3072 between channels fill a GPU
 CROP_STEP = 1 << 31  # in the place of a step in counters of random numbers: no draw of tokens has it
 
 
@@ -45,14 +46,17 @@ class MANIQAScore(Reward):
         """-> [n] fp32."""
         images, size = to_uint8(batch.images).float() / 127.5 - 1, self.network.size
         if (shorter := min(images.shape[-2:])) < size:
-            images = F.interpolate(images, scale_factor=size / shorter, mode="bilinear", align_corners=False)
-        corners = self._corners(batch.completion_ids, images.shape[-2:])
-        images = images.to(self.dtype)
+            sides = [size * side // shorter for side in images.shape[-2:]]
+            images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
+        corners = self._corners(batch.completion_ids, images.shape[-2:]).tolist()
+        images, crops_of_one = images.to(self.dtype), len(corners[0])
+        per_batch = max(1, CROPS_AT_ONCE // crops_of_one)
         scores = []
-        for image, places in zip(images, corners.tolist(), strict=True):  # one by one: 20 crops fill a GPU
-            crops = torch.stack([image[:, y : y + size, x : x + size] for y, x in places])
-            scores.append(self.network(crops).mean())
-        return torch.stack(scores)
+        for start in range(0, len(images), per_batch):
+            places = enumerate(corners[start : start + per_batch], start)
+            crops = torch.stack([images[i, :, y : y + size, x : x + size] for i, of_one in places for y, x in of_one])
+            scores.append(self.network(crops).unflatten(0, (-1, crops_of_one)).mean(dim=1))
+        return torch.cat(scores)
 
     def _corners(self, ids: Tensor, sides: tuple[int, int]) -> Tensor:
         """Row and column where the crops of completions `ids` [n] begin: [n, crops, 2] int64.

@@ -23,7 +23,7 @@ class PickScore(Reward):
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.settings = settings
-        self.scorer = CLIPScorer(context, settings.checkpoint, "ViT-H-14")
+        self.scorer = CLIPScorer.of(context, settings.checkpoint, "ViT-H-14")
         self.networks = [self.scorer.network.images]
 
     def __call__(self, batch: DecodedBatch) -> Tensor:

@@ -37,7 +37,9 @@ def files(tmp_path_factory):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text, vision = {"vocab_size": 49408, "eos_token_id": 49407}, {"image_size": SIZE, "patch_size": 16}
     config = transformers.CLIPConfig(text_config=text | sizes, vision_config=vision | sizes, projection_dim=24)
-    transformers.CLIPModel(config).save_pretrained(folder / "pick")
+    model = transformers.CLIPModel(config)
+    model.logit_scale.data.fill_(4.0)
+    model.save_pretrained(folder / "pick")
     layers = dict(zip((0, 2, 4, 6, 7), [(24, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)], strict=True))
     chain = nn.ModuleDict({str(place): nn.Linear(*widths) for place, widths in layers.items()})
     torch.save({f"layers.{name}": value for name, value in chain.state_dict().items()}, folder / "aesthetic.pth")
@@ -129,8 +131,6 @@ def test_pick_score_and_aesthetic_equal_transformers(files, context, published_p
     tokenizer, processor = published_processor
     pixels = images(4, side)
     model = transformers.CLIPModel.from_pretrained(files["pick"]).eval()
-    model.logit_scale.data.fill_(4.0)
-    model.save_pretrained(files["pick"])
     with torch.no_grad():
         seen = processor(list(pixels), return_tensors="pt")["pixel_values"]
         words = tokenizer(TEXTS, padding=True, return_tensors="pt")
@@ -180,8 +180,24 @@ def test_a_text_is_encoded_once():
     assert asked == [["a", "bb"], ["ccc"]]
 
 
+def test_rewards_of_one_network_see_an_image_once(files, context):
+    alone = replace(context, shared={})
+    settings = {"checkpoint": files["clip"], "model": ARCHITECTURE}
+    plain, levels = make(CLIP, alone, **settings), make(CLIP, alone, **settings, quantised=True)
+    assert plain.networks == levels.networks
+    seen = []
+    plain.networks[0].register_forward_hook(lambda *_: seen.append(1))
+    for side in (SIZE, 100):
+        batch = decoded(images(4, side))
+        assert torch.equal(levels(batch), quantised(plain(batch) / 5))
+    assert len(seen) == 2
+    other = make(CLIP, alone, **settings, resize="squash")(batch)
+    assert len(seen) == 2
+    assert not torch.equal(other, plain(batch))
+
+
 def test_in_bf16(files, context):
-    low = replace(context, dtype=torch.bfloat16)
+    low = replace(context, dtype=torch.bfloat16, shared={})
     for reward, settings in (
         (CLIP, {"checkpoint": files["clip"], "model": ARCHITECTURE, "scale": 1}),
         (PickScore, {"checkpoint": files["pick"]}),
@@ -192,6 +208,8 @@ def test_in_bf16(files, context):
 
 
 def test_what_is_wrong_is_said(files, context, monkeypatch, tmp_path):
+    context = replace(context, shared={})
+
     def told(reward, **settings):
         with pytest.raises(UserError) as error:
             make(reward, context, **settings)

@@ -119,7 +119,9 @@ def test_unknown_networks_are_told(net, told):
 
 def test_other_weights_and_a_missing_library_are_told(weights, context, monkeypatch):
     path = weights(torchvision.models.resnet18(weights=None, num_classes=7))
-    with pytest.raises(UserError, match=r"^checkpoint: .* does not hold the weights of torchvision's resnet18: size"):
+    with pytest.raises(
+        UserError, match=r"weights.safetensors does not hold the weights of torchvision's resnet18: size"
+    ):
         ImageNetwork(table("torchvision:resnet18", path), context, output="logits")
     convolutional = weights(torchvision.models.squeezenet1_1(weights=None))
     with pytest.raises(UserError, match=r"^net: torchvision's squeezenet1_1 does not end in a linear layer"):

@@ -29,7 +29,7 @@ def build(tmp_path, context):
 
     def build(*, features=None, context=context, **keys):
         settings = LeaveOneOutFID.Settings(
-            kind="loo_fid", net="classifier", checkpoint=str(path), resize=None, reference=keys.pop("reference", None),
+            kind="loo_fid", net="classifier", checkpoint=str(path), reference=keys.pop("reference", None),
             **keys,
         )  # fmt: skip
         reward = LeaveOneOutFID(settings, context)
@@ -164,6 +164,12 @@ def test_a_bad_reference_is_told(build, tmp_path, arrays, told):
     path.write_bytes(b"no npz") if arrays is None else np.savez(path, **arrays)
     with pytest.raises(UserError, match=f"^reference: .*{told}"):
         build(reference=str(path))
+
+
+def test_inception_sees_the_whole_image_at_299_pixels():
+    settings = LeaveOneOutFID.Settings(kind="loo_fid", checkpoint="w.pth").resolved()
+    assert (settings.resize, settings.crop, settings.interpolation) == (299, 299, "bilinear")
+    assert settings.resolved() == settings
 
 
 def test_one_completion_has_no_distance_without_it(build, npz):
