@@ -88,18 +88,12 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
     codes = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
     generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
-    policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
     follows = objective.reference == "ema"  # the reference is the moving average of the policy
 
     @cache  # one for the KL term and the rewards where both want the same weights, which do not move
     def untrained(checkpoint: str | None, *, moves: bool = False) -> nn.Module:
         return generator(checkpoint=checkpoint).eval().requires_grad_(False)
 
-    if objective.kl_estimator != "none":
-        start = objective.reference_checkpoint or recipe.model.checkpoint
-        reference = untrained(start, moves=follows)
-    sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
-    rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
     reward = build_rewards(
         recipe.reward,
         tokenizer,
@@ -109,6 +103,11 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         generator=lambda checkpoint: untrained(checkpoint or recipe.model.checkpoint),
         real_images=partial(sample_images, dataset, world=world),
     )
+    policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
+    if objective.kl_estimator != "none":
+        reference = untrained(objective.reference_checkpoint or recipe.model.checkpoint, moves=follows)
+    sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
+    rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
     optimizer = build_optimizer(
         policy,
         recipe,

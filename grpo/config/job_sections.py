@@ -48,7 +48,7 @@ class TokenizerLoss(Section):
     """First optimizer steps without quantisation, after which the codebook is set from encoded images."""
     perceptual_weight: NonNegativeFloat = 0.0
     """Weight of LPIPS, a learned perceptual distance, to the image; 0 does without. LlamaGen's is 1."""
-    perceptual_backbone: str | None = None
+    perceptual_backbone: Annotated[str | None, Wanted("torchvision's VGG16, vgg16-397923af.pth")] = None
     """File of torchvision's VGG16, vgg16-397923af.pth, that LPIPS needs. None looks for it where torch keeps its
     downloads, in hub/checkpoints of TORCH_HOME; nothing is downloaded."""
 
@@ -72,7 +72,7 @@ class Adversary(Section):
     """Its layers that halve the image."""
     lr: NonNegativeFloat | None = None
     """Learning rate of its own AdamW; None is optimizer.lr, and all else is as in the section [optimizer]."""
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, Wanted("a discriminator, as tokenizer training saves it")] = None
     """Weights to start from, as in reward.patchgan.checkpoint; None starts from random weights."""
 
 
