@@ -242,6 +242,9 @@ class RecipeBuilder(Generic[RecipeT]):
 
     def _translate(self) -> None:
         """Set what flags of the reference mean beyond their own keys; its batches count on each process."""
+        if self._values.get("training.dropout_mode", "eval") != "eval":
+            for key in ("model.dropout", "model.class_dropout"):
+                self._values.setdefault(key, reference.DROPOUT_RATE)
         ranks = os.environ.get("WORLD_SIZE", "1")
         ranks = int(ranks) if ranks.isdecimal() else 1
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text

@@ -57,6 +57,10 @@ class Recipe(BaseModel):
         idle = [(key, reason) for is_idle, keys, reason in self._idle_keys() if is_idle for key in keys.split()]
         return [f"{key} has no effect: {reason}" for key, reason in idle if key in changed]
 
+    def remarks(self) -> list[str]:
+        """What a run says of settings that mean something else here than a reader may think."""
+        return []
+
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         """Whether it is so, the keys that then have no effect, and why."""
         return []
@@ -105,6 +109,7 @@ class TrainingRecipe(Recipe):
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
             (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
             (not self.metrics.wandb, wandb, "metrics.wandb is off"),
+            (self.job != "train", "training.dropout_mode training.epochs_per_rollout", "only `train` has rollouts"),
         ]
 
     @property

@@ -63,6 +63,9 @@ SWITCHES: Mapping[str, tuple[str, float]] = {
 }
 """Flag that switches a reward on -> the reward, and its weight where no other flag gives one."""
 
+DROPOUT_RATE = 0.1
+"""Of the reference's dropouts, where its update has them and no flag says otherwise."""
+
 BATCH_FLAGS: Mapping[str, Mapping[str, int]] = {
     "rollout.batch_size": {"--sample-batch-size": 32},
     "training.batch_size": {"--train-batch-size": 8, "--gradient-accumulation-steps": 1},

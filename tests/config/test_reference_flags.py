@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import GRPORecipe, PretrainRecipe, UserError, load_recipe
+from grpo.config import GRPORecipe, PretrainRecipe, UserError, differences, load_recipe
 from grpo.config.keys import section_keys
 from grpo.config.reference_flags import ALL_FLAGS, BATCH_FLAGS, REFERENCE_FLAGS
 
@@ -24,6 +24,8 @@ ACCEPTED = {
     "--image-size": ("384", 384),
     "--downsample-size": ("8", 8),
     "--num-classes": ("10", 10),
+    "--uncond-prob": ("0.3", 0.3),
+    "--sample-model-mode": ("twice", "twice"),
     "--mixed-precision": ("fp16", "fp16"),
     "--grad-precision": ("bf16", "bf16"),
     "--data-parallel": ("hsdp", "hsdp"),
@@ -66,11 +68,7 @@ ACCEPTED = {
     "--use-token-dropout": (None, True),
     "--token-dropout-ratio": ("0.1", 0.1),
 }
-REFUSED = {
-    "--cls-token-num": ("120", "must be 1"),
-    "--uncond-prob": ("0.1", "must be 0 in GRPO"),
-    "--sample-model-mode": ("train", 'must be "eval" in GRPO'),
-}
+REFUSED = {"--cls-token-num": ("120", "must be 1")}
 TRANSLATED = {
     "--sample-batch-size",
     "--train-batch-size",
@@ -280,20 +278,63 @@ def test_weight_of_lpips(weight: float) -> None:
     assert {name: table.weight for name, table in tables.items()} == {"lpips": weight, "reconstruction": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        ("", (0.0, 0.0)),
+        ("--sample-model-mode eval", (0.0, 0.0)),
+        ("--sample-model-mode train", (0.1, 0.1)),
+        ("--sample-model-mode twice", (0.1, 0.1)),
+        ("--sample-model-mode train --uncond-prob 0", (0.1, 0.0)),
+        ("--sample-model-mode twice --uncond-prob 0.3 --model.dropout 0", (0.0, 0.3)),
+        ("--uncond-prob 1", (0.0, 1.0)),
+    ],
+)
+def test_dropout_of_the_update(flags: str, rates: tuple[float, float], tmp_path: Path) -> None:
+    """The reference's rates where a mode has dropout, unless flags say otherwise; a saved recipe means the same."""
+    recipe = load_recipe(GRPORecipe, [*command_line(), *flags.split()])
+    assert (recipe.model.dropout, recipe.model.class_dropout) == rates
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    again = load_recipe(GRPORecipe, ["--config", str(tmp_path / "again.toml")])
+    assert (again.model, again.training) == (recipe.model, recipe.training)
+
+
 def test_published_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused for what is not there yet, and nothing else; without that it is the shipped recipe."""
+    """As it is printed, on its 8 processes: value by value, all else at the defaults, and the shipped recipe."""
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(UserError) as caught:
-        load_recipe(GRPORecipe, PUBLISHED.split())
-    assert [line.partition(":")[0] for line in caught.value.problems] == [
-        "--sample-model-mode train",
-    ]
-    rest = PUBLISHED.replace("--sample-model-mode train", "")
-    recipe = load_recipe(GRPORecipe, rest.split())
+    recipe = load_recipe(GRPORecipe, PUBLISHED.split())
+    named = {
+        "model.name": "GPT-XXL", "model.checkpoint": "G", "model.from_fsdp": True,
+        "model.dropout": 0.1, "model.class_dropout": 0.1,
+        "tokenizer.name": "VQ-16", "tokenizer.checkpoint": "V", "tokenizer.downsample_size": 16,
+        "data.name": "imagenet", "data.path": "D", "data.image_size": 384,
+        "rollout.mode": "teacher_forced", "rollout.batch_size": 16 * 8, "rollout.num_generations": 8,
+        "rollout.temperature": 1.0, "rollout.top_k": 0, "rollout.top_p": 1.0, "rollout.use_context_noise": False,
+        "reward.reconstruction.distance": "l2", "reward.reconstruction.weight": 1.0, "reward.lpips.weight": 1.0,
+        "objective.loss": "grpo", "objective.advantage": "group_std", "objective.advantage_clip": 5.0,
+        "objective.clip_range": 0.2, "objective.kl_estimator": "none", "objective.aux_ce_weight": 0.1,
+        "optimizer.lr": 1e-6, "optimizer.weight_decay": 1e-4, "optimizer.beta1": 0.9, "optimizer.beta2": 0.999,
+        "optimizer.max_grad_norm": 1.0, "optimizer.schedule": "constant",
+        "training.steps": 100, "training.batch_size": 8 * 16 * 8, "training.micro_batch_size": 8,
+        "training.mixed_precision": "bf16", "training.grad_precision": None, "training.dropout_mode": "train",
+        "training.seed": 0, "parallel.data_parallel": "fsdp",
+        "checkpoint.interval": 100, "checkpoint.dir": "checkpoints", "checkpoint.sharded": False,
+        "metrics.wandb": True, "metrics.wandb_project": "autoreg-grpo", "metrics.wandb_entity": None,
+        "metrics.wandb_run_name": "c2i-grpo",
+    }  # fmt: skip
+    assert {key: value_of(recipe, key) for key in named} == named
+    assert recipe.reward.tables.keys() == {"reconstruction", "lpips"}
+    assert recipe.schedule(ranks=8).on_policy  # one optimizer step of 128 completions on each process
+    plain = load_recipe(GRPORecipe, command_line())
+    differing = {line.partition(":")[0] for line in differences(plain, recipe)}
+    given = {ALL_FLAGS[word] for word in PUBLISHED.split() if word.startswith("--")} | {"reward.lpips.kind"}
+    assert differing <= given | {"model.dropout", "model.class_dropout", "training.batch_size", "reward.lpips.backbone"}
+
     shipped = load_recipe(GRPORecipe, ["--config", "vapi_xxl_384"])
     for section in ("rollout", "training", "reward", "objective", "optimizer"):
         assert getattr(recipe, section) == getattr(shipped, section)
-    assert recipe.metrics.wandb_entity is None
+    rates = {"dropout", "class_dropout", "name"}
+    assert recipe.model.model_dump(include=rates) == shipped.model.model_dump(include=rates)
 
 
 def test_other_jobs_take_keys_only() -> None:

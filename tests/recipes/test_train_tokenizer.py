@@ -36,7 +36,7 @@ def test_reconstruction_improves_and_the_tokenizer_loads_by_the_name_that_does_n
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, tmp_path):
     """Across the step that sets the codebook, with codes restarted on both sides of the interruption."""
     flags = [*TINY, "--training.batch_size", 8, "--tokenizer_loss.unquantised_steps", 1]
-    flags += ["--tokenizer_loss.restart_threshold", 2, "--tokenizer_loss.codebook_ema", 0.1]
+    flags += ["--tokenizer_loss.restart_threshold", 4, "--tokenizer_loss.codebook_ema", 0.1]
     whole = run_here("tokenizer", *flags, "--training.steps", 5, "--metrics.run_dir", tmp_path / "whole")
     broken = [*flags, "--metrics.run_dir", tmp_path / "broken"]
     run_here("tokenizer", *broken, "--training.steps", 3)
