@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo.config import PretrainRecipe, load_recipe
 from grpo.data import CodeCache, ImageBatch, build_dataset
-from grpo.kernels import linear_token_log_probs
+from grpo.kernels import Dropout, linear_token_log_probs
 from grpo.models import build_tokenizer, learned_classes
 from grpo.parallel import World, distributed
 from grpo.training import TrainingRun, build_generator, build_optimizer, minimise
@@ -37,13 +37,14 @@ def train(recipe: PretrainRecipe, world: World) -> None:
         tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
         encode = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
         start = {"checkpoint": recipe.model.checkpoint, "class_names": dataset.class_names}
-        model = build_generator(recipe, **start, mesh=run.mesh, world=world).train()
+        model = build_generator(recipe, **start, mesh=run.mesh, world=world)
 
         def loss(batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with run.timer("encode"):
                 codes = encode(batch)  # [B, T]
             with run.timer("forward"):
-                hidden = model.hidden(codes[:, :-1], batch.condition).flatten(0, 1)  # [B*T, D]
+                dropout = Dropout(batch.sample_ids, seed=training.seed, impl=training.kernels)
+                hidden = model.hidden(codes[:, :-1], batch.condition, dropout).flatten(0, 1)  # [B*T, D]
                 log_probs, entropy = linear_token_log_probs(
                     hidden, model.output.weight, codes.view(-1, 1), return_entropy=True, impl=training.kernels
                 )

@@ -17,6 +17,8 @@ REWARD_KINDS: dict[str, str] = {
     "feature_distance": "grpo.rewards.feature_distance:FeatureDistance",
     "log_ratio": "grpo.rewards.log_ratio:LogRatio",
     "loo_fid": "grpo.rewards.loo_fid:LeaveOneOutFID",
+    "lpips": "grpo.rewards.lpips:PerceptualSimilarity",
+    "patchgan": "grpo.rewards.patchgan:PatchGAN",
     "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
     "clip": "grpo.rewards.clip:CLIP",
     "hps_v2": "grpo.rewards.hps_v2:HPSv2",

@@ -48,9 +48,10 @@ class Model(Section):
     cls_token_num: PositiveInt = 1
     """Condition tokens before the image; must be 1, as in every class-conditional model."""
     class_dropout: Fraction = 0.0
-    """Share of training rows that see the unconditional class (pre-training only)."""
-    dropout: Fraction = 0.0
-    """Dropout of tokens, residuals and feed-forwards in pre-training."""
+    """Share of rows that see the unconditional class: in `pretrain`, and in the update of `train` where
+    training.dropout_mode is not eval, which makes the default 0.1."""
+    dropout: ProperFraction = 0.0
+    """Dropout of embeddings and of the outputs of attention and feed-forward, there too and with the same default."""
 
 
 class Tokenizer(Section):
@@ -131,6 +132,8 @@ class Training(Section):
     batch_size: PositiveInt | None = None
     """Completions (in `train`) or images (elsewhere) of one optimizer step, over all ranks. None is a whole rollout
     (exactly on-policy, and the fastest), and 64 images."""
+    epochs_per_rollout: PositiveInt = 1
+    """Times that the optimizer steps of one rollout go through it, in `train`; beyond 1 they are not on-policy."""
     micro_batch_size: Annotated[PositiveInt, MayChange] = 8
     """Rows in one forward and backward on each rank, at most; it bounds memory and, but for rounding, changes nothing.
     With teacher forcing a row is an image with all its completions, elsewhere one completion or image."""
@@ -140,7 +143,9 @@ class Training(Section):
     grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
-    """Dropout in the update of `train`. Only eval (none, as in the rollout): the other two are refused."""
+    """Dropout in the update of `train`; a rollout has none. eval: none either; train: with model.dropout and
+    model.class_dropout; twice: each batch once without and once with them, the mean of both losses. Old and reference
+    log-probs are those under the update's masks."""
     ema_decay: ProperFraction | None = None
     """Decay of a moving average of the weights, per optimizer step, which is written beside them at the end as
     `model_ema.safetensors`. None keeps no average."""

@@ -91,8 +91,7 @@ class TrainingRun:
             self._open.enter_context(lock)
         if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
             self.checkpoints.check_writable()
-        self._seed(0)
-        notes = self.recipe.notes()
+        notes = [*self.recipe.notes(), *self.recipe.remarks()]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
@@ -121,6 +120,7 @@ class TrainingRun:
         self.timer.read()  # do not count the set-up
         for step in range(self._first_step + 1, total + 1):
             self._skipped_before = self._optimizer.skipped
+            self._seed(step)
             with self._traced(step):
                 yield step
 
@@ -213,13 +213,10 @@ class TrainingRun:
             "resumed_from": self._resumed_from,
             "class_names": getattr(self._model.config, "class_names", None),
         }
-        generators = {"cpu": torch.get_rng_state()}
-        if self.world.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.world.device)
         best, self._best_values = self._best_values, []
         trained = {"model": self._model, "optimizer": self._optimizer.adamw}
         score = sum(best) / len(best) if best else None
-        states = {"run_state": run_state, "rank_state": generators, "extra": self._extra}
+        states = {"run_state": run_state, "extra": self._extra}
         self.checkpoints.save(step, **trained, **states, score=score)
 
     def __enter__(self) -> Self:
@@ -271,7 +268,7 @@ class TrainingRun:
         state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
         require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
-        generators = self.checkpoints.load(path, **trained)
+        self.checkpoints.load(path, **trained)
         self._optimizer.load_state_dict(state["optimizer_step"])
         self._stream.load_state_dict(state["stream"])
         for name, counted in self._counted():
@@ -280,19 +277,13 @@ class TrainingRun:
             counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
         self._resumed_from = os.path.realpath(path) if named else state.get("resumed_from")
-        notes = [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
-        if generators is None:
-            self._seed(self._first_step)
-            return [*notes, "the number of ranks has changed: dropout, if any, goes on with new random numbers"]
-        torch.set_rng_state(generators["cpu"])
-        if "cuda" in generators and self.world.device.type == "cuda":
-            torch.cuda.set_rng_state(generators["cuda"], self.world.device)
-        return notes
+        return [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
 
     def _counted(self) -> list[tuple[str, Any]]:
         """Those of the extra states that have counters besides their tensors."""
         return [(name, state) for name, state in self._extra.items() if hasattr(state, "load_state_dict")]
 
     def _seed(self, step: int) -> None:
-        """Seed this rank's own generator (dropout; everything else is counter-based) anew from a step on."""
+        """Seed this rank's generator for a step, so that what draws from it, such as a user's reward, does in a resumed
+        run what it does in an uninterrupted one. What the project draws for images is a function of their numbers."""
         torch.manual_seed(hash((self.recipe.training.seed, step, self.world.size, self.world.rank)))
