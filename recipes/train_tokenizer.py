@@ -23,7 +23,7 @@ from grpo.training import Codebook, TrainingRun, autocast, build_optimizer, buil
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, train."""
-    recipe = load_recipe(TokenizerRecipe, arguments)
+    recipe = load_recipe(TokenizerRecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         train(recipe, world)
 

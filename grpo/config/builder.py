@@ -72,7 +72,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(line)
         self._suspects.add(CONFIG)
 
-    def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None) -> RecipeT:
+    def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None, needs_files: bool = False) -> RecipeT:
         """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name."""
         if self._is_grpo:
             self._find_rewards(flags)
@@ -101,6 +101,8 @@ class RecipeBuilder(Generic[RecipeT]):
         recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
             self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.[\w-]+)+", problem))
+        for line in recipe.missing_files() if needs_files else ():
+            self._report_combination(line, [line.partition(":")[0]])
         if self._problems:
             raise UserError(self._problems)
         return recipe
@@ -233,7 +235,10 @@ class RecipeBuilder(Generic[RecipeT]):
                 for item in error.errors():
                     key = ".".join([title, *map(str, item["loc"])])
                     is_missing = item["type"] == "missing"
-                    self._report_combination(f"{key} is required" if is_missing else f"{key}: {item['msg']}", [key])
+                    self._report_combination(
+                        f"{key} is required" if is_missing else f"{key}: {item['msg'].removeprefix('Value error, ')}",
+                        [key],
+                    )
         if len(tables) < len(titles):
             self._suspects.add("reward.NAME")
         return tables

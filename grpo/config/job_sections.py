@@ -2,9 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
-
 from grpo.config.types import (
+    ClassIds,
     GuidanceScale,
     KernelBackend,
     MinusOneOrMore,
@@ -17,15 +16,8 @@ from grpo.config.types import (
     Seed,
     Temperature,
     TopP,
+    Wanted,
 )
-
-
-def _split_flag_text(value: object) -> object:
-    """A list reaches a flag as text, `1,2,3`; a recipe file gives a list."""
-    return value.split(",") if isinstance(value, str) and value != "all" else value
-
-
-ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_split_flag_text)]
 
 
 class TokenizerLoss(Section):
@@ -104,15 +96,15 @@ class Output(Section):
 class Evaluation(Section):
     """What is measured against what."""
 
-    images: str | None = None
+    images: Annotated[str | None, Wanted("a folder of images or an .npz")] = None
     """Evaluate these images, a folder or an .npz with `arr_0`, instead of drawing them from a model."""
-    reference: str | None = None
+    reference: Annotated[str | None, Wanted("a folder of images or an .npz")] = None
     """Reference images: a folder or an .npz with `arr_0`; none takes those of the section [data]."""
-    feature_checkpoint: str | None = None
+    feature_checkpoint: Annotated[str | None, Wanted("weights of a classifier")] = None
     """Classifier, as `grpo classifier` writes it, whose features and accuracy are used."""
-    inception_checkpoint: str | None = None
+    inception_checkpoint: Annotated[str | None, Wanted("weights-inception-2015-12-05-6726825d.pth")] = None
     """Inception v3 weights of the published FID, for features and inception score; nothing is downloaded."""
-    reward_checkpoint: str | None = None
+    reward_checkpoint: Annotated[str | None, Wanted("weights of a classifier")] = None
     """Classifier that rewarded the run: its mean log p(class | image) is reported as the reward."""
     num_images: PositiveInt = 50_000
     """Images to draw, or at most to take from `images`."""
@@ -133,7 +125,7 @@ class Evaluation(Section):
 class Convert(Section):
     """Weights from one layout into another."""
 
-    input: str | None = None
+    input: Annotated[str | None, Wanted("weights in any layout")] = None
     """Weights to read: a LlamaGen file, .safetensors, or a checkpoint folder."""
     output: str | None = None
     """File or folder to write; it must not exist."""

@@ -1,5 +1,6 @@
 """The sections of reinforcement learning: how completions are drawn, and what is made of their rewards."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
@@ -20,6 +21,7 @@ from grpo.config.types import (
     Section,
     Temperature,
     TopP,
+    Wanted,
 )
 
 
@@ -84,7 +86,7 @@ class Objective(Section):
     """The reference trainer's switch: the same as kl = "k3"."""
     kl_coef: NonNegativeFloat = 0.01
     """Weight of the KL term; without effect while the KL is off."""
-    reference_checkpoint: str | None = None
+    reference_checkpoint: Annotated[str | None, Wanted("weights of the frozen reference")] = None
     """Weights of the frozen reference; None is the policy's own start."""
     aux_ce_weight: NonNegativeFloat = 0.0
     """Weight of the cross-entropy on the real image's codes."""
@@ -94,6 +96,10 @@ class Objective(Section):
     """Leave a random share of the tokens out of the policy loss."""
     token_dropout: ProperFraction = 0.5
     """That share."""
+
+    def missing_files(self) -> Iterator[str]:
+        if self.kl_estimator != "none":
+            yield from super().missing_files()
 
     @property
     def clip_low(self) -> float:

@@ -3,7 +3,7 @@
 import math
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -19,13 +19,14 @@ from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import MetricSums, World, all_reduce_max, build_mesh, full_state_dict, set_matmul_precision
 from grpo.training.optimizer import GuardedOptimizer
-from grpo.training.resume import find_checkpoint, read_run_state
+from grpo.training.resume import find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
 
 EXPORT_NAME = "model.safetensors"
 AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
 NO_WORK = Work()
+Watch = Callable[[Mapping[str, float]], tuple[Sequence[str], str | None]]
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
 
@@ -123,33 +124,49 @@ class TrainingRun:
             with self._traced(step):
                 yield step
 
-    def finish(self, step: int, sums: MetricSums, *, images: int, codes: int = 0, work: Work = NO_WORK) -> None:
+    def finish(
+        self,
+        step: int,
+        sums: MetricSums,
+        *,
+        images: int,
+        codes: int = 0,
+        work: Work = NO_WORK,
+        watch: Watch = lambda metrics: ([], None),
+    ) -> None:
         """Write a step down, and a checkpoint when it is due.
 
         Args:
             sums: the metrics of this rank; they are added up over ranks here.
             images: images that all ranks together trained on in this step, for the rate.
             codes, work: of one image, and of this rank's step by phase, where the job has them; see `throughput`.
+            watch: looks at the metrics and says what to tell the user, and why the run must stop if it must. Every
+                rank must come to the same verdict, so it looks at no time for that.
 
         Raises:
-            UserError: too many optimizer steps in a row were skipped; there is a checkpoint of this step.
+            UserError: too many optimizer steps in a row were skipped, or `watch` stops the run; there is a checkpoint
+                of this step.
         """
         metrics, times = sums.means(), self.timer.read()
         rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
-        self.observer.log(step, {**metrics, **rates, **times})
+        values = {**metrics, **rates, **times}
+        self.observer.log(step, values)
+        notes, problem = watch(values)
+        for note in notes:
+            self.observer.message(f"step {step}: {note}")
         self._note_skipped(step, metrics)
         self._note_best(metrics)
         config, last = self.recipe.checkpoint, step == self.recipe.training.steps
         vote = all_reduce_max(_SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None))
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
-        stopping = self._optimizer.stuck or (vote == _STOP and not last)
+        stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
                 self.save(step)
         if stopping:
             self.checkpoints.wait()
-            self._stop(step)
+            self._stop(step, problem)
         if last and config.save_final and not config.sharded:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
@@ -166,8 +183,10 @@ class TrainingRun:
         if self.world.is_main:
             save_weights(self.recipe.run_dir / name, weights, config=self._model.config)
 
-    def _stop(self, step: int) -> NoReturn:
+    def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
+        if problem is not None:
+            raise UserError(f"stopped at step {step}: {problem}. Its checkpoint is in {self.recipe.checkpoint_dir}")
         if self._optimizer.stuck:
             raise UserError(
                 f"stopped at step {step}: {self._optimizer.skipped_in_a_row} optimizer steps in a row had a non-finite "
@@ -192,6 +211,7 @@ class TrainingRun:
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
             "resumed_from": self._resumed_from,
+            "class_names": getattr(self._model.config, "class_names", None),
         }
         best, self._best_values = self._best_values, []
         trained = {"model": self._model, "optimizer": self._optimizer.adamw}
@@ -246,6 +266,7 @@ class TrainingRun:
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
         state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
+        require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         self.checkpoints.load(path, **trained)
         self._optimizer.load_state_dict(state["optimizer_step"])
