@@ -1,8 +1,8 @@
 """GRPO of an autoregressive image generator: rollout -> reward -> credit -> update -> observe.
 
 grpo train --config debug
-torchrun --nproc_per_node=8 -m grpo train --config vapi_xxl_384
-torchrun --nproc_per_node=8 recipes/train_grpo.py --config train_configs/vapi_xxl_384.toml
+torchrun --nproc_per_node=8 -m grpo train --config published/vapi_xxl_384
+torchrun --nproc_per_node=8 recipes/train_grpo.py --config train_configs/published/vapi_xxl_384.toml
 """
 
 if __name__ == "__main__":  # before the imports, so that --help does without torch
@@ -39,7 +39,8 @@ def train(recipe: GRPORecipe, world: World) -> None:
     """The whole job on this rank."""
     with TrainingRun(recipe, world, title="GRPO") as run:
         job = build(recipe, run)
-        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream, extra={"reward": job.reward})
+        extra = {"reward": job.reward, "entropy": job.update.entropy_control}
+        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream, extra=extra)
         watch = RewardWatch(job.reward.terms)
         for step in run.steps():
             metrics, shown = MetricSums(), []
@@ -88,9 +89,10 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
     codes = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
     generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
+    follows = objective.reference == "ema"  # the reference is the moving average of the policy
 
-    @cache  # one for the KL term and the rewards where both want the same weights
-    def frozen(checkpoint: str | None) -> nn.Module:
+    @cache  # one for the KL term and the rewards where both want the same weights, which do not move
+    def untrained(checkpoint: str | None, moves: bool) -> nn.Module:
         return generator(checkpoint=checkpoint).eval().requires_grad_(False)
 
     reward = build_rewards(
@@ -99,15 +101,21 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         class_names=dataset.class_names,
         device=world.device,
         compile=recipe.compile,
-        generator=lambda checkpoint: frozen(checkpoint or recipe.model.checkpoint),
+        generator=lambda checkpoint: untrained(checkpoint or recipe.model.checkpoint, False),
         real_images=partial(sample_images, dataset, world=world),
     )
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
     if objective.kl_estimator != "none":
-        reference = frozen(objective.reference_checkpoint or recipe.model.checkpoint)
+        reference = untrained(objective.reference_checkpoint or recipe.model.checkpoint, follows)
     sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
     rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
-    optimizer = build_optimizer(policy, recipe, world, steps_per_training_step=schedule.steps_per_rollout)
+    optimizer = build_optimizer(
+        policy,
+        recipe,
+        world,
+        steps_per_training_step=schedule.steps_per_rollout,
+        average_into=reference if follows else None,
+    )
     update = PolicyUpdate(
         policy, optimizer, objective=objective, rollout=recipe.rollout, reference=reference, **sampling
     )

@@ -103,9 +103,14 @@ def _split_arguments(arguments: Sequence[str]) -> list[Flag]:
 
 
 def _recipe_path(config: str) -> Path:
-    """The file that `--config` names: a path, else a shipped recipe by its name, such as quickstart/grpo."""
+    """The file that `--config` names: a path, else a shipped recipe by its name, such as quickstart/grpo.
+
+    The folder of a shipped recipe may be left out where no other has one of the same name.
+    """
     candidates = (Path(config), SHIPPED_RECIPES / config, SHIPPED_RECIPES / f"{config}.toml")
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    namesakes = [path for path in SHIPPED_RECIPES.glob("*/*.toml") if path.stem == config]
+    found = next((path for path in candidates if path.is_file()), candidates[0])
+    return namesakes[0] if not found.is_file() and len(namesakes) == 1 else found
 
 
 def _hint(config: str) -> str:

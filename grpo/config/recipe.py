@@ -16,9 +16,9 @@ from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Pa
 from grpo.config.types import Section
 
 ORDER = (
-    "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",
-    "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile", "activation_checkpoint",
-    "checkpoint", "metrics", "debug",
+    "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
+    "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile",
+    "activation_checkpoint", "checkpoint", "metrics", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
@@ -122,7 +122,7 @@ class TrainingRecipe(Recipe):
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
             (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
             (not self.metrics.wandb, wandb, "metrics.wandb is off"),
-            (self.job != "train", "training.dropout_mode", "it is a key of the job train"),
+            (self.job != "train", "training.dropout_mode training.epochs_per_rollout", "only `train` has rollouts"),
         ]
 
     @property

@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import Field
 
 from grpo.config.errors import UserError
-from grpo.config.job_sections import Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
+from grpo.config.job_sections import Adversary, Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
@@ -65,6 +65,14 @@ class GRPORecipe(GeneratorRecipe):
         )
         return Schedule.of(**sections, ranks=ranks, whole_batch_rewards=bool(waits))
 
+    def frozen_generators(self) -> set[str | None]:
+        """Weights of the generators beside the policy and its moving average: of the KL term, and of rewards."""
+        objective, tables = self.objective, self.reward.active.values()
+        named = {table.checkpoint for table in tables if "generator" in reward_class(table.kind).needs}
+        if objective.kl_estimator != "none" and objective.reference == "start":
+            named.add(objective.reference_checkpoint)
+        return {name or self.model.checkpoint for name in named}
+
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
         training = self.training.model_copy(update={"batch_size": self.training.batch_size or drawn})
@@ -72,7 +80,7 @@ class GRPORecipe(GeneratorRecipe):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        rollout, objective = self.rollout, self.objective
+        rollout, training, objective = self.rollout, self.training, self.objective
         if self.model.new_classes:
             yield "model.new_classes must be 0 in GRPO: train their embeddings with `grpo pretrain` first"
         try:
@@ -81,6 +89,12 @@ class GRPORecipe(GeneratorRecipe):
             yield from error.problems
         if rollout.num_generations == 1 and objective.advantage != "batch_std":  # the only one without a group's mean
             yield f'rollout.num_generations must be at least 2 with objective.advantage = "{objective.advantage}"'
+        if objective.reference == "ema" and training.ema_decay is None:
+            yield 'objective.reference = "ema" needs training.ema_decay'
+        if objective.reference == "ema" and objective.reference_checkpoint is not None:
+            yield 'objective.reference_checkpoint needs objective.reference = "start": the average starts at the policy'
+        if objective.entropy_target is not None and objective.entropy_weight <= 0:
+            yield "objective.entropy_target needs objective.entropy_weight above 0, where the weight starts"
         for name, table in self.reward.active.items():
             if rollout.num_generations == 1 and table.normalise == "group":
                 yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
@@ -125,11 +139,14 @@ class GRPORecipe(GeneratorRecipe):
         rollout, objective = self.rollout, self.objective
         no_kl = objective.kl_estimator == "none"
         one_reward = objective.advantage == "gdpo" and len(self.reward.active) == 1
+        of_kl = ("kl_coef", "kl_level", "reference", "reference_checkpoint")
+        steering = "objective.entropy_dead_band objective.entropy_gain"
         is_whole = not rollout.top_k and rollout.top_p == 1
         mode, rates = self.training.dropout_mode, (self.model.dropout, self.model.class_dropout)
         return [
             *super()._idle_keys(),
-            (no_kl, "objective.kl_coef objective.reference_checkpoint", 'the KL term is off (objective.kl = "none")'),
+            (no_kl, " ".join(f"objective.{key}" for key in of_kl), 'the KL term is off (objective.kl = "none")'),
+            (objective.entropy_target is None, steering, "objective.entropy_target is none"),
             (not objective.use_token_dropout, "objective.token_dropout", "objective.use_token_dropout is off"),
             (one_reward, "objective.advantage", "with one reward gdpo is group_std"),
             (not rollout.use_context_noise, "rollout.context_noise", "rollout.use_context_noise is off"),
@@ -152,18 +169,29 @@ class TokenizerRecipe(TrainingRecipe):
 
     tokenizer: Tokenizer = Tokenizer()
     tokenizer_loss: TokenizerLoss = TokenizerLoss()
+    adversary: Adversary = Adversary()
     compile: Compile = Compile()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        side, adversary = self.data.image_size, self.adversary
+        yield from _image_size_problems("data.image_size", side, self.tokenizer)
+        if self.tokenizer_loss.perceptual_weight and side < 16:
+            yield f"tokenizer_loss.perceptual_weight: LPIPS needs data.image_size of at least 16, not {side}"
+        if adversary.weight and side < (smallest := 3 * 2**adversary.num_layers):
+            yield f"adversary.num_layers = {adversary.num_layers} needs data.image_size of at least {smallest}"
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        by_gradient = self.tokenizer_loss.codebook_update == "gradient"
-        keys = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
+        loss, adversary = self.tokenizer_loss, self.adversary
+        codebook = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
+        others = " ".join(f"adversary.{key}" for key in type(adversary).model_fields if key != "weight")
+        late = adversary.start > self.training.steps
         return [
             *super()._idle_keys(),
-            (by_gradient, keys, 'codebook_update is "gradient"'),
+            (loss.codebook_update == "gradient", codebook, 'codebook_update is "gradient"'),
+            (not loss.perceptual_weight, "tokenizer_loss.perceptual_backbone", "its weight is 0"),
+            (not adversary.weight, others, "adversary.weight is 0"),
+            (late, "adversary.weight", f"adversary.start = {adversary.start} is after the last step"),
             (True, "data.class_map", "a tokenizer is trained without classes"),
         ]
 
@@ -241,7 +269,7 @@ class EvaluateRecipe(DrawingRecipe):
         are_given = self.evaluation.images is not None
         return [
             (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
-            (True, "data.class_map data.classes", "the classes of reference images do not matter"),
+            (True, "data.classes", "reference images have classes of their own"),
         ]
 
 

@@ -18,6 +18,7 @@ class Schedule:
     images: int  # B, images of one rollout
     group_size: int  # G, completions of each image
     completions_per_step: int  # completions of one optimizer step
+    epochs: int = 1  # times that a rollout passes through the optimizer steps
     micro_batch_size: int  # rows of one forward and backward, at most
     scores_targets: bool  # whether the codes of real images are part of the loss
     dropout_passes: tuple[bool, ...] = (False,)  # of an optimizer step over its batch; whether each is with dropout
@@ -56,12 +57,14 @@ class Schedule:
             )
         passes = DROPOUT_PASSES[training.dropout_mode]
         waits = whole_batch_rewards or objective.advantage == "batch_std"
-        in_parts = rollout.mode == "teacher_forced" and step == drawn and not waits
+        one_step = step == drawn and training.epochs_per_rollout == 1
+        in_parts = rollout.mode == "teacher_forced" and one_step and not waits
         return Schedule(
             ranks=ranks,
             images=rollout.batch_size // ranks,
             group_size=group,
             completions_per_step=share,
+            epochs=training.epochs_per_rollout,
             micro_batch_size=training.micro_batch_size,
             trains_sampling_forward=in_parts and False in passes,
             in_parts=in_parts,
@@ -77,7 +80,7 @@ class Schedule:
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps that one rollout feeds."""
-        return self.completions // self.completions_per_step
+        return self.epochs * (self.completions // self.completions_per_step)
 
     @property
     def on_policy(self) -> bool:

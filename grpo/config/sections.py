@@ -132,6 +132,8 @@ class Training(Section):
     batch_size: PositiveInt | None = None
     """Completions (in `train`) or images (elsewhere) of one optimizer step, over all ranks. None is a whole rollout
     (exactly on-policy, and the fastest), and 64 images."""
+    epochs_per_rollout: PositiveInt = 1
+    """Times that the optimizer steps of one rollout go through it, in `train`; beyond 1 they are not on-policy."""
     micro_batch_size: Annotated[PositiveInt, MayChange] = 8
     """Rows in one forward and backward on each rank, at most; it bounds memory and, but for rounding, changes nothing.
     With teacher forcing a row is an image with all its completions, elsewhere one completion or image."""

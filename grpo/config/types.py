@@ -20,7 +20,8 @@ NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
 Temperature = Annotated[FiniteFloat, Ge(1e-30), Le(1e30)]  # what logits can be divided by in fp32
-TopP = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Gt(0), Le(1)]
+TopP = Share
 GuidanceScale = Annotated[FiniteFloat, Ge(1)]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 KernelBackend = Literal["auto", "triton", "reference"]
@@ -28,6 +29,7 @@ PolicyLoss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
 AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "batch_std", "gdpo"]
 Normalise = Literal["none", "group", "batch"]
 KLEstimator = Literal["none", "k1", "k2", "k3"]
+LossLevel = Literal["token", "sequence"]
 
 
 def _split_flag_text(value: object) -> object:

@@ -110,8 +110,10 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
         "optimizer": policy.optimizer,
         "unreduced gradients": policy.unreduced,
     }
-    if schedule and recipe.objective.kl_estimator != "none":
-        lasting["reference"] = policy.parameters
+    if training.ema_decay is not None:
+        lasting["average"] = policy.parameters
+    if schedule and (frozen := recipe.frozen_generators()):
+        lasting["reference"] = len(frozen) * policy.parameters
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
     update = {
         "gathered weights": policy.gathered,

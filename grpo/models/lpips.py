@@ -92,6 +92,11 @@ class LPIPS(nn.Module):
         return self.distance(self.features(images), self.features(real_images))
 
 
+def lpips_backbone(path: str | os.PathLike[str] | None = None) -> Path:
+    """The file of VGG16's weights: `path`, or where torch keeps it."""
+    return Path(path or Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE)
+
+
 def load_lpips(backbone_path: str | os.PathLike[str] | None = None) -> LPIPS:
     """LPIPS in eval mode, frozen, in fp32 on the CPU; nothing is downloaded.
 
@@ -102,7 +107,7 @@ def load_lpips(backbone_path: str | os.PathLike[str] | None = None) -> LPIPS:
     Raises:
         UserError: a file is missing, or does not hold exactly these weights.
     """
-    path = Path(backbone_path or Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE)
+    path = lpips_backbone(backbone_path)
     if not path.is_file():
         remedy = "check the path" if backbone_path else "put it there, set TORCH_HOME, or give its path as `backbone`"
         raise UserError(f"LPIPS needs torchvision's VGG16, {BACKBONE}: no file {path}; {remedy}")

@@ -123,9 +123,8 @@ def group_advantages(
             raise ValueError("gdpo needs the rewards before weighting and their weights")
         return combined_advantages(components, list(map(_Summand, component_weights)), kind=kind, clip=clip).to(dtype)
     rewards = rewards.double()
-    filled, present = _filled(rewards), ~rewards.isnan()
+    filled, opinions = _filled(rewards), (~rewards.isnan()).sum(dim=1, keepdim=True)
     advantages = filled - filled.mean(dim=1, keepdim=True) if size > 1 else filled
-    opinions = present.sum(dim=1, keepdim=True)
     if kind == "group_std":
         variance = advantages.square().sum(dim=1, keepdim=True) / (opinions - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + eps)
@@ -133,7 +132,7 @@ def group_advantages(
         advantages = advantages * (opinions / (opinions - 1).clamp(min=1))
     elif kind == "batch_std":
         advantages = advantages / (_global_moments(rewards)[1] + eps)
-    advantages = torch.where(_teaches(rewards) if size > 1 else present, advantages, 0.0).to(dtype)
+    advantages = torch.where(_teaches(rewards), advantages, 0.0).to(dtype)
     return advantages if clip is None else advantages.clamp(-clip, clip)
 
 
@@ -149,8 +148,9 @@ def spreadless_groups(rewards: Tensor) -> Tensor:
 
 
 def _teaches(rewards: Tensor) -> Tensor:
-    """Which completions [B, G] have a reward, in a group whose rewards differ."""
-    return ~rewards.isnan() & ~spreadless_groups(rewards)[:, None]
+    """Which completions [B, G] have a reward, in a group whose rewards differ or that has only this one."""
+    present = ~rewards.isnan()
+    return present & ~spreadless_groups(rewards)[:, None] if rewards.shape[1] > 1 else present
 
 
 def _filled(rewards: Tensor) -> Tensor:

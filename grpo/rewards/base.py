@@ -66,7 +66,8 @@ class Reward:
     """The keys of its table [reward.NAME], where it has more than those that all have."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What it cannot do without, checked with the recipe: "real_images" (the completion's own), "classes", "prompts",
-    "population" (it looks at all completions of a rollout together)."""
+    "population" (it looks at all completions of a rollout together), "generator" (a frozen one, whose weights the key
+    `checkpoint` names; none are the policy's own start)."""
     networks: Sequence[nn.Module] = ()
     """To be compiled where the recipe compiles."""
     may_abstain: bool = False

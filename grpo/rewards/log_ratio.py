@@ -25,6 +25,8 @@ class LogRatio(Reward):
         checkpoint: Annotated[str | None, Wanted("weights of the frozen generator")] = None
         """Weights of the frozen generator; none is the policy's own start, shared with the KL term's reference."""
 
+    needs = frozenset({"generator"})
+
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         assert context.generator is not None, "the job gives a way to build generators"
         self.generator = context.generator(settings.checkpoint)

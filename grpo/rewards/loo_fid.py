@@ -85,22 +85,26 @@ class LeaveOneOutFID(PopulationReward):
         return self.network(batch.images)
 
     def score(self, features: Tensor) -> Tensor:
-        """Take the step into the memory, then say what each completion has done to the distance: -> [N] fp32."""
+        """Take the step into the memory, then say what each completion has done to the distance: -> [N] fp32.
+
+        NaN, which is a fault, where a feature is not finite; the memory then stays as it was.
+        """
         features = features.double()
         batch, count = moments(features, full=self.full)
         if count < 2:
             raise UserError("covariance: a distance without one completion needs at least 2 of them in a step")
-        memory = self._memory
-        self._weight.copy_(self.keep * self._weight + (1 - self.keep))
-        share = (1 - self.keep) / self._weight  # of this batch: 1 in the first step, so that nothing is biased
+        memory, weight = self._memory, self.keep * self._weight + (1 - self.keep)
+        share = (1 - self.keep) / weight  # of this batch: 1 in the first step, so that nothing is biased
         now = memory.mixed_with(batch, share)
+        if not all(moment.isfinite().all() for moment in now):
+            return torch.full_like(features[:, 0], float("nan"))
         if self.full:
             influence = first_order(features, now, self.reference)
             rewards = sum_over_ranks(influence.sum()) / count - influence
         else:
             rewards = leave_one_out(features, batch, memory, now, self.reference, share=share, count=count)
-        for moment, new in zip(self._memory, now, strict=True):
-            moment.copy_(new)
+        for kept, new in zip((*memory, self._weight), (*now, weight), strict=True):
+            kept.copy_(new)
         return rewards.float()
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -1,9 +1,13 @@
 """How like the real image a completion looks to a network that was fitted to people's judgements."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from grpo.config import RewardTable
+from grpo.config.types import exists
 from grpo.models import load_lpips
+from grpo.models.lpips import BACKBONE, lpips_backbone
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
 
@@ -16,6 +20,10 @@ class PerceptualSimilarity(Reward):
         backbone: str | None = None
         """File of torchvision's VGG16, vgg16-397923af.pth. None looks for it where torch keeps its downloads, in
         hub/checkpoints of TORCH_HOME; nothing is downloaded."""
+
+        def missing_files(self) -> Iterator[str]:
+            if not exists(path := str(lpips_backbone(self.backbone))):
+                yield f"backbone: {path} does not exist; wanted: torchvision's VGG16, {BACKBONE}"
 
     needs = frozenset({"real_images"})
 

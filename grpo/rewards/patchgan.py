@@ -1,11 +1,11 @@
 """How real a completion looks to the discriminator of a tokenizer's training."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from torch import Tensor
 
 from grpo.config import RewardTable, UserError
-from grpo.config.types import PositiveInt
+from grpo.config.types import PositiveInt, Wanted
 from grpo.models import DiscriminatorConfig, load_discriminator
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
@@ -16,7 +16,7 @@ class PatchGAN(Reward):
     class Settings(RewardTable):
         """Mean logit of a PatchGAN discriminator."""
 
-        checkpoint: str | None = None
+        checkpoint: Annotated[str | None, Wanted("a discriminator, as tokenizer training saves it")] = None
         """Its weights: a checkpoint of LlamaGen's tokenizer training, of which the key `discriminator` is read, or the
         discriminator.safetensors of a run of `grpo tokenizer`. Required while the weight is not 0."""
         dim: PositiveInt | None = None

@@ -274,3 +274,15 @@ def test_classes_are_ids_or_names(recipe_file) -> None:
     assert load_recipe(PretrainRecipe, flags).data.classes == ["7", "goldfish"]
     assert load_recipe(PretrainRecipe, [*flags, "--data.classes", "all"]).data.classes == "all"
     assert load_recipe(PretrainRecipe, [*MINIMAL, "--data.classes", "7,goldfish"]).data.classes == ["7", "goldfish"]
+
+
+def test_the_folder_of_a_shipped_recipe_may_be_left_out_where_its_name_is_unique(monkeypatch, tmp_path):
+    whole, short = (load_recipe(GRPORecipe, ["--config", name]) for name in ("published/vapi_xxl_384", "vapi_xxl_384"))
+    assert short == whole
+    assert short.metrics.run_dir == "runs/vapi_xxl_384"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.toml").write_text("")
+    monkeypatch.setattr("grpo.config.load.SHIPPED_RECIPES", tmp_path)
+    with pytest.raises(UserError, match="--config same: cannot be read"):
+        load_recipe(GRPORecipe, ["--config", "same"])

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from grpo.config import UserError
-from grpo.formats import read_weights, save_weights
+from grpo.formats import read_weights
 from grpo.models import ClassCondition, Condition
 from grpo.rewards import DecodedBatch
 from grpo.rewards.aesthetic import Aesthetic
@@ -18,7 +18,7 @@ from grpo.rewards.clip_networks import clip_pixels, quantised
 from grpo.rewards.hps_v2 import HPSv2
 from grpo.rewards.pick_score import PickScore
 from grpo.rewards.words import TextFeatures, WordsTable
-from tests.rewards.published_layouts import images
+from tests.rewards.published_layouts import images, save_open_clip
 
 open_clip = pytest.importorskip("open_clip", reason="the extra [rewards] is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra [rewards] is not installed")
@@ -33,17 +33,7 @@ ARCHITECTURE = "small-quickgelu"
 def files(tmp_path_factory):
     """Weights by kind: a file of open_clip's, HPSv2.1's, a folder of transformers', the aesthetic predictor's."""
     folder = tmp_path_factory.mktemp("weights")
-    vision = {"image_size": SIZE, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    config = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
-    (folder / f"{ARCHITECTURE}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / f"{ARCHITECTURE}.json")
-    torch.manual_seed(0)
-    weights = open_clip.create_model(ARCHITECTURE, load_weights=False).state_dict()
-    save_weights(folder / "open_clip.safetensors", weights)
-    torch.save(
-        {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in weights.items()}}, folder / "h.pt"
-    )
+    clip, hps = save_open_clip(folder, ARCHITECTURE, side=SIZE)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text, vision = {"vocab_size": 49408, "eos_token_id": 49407}, {"image_size": SIZE, "patch_size": 16}
     config = transformers.CLIPConfig(text_config=text | sizes, vision_config=vision | sizes, projection_dim=24)
@@ -54,8 +44,8 @@ def files(tmp_path_factory):
     chain = nn.ModuleDict({str(place): nn.Linear(*widths) for place, widths in layers.items()})
     torch.save({f"layers.{name}": value for name, value in chain.state_dict().items()}, folder / "aesthetic.pth")
     return {
-        "clip": str(folder / "open_clip.safetensors"),
-        "hps": str(folder / "h.pt"),
+        "clip": str(clip),
+        "hps": str(hps),
         "pick": str(folder / "pick"),
         "aesthetic": str(folder / "aesthetic.pth"),
     }

@@ -1,5 +1,7 @@
 """Leave-one-out FID by brute force, its first order by finite differences, its memory, and its reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -131,9 +133,16 @@ def test_the_memory_starts_without_bias_and_is_resumed_bit_for_bit(build, npz, c
     )
 
 
-def test_a_reference_from_the_data_set(build, context):
-    from dataclasses import replace
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_a_fault_is_not_remembered(build, npz, covariance):
+    reward = build(features=drawn(400), reference=npz, covariance=covariance)
+    reward.score(drawn(8, 1))
+    before = {name: tensor.clone() for name, tensor in reward.state_tensors().items()}
+    assert reward.score(drawn(8, 2).index_fill(0, torch.tensor([3]), torch.inf)).isnan().all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in reward.state_tensors().items())
 
+
+def test_a_reference_from_the_data_set(build, context):
     images = torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     asked = []
 

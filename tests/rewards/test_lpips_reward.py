@@ -5,7 +5,7 @@ import torch
 
 from grpo.config import Compile, GRPORecipe, Rewards, UserError, load_recipe
 from grpo.models import ClassCondition, load_lpips
-from grpo.rewards import DecodedBatch, RewardContext, RewardSum, build_rewards
+from grpo.rewards import DecodedBatch, RewardContext, RewardSum, Term, build_rewards
 from grpo.rewards.lpips import PerceptualSimilarity
 from tests.vgg import save_vgg16
 
@@ -53,7 +53,7 @@ def test_features_of_a_real_image_are_computed_once(tokenizer, reward, monkeypat
     monkeypatch.setattr(reward.lpips, "features", lambda images: seen.append(len(images)) or features(images))
     tokens = torch.randint(32, (2, 4, 16), generator=torch.Generator().manual_seed(0))
     condition = ClassCondition(torch.zeros(2, dtype=torch.int64))
-    RewardSum(tokenizer, {KIND: (reward, 1.0)}, batch_size=0)(tokens, condition, torch.zeros(2, 3, 16, 16))
+    RewardSum(tokenizer, {KIND: Term(reward)}, batch_size=0)(tokens, condition, torch.zeros(2, 3, 16, 16))
     assert seen == [2, 8]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from grpo.config import GRPORecipe, UserError, load_recipe
 from grpo.models import ClassCondition, Discriminator, DiscriminatorConfig, save_weights
-from grpo.rewards import DecodedBatch
+from grpo.rewards import DecodedBatch, RewardContext
 from grpo.rewards.patchgan import PatchGAN
 
 SMALL = DiscriminatorConfig(width=4, num_layers=2)
@@ -38,6 +38,16 @@ def test_mean_logit(files, discriminator, context):
     expected = discriminator(images).mean(dim=(1, 2, 3))
     torch.testing.assert_close(PatchGAN(settings(checkpoint=files[0]), context)(batch), expected)
     torch.testing.assert_close(PatchGAN(settings(checkpoint=files[1], dim=4, num_layers=2), context)(batch), expected)
+
+
+def test_low_precision(tokenizer, files, discriminator):
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    places = torch.arange(3)
+    batch = DecodedBatch(images.bfloat16(), torch.zeros(3, 64), ClassCondition(places), images, places)
+    low = RewardContext(tokenizer, torch.device("cpu"), torch.bfloat16, "abcd")
+    values = PatchGAN(settings(checkpoint=files[0]), low)(batch)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, discriminator(images).mean(dim=(1, 2, 3)), rtol=0.05, atol=1e-3)
 
 
 def test_sizes_that_are_not_those_of_the_file_are_told(files, context):
