@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from grpo.kernels import (
     triton_cached_attention,
+    triton_few_rows,
     triton_linear_log_probs,
     triton_log_probs,
     triton_norm_and_gate,
@@ -73,6 +74,13 @@ def kernels():
             "*bf16 *bf16 *bf16 *bf16 *bf16 i64 i64 fp32",
             triton_norm_and_gate.norm_options(D, True),
         )
+    for N in (16, 32):
+        types = "*bf16 *fp32 *bf16 *bf16 *bf16 *bf16 i32 i32 i64 i64 i64 fp32"
+        options = triton_few_rows.norm_linear_options(N, 1536, 4096, 96, True, 2)
+        yield f"norm_linear_{N}", triton_few_rows.norm_linear_kernel, types, options
+        types = "*bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 i64 i64 i64"
+        options = triton_few_rows.linear_add_options(N, 4096, 1536, 2)
+        yield f"linear_add_{N}", triton_few_rows.linear_add_kernel, types, options
     yield "gate", gate, "*bf16 *bf16 *bf16 i64 i64", triton_norm_and_gate.gate_options(4096)
 
 
