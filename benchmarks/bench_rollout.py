@@ -113,22 +113,24 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
     runs = {
         "ours": lambda: samplers["ours"](condition, row_ids=row_ids),
         "step": lambda: step_on_gpu(model, images),
+        "library_step": lambda: step_on_gpu(model, images, few_rows=0),
         "plain": lambda: samplers["plain"](condition, row_ids=row_ids),
         "reference": lambda: reference_algorithm.generate(model, class_ids, **SAMPLING),
     }
     if not class_ids.is_cuda:
-        del runs["step"], runs["plain"]
+        del runs["step"], runs["library_step"], runs["plain"]
         for run in runs.values():  # the memory of libraries that are used for the first time is not a side's
             run()
     floor = extension_bytes(model.config, 2 * images, dtype=model.output.weight.dtype) / bandwidth  # both halves
     result = {"images": images, "sides": {}, "failed": {}, "floor_seconds": floor}
     if images > MOST_REFERENCE_IMAGES:
-        runs.pop("plain", None), runs.pop("reference")
+        for name in ("library_step", "plain", "reference"):
+            runs.pop(name, None)
     for name, run in runs.items():
         again = {"ours": repeats, "plain": 1}.get(name, 0) if class_ids.is_cuda else repeats
         try:
-            if name == "step":
-                result["step"] = run()
+            if name.endswith("step"):
+                result[name] = run()
             else:
                 result["sides"][name] = timed_side(run, repeats=again)
         except Exception as error:
@@ -147,8 +149,9 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
         text += f"{result['share_of_bandwidth']:.0%} of bandwidth, {ours['peak_bytes'] / 2**30:.1f} GiB"
     if "plain" in result["sides"]:
         text += f", plain {result['sides']['plain']['seconds']:.2f} s"
-    if "step" in result:
-        text += f", step {result['step']['seconds'] * 1e3:.2f} ms, {result['step']['kernels']:g} kernels"
+    for name in ("step", "library_step"):
+        if name in result:
+            text += f", {name} {result[name]['seconds'] * 1e3:.2f} ms, {result[name]['kernels']} kernels"
     if reference:
         text += f", reference {reference['seconds']:.2f} s"
     if ours and reference:
@@ -159,9 +162,13 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
     return result
 
 
-def step_on_gpu(model: GPT, images: int, *, replays: int = 20) -> dict:
-    """Seconds of a replayed step where half of the cache is filled, and what its kernels take, the longest first."""
+def step_on_gpu(model: GPT, images: int, *, replays: int = 20, few_rows: int | None = None) -> dict:
+    """Seconds of a replayed step where half of the cache is filled, and what its kernels take, the longest first.
+
+    `few_rows` is up to how many rows our own products are taken, by default as in a rollout.
+    """
     forward = family_of(model).cached_forward(model, impl="auto", copies=True)
+    forward.few_rows = forward.few_rows if few_rows is None else few_rows
     engine = CachedSampler(forward, images, draw=Draw(), cfg_scale=CFG_SCALE, cfg_interval=-1)
     engine.start(ClassCondition(engine.row_ids), engine.row_ids)
     engine.row.fill_(engine.length // 2)

@@ -97,7 +97,9 @@ def _(x, weight, residual, impl):
 def sums_of_squares(x: Tensor) -> Tensor:
     """[N, D] -> [N, ceil(D / 16)], fp32 or, of fp64, fp64."""
     squares = x.to(accumulation_dtype(x)).square()
-    return F.pad(squares, (0, -x.shape[1] % SQUARES)).unflatten(1, (-1, SQUARES)).sum(2)
+    if x.shape[1] % SQUARES:
+        squares = F.pad(squares, (0, -x.shape[1] % SQUARES))
+    return squares.unflatten(1, (-1, SQUARES)).sum(2)
 
 
 def _obstacle(**matrices: Tensor) -> str | None:
