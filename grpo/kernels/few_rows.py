@@ -83,7 +83,7 @@ def _linear_add(x: Tensor, weight: Tensor, residual: Tensor, impl: str) -> tuple
         from grpo.kernels.triton_few_rows import launch_linear_add
 
         with torch.cuda.device_of(x):
-            return launch_linear_add(x, weight, residual)
+            return launch_linear_add(x, weight, residual, SQUARES)
     total = residual + F.linear(x, weight)
     return total, sums_of_squares(total)
 

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.few_rows import SQUARES
-
 
 @triton.jit
 def norm_linear_kernel(
@@ -86,12 +84,12 @@ def launch_norm_linear(
     return out
 
 
-def launch_linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """`linear_add` on checked inputs."""
+def launch_linear_add(x: Tensor, weight: Tensor, residual: Tensor, squares_of: int) -> tuple[Tensor, Tensor]:
+    """`linear_add` on checked inputs, with squares summed over so many columns."""
     (N, K), D = x.shape, len(weight)
-    total, squares = x.new_empty(N, D), x.new_empty(N, triton.cdiv(D, SQUARES), dtype=torch.float32)
+    total, squares = x.new_empty(N, D), x.new_empty(N, triton.cdiv(D, squares_of), dtype=torch.float32)
     if N:
-        options = linear_add_options(N, K, D, x.element_size())
+        options = linear_add_options(N, K, D, squares_of, x.element_size())
         grid = (triton.cdiv(D, options["TILE_D"]), triton.cdiv(N, options["TILE_N"]))
         linear_add_kernel[grid](
             x, weight, residual, total, squares, N, squares.shape[1],
@@ -106,12 +104,12 @@ def norm_linear_options(N: int, D: int, F: int, S: int, gated: bool, element_siz
     return {**sizes, "TILE_F": 16, "TILE_D": min(128 if N <= 16 else 64, _tile(D)), **_launch(N, element_size)}
 
 
-def linear_add_options(N: int, K: int, D: int, element_size: int) -> dict:
+def linear_add_options(N: int, K: int, D: int, squares_of: int, element_size: int) -> dict:
     """Compile-time options, as the launcher and the compile tests use them."""
     return {
         "K": K,
         "D": D,
-        "TILE_D": SQUARES,
+        "TILE_D": squares_of,
         "TILE_K": min(256 if N <= 16 else 128, _tile(K)),
         **_launch(N, element_size),
     }

@@ -79,7 +79,7 @@ def kernels():
         options = triton_few_rows.norm_linear_options(N, 1536, 4096, 96, True, 2)
         yield f"norm_linear_{N}", triton_few_rows.norm_linear_kernel, types, options
         types = "*bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 i64 i64 i64"
-        options = triton_few_rows.linear_add_options(N, 4096, 1536, 2)
+        options = triton_few_rows.linear_add_options(N, 4096, 1536, 16, 2)
         yield f"linear_add_{N}", triton_few_rows.linear_add_kernel, types, options
     yield "gate", gate, "*bf16 *bf16 *bf16 i64 i64", triton_norm_and_gate.gate_options(4096)
 
