@@ -14,6 +14,7 @@
 # Each part is planned for two minutes or less, quickstart for five. After every step of a part OUT_FOLDER/results.tgz
 # holds all that is there so far: logs, JSON files, plots, and summary.txt with one line a step. Wheels in .whl
 # (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
+# ROLLOUT="--batches 8" is given to the part of that name.
 # SMALL=1 is a rehearsal on a CPU of everything but the speed: small sizes, the kernels in Triton's interpreter, six times
 # the time. SITE=FOLDER is put on the path there in place of the wheels.
 set -u -o pipefail
@@ -26,8 +27,9 @@ stamp=$(date +%F)
 mkdir -p "$work"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
 run_preset=vapi-xxl-384 rollout_preset=xxl-384 processes=8 compile=true patience=1
+profiled="--rollout.batch_size 16 --training.batch_size 128"  # two parts of a step: a profiler is slow
 if [ -n "${SMALL:-}" ]; then
-  run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=6
+  run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=6 profiled=
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 fi
 last_second=$((SECONDS + patience * ${SECONDS_IN_ALL:-540}))
@@ -86,10 +88,10 @@ smoke() {
 }
 
 kernels() {
-  bench sampling 60 --seconds 2 --deadline 45
+  bench sampling 60 --seconds 2 --deadline $((patience * 45))
   bench loss 40 --seconds 2
-  bench linear_log_probs 90 --seconds 2 --deadline 60
-  bench token_log_probs 70 --seconds 2 --deadline 50
+  bench linear_log_probs 90 --seconds 2 --deadline $((patience * 60))
+  bench token_log_probs 70 --seconds 2 --deadline $((patience * 50))
   grep -h -E "^(pass|MISS|none) " "$work"/bench-*.log | tee -a "$work/summary.txt"
 }
 
@@ -97,10 +99,12 @@ tune() { step tune 120 "$python" -m grpo.kernels.tune --out "$work/$stamp-block_
 
 run() { bench run 180 --preset "$run_preset" --steps 2; }
 
-rollout() { bench rollout 120 --preset "$rollout_preset" --repeats 2; }
+rollout() { bench rollout 120 --preset "$rollout_preset" --repeats 2 ${ROLLOUT:-}; }
 
 profile() {
-  LINES_SHOWN=75 step profile-run 150 "$python" benchmarks/bench_run.py --preset "$run_preset" --profile "$work/profile"
+  # shellcheck disable=SC2086
+  LINES_SHOWN=75 step profile-run 120 "$python" benchmarks/bench_run.py --preset "$run_preset" $profiled \
+    --profile "$work/profile"
   if command -v ncu > /dev/null; then
     LINES_SHOWN=120 step ncu 60 ncu --clock-control none --section SpeedOfLight --section Occupancy \
       --section WarpStateStats --kernel-name "regex:_kernel$" "$python" benchmarks/run_kernels.py

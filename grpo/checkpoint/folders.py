@@ -6,21 +6,21 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grpo.checkpoint.manifest import read_manifest
 from grpo.config import Checkpoint, UserError
-from grpo.formats import METADATA_NAME
+from grpo.formats import FileSum, file_sums, read_manifest
 
 RUN_STATE_NAME = "run_state.json"
 STEP_NAME = "resume_step.txt"
 STATE_TYPE_NAME = "state_type.txt"
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
-_REQUIRED = {METADATA_NAME, RUN_STATE_NAME, STEP_NAME, STATE_TYPE_NAME}
+_REQUIRED = {RUN_STATE_NAME, STEP_NAME, STATE_TYPE_NAME}
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -49,15 +49,34 @@ def by_step(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if step_of(path) >= 0), key=step_of, reverse=True)
 
 
-def incompleteness(path: Path) -> str | None:
-    """Why a folder is not a whole checkpoint; None when every file that was written is there in full length, unread."""
+def inventory(path: Path) -> tuple[str | None, dict[str, FileSum]]:
+    """Why a folder is not a whole checkpoint, None if each of its files is there in full length; and those files."""
     try:
         sums = read_manifest(path)
+        found = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
     except UserError as error:
-        return str(error)
-    found = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+        return str(error), {}
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}", {}
     missing = {name for name, known in sums.items() if found.get(name) != known.size} | (_REQUIRED - sums.keys())
-    return f"{path} is incomplete: {', '.join(sorted(missing))} missing or cut short" if missing else None
+    return f"{path} is incomplete: {', '.join(sorted(missing))} missing or cut short" if missing else None, sums
+
+
+def incompleteness(path: Path) -> str | None:
+    """Why a folder is not a whole checkpoint; its files are not read."""
+    return inventory(path)[0]
+
+
+def faults(path: Path, sums: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> dict[str, str]:
+    """What this process finds wrong with every `parts`-th of the files, by size, from `part` on: name -> reason."""
+    found = {}
+    for name in sorted(sums, key=lambda name: (-sums[name].size, name))[part::parts]:
+        try:
+            if file_sums([path / name])[name] != sums[name]:
+                found[name] = "changed since it was written"
+        except OSError as error:
+            found[name] = f"cannot be read ({error.strerror})"
+    return found
 
 
 def read_run_file(path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -15,10 +16,19 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
-from grpo.checkpoint.manifest import MANIFEST_NAME, FileSum, damaged_files, file_sums, manifest_text, read_manifest
-from grpo.checkpoint.state import load_training_tensors, training_tensors
+from grpo.checkpoint.state import ExtraState, load_tensors, training_tensors
 from grpo.config import Checkpoint, UserError
-from grpo.formats import METADATA_NAME, SafeFileSystemReader, read_tensors, save_weights
+from grpo.formats import (
+    MANIFEST_NAME,
+    FileSum,
+    ShardReader,
+    file_sums,
+    manifest_text,
+    rank_shards,
+    read_tensors,
+    save_weights,
+    write_shards,
+)
 from grpo.parallel import World, broadcast_object
 
 
@@ -47,6 +57,7 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer,
         run_state: Mapping[str, Any],
         rank_state: Mapping[str, Any],
+        extra: Mapping[str, ExtraState] | None = None,
         score: float | None = None,
     ) -> None:
         """Write the checkpoint of a step.
@@ -54,6 +65,7 @@ class CheckpointManager:
         Args:
             run_state: what is the same on every rank: counters, data position, schedule; JSON types only.
             rank_state: what each rank has of its own, e.g. RNG states: tensors, numbers, strings and their containers.
+            extra: more tensors by name, see `ExtraState`; their counters belong into `run_state`.
             score: what `checkpoint.keep_best` ranks it by.
 
         Raises a UserError: there is one of this step, or it (in the background, the one before) could not be written.
@@ -62,7 +74,7 @@ class CheckpointManager:
         self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
         about = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
         shared = step, json.dumps(about | {"run": run_state}, indent=1), getattr(model, "config", None)
-        state = training_tensors(model, optimizer), dict(rank_state)
+        state = training_tensors(model, optimizer, extra), dict(rank_state)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
             copies = [DefaultStager(options).stage(part) for part in state]
@@ -86,10 +98,6 @@ class CheckpointManager:
         """Whether background writing has failed on this rank; `wait` then raises why."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    def exist(self) -> bool:
-        """Whether the folder holds a checkpoint, damaged or not. Collective."""
-        return self._on_main(lambda: bool(folders.by_step(self.folder)))
-
     def check_writable(self) -> None:
         """Find out now, not at the first checkpoint, that rank 0 can write nothing: a UserError. Collective."""
         if (problem := self._on_main(lambda: folders.write_probe(self.folder))) is not None:
@@ -97,45 +105,83 @@ class CheckpointManager:
             raise UserError(f"checkpoints cannot be written to {self.folder}: {problem}; {remedy}")
 
     def resume_point(
-        self, tell: Callable[[str], None] = lambda line: None, *, accept: Callable[[Path], bool] = lambda path: True
+        self, tell: Callable[[str], None] = lambda line: None, *, after: int = -1, wait_seconds: float = 10.0
     ) -> Path | None:
-        """The newest checkpoint of the folder that is whole and undamaged; None if there is none. Collective.
+        """The newest checkpoint of the folder that is whole and undamaged, of a step beyond `after`. Collective.
 
         Every file is read and compared with its checksum, each rank reading its share. A folder that fails is renamed
         to `step-000100.damaged`, so that the run can write that step anew; `tell` gets a line about it, on every rank.
-        Those that `accept` refuses on rank 0 are left out.
+
+        Raises a UserError, and touches nothing, where ranks do not see the same: a folder is condemned by all or none.
+        `wait_seconds` is how long network file systems may take until they do.
         """
         self.wait()
-        for path in self._on_main(lambda: list(filter(accept, folders.by_step(self.folder)))):
+        for path in self._seen_by_all(wait_seconds):
+            if folders.step_of(path) <= after:
+                break
             if (problem := self.damage(path)) is None:
                 return path
             tell(f"{problem}; {self._on_main(lambda path=path: folders.set_aside(path))}")
         return None
 
+    def _seen_by_all(self, wait_seconds: float) -> list[Path]:
+        """The checkpoint folders, newest first, which every rank has to find."""
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            listings = self._gather([path.name for path in folders.by_step(self.folder)])
+            blind = [rank for rank, names in enumerate(listings) if names != listings[0]]
+            if not blind:
+                return [self.folder / name for name in listings[0]]
+            if self._on_main(lambda: time.monotonic() >= deadline):
+                found = f"{len(listings[0])} checkpoints, rank {blind[0]} {len(listings[blind[0]])} other ones"
+                raise UserError(
+                    f"the ranks do not see the same folder {self.folder}: rank 0 finds {found}. Mount it on every "
+                    "host; nothing was changed"
+                )
+            time.sleep(0.5)
+
     def damage(self, path: str | Path) -> str | None:
-        """What is wrong with a checkpoint's files, the same on every rank; None if nothing is. Collective."""
+        """What is wrong with a checkpoint's files, the same on every rank; None if nothing is. Collective.
+
+        Raises a UserError where some ranks find fault and others do not.
+        """
         path = Path(path)
-        if (problem := self._on_main(lambda: folders.incompleteness(path))) is not None:
+        problem, sums = self._on_main(lambda: folders.inventory(path))
+        if problem is not None:
             return problem
-        try:
-            damaged = damaged_files(path, read_manifest(path), part=self.world.rank, parts=self.world.size)
-            problem = f"{path} is damaged: {', '.join(damaged)} changed since it was written" if damaged else None
-        except (OSError, UserError) as error:
-            problem = f"{path} cannot be read on rank {self.world.rank}: {error}"
-        return next((text for text in self._gather(problem) if text is not None), None)
+        share = folders.faults(path, sums, part=self.world.rank, parts=self.world.size)
+        suspects = {name: sums[name] for found in self._gather(share) for name in found}
+        opinions = self._gather(folders.faults(path, suspects)) if suspects else []
+        for name in suspects:
+            content = [rank for rank, found in enumerate(opinions) if name not in found]
+            if content:
+                rank, found = next((rank, found) for rank, found in enumerate(opinions) if name in found)
+                raise UserError(
+                    f"{path / name} {found[name]} on rank {rank}, and is as it was written on rank {content[0]}: see "
+                    "to it that all hosts see the same files; nothing was changed"
+                )
+        told = ", ".join(f"{name} {reason}" for name, reason in sorted((opinions or [{}])[0].items()))
+        return f"{path} is damaged: {told}" if told else None
 
     def read_run_state(self, path: str | Path) -> dict[str, Any]:
         """The `run_state` of a checkpoint. Raises a UserError if this is no checkpoint folder, or a damaged one."""
         return folders.read_run_file(path)["run"]
 
-    def load(self, path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Overwrite weights and optimizer state by a checkpoint's, whatever the number of ranks that wrote it.
+    def load(
+        self,
+        path: str | Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        extra: Mapping[str, ExtraState] | None = None,
+    ) -> dict[str, Any] | None:
+        """Overwrite weights, optimizer state and `extra` by a checkpoint's, whatever the number of ranks that wrote it.
 
         Returns this rank's `rank_state`; None when the number of ranks has changed, so that nobody's state fits.
         Raises a UserError: incomplete, damaged, not to be trusted, or of another model.
         """
         world_size = folders.read_run_file(path)["world_size"]
-        load_training_tensors(model, optimizer, SafeFileSystemReader(path))
+        load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
         own = folders.rank_file(Path(path), self.world.rank)
         return folders.read_rank_file(own) if world_size == self.world.size else None
 
@@ -147,11 +193,11 @@ class CheckpointManager:
 
     def _write_share(self, partial: Path, tensors: dict[str, Any], rank_state: dict[str, Any]) -> dict[str, FileSum]:
         """Write this rank's files; their checksums."""
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
+        write_shards(partial, tensors, group=self._group)
         rank_file = folders.rank_file(partial, self.world.rank)
         torch.save(rank_state, rank_file)
         folders.sync(rank_file)
-        return file_sums([rank_file, *partial.glob(f"__{self.world.rank}_*.distcp")])
+        return file_sums([rank_file, *rank_shards(partial, self.world.rank)])
 
     def _publish(self, partial: Path, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""
@@ -169,8 +215,10 @@ class CheckpointManager:
         }
         for name, text in texts.items():
             folders.write_synced(partial / name, text)
-        sums = file_sums([partial / name for name in (METADATA_NAME, *consolidated, *texts)])
-        for share in shares:
+        sums = file_sums([partial / name for name in (*consolidated, *texts)])
+        for rank, share in enumerate(shares):
+            if any(not (partial / name).is_file() for name in share):
+                raise UserError(f"rank {rank} has written elsewhere: mount {self.folder} on every host")
             sums |= share
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
         final = folders.step_folder(self.folder, step)

@@ -1,54 +1,88 @@
-"""What of a model and its optimizer goes into a checkpoint, by name and without regard to the number of ranks."""
+"""What of a run goes into a checkpoint as tensors: one flat dict by name, without regard to the number of ranks."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 
 from grpo.config import UserError
-from grpo.formats import SafeFileSystemReader, safe_load
+from grpo.formats import ShardReader, load_shards
 from grpo.parallel import reshard
 
 # Flat names, `state.<parameter>.exp_avg`, do not depend on the order of parameters or groups.
 _OPTIONS = state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Weights and optimizer state, sharded as they are; the tensors are the live ones, not copies.
+class ExtraState(Protocol):
+    """What a run goes on from besides its model, optimizer and data, e.g. a moving average or a discriminator.
 
-    {"model": by parameter name, "optimizer": by `state.<parameter>.<quantity>`}. Hyper-parameters of the optimizer are
-    not state: they come from the recipe and its schedule.
+    It may also have `state_dict()` and `load_state_dict(state)`, of what JSON can hold and is the same on every rank.
     """
-    weights, entries = _live_entries(model, optimizer)
-    return {"model": weights, "optimizer": {name: entries[name] for name in entries if name.startswith("state.")}}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The live tensors by name, DTensors or the same on every rank; a checkpoint is loaded into them in place."""
+        ...
 
 
-def load_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, reader: SafeFileSystemReader) -> None:
-    """Overwrite weights and optimizer state by a checkpoint's, resharding as needed.
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, ExtraState] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a run, sharded as they are; the live ones, not copies.
 
-    Raises a UserError if the checkpoint is of another model or optimizer, or damaged.
+    `model.<parameter>`, `optimizer.state.<parameter>.<quantity>` and `extra.<name>.<key>`. Hyper-parameters of the
+    optimizer are not state: they come from the recipe and its schedule.
     """
-    weights, entries = _live_entries(model, optimizer)
-    state = {name: entries[name] for name in entries if name.startswith("state.")}
-    expected = {f"model.{name}" for name in weights} | {f"optimizer.{name}" for name in state}
-    found = set(reader.metadata.state_dict_metadata)
-    if expected != found:
-        missing, superfluous = sorted(expected - found), sorted(found - expected)
-        difference = f"lacks {missing[0]}" if missing else f"has {superfluous[0]}, which the model lacks"
-        raise UserError(
-            f"{reader.path} is a checkpoint of another model: it {difference} "
-            f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it."
-        )
-    safe_load({"model": weights, "optimizer": state}, reader)
-    entries |= state
-    state_dict.set_state_dict(model, [optimizer], model_state_dict=weights, optim_state_dict=entries, options=_OPTIONS)
+    return {
+        **{f"model.{name}": tensor for name, tensor in model_tensors(model).items()},
+        **{f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(model, optimizer).items()},
+        **{
+            f"extra.{name}.{key}": tensor
+            for name, state in (extra or {}).items()
+            for key, tensor in state.state_tensors().items()
+        },
+    }
 
 
-def _live_entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live weights of a parallelized model by name, sharded as they are."""
     reshard(model)  # a forward without backward may have left parameters gathered
+    return state_dict.get_model_state_dict(model)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The live state of the optimizer of a parallelized model, as `state.<parameter>.<quantity>`."""
+    reshard(model)
     if not optimizer.state:
-        state_dict.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)  # allocates it by a step of size zero,
+        _optimizer_entries(model, optimizer)  # allocates it by a step of size zero,
         for state in optimizer.state.values():
             state["step"].zero_()  # which must not count
-    return state_dict.get_state_dict(model, [optimizer], options=_OPTIONS)
+    entries = _optimizer_entries(model, optimizer)
+    return {name: entries[name] for name in entries if name.startswith("state.")}
+
+
+def load_tensors(tensors: dict[str, Tensor], reader: ShardReader) -> None:
+    """Overwrite the live tensors of a run by a checkpoint's, resharding as needed.
+
+    Raises a UserError if the checkpoint is of another model, optimizer or recipe, or damaged.
+    """
+    expected, found = set(tensors), set(reader.metadata.state_dict_metadata)
+    if expected != found:
+        missing, superfluous = sorted(expected - found), sorted(found - expected)
+        name = (missing or superfluous)[0]
+        kind, verb = "recipe" if name.startswith("extra.") else "model", "lacks" if missing else "has"
+        raise UserError(
+            f"{reader.path} is a checkpoint of another {kind}: it {verb} {name}, unlike this run "
+            f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it, or start anew from its "
+            "weights by model.checkpoint."
+        )
+    stored = reader.metadata.state_dict_metadata
+    if other := [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]:
+        dtypes = f"{stored[other[0]].properties.dtype}, not {tensors[other[0]].dtype}"
+        raise UserError(f"{reader.path} is a checkpoint of another recipe: {other[0]} is {dtypes}")
+    load_shards(tensors, reader)
+
+
+def _optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return state_dict.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)

@@ -121,6 +121,9 @@ class Training(Section):
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
     """Dropout in the update of `train`. Only eval (none, as in the rollout): the other two are refused."""
+    ema_decay: ProperFraction | None = None
+    """Decay of a moving average of the weights, per optimizer step, which is written beside them at the end as
+    `model_ema.safetensors`. None keeps no average."""
     max_skipped_steps: Annotated[PositiveInt, MayChange] = 10
     """Optimizer steps in a row with a non-finite loss or gradient (each skipped) after which the run stops."""
     kernels: KernelBackend = "auto"

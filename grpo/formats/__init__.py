@@ -1,4 +1,12 @@
 """State dicts in files and folders, read beside written: nothing in a file is ever executed."""
 
-from grpo.formats.distributed_folders import METADATA_NAME, SafeFileSystemReader, read_tensors, safe_load
+from grpo.formats.manifest import (
+    MANIFEST_NAME,
+    FileSum,
+    check_files,
+    file_sums,
+    manifest_text,
+    read_manifest,
+)
+from grpo.formats.shards import ShardReader, load_shards, rank_shards, read_tensors, shard_files, write_shards
 from grpo.formats.weight_files import Layout, read_config, read_weights, save_weights

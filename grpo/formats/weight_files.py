@@ -1,6 +1,7 @@
 """State dicts in and out of files: LlamaGen's layouts, safetensors, distributed checkpoint folders."""
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -20,13 +21,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grpo.config import UserError
-from grpo.formats.distributed_folders import METADATA_NAME, read_tensors
+from grpo.formats.manifest import check_files
+from grpo.formats.shards import read_tensors, shard_files, write_shards
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
 _WRAPPERS = ("model", "module", "state_dict")
 _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
+CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
 _CONFIG = "config"  # in the metadata of a .safetensors file
 
 
@@ -36,19 +39,20 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
     - a pickle of `{"model" | "module" | "state_dict": weights, ...}` or of the weights themselves; the pickle may hold
       an `argparse.Namespace`, and nothing else that is not plain data;
     - a `.safetensors` file;
-    - a folder with `consolidated.pth`, else with a distributed checkpoint, of which the entries under `model` are
-      taken, or all tensors if nothing is there.
+    - a folder of safetensors shards, as a run's checkpoints are, of which the entries under `model` are taken, or all
+      tensors if nothing is there; else a folder with `consolidated.pth`. A manifest's checksums are compared.
 
     `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it.
-    Raises a UserError: no such file, not weights, or unsafe to read.
+    Raises a UserError: no such file, not weights, damaged, or unsafe to read.
     """
     path = Path(path)
     if path.is_dir():
-        if (path / "consolidated.pth").is_file():
-            return _read_pickle(path / "consolidated.pth", bare=bare)
-        if (path / METADATA_NAME).is_file():
-            return read_tensors(path, prefix="model.") or read_tensors(path)
-        raise UserError(f"{path}: no weights in this folder; give a file or a folder such as checkpoints/step-000100")
+        consolidated = path / CONSOLIDATED
+        if not shard_files(path) and consolidated.is_file():
+            check_files(path, [CONSOLIDATED])
+            return _read_pickle(consolidated, bare=bare)
+        check_files(path, [file.name for file in shard_files(path)])
+        return read_tensors(path, prefix="model.") or read_tensors(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the weights")
     if path.suffix == ".safetensors":
@@ -104,7 +108,7 @@ def save_weights(
         config: the model's sizes, a dataclass or what `read_config` has read. They go with the weights where the
             layout is safetensors, the only one with a place for them.
 
-    Raises a UserError: an unknown suffix, or a folder in the way.
+    Raises a UserError: an unknown suffix, a folder in the way, or what cannot be written, of which nothing is left.
     """
     path = Path(path)
     if layout == "auto" and path.suffix not in _LAYOUT_OF_SUFFIX:
@@ -112,22 +116,32 @@ def save_weights(
     layout = _LAYOUT_OF_SUFFIX[path.suffix] if layout == "auto" else layout
     if path.is_dir() or (layout == "distributed" and path.exists()):
         raise UserError(f"{path} exists and is not overwritten; give another name for the weights")
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(unfinished, tensors, layout=layout, config=config)
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's is a RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"{path} could not be written: {reason}; free space there or give another place") from error
+
+
+def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: Any) -> None:
     if layout == "safetensors":
         if config is not None and not isinstance(config, Mapping):
             config = {field.name: getattr(config, field.name) for field in fields(config) if field.compare}
         # One key: several would be written in an order that changes, and equal weights are to make equal files.
         metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # the library makes a file that its owner alone can read
-        safetensors.torch.save_file(tensors, unfinished, metadata=metadata)
-        unfinished.chmod(mode)
+        path.touch()
+        mode = path.stat().st_mode  # the library makes a file that its owner alone can read
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        path.chmod(mode)
     elif layout == "llamagen":
-        torch.save({"model": tensors}, unfinished)
+        torch.save({"model": tensors}, path)
     else:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with warnings.catch_warnings(action="ignore"):  # that there is no process group is intended
-            dcp.save({"model": tensors}, checkpoint_id=unfinished, no_dist=True)
-    os.replace(unfinished, path)
+        shutil.rmtree(path, ignore_errors=True)
+        write_shards(path, {"model": tensors})

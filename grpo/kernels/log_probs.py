@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from grpo.kernels.block_sizes import block_sizes
 from grpo.kernels.dispatch import row_obstacle, use_triton
 from grpo.kernels.projection import LogitChunks
 from grpo.kernels.row_math import (
@@ -114,7 +115,8 @@ def _linear_forward(
     check_tokens(tokens, weight.shape[0])
     chunk_kind = _chunk_kind(hidden, weight, impl)
     with torch.cuda.device_of(hidden):
-        if chunk_kind is not LogitChunks and hidden.dtype != torch.float32:
+        library = hidden.dtype == torch.float32 or block_sizes("linear_split", hidden.shape[1])["library"]
+        if chunk_kind is not LogitChunks and not library:
             from grpo.kernels.triton_linear_log_probs import launch_forward
 
             return launch_forward(hidden, weight, tokens, temperature, with_entropy)  # logits stay in registers

@@ -10,6 +10,8 @@ divergence", 2020): k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. Both log-ratios 
 that the exponential is constant and has no gradient.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def ratio_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, the sums of `METRICS`, and d loss / d log_probs [R, M, T]; see `clipped_ratio_loss`."""
     lowest, highest, dtype = 1 - clip_low, 1 + clip_high, accumulation_dtype(log_probs)
+    log_lowest, log_highest = log_bounds(clip_low, clip_high)
     gradient = torch.empty_like(log_probs, dtype=dtype)
     counted = weights != 0
     weights = weights.to(dtype)
@@ -39,7 +42,7 @@ def ratio_loss(
 
     log_ratio, ratio, inside = _clamped_exp(log_probs - old_log_probs)
     bounded = ratio.clamp(lowest, highest)
-    below, above = ratio < lowest, ratio > highest
+    below, above = log_ratio < log_lowest, log_ratio > log_highest
     if surrogate == "clip":
         clipped_low, clipped_high = below & (advantages < 0), above & (advantages > 0)
         policy = -torch.minimum(advantages * ratio, advantages * bounded)
@@ -61,6 +64,12 @@ def ratio_loss(
     sums = torch.stack([policy_loss, kl_loss, *(x.sum(dtype=dtype) for x in per_token)])
     torch.mul(weights, d_policy + kl_coef * d_divergence, out=gradient)
     return policy_loss + kl_loss, sums, gradient
+
+
+def log_bounds(clip_low: float, clip_high: float) -> tuple[float, float]:
+    """Bounds of the log-ratio. By these tokens count as clipped: an exponential's last bit, which differs between
+    libraries, then moves no count."""
+    return math.log(1 - clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
 
 def _clamped_exp(exponent: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Triton kernels of `linear_token_log_probs`.
 
-Forward, bf16 and fp16: tiles of logits live in registers only. A program walks over one split of the vocabulary for
-one tile of rows and leaves the split's maximum, sum of exponentials and first moment; a second kernel merges the splits
-in order and adds the logits of the tokens. Splits depend on V alone, so a row's result depends on no other row.
+Forward, bf16 and fp16 of small width: tiles of logits live in registers only. A program walks over one split of the
+vocabulary for one tile of rows and leaves the split's maximum, sum of exponentials and first moment; a second kernel
+merges the splits in order and adds the logits of the tokens. Splits depend on V alone, so a row's result depends on no
+other row.
 
-Backward, and the forward pass of fp32: chunks of rows. The library's matrix product writes fp32 logits, the row kernels
+Backward, and the other forward passes: chunks of rows. The library's matrix product writes fp32 logits, the row kernels
 of `triton_log_probs.py` read log-probs off them and turn them in place into gradients, which two more products use.
 """
 
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import triton_log_probs
+from grpo.kernels.block_sizes import block_sizes
 from grpo.kernels.projection import LogitChunks, mixed_products, wide_product
 from grpo.kernels.row_math import ScoredRows, new_outputs
 from grpo.kernels.triton_log_probs import absorb_tile
@@ -138,8 +140,11 @@ class TritonLogitChunks(LogitChunks):
 
 def split_options(V: int, D: int, with_entropy: bool) -> dict:
     """Compile-time options of `split_kernel`, as the launcher and the compile tests use them."""
-    tiles = {"TILE_N": 128, "TILE_V": 128, "TILE_D": min(64, max(16, triton.next_power_of_2(D)))}
-    launch = {"num_warps": 8, "num_stages": 2 if torch.version.hip else 3, "enable_fp_fusion": True}
+    sizes = block_sizes("linear_split", D)
+    tiles = {"TILE_N": sizes["TILE_N"], "TILE_V": sizes["TILE_V"]}
+    tiles["TILE_D"] = min(sizes["TILE_D"], max(16, triton.next_power_of_2(D)))
+    stages = 2 if torch.version.hip else sizes["num_stages"]
+    launch = {"num_warps": sizes["num_warps"], "num_stages": stages, "enable_fp_fusion": True}
     return {"V": V, "D": D, "SPLIT": _SPLIT, "WITH_ENTROPY": with_entropy, **tiles, **launch}
 
 
@@ -148,5 +153,5 @@ def merge_options(V: int, D: int, M: int, with_entropy: bool) -> dict:
     splits, tile_m = triton.cdiv(V, _SPLIT), max(1, triton.next_power_of_2(M))
     tile_d = max(32, min(triton.next_power_of_2(D), 4096 // tile_m))
     tiles = {"TILE_SPLITS": triton.next_power_of_2(splits), "TILE_M": tile_m, "TILE_D": tile_d}
-    launch = {"num_warps": 4, "enable_fp_fusion": True}
+    launch = {**block_sizes("linear_merge", D), "enable_fp_fusion": True}
     return {"V": V, "D": D, "M": M, "SPLITS": splits, "WITH_ENTROPY": with_entropy, **tiles, **launch}

@@ -4,9 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels.block_sizes import block_sizes
 from grpo.kernels.row_math import ScoredRows
-
-_MAX_TILE = 16384
 
 
 @triton.jit
@@ -114,7 +113,7 @@ def launch_forward(logits: Tensor, tokens: Tensor, temperature: float, *outputs:
     """Fills `outputs`, log_probs [N, M], lse [N] and entropy [N] (or [0]), from logits [N, V]."""
     N, V = logits.shape
     if N:
-        options = kernel_options(V, tokens.shape[1], outputs[2].numel() > 0)
+        options = kernel_options("log_probs_forward", V, tokens.shape[1], outputs[2].numel() > 0)
         forward_kernel[(N,)](logits, tokens.contiguous(), *outputs, logits.stride(0), 1 / temperature, **options)
 
 
@@ -127,13 +126,13 @@ def launch_backward(logits: Tensor, scored: ScoredRows, temperature: float, grad
             grad_log_probs.contiguous(), lse if grad_entropy is None else grad_entropy.contiguous(),
             logits, tokens.contiguous(), lse, entropy, grad_logits,
             logits.stride(0), grad_logits.stride(0), 1 / temperature,
-            **kernel_options(V, tokens.shape[1], grad_entropy is not None),
+            **kernel_options("log_probs_backward", V, tokens.shape[1], grad_entropy is not None),
         )  # fmt: skip
 
 
-def kernel_options(V: int, M: int, with_entropy: bool) -> dict:
-    """Compile-time options of both kernels, as the launchers and the compile tests use them."""
-    tile = min(triton.next_power_of_2(V), _MAX_TILE)
-    tiles = {"TILE": tile, "TILE_M": max(1, triton.next_power_of_2(M))}
-    launch = {"num_warps": 16 if tile > 8192 else 8 if tile > 2048 else 4, "enable_fp_fusion": True}
+def kernel_options(op: str, V: int, M: int, with_entropy: bool) -> dict:
+    """Compile-time options of a kernel, "log_probs_forward" or "log_probs_backward", as launcher and tests use them."""
+    sizes = block_sizes(op, V)
+    tiles = {"TILE": min(triton.next_power_of_2(V), sizes["TILE"]), "TILE_M": max(1, triton.next_power_of_2(M))}
+    launch = {"num_warps": sizes["num_warps"], "enable_fp_fusion": True}
     return {"V": V, "M": M, "WITH_ENTROPY": with_entropy, **tiles, **launch}

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.ratio_reference import LOG_RATIO_LIMIT, METRICS
+from grpo.kernels.block_sizes import block_sizes
+from grpo.kernels.ratio_reference import LOG_RATIO_LIMIT, METRICS, log_bounds
 
-_TILE = 512
 _TILE_PROGRAMS = 128
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 _SUMS = tl.constexpr(len(METRICS))
@@ -83,7 +83,7 @@ def ratio_loss_kernel(
     partial_ptr, arrivals_ptr, sums_ptr, loss_ptr,
     log_probs_0, log_probs_1, log_probs_2, old_0, old_1, old_2, advantages_0, advantages_1, advantages_2,
     weights_0, weights_1, weights_2, ref_0, ref_1, ref_2, gradient_0, gradient_1, gradient_2,
-    count, size_1, size_2, lowest, highest, kl_coef,
+    count, size_1, size_2, lowest, highest, log_lowest, log_highest, kl_coef,
     KL: tl.constexpr, HAS_REF: tl.constexpr, CLIP: tl.constexpr, TILE: tl.constexpr, TILE_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Every tensor is seen as three-dimensional, by its three strides."""
@@ -101,8 +101,8 @@ def ratio_loss_kernel(
 
     log_ratio, ratio, inside = _clamped_exp(log_p - old_log_p)
     bounded = _clamp(ratio, lowest, highest)
-    below = ratio < lowest
-    above = ratio > highest
+    below = log_ratio < log_lowest
+    above = log_ratio > log_highest
     if CLIP:
         clipped_low = below & (advantage < 0)
         clipped_high = above & (advantage > 0)
@@ -152,7 +152,8 @@ def launch(
     if not count:
         return log_probs.new_zeros(()), log_probs.new_zeros(len(METRICS)), gradient
     loss, sums = log_probs.new_empty(()), log_probs.new_empty(len(METRICS))
-    programs = triton.cdiv(count, _TILE)
+    options = kernel_options(count, kl, ref is not None, surrogate)
+    programs = triton.cdiv(count, options["TILE"])
     constants = (old_log_probs, advantages[..., None].expand_as(log_probs), weights)
     tensors = (log_probs, *constants, log_probs if ref is None else ref, gradient)
     # Along the memory of log_probs, whatever its layout: neighbours in a tile are neighbours there.
@@ -161,17 +162,16 @@ def launch(
     ratio_loss_kernel[(programs,)](
         *tensors, log_probs.new_empty(programs, len(METRICS)), _arrivals(log_probs.device), sums, loss,
         *strides, count, log_probs.shape[order[1]], log_probs.shape[order[2]],
-        1 - clip_low, 1 + clip_high, kl_coef,
-        **kernel_options(kl, ref is not None, surrogate),
+        1 - clip_low, 1 + clip_high, *log_bounds(clip_low, clip_high), kl_coef, **options,
     )  # fmt: skip
     return loss, sums, gradient
 
 
-def kernel_options(kl: str, has_ref: bool, surrogate: str) -> dict:
+def kernel_options(count: int, kl: str, has_ref: bool, surrogate: str) -> dict:
     """Compile-time options of the kernel, as the launcher and the compile tests use them."""
     constants = {"KL": kl, "HAS_REF": has_ref, "CLIP": surrogate == "clip"}
-    tiles = {"TILE": _TILE, "TILE_PROGRAMS": _TILE_PROGRAMS}
-    return {**constants, **tiles, "num_warps": 4, "enable_fp_fusion": False}
+    sizes = block_sizes("ratio_loss", count)
+    return {**constants, **sizes, "TILE_PROGRAMS": _TILE_PROGRAMS, "enable_fp_fusion": False}
 
 
 _RING = 1 << 15

@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels.block_sizes import block_sizes
 from grpo.kernels.philox import BLOCK
 from grpo.kernels.sampling_reference import new_sample
 
 _BLOCK = tl.constexpr(BLOCK)
 _GROUPS = tl.constexpr(BLOCK // 4)
+_MOST_AT_ONCE = 16  # samples: more would spill registers
 
 
 @triton.jit
@@ -174,11 +176,11 @@ def _column_score(row_ptr, bits, column, temperature, least_first, threshold, la
 @triton.jit
 def _draw_two_level(
     row_ptr, mass_ptr, seed_ptr, step_ptr, row_id_ptr,
-    temperature, least_first, threshold, last_tie,
-    V: tl.constexpr, TILE_SAMPLES: tl.constexpr, TILE_GROUPS: tl.constexpr, HEAT: tl.constexpr,
+    temperature, least_first, threshold, last_tie, samples,
+    V: tl.constexpr, TILE_GROUPS: tl.constexpr, HEAT: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [TILE_SAMPLES] of the row: a block by its kept mass, then a kept column of it."""
-    sample = tl.arange(0, TILE_SAMPLES)[:, None]
+    """A token for each of `samples`: a block by its kept mass, then a kept column of it."""
+    sample = samples[:, None]
     seed = tl.load(seed_ptr)
     step = tl.load(step_ptr).to(tl.uint32)
     row_id = tl.load(row_id_ptr)
@@ -236,31 +238,32 @@ def sample_kernel(
     kept_total = tl.sum(mass, axis=0)
     tl.store(kept_mass_ptr + row, kept_total / total + flag)
 
-    samples = tl.arange(0, TILE_SAMPLES)
-    valid = samples < NUM_SAMPLES
-    outputs = row * NUM_SAMPLES + samples
     if HAS_NOISE:
         first = row * NUM_SAMPLES
         _draw_flat(scores, columns, kept, noise_ptr + first * V, tokens_ptr + first, V, NUM_SAMPLES)
-        tl.debug_barrier()
-        tokens = tl.load(tokens_ptr + outputs, mask=valid, other=0)
     else:
         # Every thread needs the mass of every block: handed over in memory, where the cache holds it.
         num_blocks: tl.constexpr = (V + _BLOCK - 1) // _BLOCK
         blocks = tl.arange(0, TILE_BLOCKS)
-        mass_ptr = block_mass_ptr + row * num_blocks
-        tl.store(mass_ptr + blocks, mass, mask=blocks < num_blocks)
-        tl.debug_barrier()
-        tokens = _draw_two_level(
-            row_ptr, mass_ptr, seed_ptr, step_ptr, row_ids_ptr + row, temperature, least_first, threshold, last_tie,
-            V, TILE_SAMPLES, TILE_GROUPS, HEAT,
-        )  # fmt: skip
-        tl.store(tokens_ptr + outputs, tokens.to(tl.int64), mask=valid)
-
-    chosen = _drawable(_temper(tl.load(row_ptr + tokens), temperature, HEAT))
-    relative = tl.maximum(chosen, least_first) - peak + flag
-    tl.store(log_probs_ptr + outputs, relative - tl.log(total), mask=valid)
-    tl.store(kept_log_probs_ptr + outputs, relative - tl.log(kept_total), mask=valid)
+        tl.store(block_mass_ptr + row * num_blocks + blocks, mass, mask=blocks < num_blocks)
+    tl.debug_barrier()
+    for start in range(0, NUM_SAMPLES, TILE_SAMPLES):
+        samples = start + tl.arange(0, TILE_SAMPLES)
+        valid = samples < NUM_SAMPLES
+        outputs = row * NUM_SAMPLES + samples
+        if HAS_NOISE:
+            tokens = tl.load(tokens_ptr + outputs, mask=valid, other=0)
+        else:
+            mass_ptr = block_mass_ptr + row * ((V + _BLOCK - 1) // _BLOCK)
+            tokens = _draw_two_level(
+                row_ptr, mass_ptr, seed_ptr, step_ptr, row_ids_ptr + row, temperature, least_first, threshold,
+                last_tie, samples, V, TILE_GROUPS, HEAT,
+            ).to(tl.int64)  # fmt: skip
+            tl.store(tokens_ptr + outputs, tokens, mask=valid)
+        chosen = _drawable(_temper(tl.load(row_ptr + tokens), temperature, HEAT))
+        relative = tl.maximum(chosen, least_first) - peak + flag
+        tl.store(log_probs_ptr + outputs, relative - tl.log(total), mask=valid)
+        tl.store(kept_log_probs_ptr + outputs, relative - tl.log(kept_total), mask=valid)
 
 
 def launch(
@@ -284,9 +287,9 @@ def launch(
 def kernel_options(V: int, num_samples: int, temperature: float, top_k: int, top_p: float) -> dict:
     """Compile-time options of `sample_kernel`, as the launcher and the compile tests use them."""
     num_blocks, power = triton.cdiv(V, BLOCK), triton.next_power_of_2
-    tiles = {"TILE_BLOCKS": power(num_blocks), "TILE_SAMPLES": power(num_samples)}
+    tiles = {"TILE_BLOCKS": power(num_blocks), "TILE_SAMPLES": min(power(num_samples), _MOST_AT_ONCE)}
     tiles["TILE_GROUPS"] = power(triton.cdiv(num_blocks, 4))
     flags = {"HEAT": temperature != 1, "HAS_TOP_K": top_k > 0, "HAS_TOP_P": top_p < 1}
-    num_warps = 16 if num_blocks > 64 else 8 if num_blocks > 16 else 4
+    sizes = block_sizes("sample_truncated" if top_k > 0 or top_p < 1 else "sample", V)
     # Without fusion: the reference rounds after every operation.
-    return {"NUM_SAMPLES": num_samples, **tiles, **flags, "num_warps": num_warps, "enable_fp_fusion": False}
+    return {"NUM_SAMPLES": num_samples, **tiles, **flags, **sizes, "enable_fp_fusion": False}

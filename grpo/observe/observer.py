@@ -16,6 +16,7 @@ from grpo.observe.report import write_report
 
 # What a run writes into its folder besides checkpoints, which guard themselves.
 RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "model.safetensors",
+             "model_ema.safetensors",
              "wandb_run_id.txt")  # fmt: skip
 
 
@@ -135,7 +136,8 @@ class RunObserver:
 
 def set_aside(run_dir: Path) -> Path | None:
     """Moves what an earlier run has left in `run_dir` into a new folder there and returns that; None if nothing is."""
-    if not read_metrics(run_dir / "metrics.jsonl"):
+    weights = [name for name in RUN_FILES if name.endswith(".safetensors") and (run_dir / name).exists()]
+    if not weights and not read_metrics(run_dir / "metrics.jsonl"):
         return None
     (run_dir / "previous").mkdir(exist_ok=True)
     number = 1 + max((int(path.name) for path in (run_dir / "previous").iterdir() if path.name.isdecimal()), default=0)

@@ -2,8 +2,9 @@
 
 from grpo.training.build import autocast, build_classifier, build_generator, build_trainable_tokenizer
 from grpo.training.codebook import Codebook
+from grpo.training.moving_average import MovingAverage
 from grpo.training.optimizer import GuardedOptimizer, build_optimizer, learning_rate
 from grpo.training.phases import Phase, run_phases
-from grpo.training.run import EXPORT_NAME, TrainingRun
+from grpo.training.run import AVERAGE_NAME, EXPORT_NAME, TrainingRun
 from grpo.training.supervised import minimise
 from grpo.training.update import PolicyUpdate

@@ -7,6 +7,7 @@ from torch import nn
 
 from grpo.config import Optimizer, TrainingRecipe
 from grpo.parallel import World, clip_grad_norm, grad_scaler
+from grpo.training.moving_average import MovingAverage
 
 
 def learning_rate(config: Optimizer, *, step: int, total_steps: int) -> float:
@@ -35,6 +36,7 @@ class GuardedOptimizer:
         total_steps: optimizer steps of the whole run, for the schedule.
         max_skipped_steps: skipped steps in a row after which the run is stopped.
         scaler: loss scaler of fp16, or None.
+        average: of the model's weights, updated with each step that is taken, or None.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class GuardedOptimizer:
         total_steps: int,
         max_skipped_steps: int,
         scaler: torch.amp.GradScaler | None = None,
+        average: MovingAverage | None = None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.average = model, config, average
         self.total_steps, self.max_skipped_steps = total_steps, max_skipped_steps
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -76,6 +79,8 @@ class GuardedOptimizer:
         if math.isfinite(norm):
             self.adamw.step()
             self.skipped_in_a_row = 0
+            if self.average is not None:
+                self.average.update()
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -102,10 +107,22 @@ class GuardedOptimizer:
 
 
 def build_optimizer(
-    model: nn.Module, recipe: TrainingRecipe, world: World, *, steps_per_training_step: int = 1
+    model: nn.Module,
+    recipe: TrainingRecipe,
+    world: World,
+    *,
+    steps_per_training_step: int = 1,
+    average_into: nn.Module | None = None,
 ) -> GuardedOptimizer:
-    """The optimizer of a recipe."""
-    training = recipe.training
-    total, most = training.steps * steps_per_training_step, training.max_skipped_steps
-    scaler = grad_scaler(training.mixed_precision, world.device)
-    return GuardedOptimizer(model, recipe.optimizer, total_steps=total, max_skipped_steps=most, scaler=scaler)
+    """The optimizer of a recipe, with a moving average of the weights if it wants one; see `MovingAverage.into`."""
+    training, average = recipe.training, None
+    if training.ema_decay is not None:
+        average = MovingAverage(model, training.ema_decay, into=average_into)
+    return GuardedOptimizer(
+        model,
+        recipe.optimizer,
+        total_steps=training.steps * steps_per_training_step,
+        max_skipped_steps=training.max_skipped_steps,
+        scaler=grad_scaler(training.mixed_precision, world.device),
+        average=average,
+    )

@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from grpo.checkpoint import CheckpointManager
+from grpo.checkpoint import CheckpointManager, step_of
 from grpo.config import TrainingRecipe, UserError, changes_that_matter, recipe_from_toml
+from grpo.parallel import all_reduce_max, broadcast_object
 
 
 def find_checkpoint(
@@ -13,37 +14,57 @@ def find_checkpoint(
 ) -> tuple[Path | None, bool]:
     """The checkpoint to go on from, None to start anew; and whether the user has named it. Collective.
 
-    When torchrun starts the ranks again after a fault, the command line is the one of the first start. What
-    `checkpoint.resume` = none or a path meant has been done then, and the run goes on from what it has written since.
-    `tell` gets a line about each checkpoint that was passed over.
+    The same command may be given many times: by hand, by torchrun after a fault, by a cluster that requeues. It then
+    goes on from what it has written since, never back.
+
+    | checkpoint.resume | no checkpoint of its own | own ones, which went on from the named one | other own ones |
+    |---|---|---|---|
+    | auto | starts anew | the newest | the newest |
+    | none | starts anew | - | the newest after a restart by a launcher, else refused |
+    | another run's checkpoint | from that | the newest | refused |
+    | an own checkpoint | - | the newest | from that if it is the newest, else refused |
+
+    `tell` gets a line about each damaged checkpoint that was passed over.
 
     Raises:
-        UserError: `none`, and there are checkpoints; or the one that was named is damaged.
+        UserError: refused as above; or the one that was named is damaged.
     """
     resume = recipe.checkpoint.resume
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if resume == "auto" or (resume == "none" and restarted):
+    if resume == "auto":
         return checkpoints.resume_point(tell), False
     if resume == "none":
-        if checkpoints.exist():
+        own, restarted = checkpoints.resume_point(tell), all_reduce_max(_restarts()) > 0
+        if own is not None and not restarted:
             raise UserError(
                 f"checkpoint.resume = none: {recipe.checkpoint_dir} already holds checkpoints, which a new run would "
                 "overwrite; give another metrics.run_dir or checkpoint.dir, or remove them"
             )
-        return None, False
-
-    def goes_on(path: Path) -> bool:
-        """Whether a checkpoint was written by a run that had gone on from the one that was named."""
-        try:
-            return checkpoints.read_run_state(path).get("resumed_from") == resume
-        except (UserError, AttributeError):
-            return False
-
-    if restarted and (own := checkpoints.resume_point(tell, accept=goes_on)) is not None:
         return own, False
-    if (problem := checkpoints.damage(resume)) is not None:
-        raise UserError(f"checkpoint.resume: {problem}")
-    return Path(resume), True
+    named = Path(os.path.realpath(resume))
+    is_own = str(named.parent) == os.path.realpath(recipe.checkpoint_dir)
+    newer = checkpoints.resume_point(tell, after=step_of(named) if is_own else -1)
+    if newer is None:
+        if (problem := checkpoints.damage(named)) is not None:
+            raise UserError(f"checkpoint.resume: {problem}")
+        return named, True
+    if broadcast_object(_origin(checkpoints, newer)) == str(named):
+        return newer, False
+    raise UserError(
+        f"checkpoint.resume = {resume}: {recipe.checkpoint_dir} already holds {newer.name}, which did not go on from "
+        "it and would be overwritten; give another metrics.run_dir, or checkpoint.resume = auto to go on from there"
+    )
+
+
+def _restarts() -> int:
+    """How often a launcher has started this process's run again; hosts may count differently."""
+    counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return max(int(count) if count.isdecimal() else 0 for count in counts)
+
+
+def _origin(checkpoints: CheckpointManager, path: Path) -> str | None:
+    """The checkpoint that a run's user had named when it wrote this one."""
+    state = checkpoints.read_run_state(path)
+    return state.get("resumed_from") if isinstance(state, dict) else None
 
 
 def read_run_state(
@@ -72,6 +93,9 @@ def read_run_state(
             f"or go on from it with checkpoint.resume = {path}"
         )
     changes = changes_that_matter(before, recipe)
+    if before.training.steps != recipe.training.steps and recipe.optimizer.schedule != "constant":
+        steps = f"training.steps: {before.training.steps} -> {recipe.training.steps}"
+        changes.append(f"{steps}, and with it the learning rate of optimizer.schedule = {recipe.optimizer.schedule}")
     if changes and not named:
         problem = (
             f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "

@@ -1,16 +1,17 @@
 """What every training job has: a folder, an observer, checkpoints and a step counter."""
 
 import math
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
 
-from grpo.checkpoint import CheckpointManager
+from grpo.checkpoint import CheckpointManager, ExtraState
 from grpo.config import TrainingRecipe, UserError
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
@@ -23,6 +24,7 @@ from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
 
 EXPORT_NAME = "model.safetensors"
+AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
 NO_WORK = Work()
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
@@ -62,17 +64,26 @@ class TrainingRun:
         if recipe.debug.deterministic:
             torch.use_deterministic_algorithms(True)
 
-    def start(self, *, model: nn.Module, optimizer: GuardedOptimizer, stream: ImageStream) -> None:
+    def start(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: GuardedOptimizer,
+        stream: ImageStream,
+        extra: Mapping[str, ExtraState] | None = None,
+    ) -> None:
         """Resume if there is something to resume from, and open the observer.
 
         Args:
-            model: parallelized; the state of all three is overwritten by the checkpoint's.
+            model: parallelized; the state of everything here is overwritten by the checkpoint's.
             stream: the images; goes on after the last one that the checkpoint has consumed.
+            extra: by name, what else the run goes on from.
 
         Raises:
             UserError: the checkpoint belongs to another run or to a recipe that differs in a way that matters.
         """
         self._model, self._optimizer, self._stream = model, optimizer, stream
+        self._extra = dict(extra or {}) | ({} if optimizer.average is None else {"ema": optimizer.average})
         self._stop_request.listen(until=self._open)
         if self.world.is_main:  # what the others do with checkpoints waits for what the main rank finds
             lock = lock_folder(self.recipe.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
@@ -132,10 +143,6 @@ class TrainingRun:
         vote = all_reduce_max(_SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None))
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
-        if last and config.save_final and not config.sharded:
-            weights = full_state_dict(self._model)
-            if self.world.is_main:  # under a name that does not change with the number of steps, for the next job
-                save_weights(self.recipe.run_dir / EXPORT_NAME, weights, config=self._model.config)
         stopping = self._optimizer.stuck or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
@@ -143,6 +150,21 @@ class TrainingRun:
         if stopping:
             self.checkpoints.wait()
             self._stop(step)
+        if last and config.save_final and not config.sharded:
+            self.checkpoints.wait()  # the work of the run is safe before anything else can fail
+            self._export()
+
+    def _export(self) -> None:
+        """Write the weights under names that do not change with the number of steps, for the next job."""
+        self._write_weights(EXPORT_NAME)
+        if self._optimizer.average is not None:
+            with self._optimizer.average.swapped():
+                self._write_weights(AVERAGE_NAME)
+
+    def _write_weights(self, name: str) -> None:
+        weights = full_state_dict(self._model)
+        if self.world.is_main:
+            save_weights(self.recipe.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int) -> NoReturn:
         """End the run after its checkpoint of this step."""
@@ -166,6 +188,7 @@ class TrainingRun:
             "step": step,
             "stream": self._stream.state_dict(),
             "optimizer_step": self._optimizer.state_dict(),
+            "extra": {name: state.state_dict() for name, state in self._counted()},
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
             "resumed_from": self._resumed_from,
@@ -176,7 +199,8 @@ class TrainingRun:
         best, self._best_values = self._best_values, []
         trained = {"model": self._model, "optimizer": self._optimizer.adamw}
         score = sum(best) / len(best) if best else None
-        self.checkpoints.save(step, **trained, run_state=run_state, rank_state=generators, score=score)
+        states = {"run_state": run_state, "rank_state": generators, "extra": self._extra}
+        self.checkpoints.save(step, **trained, **states, score=score)
 
     def __enter__(self) -> Self:
         return self
@@ -225,11 +249,16 @@ class TrainingRun:
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
         state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
-        generators = self.checkpoints.load(path, model=self._model, optimizer=self._optimizer.adamw)
+        trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
+        generators = self.checkpoints.load(path, **trained)
         self._optimizer.load_state_dict(state["optimizer_step"])
         self._stream.load_state_dict(state["stream"])
+        for name, counted in self._counted():
+            if name not in state.get("extra", {}):
+                raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
+            counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
-        self._resumed_from = str(path) if named else state.get("resumed_from")
+        self._resumed_from = os.path.realpath(path) if named else state.get("resumed_from")
         notes = [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
         if generators is None:
             self._seed(self._first_step)
@@ -238,6 +267,10 @@ class TrainingRun:
         if "cuda" in generators and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(generators["cuda"], self.world.device)
         return notes
+
+    def _counted(self) -> list[tuple[str, Any]]:
+        """Those of the extra states that have counters besides their tensors."""
+        return [(name, state) for name, state in self._extra.items() if hasattr(state, "load_state_dict")]
 
     def _seed(self, step: int) -> None:
         """Seed this rank's own generator (dropout; everything else is counter-based) anew from a step on."""

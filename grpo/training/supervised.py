@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from grpo.checkpoint import ExtraState
 from grpo.data import ImageBatch, ImageDataset, build_stream
 from grpo.parallel import MetricSums, gradient_sync
 from grpo.training.optimizer import GuardedOptimizer
@@ -17,6 +18,7 @@ def minimise(
     loss: Callable[[ImageBatch], tuple[Tensor, Mapping[str, Tensor]]],
     *,
     optimizer: GuardedOptimizer,
+    extra: Mapping[str, ExtraState] | None = None,
     after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> None:
     """Train to the last step of the run, resuming if there is something to resume from.
@@ -24,11 +26,12 @@ def minimise(
     Args:
         model: parallelized, in train mode.
         loss: a micro-batch -> its mean loss [] and means of other metrics by name, each over the micro-batch's images.
+        extra: by name, what else the run goes on from.
         after_step: called after each optimizer step with its number; gives more metrics, which are means over ranks.
     """
     training, workers, world = run.recipe.training, run.recipe.data.num_workers, run.world
     stream = build_stream(dataset, batch_size=training.images, seed=training.seed, num_workers=workers, world=world)
-    run.start(model=model, optimizer=optimizer, stream=stream)
+    run.start(model=model, optimizer=optimizer, stream=stream, extra=extra)
     for step in run.steps():
         metrics = MetricSums()
         with run.timer("data"):

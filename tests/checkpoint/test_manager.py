@@ -14,8 +14,10 @@ import torch
 from grpo.checkpoint import folders
 from grpo.config import Checkpoint, UserError
 from grpo.parallel import distributed
-from tests.checkpoint.training import managed, same, save, start, train, whole_state
+from tests.checkpoint.training import Extra, managed, same, save, start, train, whole_state
 from tests.parallel.torchrun import ROOT, run_two_ranks
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_number_of_ranks_may_change(world, tmp_path):
     training = start(world)
     train(world, training, range(3))
     with managed(tmp_path / "one", world) as manager:
-        save(manager, training, 3)
+        save(manager, training, 3, mean=Extra(training[0], 3.0))
     torch.save(whole_state(training), tmp_path / "one.pth")
 
     result = run_two_ranks("tests/checkpoint/reshard.py", tmp_path)
@@ -72,7 +74,11 @@ def test_number_of_ranks_may_change(world, tmp_path):
 
     with managed(tmp_path / "two", world) as manager:
         path = manager.resume_point()
-        assert manager.load(path, model=training[0], optimizer=training[1]) is None
+        found = Extra(training[0], 0.0)
+        assert manager.load(path, model=training[0], optimizer=training[1], extra={"mean": found}) is None
+        assert found.equals(Extra(training[0], 5.0))
+        with pytest.raises(UserError, match=r"another recipe: it has extra\.mean\.replicated"):
+            manager.load(path, model=training[0], optimizer=training[1])
     expected = torch.load(tmp_path / "two.pth")
     assert same(whole_state(training), expected)
     consolidated = torch.load(path / "consolidated.pth", weights_only=True)["model"]
@@ -85,7 +91,13 @@ def test_files(world, tmp_path, sharded, state_type):
         save(manager, start(world), 100)
     path = tmp_path / "step-000100"
     assert [*tmp_path.iterdir()] == [path]
-    names = {".metadata", "__0_0.distcp", "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt"}
+    names = {
+        SHARD,
+        "rank-00000.pth",
+        "run_state.json",
+        "resume_step.txt",
+        "state_type.txt",
+    }
     names.add("manifest.json")
     assert {file.name for file in path.iterdir()} == names | (set() if sharded else {"consolidated.pth"})
     assert (path / "state_type.txt").read_text().strip() == state_type
@@ -98,22 +110,22 @@ def test_only_complete_folders_count(world, tmp_path):
         assert manager.resume_point() is None
         for step in (1, 2, 3, 4):
             save(manager, training, step)
-        (tmp_path / "step-000004" / ".metadata").unlink()
-        cut_short(tmp_path / "step-000003" / "__0_0.distcp")
+        (tmp_path / "step-000004" / "run_state.json").unlink()
+        cut_short(tmp_path / "step-000003" / SHARD)
         (tmp_path / "step-000005").mkdir()
         (tmp_path / "step-latest").mkdir()
         shutil.copytree(tmp_path / "step-000001", folders.partial_folder(tmp_path, 6))
-        with pytest.raises(UserError, match=r"step-000003 is incomplete: __0_0\.distcp"):
+        with pytest.raises(UserError, match="step-000003 cannot be read"):
             manager.load(tmp_path / "step-000003", model=training[0], optimizer=training[1])
         lines = []
         assert manager.resume_point(lines.append) == tmp_path / "step-000002"
     assert [line.partition(" ")[0] for line in lines] == [str(tmp_path / f"step-00000{step}") for step in (5, 4, 3)]
     assert "manifest.json: No such file" in lines[0]
-    assert ".metadata missing or cut short; renamed to step-000004.damaged" in lines[1]
-    assert "__0_0.distcp missing or cut short" in lines[2]
+    assert "run_state.json missing or cut short; renamed to step-000004.damaged" in lines[1]
+    assert f"{SHARD} missing or cut short" in lines[2]
 
 
-FILES = (".metadata", "__0_0.distcp", "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt",
+FILES = (SHARD, "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt",
          "consolidated.pth", "manifest.json")  # fmt: skip
 
 
@@ -190,7 +202,7 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(world, tmp_path):
     with managed(tmp_path, world) as manager:
         for step in (1, 2):
             save(manager, training, step)
-    cut_short(tmp_path / "step-000002" / ".metadata")
+    cut_short(tmp_path / "step-000002" / SHARD)
     folders.remove_old(tmp_path, Checkpoint(keep_last=1), newest=tmp_path / "step-000002")
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
 

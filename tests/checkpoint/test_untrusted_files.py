@@ -10,9 +10,8 @@ import zipfile
 import pytest
 import torch
 
-from grpo.checkpoint.manifest import file_sums, manifest_text, read_manifest
 from grpo.config import UserError
-from grpo.formats import read_weights
+from grpo.formats import file_sums, manifest_text, read_manifest, read_weights
 from grpo.parallel import distributed
 from tests.checkpoint.training import managed, save, start
 
@@ -66,6 +65,9 @@ def test_crafted_consolidated_weights(honest, tmp_path):
     shutil.copytree(honest, folder)
     torch.save({"model": {"a": torch.ones(1), "b": Attack(tmp_path / "ran")}}, folder / "consolidated.pth")
     sign(folder)
+    assert read_weights(folder)  # from the shards
+    for shard in folder.glob("shard-*"):
+        shard.unlink()
     with pytest.raises(UserError, match="refused, reading it could run code"):
         read_weights(folder)
     assert not (tmp_path / "ran").exists()

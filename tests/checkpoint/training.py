@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-from grpo.checkpoint import CheckpointManager
+from grpo.checkpoint import CheckpointManager, ExtraState
 from grpo.config import Checkpoint
 from grpo.parallel import World, clip_grad_norm, full_state_dict
 from tests.parallel.toy import loss_sum, make_batch, make_parallel
@@ -36,7 +36,25 @@ def train(world: World, training: Training, steps: range) -> list[float]:
     return norms
 
 
-def save(manager: CheckpointManager, training: Training, step: int, score: float | None = None) -> None:
+class Extra:
+    """A DTensor or plain tensor like a parameter, and a tensor that is the same on every rank."""
+
+    def __init__(self, model: nn.Module, value: float) -> None:
+        parameter = model.get_parameter("layers.0.attention.wo.weight").detach()
+        self.tensors = {"sharded": value * parameter, "replicated": torch.arange(5.0) + value}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.tensors
+
+    def equals(self, other: "Extra") -> bool:
+        """Equal bits; collective."""
+        full = [[getattr(t, "full_tensor", lambda t=t: t)() for t in x.tensors.values()] for x in (self, other)]
+        return all(torch.equal(*pair) for pair in zip(*full, strict=True))
+
+
+def save(
+    manager: CheckpointManager, training: Training, step: int, score: float | None = None, **extra: ExtraState
+) -> None:
     model, optimizer = training
     manager.save(
         step,
@@ -44,6 +62,7 @@ def save(manager: CheckpointManager, training: Training, step: int, score: float
         optimizer=optimizer,
         run_state={"step": step, "thirds": [step / 3]},
         rank_state={"random": torch.get_rng_state()},
+        extra=extra,
         score=score,
     )
 

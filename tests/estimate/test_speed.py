@@ -162,7 +162,9 @@ def test_a_trace_of_one_step_changes_nothing_else(tmp_path):
     flags += ["--checkpoint.interval", "0", "--checkpoint.save_final", "false"]
     for name, profile in (("plain", "0"), ("traced", "2")):
         main([*flags, "--metrics.run_dir", str(tmp_path / name), "--debug.profile", profile])
-    (trace,) = tmp_path.rglob("trace-*")
+    trace, table = sorted(tmp_path.rglob("trace-*"))
+    assert table == trace.with_suffix(".txt")
+    assert {"phase/update", "grpo::sample_tokens"} <= set(table.read_text().split())
     assert trace == tmp_path / "traced" / "trace-step-000002-rank-0.json"
     names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
     assert any(name.startswith("grpo::") for name in names)

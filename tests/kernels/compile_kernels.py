@@ -32,13 +32,15 @@ V = 16384
 def kernels():
     """Name, kernel, types of its run-time arguments in order, and compile-time options, at production shapes."""
     sample_types = "*fp32 *i64 *i64 *i64 *fp32 *fp32 *i64 *fp32 *fp32 *fp32 i64 fp32 i32 fp32"
-    for name, temperature, top_k, top_p in (("sample", 1.0, 0, 1.0), ("sample_truncated", 0.9, 100, 0.9)):
-        options = triton_sampling.kernel_options(V, 8, temperature, top_k, top_p)
+    draws = (("sample", 8, 1.0, 0, 1.0), ("sample_truncated", 8, 0.9, 100, 0.9), ("sample_4096", 4096, 0.9, 100, 0.9))
+    for name, *settings in draws:
+        options = triton_sampling.kernel_options(V, *settings)
         yield name, triton_sampling.sample_kernel, sample_types, {"V": V, "HAS_NOISE": False, **options}
 
-    options = triton_log_probs.kernel_options(V, 8, True)
+    options = triton_log_probs.kernel_options("log_probs_forward", V, 8, True)
     forward, backward = triton_log_probs.forward_kernel, triton_log_probs.backward_kernel
     yield "log_probs", forward, "*bf16 *i64 *fp32 *fp32 *fp32 i64 fp32", options
+    options = triton_log_probs.kernel_options("log_probs_backward", V, 8, True)
     types = "*fp32 *fp32 *fp32 *i64 *fp32 *fp32 *bf16 i64 i64 fp32"  # the in-place step of the projection
     yield "log_probs_backward", backward, types, options
 
@@ -54,8 +56,8 @@ def kernels():
         triton_linear_log_probs.merge_options(V, D, 8, True),
     )
 
-    types = "*fp32 " * 7 + "*i32 *fp32 *fp32 " + "i32 " * 21 + "fp32 fp32 fp32"
-    options = triton_ratio_loss.kernel_options("k3", True, "clip")
+    types = "*fp32 " * 7 + "*i32 *fp32 *fp32 " + "i32 " * 21 + "fp32 " * 5
+    options = triton_ratio_loss.kernel_options(65536, "k3", True, "clip")
     yield "ratio_loss", triton_ratio_loss.ratio_loss_kernel, types, options
 
     attention, norm, gate = (

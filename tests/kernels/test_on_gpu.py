@@ -32,8 +32,9 @@ def test_the_same_bits_from_run_to_run():
         assert torch.equal(first, second)
 
 
-def test_bf16_projection_is_as_good_as_torch():
-    hidden, weight, tokens = projection(N=300)
+@pytest.mark.parametrize("D", [768, 1536])  # tiles in registers; chunks by the library
+def test_bf16_projection_is_as_good_as_torch(D):
+    hidden, weight, tokens = projection(N=300, D=D)
     truth = (hidden.double() @ weight.double().T).log_softmax(1).gather(1, tokens)
     torch_error = ((hidden.float() @ weight.float().T).log_softmax(1).gather(1, tokens) - truth).abs().max()
     actual = linear_token_log_probs(hidden, weight, tokens, impl="triton")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from grpo.config import UserError
-from grpo.formats import read_config
+from grpo.formats import read_config, write_shards
 from grpo.models import GPT, MODEL_SPECS, GPTConfig, VQModel, load_gpt, load_vq, read_weights, save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -71,11 +71,11 @@ def test_layout_can_be_named_apart_from_the_suffix(tmp_path, weights):
 @pytest.mark.parametrize("nested", [True, False])
 def test_folder_of_a_distributed_checkpoint(tmp_path, weights, gpt_config, nested):
     content = {"model": weights, "optimizer": {"step": torch.ones(1)}} if nested else weights
-    dcp.save(content, checkpoint_id=tmp_path / "step-000001", no_dist=True)
+    write_shards(tmp_path / "step-000001", content)
     assert_same(load_gpt(tmp_path / "step-000001", gpt_config).state_dict(), weights)
 
 
-def test_consolidated_file_of_a_checkpoint_folder_comes_first(tmp_path, weights, gpt_config):
+def test_consolidated_file_of_a_folder_without_shards(tmp_path, weights, gpt_config):
     folder = tmp_path / "step-000001"
     dcp.save({"model": {"other": torch.ones(1)}}, checkpoint_id=folder, no_dist=True)
     torch.save({"model": weights}, folder / "consolidated.pth")
@@ -246,9 +246,9 @@ def test_crafted_pickle_is_refused_and_not_run(tmp_path, weights):
 
 def test_crafted_checkpoint_folder_is_refused_and_not_run(tmp_path, weights):
     marker = tmp_path / "ran"
-    save_weights(tmp_path / "folder", weights)
+    (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / ".metadata").write_bytes(pickle.dumps(RunsWhenUnpickled(marker)))
-    with pytest.raises(UserError, match=r"posix\.mkdir"):
+    with pytest.raises(UserError, match="behind a pickle"):
         read_weights(tmp_path / "folder")
     assert not marker.exists()
 
@@ -272,7 +272,7 @@ def test_cut_off_files_are_refused(tmp_path, weights):
 def test_paths_without_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_weights(tmp_path / "absent.pt")
-    with pytest.raises(UserError, match="no weights in this folder"):
+    with pytest.raises(UserError, match=r"no \.safetensors files"):
         read_weights(tmp_path)
     torch.save({"losses": [1.0]}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="does not hold a state dict"):

@@ -23,7 +23,7 @@ from grpo.parallel import (
     gradient_sync,
     load_full_state_dict,
 )
-from grpo.training import GuardedOptimizer
+from grpo.training import GuardedOptimizer, MovingAverage
 from tests.parallel.toy import CONFIG, loss_sum, make_batch, make_model, make_parallel, plain_gradients, relative_error
 
 
@@ -119,6 +119,31 @@ def overflow_is_noticed_by_all(world: World, *, in_loss: bool = False, **how) ->
         assert all(unchanged) == overflows or not world.is_main
 
 
+def average_equals_plain(world: World, *, into: bool = False, **how) -> None:
+    """Of the weights that a training step with gathered parameters leaves, also as the weights of a second model."""
+    model = make_parallel(world, **how)
+    other = make_parallel(world, **how).requires_grad_(False) if into else None
+    tokens, class_ids = make_batch()
+    before = {name: weight.full_tensor().clone() for name, weight in model.named_parameters()}
+    average = MovingAverage(model, 0.75, into=other)
+    guarded = GuardedOptimizer(model, Optimizer(lr=0.1), total_steps=9, max_skipped_steps=3, average=average)
+    guarded.backward(loss_sum(model, tokens, class_ids) / tokens.numel())
+    with torch.no_grad():
+        (other or model).hidden(tokens[:, :-1], class_ids)  # leaves the root's parameters gathered
+    guarded.step()
+    means = average.state_tensors()
+    for name, weight in model.named_parameters():
+        assert isinstance(means[name], DTensor)
+        assert torch.equal(means[name].full_tensor(), torch.lerp(before[name], weight.full_tensor(), 0.25)), name
+    with average.swapped():
+        hidden = model.hidden(tokens[:, :-1], class_ids)
+    plain = make_model()
+    plain.load_state_dict({name: mean.full_tensor() for name, mean in means.items()})
+    assert relative_error(hidden, plain.hidden(tokens[:, :-1], class_ids)) < 1e-5
+    if into:
+        assert relative_error(other.hidden(tokens[:, :-1], class_ids), hidden) < 1e-6
+
+
 def sums_are_global(world: World) -> None:
     sums = all_reduce_sums({"b": torch.tensor(0.1, dtype=torch.float64), "a": world.rank, "c": 2**53 - 1})
     assert sums == {"a": 1.0, "b": 0.2, "c": float(2**54 - 2)}
@@ -145,6 +170,10 @@ CHECKS = {
     "fp16 overflow, hsdp 1x2": lambda world: overflow_is_noticed_by_all(world, data_parallel="hsdp"),
     "fp16 overflow, hsdp 2x1": lambda world: overflow_is_noticed_by_all(
         world, in_loss=True, data_parallel="hsdp", shard_size=1
+    ),
+    "moving average": average_equals_plain,
+    "moving average into another model, hsdp 2x1": lambda world: average_equals_plain(
+        world, into=True, data_parallel="hsdp", shard_size=1
     ),
     "sums": sums_are_global,
 }

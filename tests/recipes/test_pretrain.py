@@ -50,15 +50,21 @@ def test_loss_falls_from_that_of_chance(run_here, tiny, tmp_path):
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, tiny, tmp_path):
-    """With class dropout, whose random numbers must go on where they stopped."""
+    """With class dropout, whose random numbers must go on where they stopped, and a moving average of the weights."""
     flags = [*tiny, "--training.batch_size", 4, "--model.class_dropout", 0.5, "--data.cache_codes", "true"]
+    flags += ["--training.ema_decay", 0.9]
     whole = run_here("pretrain", *flags, "--training.steps", 4, "--metrics.run_dir", tmp_path / "whole")
     broken = [*flags, "--metrics.run_dir", tmp_path / "broken"]
     run_here("pretrain", *broken, "--training.steps", 2)
     resumed = run_here("pretrain", *broken, "--training.steps", 4)
     assert plain(resumed) == plain(whole)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
-    assert weights[0] == weights[1]
+    weights = {
+        file: [(tmp_path / name / file).read_bytes() for name in ("whole", "broken")]
+        for file in ("model.safetensors", "model_ema.safetensors")
+    }
+    assert all(whole == broken for whole, broken in weights.values())
+    assert weights["model.safetensors"] != weights["model_ema.safetensors"]
+    load_gpt(tmp_path / "broken" / "model_ema.safetensors")
 
 
 def test_two_processes_accumulation_and_the_cache_of_codes_change_nothing(run_here, run_on_two, tiny, tmp_path):

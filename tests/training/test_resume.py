@@ -43,14 +43,14 @@ def nine_steps(tmp_path_factory):
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, nine_steps):
     run(tmp_path)
-    shard = tmp_path / "checkpoints/step-000006/__0_0.distcp"
+    shard = tmp_path / "checkpoints/step-000006/shard-00001-model-00001-of-00001.safetensors"
     contents = bytearray(shard.read_bytes())
     contents[len(contents) // 3] ^= 4
     shard.write_bytes(contents)
     assert run(tmp_path, "--training.steps", 9) == nine_steps
     assert starts(tmp_path) == [0, 3]
     log = (tmp_path / "log.txt").read_text()
-    assert "step-000006 is damaged: __0_0.distcp changed since it was written; renamed to step-000006.damaged" in log
+    assert f"step-000006 is damaged: {shard.name} changed since it was written; renamed to step-000006.damaged" in log
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-000003", "step-000006", "step-000009", "step-000006.damaged"}
 
@@ -58,8 +58,8 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, nin
 def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path):
     run(tmp_path / "first", "--training.steps", 3)
     named = tmp_path / "first/checkpoints/step-000003"
-    (named / ".metadata").unlink()
-    with pytest.raises(UserError, match=r"checkpoint\.resume: .*step-000003 is incomplete: \.metadata missing"):
+    (named / "run_state.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint\.resume: .*step-000003 is incomplete: run_state\.json missing"):
         run(tmp_path / "second", "--checkpoint.resume", named)
     with pytest.raises(UserError, match="not a whole checkpoint of a run"):
         run(tmp_path / "second", "--checkpoint.resume", tmp_path / "nowhere")
@@ -97,7 +97,7 @@ def test_a_recipe_that_differs_is_refused_with_the_differences(tmp_path):
 
 @pytest.mark.parametrize("state", [{}, {"step": 3}, {"step": "x", "recipe": 1, "run_dir": "", "stream": 0}, []])
 def test_a_state_that_is_not_a_runs_is_refused(tmp_path, state):
-    from grpo.checkpoint.manifest import FileSum, file_sums, manifest_text, read_manifest
+    from grpo.formats import FileSum, file_sums, manifest_text, read_manifest
 
     run(tmp_path, "--training.steps", 3)
     folder = tmp_path / "checkpoints/step-000003"
@@ -169,3 +169,66 @@ def test_a_reward_file_that_changed_is_a_difference_that_naming_the_checkpoint_a
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
     run(tmp_path / "run", *flags, "--training.steps", 4, "--checkpoint.resume", checkpoint)
     assert starts(tmp_path / "run") == [0, 3]
+
+
+def resumed_at(folder, *flags):
+    """The step that a run of one more step starts from."""
+    run(folder, "--checkpoint.interval", 1, *flags)
+    return starts(folder)[-1]
+
+
+def test_every_way_to_start_again(tmp_path, monkeypatch):
+    """All cells of the table in `find_checkpoint`, on runs that take one step at a time."""
+    other, folder = tmp_path / "other", tmp_path / "run"
+    step, own = (f"{run_dir}/checkpoints/step-{{:06d}}".format for run_dir in (other, folder))
+    run(other, "--checkpoint.interval", 1, "--training.steps", 2)
+
+    def start(resume, steps):
+        return resumed_at(folder, "--checkpoint.resume", resume, "--training.steps", steps)
+
+    def refused(resume, match):
+        before = (folder / "metrics.jsonl").read_bytes()
+        with pytest.raises(UserError, match=match):
+            start(resume, 9)
+        assert (folder / "metrics.jsonl").read_bytes() == before
+
+    assert start(f"{step(1)}/", 2) == 1  # another run's, with a slash that means nothing
+    assert start(step(1), 3) == 2  # the same command by hand: on from what it has written
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "abc")
+    assert start(f"{step(1)}//", 4) == 3
+    assert start("auto", 5) == 4
+    assert start(step(1), 6) == 5  # auto has kept where the run began
+    refused(step(2), "already holds step-000006, which did not go on from it")
+    refused(own(3), "already holds step-000006, which did not go on from it")
+    assert start(own(6), 7) == 6  # its own newest
+    assert start(own(6), 8) == 7  # and again
+    refused(step(1), "did not go on from it")  # the run now began elsewhere
+    refused("none", "already holds checkpoints")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # requeued
+    assert start("none", 9) == 8
+    assert [line[0] for line in curve(folder)] == list(range(2, 10))
+
+
+def test_a_falling_rate_does_not_jump_back(tmp_path):
+    """With more steps the cosine of a finished run would begin anew at a high rate."""
+    cosine = ["--optimizer.schedule", "cosine"]
+    run(tmp_path, *cosine, "--training.steps", 3)
+    with pytest.raises(UserError, match="recipe that differs") as error:
+        run(tmp_path, *cosine, "--training.steps", 6)
+    assert error.value.problems[1].startswith("training.steps: 3 -> 6, and with it the learning rate")
+    run(tmp_path, *cosine, "--training.steps", 6, "--checkpoint.resume", tmp_path / "checkpoints/step-000003")
+    assert starts(tmp_path) == [0, 3]
+
+
+def test_the_last_checkpoint_comes_before_the_weights_in_one_file(tmp_path):
+    """So that a full disk, or here a folder in the way, costs the export alone."""
+    (tmp_path / ".model.safetensors.unfinished").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors could not be written"):
+        run(tmp_path, "--training.steps", 3)
+    assert (tmp_path / "checkpoints/step-000003/manifest.json").exists()
+
+
+def test_weights_of_the_users_in_the_runs_folder_are_moved_aside(tmp_path):
+    (tmp_path / "model.safetensors").write_text("mine")
+    run(tmp_path, "--training.steps", 1)
+    assert (tmp_path / "previous/1/model.safetensors").read_text() == "mine"

@@ -56,6 +56,12 @@ def check_equals_the_reference_on_a_whole_codebook(filters):
     assert_same_sample(hard_rows(16384)[:2], num_samples=8, **filters)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["counted", "noise"])
+def check_more_draws_than_are_made_at_once(given):
+    noise = torch.randn(6, 37, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE) if given else None
+    assert_same_sample(hard_rows(300), num_samples=37, top_k=50, noise=noise)
+
+
 def check_half_precision_strided_rows_and_given_noise():
     logits = hard_rows(301, torch.float16)[:, :300]
     assert_same_sample(logits, num_samples=2, top_p=0.8)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,11 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
     return sums
 
 
-def damaged_files(folder: Path, sums: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> list[str]:
-    """Names of the files with other contents than were written; reads every `parts`-th, by size, from `part` on."""
-    share = sorted(sums, key=lambda name: (-sums[name].size, name))[part::parts]
-    return [name for name in share if file_sums([folder / name])[name] != sums[name]]
+def check_files(folder: Path, names: Collection[str]) -> None:
+    """Raise a UserError if the folder has a manifest and one of these files is not what was written."""
+    if (folder / MANIFEST_NAME).exists():
+        sums = read_manifest(folder)
+        if unknown := [name for name in names if name not in sums]:
+            raise UserError(f"{folder} is damaged: {unknown[0]} is not in its {MANIFEST_NAME}; take another checkpoint")
+        if damaged := [name for name in names if file_sums([folder / name])[name] != sums[name]]:
+            raise UserError(f"{folder} is damaged: {', '.join(damaged)} changed since it was written")

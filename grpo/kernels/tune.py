@@ -1,0 +1,218 @@
+"""Measures block sizes of the Triton kernels on the GPU at hand and writes the fastest into the table.
+
+    python -m grpo.kernels.tune                  into the table of this installation, under the GPU's name
+    python -m grpo.kernels.tune --out FILE       a copy of the table with it
+    python -m grpo.kernels.tune --ops ratio_loss sample
+
+Every candidate must give what the present settings give; one that does not compile, differs or takes longer is left
+out. The table is written after every op.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.block_sizes import FILE, Table, device_name, find, read_table, trying
+from grpo.kernels.log_probs import linear_token_log_probs, token_log_probs
+from grpo.kernels.ratio_loss import clipped_ratio_loss
+from grpo.kernels.sampling import sample_tokens
+
+V, M = 16384, 8  # of LlamaGen's tokenizers; completions of an image
+WORTH = 0.98  # a candidate must take less than this share of the present time: the rest is noise
+TOLERANCE = 1e-3  # relative, in the norm: a sum in another order, not another result
+
+Settings = dict[str, int]
+Run = Callable[[], Sequence[Tensor]]
+Clock = Callable[[Run], float]
+
+
+class Work(NamedTuple):
+    """What an op is measured on."""
+
+    op: str
+    size: int
+    above: int
+    up_to: int | None
+    """Sizes that the result is taken for: above < size <= up_to."""
+    candidates: Sequence[Settings]
+    prepare: Callable[[], Run]
+    """Makes the inputs, and the run that returns what a candidate must reproduce."""
+
+
+def tune(
+    works: Sequence[Work], table: Table, device: str, *, clock: Clock, written: Callable[[Table], None] = lambda _: None
+) -> Table:
+    """`table` with the fastest settings of every work under `device`; `written` is told of it after each."""
+    table = copy.deepcopy(table)
+    for work in works:
+        present = find(table, work.op, work.size, device)
+        best = fastest(work, present, clock)
+        if best != present:
+            bounds = {"above": work.above} | ({} if work.up_to is None else {"up_to": work.up_to})
+            entries = table.setdefault(device, {}).setdefault(work.op, [])
+            kept = [
+                entry for entry in entries if (entry.get("above", 0), entry.get("up_to")) != (work.above, work.up_to)
+            ]
+            table[device][work.op] = [{**bounds, **best}, *kept]
+        written(table)
+    return table
+
+
+def fastest(work: Work, present: Settings, clock: Clock) -> Settings:
+    """The best of the candidates, or `present` where none is worth a change."""
+    run = work.prepare()
+    with trying(work.op, present):
+        expected = [output.clone() for output in run()]
+        best, limit = present, WORTH * clock(run)
+    print(f"\n{work.op} {work.size}: {limit / WORTH * 1e6:.1f} us with {present}", flush=True)
+    for candidate in work.candidates:
+        settings = {**present, **candidate}
+        if settings == present:
+            continue
+        try:
+            with trying(work.op, settings):
+                differs = difference(run(), expected)
+                seconds = clock(run)
+        except Exception as error:  # too many registers, too much shared memory, a shape that Triton refuses
+            print(f"  {candidate}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
+            continue
+        print(f"  {candidate}: {seconds * 1e6:.1f} us{', DIFFERS' * (not differs < TOLERANCE)}", flush=True)
+        if differs < TOLERANCE and seconds < limit:
+            best, limit = settings, seconds
+    return best
+
+
+def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference of two lists of tensors, in the norm; NaN for a NaN."""
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, expected, strict=True)]
+    return max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
+
+
+def grid(**values: Sequence[int]) -> list[Settings]:
+    """Every combination."""
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def works(device: torch.device) -> Iterator[Work]:
+    """The ops at the sizes of LlamaGen's models: a step's rows, of which a GPU needs fewer to be full."""
+    rows, warps = 16384, grid(num_warps=(4, 8, 16, 32))
+    tiles = [{"TILE": tile, **more} for tile, more in itertools.product((2048, 4096, 8192, 16384), warps)]
+    tiles = [entry for entry in tiles if 512 <= entry["TILE"] // entry["num_warps"] <= 2048]
+
+    def logits(rows: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return (2 * torch.randn(rows, V, device=device)).to(dtype)
+
+    def tokens() -> Tensor:
+        return torch.randint(0, V, (rows, M), device=device)
+
+    for op, options in (("sample", {}), ("sample_truncated", {"top_k": 1000, "top_p": 0.9})):
+        yield Work(op, V, V // 2, V, warps, lambda options=options: sampling(logits(512, torch.float32), options))
+    yield Work("log_probs_forward", V, V // 2, None, tiles, lambda: scoring(logits(rows), tokens()))
+    yield Work("log_probs_backward", V, V // 2, None, tiles, lambda: slopes(logits(rows), tokens()))
+    products = [
+        {"library": 1},
+        {"library": 0, "TILE_N": 128, "TILE_V": 128, "num_warps": 8, "num_stages": 3},
+        {"library": 0, "TILE_N": 128, "TILE_V": 128, "num_warps": 4, "num_stages": 4},
+        {"library": 0, "TILE_N": 128, "TILE_V": 256, "num_warps": 8, "num_stages": 3},
+        {"library": 0, "TILE_N": 128, "TILE_V": 256, "num_warps": 8, "num_stages": 4},
+        {"library": 0, "TILE_N": 64, "TILE_V": 256, "num_warps": 4, "num_stages": 4},
+    ]
+    for D, above, up_to in ((768, 512, 1023), (1536, 1023, 2048)):
+        yield Work("linear_split", D, above, up_to, products, lambda D=D: projecting(D, tokens()))
+    yield Work("linear_merge", 768, 0, None, grid(num_warps=(1, 2, 4, 8)), lambda: projecting(768, tokens()))
+    blocks = grid(TILE=(256, 512, 1024, 2048), num_warps=(4, 8))
+    yield Work("ratio_loss", 16 * M * 512, 0, None, blocks, lambda: policy_loss(device))
+
+
+def sampling(logits: Tensor, options: dict) -> Run:
+    """Draws of every row."""
+    return lambda: sample_tokens(logits, num_samples=M, seed=0, impl="triton", **options)[1:]
+
+
+def scoring(logits: Tensor, tokens: Tensor) -> Run:
+    """Log-probs and entropy, as the trainer asks for them."""
+    return lambda: token_log_probs(logits, tokens, return_entropy=True, impl="triton")
+
+
+def slopes(logits: Tensor, tokens: Tensor) -> Run:
+    """Their gradient, over the graph of one forward pass."""
+    logits.requires_grad_()
+    log_probs, entropy = token_log_probs(logits, tokens, return_entropy=True, impl="triton")
+    loss = log_probs.sum() + entropy.sum()
+    return lambda: torch.autograd.grad(loss, logits, retain_graph=True)
+
+
+def projecting(D: int, tokens: Tensor) -> Run:
+    """The same under a projection of width D."""
+    hidden = torch.randn(len(tokens), D, device=tokens.device).bfloat16()
+    weight = (2 * torch.randn(V, D, device=tokens.device) / D**0.5).bfloat16()
+    return lambda: linear_token_log_probs(hidden, weight, tokens, return_entropy=True, impl="triton")
+
+
+def policy_loss(device: torch.device) -> Run:
+    """The loss of 65536 tokens with its gradient, and its metrics."""
+    new = -8 + torch.randn(16, M, 512, device=device)
+    old, ref = (new + 0.2 * torch.randn_like(new) for _ in range(2))
+    new.requires_grad_()
+    advantages, weights = torch.randn(16, M, device=device), torch.full_like(old, 1 / old.numel())
+    clip = {"clip_low": 0.2, "clip_high": 0.28, "kl": "k3", "kl_coef": 0.1, "impl": "triton"}
+
+    def run() -> tuple[Tensor, ...]:
+        loss, metrics = clipped_ratio_loss(new, old, advantages, weights=weights, ref_log_probs=ref, **clip)
+        return torch.autograd.grad(loss, new)[0], torch.stack(list(metrics.values()))
+
+    return run
+
+
+def gpu_seconds(run: Run, repeats: int = 15) -> float:
+    """Median time of a run on the GPU, its inputs not in the cache, the host's launches not counted."""
+    cache, times = torch.empty(1 << 28, dtype=torch.int8, device="cuda"), []
+    run()
+    for _ in range(repeats):
+        cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # some milliseconds, for the host to launch what follows
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+def write_table(table: Table, file: Path) -> None:
+    """As it is read: one line an entry."""
+    devices = []
+    for device, ops in table.items():
+        lines = [f'  "{op}": [\n   ' + ",\n   ".join(map(json.dumps, entries)) + "\n  ]" for op, entries in ops.items()]
+        devices.append(f' "{device}": {{\n' + ",\n".join(lines) + "\n }")
+    part = file.with_suffix(".part")
+    part.write_text("{\n" + ",\n".join(devices) + "\n}\n")
+    part.replace(file)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=FILE, help="where the table goes; default: this installation's")
+    parser.add_argument("--ops", nargs="+", help="these ops only")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "grpo.kernels.tune: there is no GPU to measure on\n")
+    torch.manual_seed(0)
+    chosen = [work for work in works(torch.device("cuda")) if not options.ops or work.op in options.ops]
+    tune(chosen, read_table(), device_name(), clock=gpu_seconds, written=partial(write_table, file=options.out))
+    print(f"\nwrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
