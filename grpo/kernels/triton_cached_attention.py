@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE_ELEMENTS = 8192  # of keys, and of values, that a program holds
+from grpo.kernels.block_sizes import block_sizes
 
 
 @triton.jit
@@ -118,11 +118,12 @@ def launch(qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tenso
 def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_start: bool) -> dict:
     """Compile-time options of the kernel, as the launcher and the compile tests use them."""
     tile_d = max(16, triton.next_power_of_2(head_dim))
-    tile = max(16, _TILE_ELEMENTS // tile_d)
+    blocks = block_sizes("cached_attention", head_dim)
+    tile = blocks["TILE"]
     splits = triton.cdiv(length, tile)
     tiles = {"TILE_D": tile_d, "TILE": tile, "SPLITS": splits, "TILE_SPLITS": triton.next_power_of_2(splits)}
     sizes = {"H": n_head, "GROUP": n_head // n_kv_head, "D": head_dim, "HAS_START": has_start}
-    return {**sizes, **tiles, "num_warps": 4, "enable_fp_fusion": True}
+    return {**sizes, **tiles, "num_warps": blocks["num_warps"], "enable_fp_fusion": True}
 
 
 _counters: dict[torch.device, Tensor] = {}

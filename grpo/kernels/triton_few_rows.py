@@ -3,10 +3,16 @@
 A program streams its part of the matrix once. The rows are few and come from the cache.
 """
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from grpo.kernels.block_sizes import block_sizes
+
+from grpo.kernels.block_sizes import block_sizes
 
 
 @triton.jit
@@ -100,31 +106,30 @@ def launch_linear_add(x: Tensor, weight: Tensor, residual: Tensor, squares_of: i
 
 def norm_linear_options(N: int, D: int, F: int, S: int, gated: bool, element_size: int) -> dict:
     """Compile-time options, as the launcher and the compile tests use them."""
+    blocks = block_sizes("norm_linear", D)
     sizes = {"D": D, "F": F, "TILE_S": triton.next_power_of_2(S), "GATED": gated}
-    return {**sizes, "TILE_F": 16, "TILE_D": min(128 if N <= 16 else 64, _tile(D)), **_launch(N, element_size)}
+    tiles = {"TILE_F": blocks["TILE_F"], "TILE_D": _tile(blocks["TILE_D"], D, N)}
+    return {**sizes, **tiles, **_launch(blocks, N, element_size)}
 
 
 def linear_add_options(N: int, K: int, D: int, squares_of: int, element_size: int) -> dict:
     """Compile-time options, as the launcher and the compile tests use them."""
-    return {
-        "K": K,
-        "D": D,
-        "TILE_D": squares_of,
-        "TILE_K": min(256 if N <= 16 else 128, _tile(K)),
-        **_launch(N, element_size),
-    }
+    blocks = block_sizes("linear_add", K)
+    tiles = {"TILE_D": squares_of, "TILE_K": _tile(blocks["TILE_K"], K, N)}
+    return {"K": K, "D": D, **tiles, **_launch(blocks, N, element_size)}
 
 
-def _launch(N: int, element_size: int) -> dict:
+def _tile(tile: int, size: int, N: int) -> int:
+    """Of the features that are summed: half as many for twice the rows."""
+    return max(16, min(tile if N <= 16 else tile // 2, triton.next_power_of_2(size)))
+
+
+def _launch(blocks: Mapping[str, int], N: int, element_size: int) -> dict:
     half = element_size == 2
     return {
         "TILE_N": 16 if N <= 16 else 32,
         "PRECISION": "tf32" if half else "ieee",  # has no effect on half-precision operands
-        "num_warps": 4,
-        "num_stages": 4 if half else 2,
+        "num_warps": blocks["num_warps"],
+        "num_stages": blocks["num_stages"] if half else 2,
         "enable_fp_fusion": True,
     }
-
-
-def _tile(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
