@@ -4,8 +4,8 @@
 
 The first entry with A < size <= B counts; a missing bound is none. The size of an op is V, of the projection D, of the
 loss its tokens, of attention the head size, of products of few rows the features that a sum goes over. What the table
-does not have for a device comes from "default". `python -m grpo.kernels.tune` measures candidates on the GPU at hand and
-adds them under its name.
+does not have for a device comes from "default". `python -m grpo.kernels.tune` measures candidates on the GPU at hand
+and adds them under its name.
 """
 
 import functools

@@ -126,14 +126,16 @@ def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_
     return {**sizes, **tiles, "num_warps": blocks["num_warps"], "enable_fp_fusion": True}
 
 
-_counters: dict[torch.device, Tensor] = {}
+_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrivals(device: torch.device, count: int) -> Tensor:
     """Counters of arrived programs, 0 before a launch and after it. Launches on one device follow one another.
 
-    The first call for a size, which compiles the kernel, cannot be part of a CUDA graph; so none is made in a capture.
+    They stay for good, because a CUDA graph may hold them. None is made in a capture: the call before it, which
+    compiles the kernel, has made it.
     """
-    if device not in _counters or len(_counters[device]) < count:
-        _counters[device] = torch.zeros(count, dtype=torch.int32, device=device)
-    return _counters[device]
+    key = device, max(1 << 16, triton.next_power_of_2(count))
+    if key not in _counters:
+        _counters[key] = torch.zeros(key[1], dtype=torch.int32, device=device)
+    return _counters[key]

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from grpo.kernels.block_sizes import block_sizes
 
-from grpo.kernels.block_sizes import block_sizes
-
 
 @triton.jit
 def norm_linear_kernel(
