@@ -24,7 +24,8 @@ def norm_linear(
     """n @ weight.T of n = rms_norm(x) * norm_weight; with `up_weight` silu(n @ weight.T) * (n @ up_weight.T).
 
     `x` is [N, D], `weight` and `up_weight` [F, D], the result [N, F]; `squares` [N, S] fp32 are sums that add up to
-    those of x's rows. What modules of their own would round to x's dtype is rounded here. No gradient flows through.
+    those of x's rows. The products are rounded to x's dtype before the gate, as modules of their own round them. No
+    gradient flows through.
     Raises ValueError for wrong shapes.
     """
     up_shape = weight.shape if up_weight is None else up_weight.shape

@@ -25,7 +25,11 @@ def norm_linear_kernel(
     parts = tl.arange(0, TILE_S)
     inside = (rows < N)[:, None]
     squares = tl.load(squares_ptr + rows[:, None] * S + parts[None, :], mask=inside & (parts < S)[None, :], other=0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps)
+    # A row's norm is one factor, and cheapest on the product. Only fp16 has too small a range for rows without it.
+    LATE: tl.constexpr = dtype != tl.float16
+    inverse = 1.0
+    if not LATE:
+        inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps))[:, None]
     product = tl.zeros((TILE_N, TILE_F), tl.float32)
     up_product = tl.zeros((TILE_N, TILE_F), tl.float32)
     for start in range(0, D, TILE_D):
@@ -33,12 +37,19 @@ def norm_linear_kernel(
         mask = (features < F)[:, None] & (k < D)[None, :]
         weight = tl.load(weight_ptr + features[:, None] * stride_weight + k[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + rows[:, None] * stride_x + k[None, :], mask=inside & (k < D)[None, :], other=0.0)
-        norm = tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
-        normed = (x.to(tl.float32) * inverse[:, None]).to(dtype).to(tl.float32) * norm[None, :]
-        product = tl.dot(normed.to(dtype), tl.trans(weight), product, input_precision=PRECISION)
+        norm = tl.load(norm_ptr + k, mask=k < D, other=0.0)
+        if LATE:
+            x = x * norm[None, :]
+        else:
+            x = (x.to(tl.float32) * inverse).to(dtype) * norm[None, :]
+        product = tl.dot(x, tl.trans(weight), product, input_precision=PRECISION)
         if GATED:
             up = tl.load(up_ptr + features[:, None] * stride_up + k[None, :], mask=mask, other=0.0)
-            up_product = tl.dot(normed.to(dtype), tl.trans(up), up_product, input_precision=PRECISION)
+            up_product = tl.dot(x, tl.trans(up), up_product, input_precision=PRECISION)
+    if LATE:
+        inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps))[:, None]
+        product *= inverse
+        up_product *= inverse
     if GATED:
         gate = product.to(dtype).to(tl.float32)
         gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)

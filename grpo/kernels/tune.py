@@ -141,11 +141,11 @@ def sampling_step_works(device: torch.device) -> Iterator[Work]:
     tiles = [{"TILE": tile, "num_warps": warps} for tile, warps in ((128, 8), (64, 2), (64, 4), (32, 2))]
     yield Work("cached_attention", 64, 32, 64, tiles, lambda: attending(device))
     names = ("TILE_F", "TILE_D", "num_warps", "num_stages")
-    blocks = [(16, 128, 4, 3), (16, 128, 4, 6), (16, 128, 2, 4), (16, 256, 4, 3), (16, 256, 8, 3), (32, 64, 4, 4)]
-    blocks += [(32, 128, 4, 3), (32, 128, 4, 4), (32, 128, 8, 4), (64, 64, 4, 4)]
+    blocks = [(16, 128, 1, 4), (16, 128, 2, 6), (16, 128, 4, 4), (16, 256, 2, 3), (16, 256, 4, 3), (16, 256, 1, 4)]
+    blocks += [(32, 128, 2, 4), (32, 128, 4, 4), (32, 64, 2, 6), (64, 64, 4, 4)]
     candidates = [dict(zip(names, block, strict=True)) for block in blocks]
     yield Work("norm_linear", 1536, 0, None, candidates, lambda: gating(device))
-    sums = [(256, 4, 6), (256, 8, 4), (512, 8, 3), (512, 4, 3), (128, 4, 8), (128, 2, 8)]
+    sums = [(256, 1, 4), (256, 4, 4), (256, 2, 6), (512, 4, 3), (512, 2, 3), (512, 1, 4), (128, 1, 8), (128, 2, 8)]
     candidates = [dict(zip(("TILE_K", "num_warps", "num_stages"), block, strict=True)) for block in sums]
     for K, above, up_to in ((1536, 0, 2048), (4096, 2048, None)):
         yield Work("linear_add", K, above, up_to, candidates, lambda K=K: adding(device, K))

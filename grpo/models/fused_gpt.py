@@ -6,7 +6,7 @@ with more rows, where the library's products are better,
 
     add_rms_norm, wqkv, cached_attention, wo, add_rms_norm, w1 and w3 as one, silu_mul, w2: 8 launches,
 
-or 9 where w1 and w3 are products of their own. The numbers are those of `GPT.extend`, rounded at the same places.
+or 9 where w1 and w3 are products of their own. The numbers are those of `GPT.extend` within rounding.
 """
 
 from collections.abc import Iterator
