@@ -206,6 +206,8 @@ class Metrics(FreeSection):
     """Steps between lines of the log and of Weights & Biases; metrics.jsonl has every step."""
     image_interval: NonNegativeInt = 100
     """Steps between image grids; 0 draws none."""
+    keep_grids: NonNegativeInt = 200
+    """Grids to keep at most; beyond, every other one is deleted. 0 keeps all."""
     image_groups: PositiveInt = 4
     """Images of one grid, each with its completions."""
     wandb: bool = False
