@@ -11,14 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.block_sizes import block_sizes
+from grpo.kernels.dispatch import overlap_options
+from grpo.kernels.triton_norm_and_gate import wait_for_previous
 
 
 @triton.jit
 def norm_linear_kernel(
     x_ptr, squares_ptr, norm_ptr, weight_ptr, up_ptr, out_ptr, N, S, stride_x, stride_weight, stride_up, eps,
     D: tl.constexpr, F: tl.constexpr, TILE_S: tl.constexpr, TILE_N: tl.constexpr, TILE_F: tl.constexpr,
-    TILE_D: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_D: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        wait_for_previous()
     dtype = x_ptr.dtype.element_ty
     rows = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     features = tl.program_id(0) * TILE_F + tl.arange(0, TILE_F)
@@ -38,10 +42,9 @@ def norm_linear_kernel(
         weight = tl.load(weight_ptr + features[:, None] * stride_weight + k[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + rows[:, None] * stride_x + k[None, :], mask=inside & (k < D)[None, :], other=0.0)
         norm = tl.load(norm_ptr + k, mask=k < D, other=0.0)
-        if LATE:
-            x = x * norm[None, :]
-        else:
-            x = (x.to(tl.float32) * inverse).to(dtype) * norm[None, :]
+        if not LATE:
+            x = (x.to(tl.float32) * inverse).to(dtype)
+        x = x * norm[None, :]
         product = tl.dot(x, tl.trans(weight), product, input_precision=PRECISION)
         if GATED:
             up = tl.load(up_ptr + features[:, None] * stride_up + k[None, :], mask=mask, other=0.0)
@@ -61,8 +64,10 @@ def norm_linear_kernel(
 def linear_add_kernel(
     x_ptr, weight_ptr, residual_ptr, total_ptr, squares_ptr, N, S, stride_x, stride_weight, stride_residual,
     K: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        wait_for_previous()
     dtype = x_ptr.dtype.element_ty
     rows = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     columns = tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)
@@ -94,7 +99,7 @@ def launch_norm_linear(
         grid = (triton.cdiv(F, options["TILE_F"]), triton.cdiv(N, options["TILE_N"]))
         norm_linear_kernel[grid](
             x, squares, norm_weight, weight, up, out, N, squares.shape[1],
-            x.stride(0), weight.stride(0), up.stride(0), eps, **options,
+            x.stride(0), weight.stride(0), up.stride(0), eps, **options, **overlap_options(x.device),
         )  # fmt: skip
     return out
 
@@ -108,7 +113,7 @@ def launch_linear_add(x: Tensor, weight: Tensor, residual: Tensor, squares_of: i
         grid = (triton.cdiv(D, options["TILE_D"]), triton.cdiv(N, options["TILE_N"]))
         linear_add_kernel[grid](
             x, weight, residual, total, squares, N, squares.shape[1],
-            x.stride(0), weight.stride(0), residual.stride(0), **options,
+            x.stride(0), weight.stride(0), residual.stride(0), **options, **overlap_options(x.device),
         )  # fmt: skip
     return total, squares
 
