@@ -71,10 +71,12 @@ def main() -> None:
     result = {**header(), "preset": options.preset, "sizes": asdict(sizes)}
     result |= {"sampling": SAMPLING, "copy_bandwidth": bandwidth, "batches": []}
     for images in options.batches or sizes.batches:
-        row = measure(model, images, bandwidth=bandwidth, repeats=options.repeats)
-        result["batches"].append(row)
-        result |= {name: row.get(name) for name in ("sides", "speedup", "memory_ratio")}
-        write(result, options.json)  # what is there so far
+
+        def note(row: dict, before: list[dict] = result["batches"]) -> None:  # after each side
+            result.update({name: row.get(name) for name in ("sides", "speedup", "memory_ratio")})
+            write(result | {"batches": [*before, row]}, options.json)
+
+        result["batches"].append(measure(model, images, bandwidth=bandwidth, repeats=options.repeats, note=note))
     if options.sweep:
         del model
         result["sweeps"] = sweep(sizes, bandwidth)
@@ -102,8 +104,10 @@ def build(sizes: Sizes) -> GPT:
     return model.requires_grad_(False)
 
 
-def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
-    """Both sides for one number of images: ours first, for the reference takes long."""
+def measure(
+    model: GPT, images: int, *, bandwidth: float, repeats: int, note: Callable[[dict], None] = lambda _: None
+) -> dict:
+    """All sides for one number of images: ours first, for the reference takes long. `note` is told after each."""
     class_ids = torch.arange(images, device=DEVICE) % 1000
     condition, row_ids = ClassCondition(class_ids), torch.arange(images, device=DEVICE)
     samplers = {
@@ -139,6 +143,7 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
         except Exception as error:
             result["failed"][name] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
         samplers.pop(name, None)  # with what it kept
+        note(result)
         gc.collect()
         if class_ids.is_cuda:
             torch.cuda.empty_cache()
@@ -161,6 +166,7 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
         result["speedup"] = reference["seconds"] / ours["seconds"]
         result["memory_ratio"] = ours["peak_bytes"] / max(reference["peak_bytes"], 1)
         text += f", {result['speedup']:.1f}x, memory {result['memory_ratio']:.2f}x"
+    note(result)
     print(text, *(f"{name} FAILED {reason}" for name, reason in result["failed"].items()), sep="; ", flush=True)
     return result
 
@@ -173,14 +179,17 @@ def step_on_gpu(
     `few_rows` is up to how many rows our own products are taken, by default as in a rollout; `overlap` whether kernels
     may start while the one before ends.
     """
-    dispatch.OVERLAP = overlap
     forward = family_of(model).cached_forward(model, impl="auto", copies=True)
     forward.few_rows = forward.few_rows if few_rows is None else few_rows
     engine = CachedSampler(forward, images, draw=Draw(), cfg_scale=CFG_SCALE, cfg_interval=-1)
     engine.start(ClassCondition(engine.row_ids), engine.row_ids)
     engine.row.fill_(engine.length // 2)
-    for _ in range(3):
-        engine.extend()
+    dispatch.OVERLAP = overlap
+    try:
+        for _ in range(3):
+            engine.extend()
+    finally:
+        dispatch.OVERLAP = True
     start = now()
     for _ in range(replays):
         engine.extend()
@@ -188,7 +197,6 @@ def step_on_gpu(
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         engine.extend()
         torch.cuda.synchronize()
-    dispatch.OVERLAP = True
     kernels: dict[str, list[float]] = {}
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:

@@ -23,7 +23,7 @@ from grpo.training import TrainingRun, autocast, build_classifier, build_optimiz
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, train."""
-    recipe = load_recipe(ClassifierRecipe, arguments)
+    recipe = load_recipe(ClassifierRecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         train(recipe, world)
 
@@ -32,7 +32,8 @@ def train(recipe: ClassifierRecipe, world: World) -> None:
     """The whole job on this rank."""
     with TrainingRun(recipe, world, title="Classifier") as run:
         dataset = build_dataset(recipe.data, num_classes=recipe.classifier.num_classes)
-        classifier = build_classifier(recipe, mesh=run.mesh, world=world).train()
+        names = dataset.class_names
+        classifier = build_classifier(recipe, class_names=names, mesh=run.mesh, world=world).train()
 
         def loss(batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with run.timer("forward"), autocast(recipe.training, world.device):

@@ -16,11 +16,14 @@ from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Pa
 from grpo.config.types import Section
 
 ORDER = (
-    "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "evaluation",
-    "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile", "activation_checkpoint",
-    "checkpoint", "metrics", "debug",
+    "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
+    "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile",
+    "activation_checkpoint", "checkpoint", "metrics", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
+
+
+DATA_IN_FILES = ("imagenet", "huggingface", "folder")
 
 
 class Recipe(BaseModel):
@@ -46,11 +49,20 @@ class Recipe(BaseModel):
         """A line for every impossible combination of keys; none for a valid recipe."""
         yield from ()
 
+    def missing_files(self) -> Iterator[str]:
+        """A line for each file or folder that the job needs and that is not there, beginning with `section.key`."""
+        for name in self.sections():
+            yield from (f"{name}.{line}" for line in getattr(self, name).missing_files())
+
     def notes(self) -> list[str]:
         """One line for each setting that has no effect next to the others."""
         changed = _changed_keys(type(self).model_construct(), self)
         idle = [(key, reason) for is_idle, keys, reason in self._idle_keys() if is_idle for key in keys.split()]
         return [f"{key} has no effect: {reason}" for key, reason in idle if key in changed]
+
+    def remarks(self) -> list[str]:
+        """What a run says of settings that mean something else here than a reader may think."""
+        return []
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         """Whether it is so, the keys that then have no effect, and why."""
@@ -83,8 +95,14 @@ class TrainingRecipe(Recipe):
 
     def problems(self) -> Iterator[str]:
         yield from data_problems(self.data)
+        if self.data.name == "classes":
+            yield from (f'data.name = "classes" has no images: {use}' for use in self.image_uses())
         if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
             yield 'parallel.reshard_after_forward = "always" needs parallel.data_parallel = "fsdp", not "sdp"'
+
+    def image_uses(self) -> Iterator[str]:
+        """A line for everything in the recipe that takes the data set's images."""
+        yield f"`grpo {self.job}` trains on them"
 
     def notes(self) -> list[str]:
         notes = super().notes()
@@ -95,11 +113,16 @@ class TrainingRecipe(Recipe):
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
         best = "checkpoint.best_metric checkpoint.best_is"
+        images = "data.path data.split data.class_map data.num_workers data.cache_codes data.max_bad_images"
+        no_images = self.data.name == "classes"
         return [
+            (no_images, images, 'data.name = "classes" has no images'),
+            (not no_images, "data.classes", 'data.name is not "classes"'),
             (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
             (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
             (not self.metrics.wandb, wandb, "metrics.wandb is off"),
+            (self.job != "train", "training.dropout_mode training.epochs_per_rollout", "only `train` has rollouts"),
         ]
 
     @property
@@ -120,8 +143,8 @@ def required(name: str, section: Section, *keys: str) -> Iterator[str]:
 
 
 def data_problems(data: Data) -> Iterator[str]:
-    """A data set needs a path unless it comes with the project."""
-    if data.path is None and data.name not in ("digits", "synthetic"):
+    """A data set in files needs a path."""
+    if data.path is None and data.name in DATA_IN_FILES:
         yield f'data.path is required with data.name = "{data.name}"'
 
 

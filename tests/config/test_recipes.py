@@ -34,6 +34,7 @@ AUTOREGRESSIVE = {
     "rollout": {"mode": "autoregressive"},
     "reward": {"class_log_prob": {"checkpoint": "c.pth"}},
 }
+CODES = {"tokenizer": {"checkpoint": "vq.pt"}}
 GENERATE = {"model": {"checkpoint": "gpt.pt"}, "tokenizer": {"checkpoint": "vq.pt"}, "output": {"grid": "grid.png"}}
 EVALUATE = {"evaluation": {"images": "images.npz", "reference": "ref.npz", "feature_checkpoint": "judge.pth"}}
 
@@ -57,8 +58,14 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
         ({"training": {"batch_size": 512}}, "must divide rollout.batch_size x rollout.num_generations = 256"),
         ({"rollout": {"batch_size": 3}, "training": {"batch_size": 12}}, "must be a multiple or a divisor of rollout"),
         ({"reward": {"reconstruction": {"weight": 0}}}, "no reward is on"),
-        ({"model": {"dropout": 0.1}}, "model.dropout must be 0 in GRPO"),
+        ({"objective": {"reference": "ema"}}, 'objective.reference = "ema" needs training.ema_decay'),
+        (
+            {"objective": {"reference": "ema", "reference_checkpoint": "x"}, "training": {"ema_decay": 0.9}},
+            'objective.reference_checkpoint needs objective.reference = "start"',
+        ),
+        ({"objective": {"entropy_target": 0.8}}, "objective.entropy_target needs objective.entropy_weight above 0"),
         ({"model": {"cls_token_num": 120}}, "model.cls_token_num must be 1"),
+        ({"model": {"new_classes": 4}}, "model.new_classes must be 0 in GRPO"),
         ({"data": {"image_size": 100}}, "data.image_size = 100 must be a multiple of"),
         ({"data": {"name": "digits"}}, "tokenizer.checkpoint is required"),
         (
@@ -104,11 +111,44 @@ def test_possible_settings(settings: Mapping) -> None:
     assert problem_texts(GRPORecipe, merged(SYNTHETIC, settings)) == []
 
 
+def test_what_needs_images_is_told_where_there_are_none() -> None:
+    classes = {"data": {"name": "classes"}, "tokenizer": {"checkpoint": "vq.pt"}}
+    assert problem_texts(GRPORecipe, merged(AUTOREGRESSIVE, classes)) == []
+    start = 'data.name = "classes" has no images: '
+    assert problem_texts(GRPORecipe, merged(classes, {"objective": {"aux_ce_weight": 0.1}})) == [
+        start + 'rollout.mode must be "autoregressive": a teacher-forced context is the codes of a real image',
+        start + "reward.reconstruction.weight must be 0: it compares with the real image",
+        start + "objective.aux_ce_weight must be 0: it is the cross-entropy on the codes of real images",
+    ]
+    (problem,) = problem_texts(GRPORecipe, merged(AUTOREGRESSIVE, classes, {"objective": {"aux_ce_weight": 0.1}}))
+    assert problem.startswith(start + "objective.aux_ce_weight")
+
+
 @pytest.mark.parametrize(
     ("recipe_class", "base", "settings", "text"),
     [
         (GenerateRecipe, GENERATE, {"model": {"checkpoint": None}}, "model.checkpoint is required"),
         (GenerateRecipe, GENERATE, {"output": {"grid": None}}, "nothing to write"),
+        (GenerateRecipe, GENERATE, {"model": {"new_classes": 4}}, "model.new_classes must be 0"),
+        (
+            PretrainRecipe,
+            SYNTHETIC,
+            {"model": {"num_classes": 3, "new_classes": 4}},
+            "model.new_classes = 4 must be at",
+        ),
+        (
+            PretrainRecipe,
+            merged(SYNTHETIC, CODES),
+            {"data": {"name": "classes"}},
+            'data.name = "classes" has no images: `grpo pretrain` tra',
+        ),
+        (
+            TokenizerRecipe,
+            SYNTHETIC,
+            {"data": {"name": "classes"}},
+            'data.name = "classes" has no images: `grpo tokenizer',
+        ),
+        (EvaluateRecipe, EVALUATE, {"data": {"name": "classes"}, "evaluation": {"reference": None}}, 'data.name = "cl'),
         (GenerateRecipe, GENERATE, {"sampling": {"image_size": 250}}, "sampling.image_size = 250 must be a multiple"),
         (GenerateRecipe, GENERATE, {"sampling": {"class_ids": [3, 1000]}}, "sampling.class_ids must be below"),
         (EvaluateRecipe, EVALUATE, {"evaluation": {"feature_checkpoint": None}}, "evaluation.feature_checkpoint or "),
@@ -122,6 +162,18 @@ def test_possible_settings(settings: Mapping) -> None:
                 "sampling": {"resize_to": 128},
             },
             "sampling.resize_to must equal data.image_size = 256",
+        ),
+        (
+            TokenizerRecipe,
+            merged(SYNTHETIC, {"data": {"image_size": 16}}),
+            {"adversary": {"weight": 0.5}},
+            "adversary.num_layers = 3 needs data.image_size of at least 24",
+        ),
+        (
+            TokenizerRecipe,
+            {"data": {"name": "synthetic", "image_size": 8}, "tokenizer": {"downsample_size": 4}},
+            {"tokenizer_loss": {"perceptual_weight": 1}},
+            "tokenizer_loss.perceptual_weight: LPIPS needs data.image_size of at least 16, not 8",
         ),
     ],
 )
@@ -151,6 +203,9 @@ def test_a_recipe_object_is_valid() -> None:
         ({"rollout": {"importance_weight_cap": 2}}, "rollout.importance_weight_cap"),
         ({"rollout": {"guidance_in_loss": "conditional"}}, "rollout.guidance_in_loss"),
         ({"rollout": {"max_rows": 8}}, "rollout.max_rows"),
+        ({"model": {"dropout": 0.1}}, "model.dropout"),
+        ({"model": {"class_dropout": 0.1}}, "model.class_dropout"),
+        ({"training": {"dropout_mode": "train"}}, "training.dropout_mode has no effect: model.dropout and model.class"),
         ({"rollout": {"keep_memory": 0.2}}, "rollout.keep_memory"),
         (
             {"reward": {"reconstruction": {}, "embedding_cosine": {"weight": 0}}},
@@ -158,6 +213,7 @@ def test_a_recipe_object_is_valid() -> None:
         ),
         ({"optimizer": {"schedule": "one_cycle", "warmup_steps": 3}}, "optimizer.warmup_steps"),
         ({"metrics": {"wandb_entity": "team"}}, "metrics.wandb_entity"),
+        ({"data": {"name": "synthetic", "classes": ["1"]}}, "data.classes"),
         ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best"),
         ({"checkpoint": {"best_metric": "loss"}}, "checkpoint.best_metric"),
         ({"checkpoint": {"save_final": False}}, "checkpoint.interval = 0 and checkpoint.save_final = false"),
@@ -169,10 +225,30 @@ def test_settings_without_effect_are_noted(settings: Mapping, subject: str) -> N
     assert note.startswith(subject)
 
 
+def test_dropout_in_the_update_is_remarked() -> None:
+    settings = {"training": {"dropout_mode": "twice"}, "model": {"dropout": 0.1}}
+    recipe = GRPORecipe.model_validate(merged(SYNTHETIC, settings))
+    (remark,) = recipe.remarks()
+    assert "reference trainer" in remark
+    assert recipe.notes() == GRPORecipe.model_validate(SYNTHETIC).remarks() == []
+
+
 def test_notes_of_other_jobs() -> None:
     by_gradient = {"tokenizer_loss": {"codebook_update": "gradient", "codebook_ema": 0.5}}
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()
     assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
+    without_images = {"data": {"name": "classes", "class_map": "m.txt", "cache_codes": True}, **CODES}
+    notes = GRPORecipe.model_validate(merged(AUTOREGRESSIVE, without_images)).notes()
+    assert [note.split()[0] for note in notes] == ["data.class_map", "data.cache_codes"]
+    (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"model": {"new_classes": 4}})).notes()
+    assert note.startswith("model.new_classes has no effect: all classes of random weights are new")
+    (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"training": {"dropout_mode": "train"}})).notes()
+    assert note == "training.dropout_mode has no effect: only `train` has rollouts"
+    adversary = {"adversary": {"weight": 0.5, "start": 101, "dim": 8}}
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, adversary)).notes()
+    assert note == "adversary.weight has no effect: adversary.start = 101 is after the last step"
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, {"adversary": {"dim": 8}})).notes()
+    assert note == "adversary.dim has no effect: adversary.weight is 0"
     (note,) = EvaluateRecipe.model_validate(merged(EVALUATE, {"sampling": {"top_k": 3}})).notes()
     assert note == "sampling.top_k has no effect: evaluation.images are not drawn from a model"
 
@@ -195,8 +271,9 @@ def test_switches_of_the_reference_trainer_take_effect() -> None:
         load_recipe(PretrainRecipe, ["--data.name", "synthetic", "--training.grad_precision", "bf16"]),
         GenerateRecipe.model_validate(merged(GENERATE, {"sampling": {"class_ids": [1, 2]}})),
         EvaluateRecipe.model_validate(EVALUATE),
+        load_recipe(GRPORecipe, ["--config", "c2i_classes_only", "--data.classes", "goldfish,n01440764,7"]),
     ],
-    ids=lambda recipe: recipe.job,
+    ids=lambda recipe: f"{recipe.job}-{recipe.data.name}" if hasattr(recipe, "data") else recipe.job,
 )
 def test_saved_recipe_loads_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
     text = recipe.to_toml()
@@ -249,6 +326,8 @@ def test_changes_that_matter_on_resumption() -> None:
         "reward.reconstruction.weight: 1.0 -> 2.0",
         "reward.embedding_cosine.kind: None -> 'embedding_cosine'",
         "reward.embedding_cosine.weight: None -> 1.0",
+        "reward.embedding_cosine.normalise: None -> 'none'",
+        "reward.embedding_cosine.separate: None -> False",
     }
 
 
@@ -268,7 +347,7 @@ def test_committed_recipe_loads(path: Path) -> None:
 
 
 def test_published_run_has_its_size() -> None:
-    recipe = load_recipe(GRPORecipe, ["--config", str(ROOT / "train_configs" / "vapi_xxl_384.toml")])
+    recipe = load_recipe(GRPORecipe, ["--config", str(ROOT / "train_configs" / "published" / "vapi_xxl_384.toml")])
     rollout, training = recipe.rollout, recipe.training
     assert training.steps * rollout.batch_size * rollout.num_generations == 102_400
     assert (rollout.batch_size, training.batch_size, training.micro_batch_size) == (128, 1024, 8)
