@@ -235,7 +235,10 @@ class RecipeBuilder(Generic[RecipeT]):
                 for item in error.errors():
                     key = ".".join([title, *map(str, item["loc"])])
                     is_missing = item["type"] == "missing"
-                    self._report_combination(f"{key} is required" if is_missing else f"{key}: {item['msg']}", [key])
+                    self._report_combination(
+                        f"{key} is required" if is_missing else f"{key}: {item['msg'].removeprefix('Value error, ')}",
+                        [key],
+                    )
         if len(tables) < len(titles):
             self._suspects.add("reward.NAME")
         return tables

@@ -1,4 +1,4 @@
-"""Triton kernel of `dropout`: four words of a counter decide on four features, and nothing but x is read."""
+"""Triton kernel of `drop_features`: four words of a counter decide on four features, and nothing but x is read."""
 
 import torch
 import triton
