@@ -43,7 +43,5 @@ class Stragglers:
         metrics = {"ranks/slowest": float(slowest), "ranks/slowest_seconds": most, "ranks/median_seconds": median}
         if self._in_a_row != PATIENCE:
             return Slowest(metrics, [])
-        told = (
-            f"rank {slowest} was the slowest in {PATIENCE} steps in a row: {most:.1f} s of loading, encoding, rewards; "
-        )
+        told = f"rank {slowest} was the slowest {PATIENCE} times in a row: {most:.1f} s of loading, encoding, rewards; "
         return Slowest(metrics, [f"{told}the median is {median:.1f} s; look at its host"])
