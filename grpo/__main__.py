@@ -17,6 +17,8 @@ from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics
 JOBS = {
     "train": "train_grpo",
     "pretrain": "pretrain",
+    "distill": "distill",
+    "finetune": "finetune",
     "tokenizer": "train_tokenizer",
     "classifier": "train_classifier",
     "generate": "generate",

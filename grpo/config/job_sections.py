@@ -2,24 +2,63 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 
 from grpo.config.types import (
     ClassIds,
+    Fraction,
     GuidanceScale,
     KernelBackend,
+    MayChange,
     MinusOneOrMore,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Precision,
     ProperFraction,
     Section,
     Seed,
+    Share,
     Temperature,
     TopP,
     Wanted,
 )
+
+
+class Distill(Section):
+    """What `distill` matches: the distribution of a frozen generator with guidance and temperature."""
+
+    cfg_scale: GuidanceScale = 1.5
+    """Classifier-free guidance of the teacher, which the student is to do without; 1 is off."""
+    temperature: Temperature = 1.0
+    """Divides the teacher's guided logits. The student draws, and is scored, at temperature 1."""
+    reverse_share: Fraction = 0.0
+    """Share s of the reverse direction in the loss (1 - s) KL(teacher || student) + s KL(student || teacher)."""
+    teacher_checkpoint: Annotated[str | None, Wanted("weights of the teacher")] = None
+    """Weights of the teacher; None is the student's own start."""
+    max_rows: Annotated[NonNegativeInt, MayChange] = 0
+    """Images drawn together on each rank; 0 is what fits into a GPU's memory, and all on a CPU."""
+
+
+class Finetune(Section):
+    """What `finetune` minimises on the codes of real images, so that images need no guidance."""
+
+    loss: Literal["cca", "gft"] = "cca"
+    """cca: condition contrastive alignment (arXiv 2410.09347) to a frozen reference; gft: guidance-free training
+    (arXiv 2501.15420) with a fixed beta."""
+    beta: PositiveFloat | None = None
+    """cca: scale of the log-ratios to the reference, 0.02 if None. gft: share of the conditional logits in the mixture
+    that the likelihood trains, at most 1, as if the model was to be guided by 1 / beta; 0.66 if None."""
+    negative_weight: NonNegativeFloat = 1000.0
+    """cca: weight of mismatched conditions (lambda). Published for LlamaGen: 1000 (B, XL, XXL), 300 (L), 500 (3B)."""
+    reference_checkpoint: Annotated[str | None, Wanted("weights of the frozen reference")] = None
+    """cca: weights of the frozen reference; None is the model's own start."""
+
+    @property
+    def scale(self) -> float:
+        """beta, or what None stands for."""
+        return self.beta if self.beta is not None else {"cca": 0.02, "gft": 0.66}[self.loss]
 
 
 class TokenizerLoss(Section):
@@ -150,6 +189,38 @@ class Evaluation(Section):
     """Number of those subsets."""
     json_path: str | None = None
     """File for the results with their settings; none prints them only."""
+
+
+class Judge(Section):
+    """Evaluation during training, of the same classes and seeds every time, by a network that rewards nothing."""
+
+    interval: Annotated[NonNegativeInt, MayChange] = 0
+    """Steps between evaluations, which also come before the first step and after the last; 0 has none."""
+    feature_checkpoint: Annotated[str | None, Wanted("weights of a classifier")] = None
+    """Classifier, as `grpo classifier` writes it, that gives judge/fid, in its features, and judge/accuracy."""
+    inception_checkpoint: Annotated[str | None, Wanted("weights-inception-2015-12-05-6726825d.pth")] = None
+    """Inception v3 weights of the published FID, in place of a classifier: gives judge/fid."""
+    reference: Annotated[str | None, Wanted("a folder of images or an .npz")] = None
+    """Reference images, a folder or an .npz with `arr_0`; none takes those of the section [data]."""
+    split: str | None = None
+    """Split of the section [data] whose images are the reference; None is the one that is trained on."""
+    num_images: Annotated[PositiveInt, Ge(2)] = 1000
+    """Images to draw each time, with the classes of the data set in turn."""
+    temperature: Temperature = 1.0
+    """Divides the logits of these draws."""
+    cfg_scale: GuidanceScale = 1.0
+    """Classifier-free guidance of these draws; 1 is off."""
+    seed: Seed = 1
+    """Seed of these draws."""
+    batch_size: Annotated[PositiveInt, MayChange] = 64
+    """Images that are decoded and looked at together on each rank."""
+    patience: Annotated[PositiveInt, MayChange] = 3
+    """Evaluations in a row with a worse FID than the best, and a higher reward than then, that raise an alarm."""
+    stop: Annotated[bool, MayChange] = False
+    """Stop the run, with a checkpoint, at that alarm; false only tells."""
+    max_time_share: Annotated[Share, MayChange] = 0.25
+    """Share of the run's time that evaluations may take; one that would go beyond is left out. The first and the last
+    are always done."""
 
 
 class Convert(Section):

@@ -1,11 +1,12 @@
 """Fused operations of GRPO on a large vocabulary, and of a sampling step.
 
-Ten are custom ops of `torch.library`, each with a plain-torch reference that is also the CPU path, and Triton kernels
-that are imported only when they run (`triton_*.py`):
+Eleven are custom ops of `torch.library`, each with a plain-torch reference that is also the CPU path, and all but one
+with Triton kernels that are imported only when they run (`triton_*.py`):
 
     sample_tokens             sampling.py      reference: sampling_reference.py
     token_log_probs           log_probs.py     reference: row_math.py
     linear_token_log_probs    log_probs.py     reference: projection.py, row_math.py
+    linear_kl                 divergence.py    torch only, no kernels of its own
     clipped_ratio_loss        ratio_loss.py    reference: ratio_reference.py
     drop_features             dropout.py       reference: in the same file
     cached_attention          cached_attention.py
@@ -19,6 +20,7 @@ Two are made of these: `sample_and_score` and `sample_projection`. Two are plain
 
 from grpo.kernels.cached_attention import attention_obstacle, cached_attention
 from grpo.kernels.dispatch import use_triton
+from grpo.kernels.divergence import linear_kl
 from grpo.kernels.draw import Draw, ScoredSample, sample_and_score, sample_projection
 from grpo.kernels.dropout import Dropout, drop_features
 from grpo.kernels.few_rows import MAX_ROWS, linear_add, norm_linear, sums_of_squares

@@ -78,10 +78,14 @@ class LogitChunks:
     def backward(self, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
         """Adds these rows' part of the gradients. `scores` [n, V] are used up; `scored` are all N rows."""
         score_rows_backward(scores, scored.rows(rows), self.temperature)
+        self.add_gradients(rows, scores)
+
+    def add_gradients(self, rows: slice, grad_logits: Tensor) -> None:
+        """Adds these rows' part of the gradients, given that of their logits [n, V]."""
         if self.needs_hidden:
-            torch.mm(scores, self.weight, out=self.grad_hidden[rows])
+            torch.mm(grad_logits, self.weight, out=self.grad_hidden[rows])
         if self.needs_weight:
-            self.grad_weight.addmm_(scores.t(), self.hidden[rows])
+            self.grad_weight.addmm_(grad_logits.t(), self.hidden[rows])
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of hidden and weight, in their types; an empty tensor for what is not needed."""

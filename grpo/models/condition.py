@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+CONDITION_PLACE = 0  # of the dropout of whole conditions, before a model's blocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
@@ -49,6 +51,19 @@ class Condition:
     def to(self, device: torch.device | str) -> Self:
         """The same rows on another device."""
         return self.map(lambda tensor: tensor.to(device))
+
+    def joined(self, other: Self) -> Self:
+        """These rows, then those of a condition of the same kind."""
+        tensors, others = self.tensors(), other.tensors()
+        assert tensors.keys() == others.keys(), "both have the same tensors"
+        return replace(self, **{name: torch.cat([tensor, others[name]]) for name, tensor in tensors.items()})
+
+    def equal_rows(self, other: Self) -> Tensor:
+        """[R] bool: whether a row asks for the same as the other condition's."""
+        others = other.tensors()
+        equal = [(tensor == others[name]).flatten(1).all(1) if tensor.ndim > 1 else tensor == others[name]
+                 for name, tensor in self.tensors().items()]  # fmt: skip
+        return torch.stack(equal).all(0)
 
     def padded(self, rows: int) -> Self:
         """The rows again and again until there are `rows`."""

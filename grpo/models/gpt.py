@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.condition import ClassCondition, Condition, as_condition
+from grpo.models.condition import CONDITION_PLACE, ClassCondition, Condition, as_condition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Dropout(Protocol):
         """x [R, S, D] with a share `rate` of its features dropped and the others scaled up."""
 
 
-CONDITION, EMBEDDINGS = 0, 1  # places of dropout before the blocks
+EMBEDDINGS = 1  # place of dropout before the blocks, beside CONDITION_PLACE
 ATTENTION, FEED_FORWARD = 0, 1  # and in each of them
 
 
@@ -285,7 +285,7 @@ class GPT(nn.Module):
         if tokens.is_floating_point():
             raise ValueError(f"tokens must be integers, not {tokens.dtype}")
         if dropout is not None and self.config.class_dropout:
-            condition = condition.drop(dropout.rows(self.config.class_dropout, place=CONDITION))
+            condition = condition.drop(dropout.rows(self.config.class_dropout, place=CONDITION_PLACE))
         x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
         if dropout is not None:
             x = dropout(x, self.config.dropout, place=EMBEDDINGS)

@@ -1,5 +1,6 @@
-"""Advantages and the policy loss: one definition of each, in fp32, used by every path."""
+"""Advantages, the policy loss, and losses without rewards: one definition of each, in fp32, used by every path."""
 
 from grpo.objectives.advantages import combined_advantages, credit, group_advantages, spreadless_groups
 from grpo.objectives.entropy_control import EntropyControl
+from grpo.objectives.guidance_free import contrastive_alignment, guidance_free_log_probs
 from grpo.objectives.policy_loss import highest_entropy, policy_loss, token_weights

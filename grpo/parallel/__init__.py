@@ -11,6 +11,7 @@ from grpo.parallel.distributed import (
     broadcast_object,
     distributed,
     gather_numbers,
+    next_row,
     sum_over_ranks,
 )
 from grpo.parallel.launcher import run_main

@@ -105,6 +105,16 @@ def gather_numbers(values: Sequence[float]) -> Tensor:
     return torch.stack(everyones)
 
 
+def next_row(rows: Tensor) -> Tensor:
+    """Of each row of `rows` [B, ...] the next one, in a circle through the rows of all ranks, rank after rank."""
+    first = rows[:1].contiguous()
+    if dist.is_initialized():
+        firsts = [torch.empty_like(first) for _ in range(dist.get_world_size())]
+        dist.all_gather(firsts, first)
+        first = firsts[(dist.get_rank() + 1) % len(firsts)]
+    return torch.cat([rows[1:], first])
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The picklable `value` of rank `source`, on every rank; the argument of the other ranks is ignored."""
     box = [value]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels import Draw, Dropout, linear_token_log_probs
+from grpo.models import Condition
 from grpo.rollout.trajectory import Scores, Trajectory
 
 
@@ -17,6 +18,17 @@ def guide(hidden: Tensor, scale: float) -> Tensor:
     """
     conditional, unconditional = hidden.chunk(2)
     return torch.lerp(unconditional, conditional, scale)
+
+
+def hidden_states(
+    model: nn.Module, context: Tensor, condition: Condition, dropout: Dropout | None = None, *, cfg_scale: float = 1.0
+) -> Tensor:
+    """Final hidden states [R, T, D] of contexts [R, T-1], guided where `cfg_scale` is not 1."""
+    if cfg_scale == 1.0:
+        return model.hidden(context, condition, dropout)
+    # a row and its unconditional counterpart drop the same: their difference is not noise
+    both, dropout = condition.with_unconditional(), dropout and dropout.repeat(2)
+    return guide(model.hidden(context.repeat(2, 1), both, dropout), cfg_scale)
 
 
 def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: float = 1.0) -> Scores:
@@ -37,11 +49,7 @@ def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: fl
     if completions == 0:
         draw, cfg_scale = replace(draw, temperature=1.0), 1.0
     dropout = Dropout(trajectory.row_ids, seed=draw.seed, impl=draw.impl) if trajectory.drops else None
-    if cfg_scale == 1.0:
-        hidden = model.hidden(trajectory.context, trajectory.condition, dropout)  # [R, T, D]
-    else:  # a row and its unconditional counterpart drop the same: their difference is not noise
-        condition, dropout = trajectory.condition.with_unconditional(), dropout and dropout.repeat(2)
-        hidden = guide(model.hidden(trajectory.context.repeat(2, 1), condition, dropout), cfg_scale)
+    hidden = hidden_states(model, trajectory.context, trajectory.condition, dropout, cfg_scale=cfg_scale)
     hidden = hidden.flatten(0, 1)  # [R*T, D]
     tokens = trajectory.tokens.transpose(1, 2)  # [R, T, M]
     shared = targets is not None and draw.temperature == 1.0

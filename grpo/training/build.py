@@ -13,8 +13,7 @@ from grpo.config import (
     ActivationCheckpoint,
     ClassifierRecipe,
     Compile,
-    GRPORecipe,
-    PretrainRecipe,
+    GeneratorRecipe,
     TokenizerRecipe,
     Training,
     TrainingRecipe,
@@ -27,7 +26,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def build_generator(
-    recipe: GRPORecipe | PretrainRecipe,
+    recipe: GeneratorRecipe,
     *,
     checkpoint: str | None,
     class_names: Sequence[str] | None = None,

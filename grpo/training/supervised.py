@@ -1,6 +1,7 @@
-"""The loop of the jobs that minimise a loss on real images: pre-training, tokenizer, classifier."""
+"""The loop of the jobs that minimise a loss: pre-training, distillation, fine-tuning, tokenizer, classifier."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -11,13 +12,23 @@ from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.run import TrainingRun
 
 
+class Batch(Protocol):
+    """What a step is made of on this rank, an `ImageBatch` or what a job makes of one."""
+
+    rows: int
+
+    def parts(self, size: int) -> Sequence[Self]:
+        """The batch in parts of at most `size` rows."""
+
+
 def minimise(
     run: TrainingRun,
     model: nn.Module,
     dataset: ImageDataset,
-    loss: Callable[[ImageBatch], tuple[Tensor, Mapping[str, Tensor]]],
+    loss: Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]],
     *,
     optimizer: GuardedOptimizer,
+    prepare: Callable[[ImageBatch], Batch] = lambda images: images,
     extra: Mapping[str, ExtraState] | None = None,
     after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> None:
@@ -25,7 +36,8 @@ def minimise(
 
     Args:
         model: parallelized, in train mode.
-        loss: a micro-batch -> its mean loss [] and means of other metrics by name, each over the micro-batch's images.
+        loss: a micro-batch -> its mean loss [] and means of other metrics by name, each over the micro-batch's rows.
+        prepare: the images of a step on this rank -> what is cut into micro-batches. Every rank calls it once a step.
         extra: by name, what else the run goes on from.
         after_step: called after each optimizer step with its number; gives more metrics, which are means over ranks.
     """
@@ -36,11 +48,12 @@ def minimise(
         metrics = MetricSums()
         with run.timer("data"):
             images = next(stream).to(world.device)  # [B]
-        for batch in (parts := images.parts(training.micro_batch_size)):
+        prepared = prepare(images)
+        for batch in (parts := prepared.parts(training.micro_batch_size)):
             gradient_sync(model, batch is parts[-1])
             value, means = loss(batch)
             with run.timer("backward"):
-                optimizer.backward(value * (batch.rows / images.rows))
+                optimizer.backward(value * (batch.rows / prepared.rows))
             for name, mean in {"loss": value, **means}.items():
                 metrics.add(name, mean.detach().double() * batch.rows, batch.rows)
         for name, number in {**optimizer.step(), **after_step(step)}.items():
