@@ -19,10 +19,10 @@ from torch import Tensor
 from grpo.config import DistillRecipe, load_recipe
 from grpo.data import ImageBatch, build_dataset
 from grpo.kernels import Draw, linear_kl
-from grpo.models import Condition, learned_classes
+from grpo.models import Condition, build_tokenizer, learned_classes
 from grpo.parallel import World, distributed
 from grpo.rollout import CodeSampler, hidden_states
-from grpo.training import TrainingRun, build_generator, build_optimizer, minimise
+from grpo.training import TrainingRun, build_generator, build_judge, build_optimizer, minimise
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -76,4 +76,7 @@ def train(recipe: DistillRecipe, world: World) -> None:
             forward, reverse = forward.mean(), reverse.mean()  # nats a token
             return torch.lerp(forward, reverse, distill.reverse_share), {"kl": reverse, "kl_forward": forward}
 
-        minimise(run, student, dataset, loss, prepare=rollout, optimizer=build_optimizer(student, recipe, world))
+        tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)  # for the judge to see
+        judge = build_judge(recipe, student, tokenizer, dataset, world)
+        optimizer = build_optimizer(student, recipe, world)
+        minimise(run, student, dataset, loss, prepare=rollout, optimizer=optimizer, judge=judge)

@@ -22,7 +22,7 @@ from grpo.kernels import Dropout, linear_token_log_probs
 from grpo.models import CONDITION_PLACE, Condition, build_tokenizer, learned_classes
 from grpo.objectives import contrastive_alignment, guidance_free_log_probs
 from grpo.parallel import World, distributed, next_row
-from grpo.training import TrainingRun, build_generator, build_optimizer, minimise
+from grpo.training import TrainingRun, build_generator, build_judge, build_optimizer, minimise
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -71,7 +71,8 @@ def train(recipe: FinetuneRecipe, world: World) -> None:
         def pairs(images: ImageBatch) -> Pairs:
             return Pairs(images, images.condition.map(next_row))
 
-        minimise(run, model, dataset, loss, prepare=pairs, optimizer=build_optimizer(model, recipe, world))
+        optimizer, judge = build_optimizer(model, recipe, world), build_judge(recipe, model, tokenizer, dataset, world)
+        minimise(run, model, dataset, loss, prepare=pairs, optimizer=optimizer, judge=judge)
 
 
 def cca(recipe: FinetuneRecipe, model: nn.Module, reference: nn.Module, encode: Callable[..., Tensor]) -> Loss:

@@ -18,7 +18,7 @@ from grpo.data import CodeCache, ImageBatch, build_dataset
 from grpo.kernels import Dropout, linear_token_log_probs
 from grpo.models import build_tokenizer, learned_classes
 from grpo.parallel import World, distributed
-from grpo.training import TrainingRun, build_generator, build_optimizer, minimise
+from grpo.training import TrainingRun, build_generator, build_judge, build_optimizer, minimise
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,4 +50,5 @@ def train(recipe: PretrainRecipe, world: World) -> None:
                 )
             return -log_probs.mean(), {"entropy": entropy.mean()}
 
-        minimise(run, model, dataset, loss, optimizer=build_optimizer(model, recipe, world))
+        judge = build_judge(recipe, model, tokenizer, dataset, world)
+        minimise(run, model, dataset, loss, optimizer=build_optimizer(model, recipe, world), judge=judge)

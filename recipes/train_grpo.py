@@ -25,7 +25,7 @@ from grpo.observe import SampleRow
 from grpo.parallel import MetricSums, World, distributed
 from grpo.rewards import Rewarded, RewardSum, RewardWatch, build_rewards
 from grpo.rollout import Trajectory, build_draw, build_rollout
-from grpo.training import PolicyUpdate, TrainingRun, build_generator, build_optimizer
+from grpo.training import PolicyUpdate, RunJudge, TrainingRun, build_generator, build_judge, build_optimizer
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,7 +40,8 @@ def train(recipe: GRPORecipe, world: World) -> None:
     with TrainingRun(recipe, world, title="GRPO") as run:
         job = build(recipe, run)
         extra = {"reward": job.reward, "entropy": job.update.entropy_control}
-        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream, extra=extra)
+        trained = {"model": job.policy, "optimizer": job.update.optimizer, "stream": job.stream}
+        run.start(**trained, judge=job.judge, extra=extra)
         watch = RewardWatch(job.reward.terms)
         for step in run.steps():
             metrics, shown = MetricSums(), []
@@ -74,6 +75,7 @@ class Job(NamedTuple):
     reward: RewardSum
     credit: Callable[[Rewarded], tuple[Tensor, MetricSums]]
     update: PolicyUpdate
+    judge: RunJudge | None
     work: Work  # of a step on one rank, to tell how well the devices are used
     shows_real: bool  # whether completions are of the real images
 
@@ -127,6 +129,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         reward=reward,
         credit=partial(credit, group_size=schedule.group_size, objective=objective),
         update=update,
+        judge=build_judge(recipe, policy, tokenizer, dataset, world),
         work=grpo_work(recipe, policy.config, schedule),
         shows_real=recipe.rollout.mode == "teacher_forced",
     )

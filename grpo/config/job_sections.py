@@ -204,6 +204,8 @@ class Judge(Section):
     """Reference images, a folder or an .npz with `arr_0`; none takes those of the section [data]."""
     split: str | None = None
     """Split of the section [data] whose images are the reference; None is the one that is trained on."""
+    num_reference_images: NonNegativeInt = 10_000
+    """Reference images to take at most, of a data set evenly over its length; 0 takes all."""
     num_images: Annotated[PositiveInt, Ge(2)] = 1000
     """Images to draw each time, with the classes of the data set in turn."""
     temperature: Temperature = 1.0

@@ -385,6 +385,8 @@ def _judge_problems(recipe: GeneratorRecipe) -> Iterator[str]:
         yield f"checkpoint.best_metric = {recipe.checkpoint.best_metric} needs judge.interval"
     if not judge.interval:
         return
+    if recipe.checkpoint.best_metric == "judge/fid" and recipe.checkpoint.best_is == "highest":
+        yield 'checkpoint.best_is must be "lowest" with checkpoint.best_metric = "judge/fid"'
     if (judge.feature_checkpoint is None) == (judge.inception_checkpoint is None):
         yield "judge.interval needs one of judge.feature_checkpoint and judge.inception_checkpoint"
     if judge.reference is None and recipe.data.name == "classes":

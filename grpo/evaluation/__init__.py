@@ -1,6 +1,6 @@
 """How good images are: distances to a reference, and what judging networks see in them."""
 
-from grpo.evaluation.distances import FeatureStatistics
+from grpo.evaluation.distances import FeatureStatistics, frechet_distance
 from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge, judge_files, load_judges
 from grpo.evaluation.measure import Measured, classifier_gap, compare, measure_images
 from grpo.evaluation.sources import DatasetImages, DrawnImages, ImageSource, classes_in_turn, open_images

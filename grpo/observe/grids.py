@@ -42,6 +42,25 @@ def image_grid(images: torch.Tensor, *, columns: int, gap: int = 2) -> Image.Ima
     return picture
 
 
+def labelled_strips(strips: Sequence[tuple[str, Path]]) -> Image.Image:
+    """PNG files under each other, each with its text above it; small ones are enlarged."""
+    pictures = []
+    for _, path in strips:
+        with Image.open(path, formats=["PNG"]) as file:
+            factor = max(1, 960 // file.width)
+            size = (file.width * factor, file.height * factor)
+            pictures.append(file.convert("RGB").resize(size, Image.Resampling.NEAREST))
+    width = 2 * MARGIN + max(picture.width for picture in pictures)
+    height = MARGIN + sum(picture.height + TEXT_HEIGHT + MARGIN for picture in pictures)
+    whole = Image.new("RGB", (width, height), BACKGROUND)
+    draw, font, top = ImageDraw.Draw(whole), ImageFont.load_default(size=13), MARGIN
+    for (label, _), picture in zip(strips, pictures, strict=True):
+        draw.text((MARGIN, top), label, fill=FOREGROUND, font=font)
+        whole.paste(picture, (MARGIN, top + TEXT_HEIGHT))
+        top += TEXT_HEIGHT + picture.height + MARGIN
+    return whole
+
+
 def sample_grid(rows: Sequence[SampleRow]) -> Image.Image:
     """A labelled picture of rollouts: a line for each row with the real image, if any, then the completions.
 

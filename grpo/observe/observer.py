@@ -18,7 +18,7 @@ from grpo.observe.report import write_report
 
 # What a run writes into its folder besides checkpoints, which guard themselves.
 RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "model.safetensors",
-             "model_ema.safetensors", "discriminator.safetensors", "wandb_run_id.txt")  # fmt: skip
+             "model_ema.safetensors", "discriminator.safetensors", "judge.json", "wandb_run_id.txt")  # fmt: skip
 
 
 class RunObserver:
@@ -127,7 +127,9 @@ class RunObserver:
             self._wandb.finish()
 
     def _report(self, summary: str) -> None:
-        write_report(self.run_dir, title=self._title, summary=summary, curves=[("", self._history)])
+        evolution = self.run_dir / "samples" / "evolution.png"
+        images = [("The same seeds as training goes on", evolution)] if evolution.exists() else []
+        write_report(self.run_dir, title=self._title, summary=summary, images=images, curves=[("", self._history)])
 
     def _prune_grids(self) -> None:
         """Of more grids than `keep_grids` every other one goes, but the first and the newest."""

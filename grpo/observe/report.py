@@ -18,6 +18,8 @@ from grpo.observe.history import History
 CURVES = {
     "reward_mean": "Reward",
     "loss": "Loss",
+    "judge/fid": "FID in the judge's features",
+    "judge/accuracy": "Accuracy in the judge's eyes",
     "accuracy": "Accuracy",
     "kl": "KL to the reference",
     "entropy": "Entropy, nats a token",

@@ -3,6 +3,7 @@
 from grpo.training.adversary import ADVERSARY_NAME, Adversary
 from grpo.training.build import autocast, build_classifier, build_generator, build_trainable_tokenizer
 from grpo.training.codebook import Codebook
+from grpo.training.judge import RunJudge, build_judge
 from grpo.training.moving_average import MovingAverage
 from grpo.training.optimizer import GuardedOptimizer, build_optimizer, learning_rate
 from grpo.training.phases import Phase, run_phases

@@ -4,7 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -18,6 +18,7 @@ from grpo.estimate import Work, device_peaks, throughput
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import MetricSums, World, build_mesh, full_state_dict, gather_numbers, set_matmul_precision
+from grpo.training.judge import RunJudge, Verdict
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.resume import find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
@@ -77,6 +78,7 @@ class TrainingRun:
         model: nn.Module,
         optimizer: GuardedOptimizer,
         stream: ImageStream,
+        judge: RunJudge | None = None,
         extra: Mapping[str, ExtraState] | None = None,
     ) -> None:
         """Resume if there is something to resume from, and open the observer.
@@ -84,13 +86,15 @@ class TrainingRun:
         Args:
             model: parallelized; the state of everything here is overwritten by the checkpoint's.
             stream: the images; goes on after the last one that the checkpoint has consumed.
+            judge: evaluates the run now and then, first of all before its first step.
             extra: by name, what else the run goes on from.
 
         Raises:
             UserError: the checkpoint belongs to another run or to a recipe that differs in a way that matters.
         """
-        self._model, self._optimizer, self._stream = model, optimizer, stream
+        self._model, self._optimizer, self._stream, self._judge = model, optimizer, stream, judge
         self._extra = dict(extra or {}) | ({} if optimizer.average is None else {"ema": optimizer.average})
+        self._extra |= {} if judge is None else {"judge": judge}
         self._stop_request.listen(until=self._open)
         if self.world.is_main:  # what the others do with checkpoints waits for what the main rank finds
             lock = lock_folder(self.recipe.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
@@ -114,6 +118,13 @@ class TrainingRun:
         for note in notes:
             self.observer.message(note)
         self._watchdog.start(until=self._open)
+        if judge is not None and path is None:
+            judged = self._judged(0)
+            seconds = self.timer.read()["seconds/judge"]
+            judge.note(None, seconds)
+            judge.record(seconds)
+            words = ", ".join(f"{name} {value:.4g}" for name, value in judged.items())
+            self.observer.message(f"before the first step: {words}")
 
     def steps(self) -> Iterator[int]:
         """The steps still to be done, counted from 1."""
@@ -155,19 +166,26 @@ class TrainingRun:
             UserError: too many optimizer steps in a row were skipped, or `watch` stops the run; there is a checkpoint
                 of this step.
         """
-        metrics, times = sums.means(), self.timer.read()
-        rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
+        metrics, last = sums.means(), step == self.recipe.training.steps
+        is_due = self._judge is not None and self._judge.due(step, last=last)
+        judged = self._judged(step) if is_due else {}
+        times = self.timer.read()
+        working = {**times, "seconds/step": times["seconds/step"] - times.get("seconds/judge", 0.0)}
+        rates = throughput(working, images=images, codes=codes, work=work, device=self.world.device)
         vote = _SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None)
         votes, own_seconds = gather_numbers([vote, own_work(times)]).unbind(1)  # each [ranks]
         vote, slowest = int(votes.max()), self._stragglers.look(own_seconds)
-        values = {**metrics, **rates, **times, **slowest.metrics}
+        verdict = self._heard(metrics, times, is_due)
+        judged |= {"judge/time_share": self._judge.time_share} if is_due else {}
+        values = {**metrics, **judged, **rates, **times, **slowest.metrics}
         self.observer.log(step, values)
         notes, problem = watch(values)
-        for note in (*notes, *slowest.warnings):
+        problem = problem or verdict.problem
+        for note in (*notes, *verdict.notes, *slowest.warnings):
             self.observer.message(f"step {step}: {note}")
         self._note_skipped(step, metrics)
-        self._note_best(metrics)
-        config, last = self.recipe.checkpoint, step == self.recipe.training.steps
+        self._note_best({**metrics, **judged})
+        config = self.recipe.checkpoint
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
         stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
@@ -180,6 +198,19 @@ class TrainingRun:
         if last and config.save_final and not config.sharded:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
+
+    def _judged(self, step: int) -> dict[str, float]:
+        """What the judge says of the weights as they are, or of their moving average where there is one."""
+        average = self._optimizer.average
+        with self.timer("judge"), nullcontext() if average is None else average.swapped():
+            return self._judge(step)
+
+    def _heard(self, metrics: Mapping[str, float], times: Mapping[str, float], is_due: bool) -> Verdict:
+        """Tell the judge of a step, and what it makes of it where it has looked at it."""
+        if self._judge is None:
+            return Verdict([])
+        self._judge.note(metrics.get("reward_mean"), times["seconds/step"])
+        return self._judge.record(times["seconds/judge"]) if is_due else Verdict([])
 
     def _export(self) -> None:
         """Write the weights under names that do not change with the number of steps, for the next job."""
@@ -253,6 +284,8 @@ class TrainingRun:
         if not config.keep_best:
             return
         if config.best_metric not in metrics:
+            if config.best_metric.startswith("judge/") and not any(name.startswith("judge/") for name in metrics):
+                return  # between two evaluations
             known = ", ".join(sorted(metrics))
             raise UserError(f"checkpoint.best_metric: this job has no metric {config.best_metric!r}; it has {known}")
         if math.isfinite(value := metrics[config.best_metric]):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from grpo.checkpoint import ExtraState
 from grpo.data import ImageBatch, ImageDataset, build_stream
 from grpo.parallel import MetricSums, gradient_sync
+from grpo.training.judge import RunJudge
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.run import TrainingRun
 
@@ -29,6 +30,7 @@ def minimise(
     *,
     optimizer: GuardedOptimizer,
     prepare: Callable[[ImageBatch], Batch] = lambda images: images,
+    judge: RunJudge | None = None,
     extra: Mapping[str, ExtraState] | None = None,
     after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> None:
@@ -38,12 +40,13 @@ def minimise(
         model: parallelized, in train mode.
         loss: a micro-batch -> its mean loss [] and means of other metrics by name, each over the micro-batch's rows.
         prepare: the images of a step on this rank -> what is cut into micro-batches. Every rank calls it once a step.
+        judge: evaluates the run now and then.
         extra: by name, what else the run goes on from.
         after_step: called after each optimizer step with its number; gives more metrics, which are means over ranks.
     """
     training, workers, world = run.recipe.training, run.recipe.data.num_workers, run.world
     stream = build_stream(dataset, batch_size=training.images, seed=training.seed, num_workers=workers, world=world)
-    run.start(model=model, optimizer=optimizer, stream=stream, extra=extra)
+    run.start(model=model, optimizer=optimizer, stream=stream, judge=judge, extra=extra)
     for step in run.steps():
         metrics = MetricSums()
         with run.timer("data"):

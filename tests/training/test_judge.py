@@ -1,0 +1,139 @@
+"""Evaluation during training: what it measures, of whose weights, on several ranks, resumed, and its alarm."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from grpo.config import EvaluateRecipe, UserError, load_recipe
+from grpo.models import GPT, MODEL_SPECS, TOKENIZER_SPECS, Classifier, ClassifierConfig, VQModel, save_weights
+from grpo.parallel import distributed
+from grpo.training.judge import alarm_of
+from tests.parallel.torchrun import run_two_ranks
+from tests.recipes.conftest import read_metrics, run_here  # noqa: F401, a fixture
+
+SIZES = {"image_size": 24, "downsample_size": 4, "vocab_size": 64, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags of a small run on digits with a judge."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    generator = GPT(MODEL_SPECS["GPT-tiny"].config(**SIZES))
+    torch.nn.init.normal_(generator.output.weight, std=0.1)
+    save_weights(folder / "gpt.safetensors", generator.state_dict(), config=generator.config)
+    tokenizer = VQModel(TOKENIZER_SPECS["VQ-tiny"].config(codebook_size=64))
+    save_weights(folder / "vq.safetensors", tokenizer.state_dict(), config=tokenizer.config)
+    classifier = Classifier(ClassifierConfig(width=8, num_classes=10))
+    save_weights(folder / "judge.safetensors", classifier.state_dict(), config=classifier.config)
+    models = [
+        "--model.name", "GPT-tiny", "--model.num_classes", 10, "--tokenizer.name", "VQ-tiny",
+        "--tokenizer.codebook_size", 64, "--tokenizer.downsample_size", 4,
+        "--tokenizer.checkpoint", folder / "vq.safetensors",
+    ]  # fmt: skip
+    run = [
+        *models, "--model.checkpoint", folder / "gpt.safetensors", "--data.name", "digits", "--data.image_size", 24,
+        "--data.num_workers", 0, "--training.mixed_precision", "fp32", "--metrics.image_interval", 0,
+        "--judge.feature_checkpoint", folder / "judge.safetensors", "--judge.split", "validation",
+        "--judge.num_images", 45, "--judge.batch_size", 10, "--judge.max_time_share", 1, "--optimizer.lr", 0.01,
+    ]  # fmt: skip
+    return models, run, folder / "judge.safetensors"
+
+
+PRETRAIN = ["--judge.interval", 2, "--training.batch_size", 4, "--training.ema_decay", 0.5, "--checkpoint.interval", 1]
+JUDGED = ("judge/fid", "judge/accuracy")
+
+
+def judged(lines):
+    return {line["step"]: [line[name] for name in JUDGED] for line in lines if "judge/fid" in line}
+
+
+def test_judges_the_average_as_the_evaluation_does_and_resumes(run_here, small, tmp_path):  # noqa: F811
+    from grpo.jobs.evaluate import evaluate
+
+    models, flags, classifier = small
+    flags = [*flags, *PRETRAIN]
+    whole = run_here("pretrain", *flags, "--training.steps", 5, "--metrics.run_dir", tmp_path / "whole")
+    assert list(judged(whole)) == [2, 4, 5]
+    assert all(0 < line["judge/time_share"] <= 1 for line in whole if "judge/fid" in line)
+    broken = [*flags, "--metrics.run_dir", tmp_path / "broken"]
+    run_here("pretrain", *broken, "--training.steps", 3)
+    resumed = run_here("pretrain", *broken, "--training.steps", 5)
+    assert {step: judged(resumed)[step] for step in (2, 4, 5)} == judged(whole)  # besides the first part's last step
+    records = json.loads((tmp_path / "broken" / "judge.json").read_text())
+    assert [record["step"] for record in records] == [0, 2, 3, 4, 5]
+    assert [record["fid"] for record in records if record["step"] in (2, 4, 5)] == [
+        line["judge/fid"] for line in whole if "judge/fid" in line
+    ]
+    with Image.open(tmp_path / "broken" / "samples" / "evolution.png") as picture:
+        assert picture.height > 5 * 24
+
+    results = []
+    for name in ("model", "model_ema"):
+        settings = [
+            *models, "--model.checkpoint", tmp_path / "whole" / f"{name}.safetensors", "--data.name", "digits",
+            "--data.split", "validation", "--data.image_size", 24, "--sampling.image_size", 24, "--sampling.seed", 1,
+            "--sampling.mixed_precision", "fp32", "--evaluation.feature_checkpoint", classifier,
+            "--evaluation.num_images", 45, "--evaluation.json_path", tmp_path / f"{name}.json",
+        ]  # fmt: skip
+        with distributed(60) as world:
+            evaluate(load_recipe(EvaluateRecipe, [str(flag) for flag in settings]), world)
+        metrics = json.loads((tmp_path / f"{name}.json").read_text())["metrics"]["classifier"]
+        results.append([metrics["fid"], metrics["accuracy"]])
+    assert results[1] == pytest.approx(judged(whole)[5], rel=1e-5)
+    assert results[0] != pytest.approx(judged(whole)[5], rel=1e-5)
+
+
+def test_two_ranks_and_the_best_checkpoint(run_here, small, tmp_path):  # noqa: F811
+    """Five batches on two ranks: one draws three, one two; the same numbers. The best checkpoint is the judge's."""
+    _, flags, _ = small
+    flags = [
+        *flags,
+        "--judge.interval",
+        1,
+        "--training.batch_size",
+        4,
+        "--training.steps",
+        4,
+        "--training.micro_batch_size",
+        2,
+    ]
+    best = ["--checkpoint.interval", 2, "--checkpoint.keep_last", 1, "--checkpoint.keep_best", 1]
+    best += ["--checkpoint.best_metric", "judge/fid", "--checkpoint.best_is", "lowest"]
+    one = run_here("pretrain", *flags, *best, "--metrics.run_dir", tmp_path / "one")
+    kept = sorted(path.name for path in (tmp_path / "one" / "checkpoints").iterdir())
+    fids = [line["judge/fid"] for line in one]
+    better = "step-000002" if sum(fids[:2]) < sum(fids[2:]) else "step-000004"
+    assert kept == sorted({better, "step-000004"})
+    result = run_two_ranks("-m", "grpo", "pretrain", *map(str, flags), "--metrics.run_dir", str(tmp_path / "two"))
+    assert result.returncode == 0, result.stderr
+    for step, values in judged(read_metrics(tmp_path / "two")).items():
+        assert values == pytest.approx(judged(one)[step], rel=1e-3)
+
+
+def test_reference_of_another_size_is_refused(run_here, small, tmp_path):  # noqa: F811
+    _, flags, _ = small
+    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((12, 16, 16, 3), np.uint8))
+    index = flags.index("--judge.split")
+    flags = [*flags[:index], "--judge.reference", tmp_path / "reference.npz", *flags[index + 2 :]]
+    with pytest.raises(UserError, match="16x16 pixels and those that are drawn 24x24"):
+        run_here("pretrain", *flags, *PRETRAIN, "--training.steps", 1, "--metrics.run_dir", tmp_path / "run")
+
+
+def record(step, fid, reward):
+    return {"step": step, "fid": fid, "reward": reward, "seconds": 1.0}
+
+
+def test_alarm_when_the_reward_rises_and_the_judge_falls():
+    start = {"step": 0, "fid": 0.1, "seconds": 1.0}  # before the first step there is no reward
+    rising = [start, record(10, 2.0, 0.1), record(20, 1.0, 0.2), record(30, 1.5, 0.3), record(40, 1.2, 0.4)]
+    assert [alarm_of(rising[: count + 1], 2) is not None for count in range(5)] == [False] * 4 + [True]
+    assert "step 20 for 2 evaluations (1 -> 1.2)" in alarm_of(rising, 2)
+    assert alarm_of([*rising, record(50, 3.0, 0.5)], 2) is None  # told every second time
+    assert alarm_of([*rising, record(50, 3.0, 0.5), record(60, 3.0, 0.5)], 2) is not None
+    assert alarm_of([*rising[:-1], record(40, 1.2, 0.1)], 2) is None  # the reward falls too
+    assert alarm_of([*rising, record(50, 0.9, 0.5)], 1) is None  # a new best
+    assert alarm_of([], 1) is None
