@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("quickstart")
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -42,6 +43,7 @@ from grpo.config import (
     TokenizerRecipe,
     load_recipe,
 )
+from grpo.environment import environment
 from grpo.evaluation import classifier_gap, compare, load_judges, measure_images
 from grpo.jobs.evaluate import open_reference
 from grpo.jobs.generate import drawn_images
@@ -49,12 +51,13 @@ from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_classifier import train as train_classifier
 from grpo.jobs.train_grpo import train as train_policy
 from grpo.jobs.train_tokenizer import train as train_tokenizer
-from grpo.observe import History, image_grid, progress, write_report
+from grpo.observe import History, image_grid, progress, write_atomically, write_report
 from grpo.parallel import World, distributed
 from grpo.training import EXPORT_NAME, Phase, run_phases
 
 CONFIGS = SHIPPED_RECIPES / "quickstart"
-GUIDANCE = 1.5  # of the control row: what sampling alone can do without GRPO
+GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75), (0.9, 1.0)  # the rival row's grid: what sampling alone can do, tuned
+TUNING_SPLIT = "validation"
 GRID_NAME, GRID_IMAGES, GRID_COLUMNS = "samples.png", 100, 20
 TIMEOUT_SECONDS = 600
 CPU_RANKS = 2
@@ -77,7 +80,10 @@ NOTES = [
     "FID here is not the FID of the literature, whose features are Inception's; compare it within this table only.",
     "entropy: of the drawn codes, nats a code. gap: how much surer of the class the rewarding classifier is "
     "than the judging one, nats; it grows when the reward is deceived.",
-    "Base with guidance is a control: it costs nothing to train and two forward passes to sample.",
+    "Base with guidance is the rival: it costs nothing to train and two forward passes to sample. Of a grid of guidance "
+    f"{', '.join(map(str, GUIDANCE))} and temperature {', '.join(map(str, TEMPERATURES))} it is the point with the lowest "
+    f"FID against the digits of the split {TUNING_SPLIT!r}.",
+    "One seed: a run with another seed differs by as much as rows do.",
 ]
 
 NEXT = {
@@ -138,7 +144,6 @@ def plan(options: argparse.Namespace) -> list[Phase]:
         "evaluation.feature_checkpoint": "classifier_judge",
     }
     after = {**tokenizer, "model.checkpoint": improved, **judges}
-    guidance = {"sampling.cfg_scale": GUIDANCE}
     return [
         make("tokenizer", "Tokenizer", TokenizerRecipe, train_tokenizer, settings=seed),
         make("classifier_reward", "Classifier that rewards", ClassifierRecipe, train_classifier),
@@ -146,8 +151,7 @@ def plan(options: argparse.Namespace) -> list[Phase]:
         make("pretrain", "Generator: pre-training", PretrainRecipe, train_generator, inputs=tokenizer, settings=seed),
         make(improved, "Generator: GRPO", GRPORecipe, train_policy, inputs={**base, **reward}, settings=seed),
         make("evaluate_base", "base", EvaluateRecipe, evaluate, inputs={**base, **judges}),
-        make("evaluate_guided", f"base, guidance {GUIDANCE}", EvaluateRecipe, evaluate,
-             inputs={**base, **judges}, settings=guidance),
+        make("evaluate_guided", "base, tuned guidance", EvaluateRecipe, evaluate_tuned, inputs={**base, **judges}),
         make(f"evaluate_{improved}", "after GRPO", EvaluateRecipe, evaluate, inputs=after),
     ]  # fmt: skip
 
@@ -182,6 +186,20 @@ def phase(
     return Phase(title, recipe, job, product, tuple(inputs.values()))
 
 
+def evaluate_tuned(recipe: EvaluateRecipe, world: World) -> None:
+    """`evaluate` at the point of the grid that has the lowest FID on the tuning split."""
+    judge, config = load_judges(recipe.evaluation, device=world.device)["classifier"], recipe.evaluation
+    look = partial(measure_images, judge=judge, batch_size=config.batch_size, device=world.device)
+    validation = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": TUNING_SPLIT})})
+    reference, found = look(open_reference(validation)), {}
+    for point in itertools.product(GUIDANCE, TEMPERATURES):
+        sampling = recipe.sampling.model_copy(update=dict(zip(("cfg_scale", "temperature"), point, strict=True)))
+        images = drawn_images(recipe.model_copy(update={"sampling": sampling}), config.num_images, device=world.device)
+        found[point] = compare(look(images), reference, settings=config, device=world.device)["fid"], sampling
+    _, sampling = min(found.values(), key=lambda entry: entry[0])  # the same on every rank
+    evaluate(recipe.model_copy(update={"sampling": sampling}), world)
+
+
 def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     """Draw samples, show them to both classifiers, write result.json and samples.png beside it."""
     config, judges = recipe.evaluation, load_judges(recipe.evaluation, device=world.device)
@@ -195,16 +213,36 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
         return
     metrics = compare(seen, reference, settings=config, device=world.device)
     metrics |= {"entropy": entropy, "classifier_gap": classifier_gap(seen)}
+    metrics |= recipe.sampling.model_dump(include={"cfg_scale", "temperature"})
     path = Path(config.json_path)
     image_grid(samples.pixels(0, GRID_IMAGES), columns=GRID_COLUMNS).save(path.with_name(GRID_NAME))
     path.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
+def row_name(phase: Phase, metrics: Mapping[str, float]) -> str:
+    """The name of a row: of the rival with what was found for it."""
+    name = phase.title.removeprefix("Evaluation: ")
+    if phase.job is not evaluate_tuned:
+        return name
+    return f"base, guidance {metrics['cfg_scale']}, temperature {metrics['temperature']}"
+
+
+def write_results(options: argparse.Namespace, names: Sequence[str], results: Sequence[Mapping[str, float]]) -> None:
+    """results.json: each row with how it was drawn and measured."""
+    rows = [
+        {"name": name, "forwards_per_image": 1 if metrics["cfg_scale"] == 1 else 2, "seed": options.seed, **metrics}
+        for name, metrics in zip(names, results, strict=True)
+    ]
+    text = json.dumps({"recipe": options.recipe, "rows": rows, **environment()}, indent=2)
+    write_atomically(options.run_dir / "results.json", text + "\n")
+
+
 def report(options: argparse.Namespace, phases: Sequence[Phase], console: Console, *, seconds: float) -> None:
     """The table of results in the terminal, and report.html with curves and samples."""
-    evaluations = [phase for phase in phases if phase.job is evaluate]
-    names = [phase.title.removeprefix("Evaluation: ") for phase in evaluations]
+    evaluations = [phase for phase in phases if isinstance(phase.recipe, EvaluateRecipe)]
     results = [json.loads(phase.product.read_text()) for phase in evaluations]
+    names = [row_name(phase, metrics) for phase, metrics in zip(evaluations, results, strict=True)]
+    write_results(options, names, results)
     count = evaluations[0].recipe.evaluation.num_images
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=f"{count} samples each")
     table.add_column(no_wrap=True)
@@ -228,7 +266,7 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
         curves=[
             (phase.title, History.read(phase.product.with_name("metrics.jsonl")))
             for phase in phases
-            if phase.job is not evaluate
+            if phase not in evaluations
         ],
         notes=[note.format(split=data.split) for note in NOTES],
     )

@@ -78,7 +78,7 @@ def test_every_phase_runs_on_two_processes_and_ends_in_a_table_and_a_report(firs
     folder, stdout = first_run
     assert len(done(stdout)) == 8
     assert all(done(stdout).values())
-    for name in ("base", "base, guidance 1.5", "after GRPO"):
+    for name in ("base", r"base, guidance 1.\d+, temperature \d.\d", "after GRPO"):
         row = next(line for line in stdout.splitlines() if re.match(rf"\W*{name}\s+-?\d", line))
         assert len(re.findall(r"-?\d+\.\d{3}", row)) == 7, row
     page = (folder / "report.html").read_text()
@@ -104,6 +104,17 @@ def test_samples_before_and_after_are_measured_on_the_same_scale(first_run):
         assert 0 < metrics["entropy"] < 3.5  # at most log 32
         assert metrics["fid"] > 0
     assert results[0] != results[1]
+
+
+def test_results_say_how_each_row_was_drawn(first_run):
+    folder, _ = first_run
+    base, rival, after = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["forwards_per_image"] for row in (base, rival, after)] == [1, 2, 1]
+    assert rival["cfg_scale"] in (1.25, 1.5, 1.75)
+    assert rival["temperature"] in (0.9, 1.0)
+    assert all((row["cfg_scale"], row["temperature"], row["seed"]) == (1.0, 1.0, 0) for row in (base, after))
+    assert after["name"] == "after GRPO"
+    assert after["fid"] == json.loads((folder / "evaluate_grpo" / "result.json").read_text())["fid"]
 
 
 def test_second_run_reuses_all_but_what_a_changed_recipe_concerns(first_run, configs, tmp_path):
