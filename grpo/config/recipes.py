@@ -123,6 +123,8 @@ class GRPORecipe(GeneratorRecipe):
                 yield f"reward.{name}.weight must be 0: it compares with the real image"
         if self.objective.aux_ce_weight:
             yield "objective.aux_ce_weight must be 0: it is the cross-entropy on the codes of real images"
+        for name, table in self.reward.active.items():
+            yield from (f"reward.{name}.{use}" for use in table.image_uses())
 
     def _rewards_needing(self, need: str) -> list[str]:
         return [name for name, table in self.reward.active.items() if need in reward_class(table.kind).needs]

@@ -86,8 +86,9 @@ class ImageNetwork:
         own = library.preprocessing()
         given = {key: getattr(settings, key) for key in own._fields if getattr(settings, key) is not None}
         self._how, self._antialias = own._replace(**given), settings.antialias
-        network, self.num_classes, self.class_names = library.build(settings.checkpoint, output)
-        self.network = context.prepare(network.eval())
+        built = library.build(settings.checkpoint, output)
+        self.num_classes, self.class_names = built.num_classes, built.class_names
+        self.network = context.prepare(built.network.eval())
         self._dtype = context.dtype
         self._mean, self._std = (
             torch.tensor(values, device=context.device).view(3, 1, 1) for values in (self._how.mean, self._how.std)
@@ -112,19 +113,17 @@ class ImageNetwork:
         return (images - self._mean) / self._std
 
 
+class _Built(NamedTuple):
+    network: nn.Module
+    num_classes: int
+    class_names: Sequence[str] = ()  # where they are written with the weights
+
+
 class _Library(NamedTuple):
     """What is known of a network before it is built."""
 
     preprocessing: Callable[[], Preprocessing]
-    build: Callable[[str, Output], "_Built"]  # from weights
-
-
-class _Built(NamedTuple):
-    """A network and what it tells apart."""
-
-    network: nn.Module
-    num_classes: int
-    class_names: Sequence[str] = ()  # where its weights come with them
+    build: Callable[[str, Output], _Built]  # from weights
 
 
 def _find(net: str) -> _Library:
@@ -189,7 +188,9 @@ def _timm(name: str) -> _Library:
     def build(checkpoint: str, output: Output) -> _Built:
         network = timm.create_model(name, pretrained=False)
         load_strictly(network, read_published(checkpoint), checkpoint, what=f"the weights of timm's {name}")
-        return _Built(network if output == "logits" else _Look(network, _timm_features), network.num_classes)
+        if output == "logits":
+            return _Built(network, network.num_classes)
+        return _Built(_Look(network, _timm_features), network.num_classes)
 
     return _Library(preprocessing, build)
 

@@ -122,6 +122,10 @@ def test_what_needs_images_is_told_where_there_are_none() -> None:
     ]
     (problem,) = problem_texts(GRPORecipe, merged(AUTOREGRESSIVE, classes, {"objective": {"aux_ce_weight": 0.1}}))
     assert problem.startswith(start + "objective.aux_ce_weight")
+    fid = {"reward": {"loo_fid": {"checkpoint": "inception.pth"}}}
+    assert problem_texts(GRPORecipe, merged(AUTOREGRESSIVE, classes, fid)) == [
+        start + "reward.loo_fid.reference is required: there are no real images to measure"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -237,11 +241,6 @@ def test_notes_of_other_jobs() -> None:
     by_gradient = {"tokenizer_loss": {"codebook_update": "gradient", "codebook_ema": 0.5}}
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()
     assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
-    without_images = {"data": {"name": "classes", "class_map": "m.txt", "cache_codes": True}, **CODES}
-    notes = GRPORecipe.model_validate(merged(AUTOREGRESSIVE, without_images)).notes()
-    assert [note.split()[0] for note in notes] == ["data.class_map", "data.cache_codes"]
-    (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"model": {"new_classes": 4}})).notes()
-    assert note.startswith("model.new_classes has no effect: all classes of random weights are new")
     (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"training": {"dropout_mode": "train"}})).notes()
     assert note == "training.dropout_mode has no effect: only `train` has rollouts"
     adversary = {"adversary": {"weight": 0.5, "start": 101, "dim": 8}}
@@ -249,6 +248,11 @@ def test_notes_of_other_jobs() -> None:
     assert note == "adversary.weight has no effect: adversary.start = 101 is after the last step"
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, {"adversary": {"dim": 8}})).notes()
     assert note == "adversary.dim has no effect: adversary.weight is 0"
+    without_images = {"data": {"name": "classes", "class_map": "m.txt", "cache_codes": True}, **CODES}
+    notes = GRPORecipe.model_validate(merged(AUTOREGRESSIVE, without_images)).notes()
+    assert [note.split()[0] for note in notes] == ["data.class_map", "data.cache_codes"]
+    (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"model": {"new_classes": 4}})).notes()
+    assert note.startswith("model.new_classes has no effect: all classes of random weights are new")
     (note,) = EvaluateRecipe.model_validate(merged(EVALUATE, {"sampling": {"top_k": 3}})).notes()
     assert note == "sampling.top_k has no effect: evaluation.images are not drawn from a model"
 
