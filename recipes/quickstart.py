@@ -80,9 +80,9 @@ NOTES = [
     "FID here is not the FID of the literature, whose features are Inception's; compare it within this table only.",
     "entropy: of the drawn codes, nats a code. gap: how much surer of the class the rewarding classifier is "
     "than the judging one, nats; it grows when the reward is deceived.",
-    "Base with guidance is the rival: it costs nothing to train and two forward passes to sample. Of a grid of guidance "
-    f"{', '.join(map(str, GUIDANCE))} and temperature {', '.join(map(str, TEMPERATURES))} it is the point with the lowest "
-    f"FID against the digits of the split {TUNING_SPLIT!r}.",
+    "Base with guidance is the rival: nothing to train, but two forward passes to sample. Of a grid of guidance "
+    f"{', '.join(map(str, GUIDANCE))} and temperature {', '.join(map(str, TEMPERATURES))} it is the point whose FID "
+    f"against the digits of the split {TUNING_SPLIT!r} is lowest.",
     "One seed: a run with another seed differs by as much as rows do.",
 ]
 

@@ -17,18 +17,16 @@ from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_rec
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, changes_that_matter, differences
 from grpo.config.recipes import (
-    RECIPES,
     ClassifierRecipe,
     ConvertRecipe,
-    DistillRecipe,
     EvaluateRecipe,
-    FinetuneRecipe,
     GenerateRecipe,
     GeneratorRecipe,
     GRPORecipe,
     PretrainRecipe,
     TokenizerRecipe,
 )
+from grpo.config.registry import RECIPES
 from grpo.config.rewards import REWARD_KINDS, Rewards, RewardTable, reward_class
 from grpo.config.schedule import Schedule
 from grpo.config.sections import (
@@ -44,4 +42,5 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
+from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section

@@ -16,7 +16,8 @@ from grpo.config import reference_flags as reference
 from grpo.config.errors import UserError, did_you_mean
 from grpo.config.keys import Key, section_keys
 from grpo.config.recipe import Recipe
-from grpo.config.recipes import RECIPES, GRPORecipe, job_named
+from grpo.config.recipes import GRPORecipe
+from grpo.config.registry import RECIPES, job_named
 from grpo.config.rewards import REFERENCE_REWARD, RewardTable, reward_class
 from grpo.config.types import LARGEST_INT, LARGEST_SEED, Section
 

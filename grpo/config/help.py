@@ -7,7 +7,8 @@ from grpo.config import reference_flags as reference
 from grpo.config.errors import UserError, did_you_mean
 from grpo.config.keys import Key, section_keys
 from grpo.config.recipe import Recipe
-from grpo.config.recipes import RECIPES, GRPORecipe
+from grpo.config.recipes import GRPORecipe
+from grpo.config.registry import RECIPES
 from grpo.config.rewards import REWARD_KINDS, reward_class, reward_kinds
 from grpo.config.types import Section
 

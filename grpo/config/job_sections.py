@@ -1,9 +1,11 @@
 """The sections that belong to one job: what to train, sample, measure or convert besides the shared settings."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from grpo.config.sections import Checkpoint, Data
 from grpo.config.types import (
     ClassIds,
     Fraction,
@@ -223,6 +225,26 @@ class Judge(Section):
     max_time_share: Annotated[Share, MayChange] = 0.25
     """Share of the run's time that evaluations may take; one that would go beyond is left out. The first and the last
     are always done."""
+
+    def problems(self, data: Data, checkpoint: Checkpoint) -> Iterator[str]:
+        """A judge has one network and a reference, and is there if the best checkpoint goes by it."""
+        by_judge = bool(checkpoint.keep_best) and checkpoint.best_metric.startswith("judge/")
+        if by_judge and not self.interval:
+            yield f"checkpoint.best_metric = {checkpoint.best_metric} needs judge.interval"
+        if by_judge and checkpoint.best_metric == "judge/fid" and checkpoint.best_is == "highest":
+            yield 'checkpoint.best_is must be "lowest" with checkpoint.best_metric = "judge/fid"'
+        if not self.interval:
+            return
+        if (self.feature_checkpoint is None) == (self.inception_checkpoint is None):
+            yield "judge.interval needs one of judge.feature_checkpoint and judge.inception_checkpoint"
+        if self.reference is None and data.name == "classes":
+            yield 'judge.reference is required with data.name = "classes", which has no images'
+        if self.reference is not None and self.split is not None:
+            yield "judge.split: the reference is that of judge.reference; leave one of them out"
+
+    def missing_files(self) -> Iterator[str]:
+        if self.interval:
+            yield from super().missing_files()
 
 
 class Convert(Section):

@@ -11,7 +11,7 @@ import tomli
 from grpo.config.builder import Flag, RecipeBuilder, RecipeT
 from grpo.config.errors import UserError
 from grpo.config.help import help_text
-from grpo.config.recipes import job_named
+from grpo.config.registry import job_named
 
 SHIPPED_RECIPES = Path(__file__).parents[1] / "train_configs"
 """The recipes that come with the project."""

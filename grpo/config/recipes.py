@@ -1,6 +1,6 @@
-"""The recipe of each job: its sections, and what cannot work together in them."""
+"""The recipes of most jobs: their sections, and what cannot work together in them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Self
 
 from pydantic import Field
@@ -10,9 +10,7 @@ from grpo.config.job_sections import (
     Adversary,
     Classifier,
     Convert,
-    Distill,
     Evaluation,
-    Finetune,
     Judge,
     Output,
     Sampling,
@@ -37,7 +35,7 @@ class GeneratorRecipe(TrainingRecipe):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from _model_problems(self.model)
-        yield from _judge_problems(self)
+        yield from self.judge.problems(self.data, self.checkpoint)
         yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
         if self.tokenizer.checkpoint is None and self.data.name != "synthetic":
             yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
@@ -57,46 +55,6 @@ class PretrainRecipe(GeneratorRecipe):
     """Next-token training of the generator on the codes of real images."""
 
     job = "pretrain"
-
-
-class DistillRecipe(GeneratorRecipe):
-    """Distillation of a generator's guidance and temperature into one forward, on the student's own samples."""
-
-    job = "distill"
-
-    distill: Distill = Distill()
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from _tuned_problems(self)
-
-    def image_uses(self) -> Iterator[str]:
-        """None: contexts are the student's own."""
-        return iter(())
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        dropouts = "model.dropout model.class_dropout data.cache_codes"
-        return [*super()._idle_keys(), (True, dropouts, "the student draws its contexts and drops nothing of them")]
-
-
-class FinetuneRecipe(GeneratorRecipe):
-    """Training of a generator on real images so that it needs no guidance: CCA or GFT."""
-
-    job = "finetune"
-
-    finetune: Finetune = Finetune()
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from _tuned_problems(self)
-        if self.finetune.loss == "gft" and self.finetune.scale > 1:
-            yield f'finetune.beta = {self.finetune.beta} must be at most 1 with finetune.loss = "gft"'
-        if self.finetune.loss == "cca" and self.training.images < 2:
-            yield 'training.batch_size must be at least 2 with finetune.loss = "cca": negatives are another image\'s'
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        of_cca = "finetune.negative_weight finetune.reference_checkpoint"
-        return [*super()._idle_keys(), (self.finetune.loss != "cca", of_cca, 'finetune.loss is not "cca"')]
 
 
 DROPOUT_REMARK = (
@@ -345,54 +303,12 @@ class ConvertRecipe(Recipe):
         return required("convert", self.convert, "input", "output")
 
 
-_ALL = (
-    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, GenerateRecipe,
-    EvaluateRecipe, ConvertRecipe,
-)  # fmt: skip
-RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
-"""Recipe class of each job."""
-
-FORMER_JOBS = {"grpo": "train", "train_tokenizer": "tokenizer", "train_classifier": "classifier"}
-"""What files of former versions call a job."""
-
-
-def job_named(word: object) -> str | None:
-    """The job that a recipe file calls so; None where there is none."""
-    job = FORMER_JOBS.get(str(word), str(word))
-    return job if job in RECIPES else None
-
-
 def _model_problems(model: Model) -> Iterator[str]:
     """Text-conditional models, with many condition tokens, are another family."""
     if model.cls_token_num != 1:
         yield "model.cls_token_num must be 1: models here are class-conditional"
     if model.new_classes > model.num_classes:
         yield f"model.new_classes = {model.new_classes} must be at most model.num_classes = {model.num_classes}"
-
-
-def _tuned_problems(recipe: GeneratorRecipe) -> Iterator[str]:
-    """Jobs that improve a generator begin with one; only a trial of the machinery does without."""
-    if recipe.model.checkpoint is None and recipe.data.name != "synthetic":
-        yield "model.checkpoint is required: the weights to start from"
-    if recipe.model.new_classes:
-        yield f"model.new_classes must be 0 in `grpo {recipe.job}`: train their embeddings with `grpo pretrain` first"
-
-
-def _judge_problems(recipe: GeneratorRecipe) -> Iterator[str]:
-    """A judge has one network and a reference, and is there if the best checkpoint goes by it."""
-    judge, by_judge = recipe.judge, recipe.checkpoint.best_metric.startswith("judge/")
-    if recipe.checkpoint.keep_best and by_judge and not judge.interval:
-        yield f"checkpoint.best_metric = {recipe.checkpoint.best_metric} needs judge.interval"
-    if not judge.interval:
-        return
-    if recipe.checkpoint.best_metric == "judge/fid" and recipe.checkpoint.best_is == "highest":
-        yield 'checkpoint.best_is must be "lowest" with checkpoint.best_metric = "judge/fid"'
-    if (judge.feature_checkpoint is None) == (judge.inception_checkpoint is None):
-        yield "judge.interval needs one of judge.feature_checkpoint and judge.inception_checkpoint"
-    if judge.reference is None and recipe.data.name == "classes":
-        yield 'judge.reference is required with data.name = "classes", which has no images'
-    if judge.reference is not None and judge.split is not None:
-        yield "judge.split: the reference is that of judge.reference; leave one of them out"
 
 
 def _image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:

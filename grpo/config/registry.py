@@ -1,0 +1,31 @@
+"""The recipe class of each job."""
+
+from collections.abc import Mapping
+
+from grpo.config.recipe import Recipe
+from grpo.config.recipes import (
+    ClassifierRecipe,
+    ConvertRecipe,
+    EvaluateRecipe,
+    GenerateRecipe,
+    GRPORecipe,
+    PretrainRecipe,
+    TokenizerRecipe,
+)
+from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
+
+_ALL = (
+    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, GenerateRecipe,
+    EvaluateRecipe, ConvertRecipe,
+)  # fmt: skip
+RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
+"""Recipe class of each job."""
+
+FORMER_JOBS = {"grpo": "train", "train_tokenizer": "tokenizer", "train_classifier": "classifier"}
+"""What files of former versions call a job."""
+
+
+def job_named(word: object) -> str | None:
+    """The job that a recipe file calls so; None where there is none."""
+    job = FORMER_JOBS.get(str(word), str(word))
+    return job if job in RECIPES else None
