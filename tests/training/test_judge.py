@@ -127,3 +127,40 @@ def test_alarm_when_the_reward_rises_and_the_judge_falls():
     assert alarm_of([*rising[:-1], record(40, 1.2, 0.1)], 2) is None  # the reward falls too
     assert alarm_of([*rising, record(50, 0.9, 0.5)], 1) is None  # a new best
     assert alarm_of([], 1) is None
+
+
+def test_reward_beside_the_judge_and_the_stop(run_here, small, tmp_path, monkeypatch):  # noqa: F811
+    """What is recorded of a GRPO run; an alarm tells, or stops the run with a checkpoint."""
+    _, flags, _ = small
+    flags = [
+        *flags,
+        "--judge.interval",
+        2,
+        "--training.steps",
+        4,
+        "--rollout.batch_size",
+        2,
+        "--rollout.num_generations",
+        2,
+    ]
+    lines = run_here("train", *flags, "--metrics.run_dir", tmp_path / "whole")
+    records = json.loads((tmp_path / "whole" / "judge.json").read_text())
+    rewards = [line["reward_mean"] for line in lines]
+    assert [record.get("reward") for record in records] == [None, sum(rewards[:2]) / 2, sum(rewards[2:]) / 2]
+
+    monkeypatch.setattr(
+        "grpo.training.judge.alarm_of", lambda records, patience: "deceived" if len(records) > 1 else None
+    )
+    with pytest.raises(UserError, match="stopped at step 2: deceived"):
+        run_here("train", *flags, "--judge.stop", "true", "--metrics.run_dir", tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "checkpoints" / "step-000002").is_dir()
+    assert len(run_here("train", *flags, "--metrics.run_dir", tmp_path / "told")) == 4
+    assert "step 2: deceived" in (tmp_path / "told" / "log.txt").read_text()
+
+
+def test_evaluations_take_no_more_than_their_share_of_the_time(run_here, small, tmp_path):  # noqa: F811
+    _, flags, _ = small
+    index = flags.index("--judge.max_time_share")
+    flags = [*flags[: index + 1], 1e-6, *flags[index + 2 :], "--judge.interval", 1, "--training.batch_size", 4]
+    lines = run_here("pretrain", *flags, "--training.steps", 3, "--metrics.run_dir", tmp_path)
+    assert list(judged(lines)) == [3]  # the last
