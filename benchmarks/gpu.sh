@@ -79,7 +79,7 @@ smoke() {
       --reward.reconstruction.weight 0 --reward.jpeg_size.weight 1
   ) > "$work/debug-recipes.txt" 2>&1 &
   step kernel-tests 85 "$python" -m pytest -q -W ignore -n "$processes" --timeout $((patience * 80)) \
-    -o "python_functions=test_* check_*" tests/kernels/test_on_gpu.py tests/rollout/test_on_gpu.py \
+    -o "python_functions=test_* check_*" tests/kernels/test_kernels_on_gpu.py tests/rollout/test_sampling_on_gpu.py \
     tests/kernels/triton_checks/check_*.py
   wait
   grep -h "^==" "$work/debug-recipes.txt"

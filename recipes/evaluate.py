@@ -39,7 +39,7 @@ from grpo.parallel import World, distributed
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, measure."""
-    recipe = load_recipe(EvaluateRecipe, arguments)
+    recipe = load_recipe(EvaluateRecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         evaluate(recipe, world)
 

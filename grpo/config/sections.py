@@ -6,6 +6,7 @@ key live with its field, those across keys in `recipes.py`; sections of one job,
 their own.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from grpo.config.types import (
@@ -22,6 +23,7 @@ from grpo.config.types import (
     ProperFraction,
     Section,
     Seed,
+    Wanted,
 )
 
 
@@ -30,7 +32,7 @@ class Model(Section):
 
     name: str = "GPT-B"
     """Spec of the GPT, a key of `grpo.models.MODEL_SPECS`: GPT-B, GPT-L, GPT-XL, GPT-XXL, ..."""
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, Wanted("weights of the generator, such as LlamaGen's c2i_XXL_384.pt")] = None
     """Weights to start from: a LlamaGen file, .safetensors, or a checkpoint folder. None starts from random weights."""
     from_fsdp: bool = False
     """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
@@ -39,9 +41,10 @@ class Model(Section):
     cls_token_num: PositiveInt = 1
     """Condition tokens before the image; must be 1, as in every class-conditional model."""
     class_dropout: Fraction = 0.0
-    """Share of training rows that see the unconditional class (pre-training only)."""
-    dropout: Fraction = 0.0
-    """Dropout of tokens, residuals and feed-forwards in pre-training."""
+    """Share of rows that see the unconditional class: in `pretrain`, and in the update of `train` where
+    training.dropout_mode is not eval, which makes the default 0.1."""
+    dropout: ProperFraction = 0.0
+    """Dropout of embeddings and of the outputs of attention and feed-forward, there too and with the same default."""
 
 
 class Tokenizer(Section):
@@ -49,7 +52,7 @@ class Tokenizer(Section):
 
     name: str = "VQ-16"
     """Spec of the tokenizer, a key of `grpo.models.TOKENIZER_SPECS`: VQ-16, VQ-8 or a small one."""
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, Wanted("weights of the tokenizer, such as LlamaGen's vq_ds16_c2i.pt")] = None
     """Weights of the tokenizer. Required by every job but its own training."""
     codebook_size: PositiveInt = 16384
     """Number of codes, the GPT's vocabulary."""
@@ -65,7 +68,7 @@ class Data(Section):
     name: Literal["imagenet", "huggingface", "folder", "digits", "synthetic"] = "imagenet"
     """imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is; huggingface and folder
     insist on one of them; digits: MNIST digits, which come along; synthetic: random images, to try the machinery."""
-    path: str | None = None
+    path: Annotated[str | None, Wanted("the folder of the data set")] = None
     """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required unless digits or synthetic."""
     split: str = "train"
     """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, its halves train_a and
@@ -78,6 +81,10 @@ class Data(Section):
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
     max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
+
+    def missing_files(self) -> Iterator[str]:
+        if self.name not in ("digits", "synthetic"):  # which read no folder
+            yield from super().missing_files()
 
 
 class Optimizer(Section):
@@ -111,6 +118,8 @@ class Training(Section):
     batch_size: PositiveInt | None = None
     """Completions (in `train`) or images (elsewhere) of one optimizer step, over all ranks. None is a whole rollout
     (exactly on-policy, and the fastest), and 64 images."""
+    epochs_per_rollout: PositiveInt = 1
+    """Times that the optimizer steps of one rollout go through it, in `train`; beyond 1 they are not on-policy."""
     micro_batch_size: Annotated[PositiveInt, MayChange] = 8
     """Rows in one forward and backward on each rank, at most; it bounds memory and, but for rounding, changes nothing.
     With teacher forcing a row is an image with all its completions, elsewhere one completion or image."""
@@ -120,7 +129,9 @@ class Training(Section):
     grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
-    """Dropout in the update of `train`. Only eval (none, as in the rollout): the other two are refused."""
+    """Dropout in the update of `train`; a rollout has none. eval: none either; train: with model.dropout and
+    model.class_dropout; twice: each batch once without and once with them, the mean of both losses. Old and reference
+    log-probs are those under the update's masks."""
     ema_decay: ProperFraction | None = None
     """Decay of a moving average of the weights, per optimizer step, which is written beside them at the end as
     `model_ema.safetensors`. None keeps no average."""

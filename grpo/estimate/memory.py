@@ -110,8 +110,10 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
         "optimizer": policy.optimizer,
         "unreduced gradients": policy.unreduced,
     }
-    if schedule and recipe.objective.kl_estimator != "none":
-        lasting["reference"] = policy.parameters
+    if training.ema_decay is not None:
+        lasting["average"] = policy.parameters
+    if schedule and (frozen := recipe.frozen_generators()):
+        lasting["reference"] = len(frozen) * policy.parameters
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
     update = {
         "gathered weights": policy.gathered,
@@ -142,7 +144,8 @@ def _micro_batches(recipe: GRPORecipe | PretrainRecipe, schedule: Schedule | Non
     else:
         sequences, real = schedule.completions_per_step, int(schedule.scores_targets)  # of real images, at least
         copies = 1 if recipe.rollout.loss_cfg_scale == 1 else 2
-    return copies * min(most, sequences), math.ceil(sequences / most) + real
+    passes = len(schedule.dropout_passes) if schedule else 1
+    return copies * min(most, sequences), passes * (math.ceil(sequences / most) + real)
 
 
 def _phases_before_update(

@@ -26,26 +26,29 @@ from grpo.formats.shards import read_tensors, shard_files, write_shards
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
-_WRAPPERS = ("model", "module", "state_dict")
+_WRAPPERS = ("model", "module", "state_dict", "params")
 _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
 _CONFIG = "config"  # in the metadata of a .safetensors file
 
 
-def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in any layout in which such weights are published, on the CPU, in its own dtypes.
 
-    - a pickle of `{"model" | "module" | "state_dict": weights, ...}` or of the weights themselves; the pickle may hold
+    - a pickle of `{"model" | "module" | "state_dict" | "params": weights, ...}` or of the weights; it may hold
       an `argparse.Namespace`, and nothing else that is not plain data;
     - a `.safetensors` file;
     - a folder of safetensors shards, as a run's checkpoints are, of which the entries under `model` are taken, or all
       tensors if nothing is there; else a folder with `consolidated.pth`. A manifest's checksums are compared.
 
-    `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it.
+    `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it; `key` that it is under
+    this key of a pickle, or that a `.safetensors` file holds it alone, and then a folder is refused.
     Raises a UserError: no such file, not weights, damaged, or unsafe to read.
     """
     path = Path(path)
+    if path.is_dir() and key is not None:
+        raise UserError(f"{path}: is a folder; give the file with the {key}")
     if path.is_dir():
         consolidated = path / CONSOLIDATED
         if not shard_files(path) and consolidated.is_file():
@@ -60,7 +63,7 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
             return safetensors.torch.load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
-    return _read_pickle(path, bare=bare)
+    return _read_pickle(path, bare=bare, key=key)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -79,7 +82,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return config
 
 
-def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
+def _read_pickle(path: Path, *, bare: bool, key: str | None = None) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: what matters is whether it can be read
@@ -89,10 +92,13 @@ def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"refused, reading it could run code: it holds {refused[1]}; ask its author for .safetensors"
         raise UserError(f"{path}: {reason}") from error
-    if not bare and isinstance(content, Mapping):
+    if key is not None:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    elif not bare and isinstance(content, Mapping):
         content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         form = "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
+        form = form if key is None else f"a state dict under the key {key}"
         raise UserError(f"{path}: this checkpoint does not hold {form}")
     return dict(content)
 

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -19,6 +19,7 @@ from grpo.models.vq import CODES_REMEMBERED, VQConfig, VQModel
 
 LARGEST_SIZE = 2**20  # of what a file says of itself: beyond, it is not the size of a model
 PathLike = str | os.PathLike[str]
+Config = TypeVar("Config")
 
 _REMEDIES = {
     "vocab_size": "set tokenizer.codebook_size = {}",
@@ -122,7 +123,7 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
         raise UserError(f"{path}: the weights are not complete: {error.args[0]} is missing") from error
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: the weights are not complete, or their shapes do not fit together") from error
-    own = _own_config(kind, path)
+    own = read_sizes(path, kind.config, what=kind.what)
     if own is not None:
         if any(getattr(own, name) != size for name, size in found.items()):
             raise UserError(f"{path}: damaged, the sizes that are written with the weights are not theirs")
@@ -146,20 +147,20 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
     return model.eval()
 
 
-def _own_config(kind: _Kind, path: PathLike) -> Any:
-    """The sizes that were written with the weights; None if there are none."""
+def read_sizes(path: PathLike, config: type[Config], *, what: str) -> Config | None:
+    """The sizes that were written with the weights of `what`; None if there are none. A UserError if damaged."""
     if (sizes := read_config(path)) is None:
         return None
     try:
-        if unknown := sizes.keys() - {field.name for field in fields(kind.config) if field.compare}:
+        if unknown := sizes.keys() - {field.name for field in fields(config) if field.compare}:
             raise ValueError(f"unknown {', '.join(sorted(unknown))}")
         numbers = [number for value in sizes.values() for number in (value if isinstance(value, list) else [value])]
         if not all(number is None or 0 < number <= LARGEST_SIZE for number in numbers):  # NaN is neither
             raise ValueError(f"a size that is not in 0 .. {LARGEST_SIZE}")
-        return TypeAdapter(kind.config).validate_json(json.dumps(sizes), strict=True)
+        return TypeAdapter(config).validate_json(json.dumps(sizes), strict=True)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: damaged, or from a later version: no sizes of {kind.what} ({reason})") from error
+        raise UserError(f"{path}: damaged, or from a later version: no sizes of {what} ({reason})") from error
 
 
 def _explain(kind: _Kind, path: PathLike, config: Any, differing: dict[str, Any], found: dict[str, Any]) -> list[str]:

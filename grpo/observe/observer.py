@@ -18,8 +18,7 @@ from grpo.observe.report import write_report
 
 # What a run writes into its folder besides checkpoints, which guard themselves.
 RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "model.safetensors",
-             "model_ema.safetensors",
-             "wandb_run_id.txt")  # fmt: skip
+             "model_ema.safetensors", "discriminator.safetensors", "wandb_run_id.txt")  # fmt: skip
 
 
 class RunObserver:

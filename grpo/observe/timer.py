@@ -13,7 +13,8 @@ class PhaseTimer:
     """Times the phases of a step without holding up the GPU.
 
     On a GPU a mark is a CUDA event, so a phase costs two records and the host waits only in `read`; on a CPU it is
-    `perf_counter`. A phase entered several times adds up; one inside another is not counted to the outer one.
+    `perf_counter`. A phase entered several times adds up; one inside another is not counted to the outer one,
+    but "reward/clip" is counted to "reward" too.
 
         timer = PhaseTimer(device)
         with timer("rollout"):
@@ -50,7 +51,9 @@ class PhaseTimer:
         seconds = defaultdict(float)
         for (phase, start), (_, end) in pairwise(self._marks):
             if phase is not None:
-                seconds[f"seconds/{phase}"] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+                duration = start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+                for name in {phase, phase.partition("/")[0]}:
+                    seconds[f"seconds/{name}"] += duration
         self._marks = self._marks[-1:]
         now = time.perf_counter()
         seconds["seconds/step"], self._step_start = now - self._step_start, now

@@ -83,6 +83,13 @@ def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     return dict(zip(names, totals.tolist(), strict=True))
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def all_reduce_max(value: int) -> int:
     """The largest `value` of all ranks. Goes over the CPU's backend, so that no GPU is waited for."""
     box = torch.tensor(value)

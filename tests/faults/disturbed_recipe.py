@@ -128,7 +128,7 @@ def note(trace: Path, step: int, batch: object, trajectory: object) -> None:
 
 def _step_of(files: list[Path]) -> int:
     """The step of the checkpoint whose shares are being summed; 0 for other files."""
-    if not any(path.name.startswith("rank-") for path in files):
+    if not any(path.name.startswith("shard-") for path in files):
         return 0
     return int(files[0].parent.name.removeprefix(".step-").removesuffix(".partial"))
 

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from grpo.kernels import (
     triton_cached_attention,
+    triton_dropout,
     triton_few_rows,
     triton_linear_log_probs,
     triton_log_probs,
@@ -59,6 +60,9 @@ def kernels():
     types = "*fp32 " * 7 + "*i32 *fp32 *fp32 " + "i32 " * 21 + "fp32 " * 5
     options = triton_ratio_loss.kernel_options(65536, "k3", True, "clip")
     yield "ratio_loss", triton_ratio_loss.ratio_loss_kernel, types, options
+
+    types = "*bf16 *bf16 *i64 *i64 i64 i32 i64 i32 i32 fp32"
+    yield "dropout", triton_dropout.dropout_kernel, types, triton_dropout.kernel_options(1536)
 
     attention, norm, gate = (
         triton_cached_attention.cached_attention_kernel,
