@@ -6,8 +6,11 @@ merges the splits in order and adds the logits of the tokens. Splits depend on V
 other row.
 
 Backward, and the other forward passes: chunks of rows. The library's matrix product writes fp32 logits, the row kernels
-of `triton_log_probs.py` read log-probs off them and turn them in place into gradients, which two more products use.
+of `triton_log_probs.py` read log-probs off them and turn them in place into gradients, which two more products use. One
+chunk alone is kept between the passes.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -125,9 +128,15 @@ class TritonLogitChunks(LogitChunks):
     def score(self, scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
         triton_log_probs.launch_forward(scores, tokens, self.temperature, log_probs, lse, entropy)
 
+    def tempered(self, logits: Tensor) -> Tensor:
+        return logits
+
     def backward(self, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
         # The gradient takes the place of the logits, in the type of the products that follow.
-        gradient = scores.view(self.hidden.dtype)[:, : self.weight.shape[0]]
+        self.backward_into(scores.view(self.hidden.dtype)[:, : self.weight.shape[0]], rows, scores, scored)
+
+    def backward_into(self, gradient: Tensor, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
+        """`backward` with the place of the gradient [n, V] given."""
         triton_log_probs.launch_backward(scores, scored.rows(rows), self.temperature, gradient)
         if self.needs_hidden:
             torch.mm(gradient, self.weight, out=self.grad_hidden[rows])
@@ -136,6 +145,15 @@ class TritonLogitChunks(LogitChunks):
             torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
         elif self.needs_weight:
             self.grad_weight.addmm_(gradient.t().float(), self.hidden[rows].float())
+
+    def score_kept(self, outputs: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        scores = wide_product(self.hidden, self.weight.t())
+        self.score(scores, tokens, *outputs)  # leaves them as they are
+        return scores
+
+    def backward_kept(self, scores: Tensor, scored: ScoredRows) -> None:
+        gradient = torch.empty_like(scores, dtype=self.hidden.dtype)
+        self.backward_into(gradient, slice(None), scores, scored)
 
 
 def split_options(V: int, D: int, with_entropy: bool) -> dict:
