@@ -38,6 +38,11 @@ def use_triton(impl: str, *, op: str, device: torch.device, obstacle: str | None
     return obstacle is None
 
 
+def has_ex2() -> bool:
+    """Whether kernels may use the instruction ex2 of NVIDIA's GPUs; the interpreter and other GPUs have none."""
+    return torch.cuda.is_available() and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+
+
 def row_obstacle(**matrices: Tensor) -> str | None:
     """Why a kernel cannot read rows of these matrices, by their names; None if it can."""
     for name, matrix in matrices.items():

@@ -92,6 +92,8 @@ def kernels():
 
 def compile_kernel(kernel, types: str, options: dict, target: GPUTarget):
     """The compiled kernel. Pointers and 64-bit strides are taken as multiples of 16, as at production shapes."""
+    if "EX2" in options:
+        options = {**options, "EX2": target.backend == "cuda"}
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     types = types.split()
     signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
