@@ -3,9 +3,9 @@
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
-from pydantic import BeforeValidator
 
 from grpo.config.types import (
+    ClassIds,
     GuidanceScale,
     KernelBackend,
     MinusOneOrMore,
@@ -20,14 +20,6 @@ from grpo.config.types import (
     TopP,
     Wanted,
 )
-
-
-def _split_flag_text(value: object) -> object:
-    """A list reaches a flag as text, `1,2,3`; a recipe file gives a list."""
-    return value.split(",") if isinstance(value, str) and value != "all" else value
-
-
-ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_split_flag_text)]
 
 
 class TokenizerLoss(Section):

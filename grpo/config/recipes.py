@@ -29,6 +29,10 @@ class GeneratorRecipe(TrainingRecipe):
         if self.tokenizer.checkpoint is None and self.data.name != "synthetic":
             yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
 
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        reason = "all classes of random weights are new (model.checkpoint is none)"
+        return [*super()._idle_keys(), (self.model.checkpoint is None, "model.new_classes", reason)]
+
 
 class PretrainRecipe(GeneratorRecipe):
     """Next-token training of the generator on the codes of real images."""
@@ -55,10 +59,11 @@ class GRPORecipe(GeneratorRecipe):
 
     def schedule(self, *, ranks: int) -> Schedule:
         """The sizes of a step on each of so many ranks. Raises a UserError if they cannot share the batches."""
-        needs = {need for table in self.reward.active.values() for need in reward_class(table.kind).needs}
         sections = {"rollout": self.rollout, "training": self.training, "objective": self.objective}
-        batch_statistics = any(table.normalise == "batch" for table in self.reward.active.values())
-        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards="population" in needs or batch_statistics)
+        waits = self._rewards_needing("population") or any(
+            table.normalise == "batch" for table in self.reward.active.values()
+        )
+        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards=bool(waits))
 
     def frozen_generators(self) -> set[str | None]:
         """Weights of the generators beside the policy and its moving average: of the KL term, and of rewards."""
@@ -76,6 +81,8 @@ class GRPORecipe(GeneratorRecipe):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         rollout, training, objective = self.rollout, self.training, self.objective
+        if self.model.new_classes:
+            yield "model.new_classes must be 0 in GRPO: train their embeddings with `grpo pretrain` first"
         try:
             self.schedule(ranks=1)
         except UserError as error:
@@ -94,12 +101,11 @@ class GRPORecipe(GeneratorRecipe):
         if not self.reward.active:
             yield "no reward is on: give a table [reward.NAME] a weight other than 0"
         if rollout.mode == "autoregressive":
-            for name, table in self.reward.active.items():
-                if "real_images" in reward_class(table.kind).needs:
-                    yield (
-                        f'reward.{name}.weight must be 0 with rollout.mode = "autoregressive": '
-                        "a free sample has no real image to match"
-                    )
+            for name in self._rewards_needing("real_images"):
+                yield (
+                    f'reward.{name}.weight must be 0 with rollout.mode = "autoregressive": '
+                    "a free sample has no real image to match"
+                )
             if rollout.use_context_noise:
                 yield 'rollout.use_context_noise: needs rollout.mode = "teacher_forced"'
         elif rollout.cfg_scale != 1:
@@ -109,6 +115,19 @@ class GRPORecipe(GeneratorRecipe):
                 'rollout.importance_weight_cap with guidance needs rollout.guidance_in_loss = "guided" '
                 "or rollout.cfg_scale = 1"
             )
+
+    def image_uses(self) -> Iterator[str]:
+        if self.rollout.mode == "teacher_forced":
+            yield 'rollout.mode must be "autoregressive": a teacher-forced context is the codes of a real image'
+            for name in self._rewards_needing("real_images"):
+                yield f"reward.{name}.weight must be 0: it compares with the real image"
+        if self.objective.aux_ce_weight:
+            yield "objective.aux_ce_weight must be 0: it is the cross-entropy on the codes of real images"
+        for name, table in self.reward.active.items():
+            yield from (f"reward.{name}.{use}" for use in table.image_uses())
+
+    def _rewards_needing(self, need: str) -> list[str]:
+        return [name for name, table in self.reward.active.items() if need in reward_class(table.kind).needs]
 
     def notes(self) -> list[str]:
         off = [name for name in self.reward.tables if name not in self.reward.active]
@@ -175,6 +194,7 @@ class TokenizerRecipe(TrainingRecipe):
             (not loss.perceptual_weight, "tokenizer_loss.perceptual_backbone", "its weight is 0"),
             (not adversary.weight, others, "adversary.weight is 0"),
             (late, "adversary.weight", f"adversary.start = {adversary.start} is after the last step"),
+            (True, "data.class_map", "a tokenizer is trained without classes"),
         ]
 
 
@@ -200,6 +220,8 @@ class DrawingRecipe(Recipe):
         yield from required("model", model, "checkpoint")
         yield from required("tokenizer", tokenizer, "checkpoint")
         yield from _image_size_problems("sampling.image_size", self.sampling.image_size, tokenizer)
+        if model.new_classes:
+            yield "model.new_classes must be 0: images are drawn by weights that have all their classes"
         if class_ids != "all" and not all(class_id < model.num_classes for class_id in class_ids):
             yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
 
@@ -231,6 +253,8 @@ class EvaluateRecipe(DrawingRecipe):
             yield from super().problems()
         if evaluation.reference is None:
             yield from (f"{problem} unless evaluation.reference is set" for problem in data_problems(data))
+            if data.name == "classes":
+                yield 'data.name = "classes" has no images: set evaluation.reference'
             if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
                 key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
                 yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
@@ -245,7 +269,10 @@ class EvaluateRecipe(DrawingRecipe):
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]
         are_given = self.evaluation.images is not None
-        return [(are_given, " ".join(keys), "evaluation.images are not drawn from a model")]
+        return [
+            (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
+            (True, "data.classes", "reference images have classes of their own"),
+        ]
 
 
 class ConvertRecipe(Recipe):
@@ -277,6 +304,8 @@ def _model_problems(model: Model) -> Iterator[str]:
     """Text-conditional models, with many condition tokens, are another family."""
     if model.cls_token_num != 1:
         yield "model.cls_token_num must be 1: models here are class-conditional"
+    if model.new_classes > model.num_classes:
+        yield f"model.new_classes = {model.new_classes} must be at most model.num_classes = {model.num_classes}"
 
 
 def _image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:

@@ -81,6 +81,10 @@ class RewardTable(Section):
         """
         return self
 
+    def image_uses(self) -> Iterator[str]:
+        """A line for each key that would have to be otherwise with a data set without images, beginning with it."""
+        yield from ()
+
 
 class Rewards(Section):
     """The weighted sum of rewards of one completion; each reward is a table of its own, [reward.NAME]."""

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.block_sizes import block_sizes
+from grpo.kernels.dispatch import overlap_options
+from grpo.kernels.triton_norm_and_gate import wait_for_previous
 
 
 @triton.jit
@@ -18,8 +20,10 @@ def cached_attention_kernel(
     qkv_ptr, keys_ptr, values_ptr, row_ptr, rotary_ptr, start_ptr, partial_ptr, arrivals_ptr, out_ptr,
     stride_qkv, keys_sequence, keys_head, keys_row, values_sequence, values_head, values_row, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_START: tl.constexpr,
+    SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_START: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        wait_for_previous()
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.load(row_ptr)
     start = row * 0
@@ -110,7 +114,8 @@ def launch(qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tenso
     cached_attention_kernel[(splits, n_head, B)](
         qkv, keys, values, row, rotary, row if start is None else start,
         partial, _arrivals(qkv.device, B * n_head), out,
-        qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], head_dim**-0.5, **options,
+        qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], head_dim**-0.5,
+        **options, **overlap_options(qkv.device),
     )  # fmt: skip
     return out
 

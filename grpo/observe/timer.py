@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -22,7 +22,10 @@ class PhaseTimer:
         metrics |= timer.read()      # {"seconds/rollout": 0.81, "seconds/step": 1.93}
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", *, on_phase: Callable[[str | None], None] = lambda phase: None
+    ) -> None:
+        self._on_phase = on_phase
         self._on_gpu = torch.device(device).type == "cuda"
         self._phase: str | None = None
         self._marks: list[tuple[str | None, torch.cuda.Event | float]] = []  # the phase that begins, and when
@@ -38,6 +41,7 @@ class PhaseTimer:
         self._begin(outer)
 
     def _begin(self, phase: str | None) -> None:
+        self._on_phase(phase)
         self._phase, now = phase, time.perf_counter()
         if self._on_gpu:
             now = torch.cuda.Event(enable_timing=True)

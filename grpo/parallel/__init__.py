@@ -10,6 +10,7 @@ from grpo.parallel.distributed import (
     all_reduce_sums,
     broadcast_object,
     distributed,
+    gather_numbers,
     sum_over_ranks,
 )
 from grpo.parallel.launcher import run_main

@@ -5,7 +5,7 @@ library is imported only for a network of its own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
@@ -86,8 +86,9 @@ class ImageNetwork:
         own = library.preprocessing()
         given = {key: getattr(settings, key) for key in own._fields if getattr(settings, key) is not None}
         self._how, self._antialias = own._replace(**given), settings.antialias
-        network, self.num_classes = library.build(settings.checkpoint, output)
-        self.network = context.prepare(network.eval())
+        built = library.build(settings.checkpoint, output)
+        self.num_classes, self.class_names = built.num_classes, built.class_names
+        self.network = context.prepare(built.network.eval())
         self._dtype = context.dtype
         self._mean, self._std = (
             torch.tensor(values, device=context.device).view(3, 1, 1) for values in (self._how.mean, self._how.std)
@@ -112,11 +113,17 @@ class ImageNetwork:
         return (images - self._mean) / self._std
 
 
+class _Built(NamedTuple):
+    network: nn.Module
+    num_classes: int
+    class_names: Sequence[str] = ()  # where they are written with the weights
+
+
 class _Library(NamedTuple):
     """What is known of a network before it is built."""
 
     preprocessing: Callable[[], Preprocessing]
-    build: Callable[[str, Output], tuple[nn.Module, int]]  # weights -> the network, and the number of its classes
+    build: Callable[[str, Output], _Built]  # from weights
 
 
 def _find(net: str) -> _Library:
@@ -131,10 +138,11 @@ def _find(net: str) -> _Library:
     raise UserError(f"net: must be {OWN}, torchvision:NAME or timm:NAME, not {net}")
 
 
-def _own(checkpoint: str, output: Output) -> tuple[nn.Module, int]:
+def _own(checkpoint: str, output: Output) -> _Built:
     classifier = load_classifier(checkpoint)
     network = _Look(classifier, lambda network, images: network.features(images))
-    return network if output == "features" else classifier, classifier.config.num_classes
+    config = classifier.config
+    return _Built(network if output == "features" else classifier, config.num_classes, config.class_names or ())
 
 
 def _torchvision(name: str) -> _Library:
@@ -147,7 +155,7 @@ def _torchvision(name: str) -> _Library:
         own = models.get_model_weights(name).DEFAULT.transforms()
         return Preprocessing(own.resize_size[0], own.crop_size[0], own.interpolation.value, own.mean, own.std)
 
-    def build(checkpoint: str, output: Output) -> tuple[nn.Module, int]:
+    def build(checkpoint: str, output: Output) -> _Built:
         keys: dict[str, Any] = {}
         if name in TRANSFORMS_INPUT:
             keys = {"transform_input": True, "aux_logits": True, "init_weights": False}
@@ -159,7 +167,7 @@ def _torchvision(name: str) -> _Library:
         num_classes = network.get_submodule(linear[-1]).out_features
         if output == "features":
             network.set_submodule(linear[-1], nn.Identity())
-        return network, num_classes
+        return _Built(network, num_classes)
 
     return _Library(preprocessing, build)
 
@@ -177,12 +185,12 @@ def _timm(name: str) -> _Library:
         resize = math.floor(crop / config["crop_pct"])
         return Preprocessing(resize, crop, interpolation, list(config["mean"]), list(config["std"]))
 
-    def build(checkpoint: str, output: Output) -> tuple[nn.Module, int]:
+    def build(checkpoint: str, output: Output) -> _Built:
         network = timm.create_model(name, pretrained=False)
         load_strictly(network, read_published(checkpoint), checkpoint, what=f"the weights of timm's {name}")
         if output == "logits":
-            return network, network.num_classes
-        return _Look(network, _timm_features), network.num_classes
+            return _Built(network, network.num_classes)
+        return _Built(_Look(network, _timm_features), network.num_classes)
 
     return _Library(preprocessing, build)
 

@@ -9,7 +9,7 @@ diagonal: C and C' are diagonal, and the difference is exact (LOO-FID's form). f
 in 1/n, with T = C^-½ (C^½ C' C^½)^½ C^-½ the optimal-transport map from our Gaussian to the real one. All is fp64.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 from zipfile import BadZipFile
@@ -66,6 +66,10 @@ class LeaveOneOutFID(PopulationReward):
         def resolved(self) -> Self:
             whole = {"resize": 299} if self.net == INCEPTION and self.resize is None else {}
             return NetworkTable.resolved(self.model_copy(update=whole))
+
+        def image_uses(self) -> Iterator[str]:
+            if self.reference is None:
+                yield "reference is required: there are no real images to measure"
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.network = ImageNetwork(settings.resolved(), context, output="features")

@@ -17,11 +17,13 @@ from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
-from grpo.parallel import MetricSums, World, all_reduce_max, build_mesh, full_state_dict, set_matmul_precision
+from grpo.parallel import MetricSums, World, build_mesh, full_state_dict, gather_numbers, set_matmul_precision
 from grpo.training.optimizer import GuardedOptimizer
-from grpo.training.resume import find_checkpoint, read_run_state
+from grpo.training.resume import find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
+from grpo.training.stragglers import Stragglers, own_work
+from grpo.training.watchdog import Watchdog
 
 EXPORT_NAME = "model.safetensors"
 AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
@@ -53,12 +55,16 @@ class TrainingRun:
         self.recipe, self.world, self.title = recipe, world, title
         set_matmul_precision(recipe.training.mixed_precision)
         self.mesh = build_mesh(recipe.parallel, world)
-        self.timer = PhaseTimer(world.device)
+        # A collective that waits for a rank in vain ends first, and says more.
+        seconds, beat = recipe.parallel.timeout + 5.0, recipe.run_dir / "heartbeat.json" if world.is_main else None
+        self._watchdog = Watchdog(seconds, rank=world.rank, heartbeat=beat)
+        self._stragglers = Stragglers()
+        self.timer = PhaseTimer(world.device, on_phase=self._watchdog.phase_begins)
         self.checkpoints = CheckpointManager(
             recipe.checkpoint_dir, world=world, config=recipe.checkpoint, timeout_seconds=recipe.parallel.timeout
         )
         self._open = ExitStack()  # what is given back when the run ends
-        self._stop_request = StopRequest()
+        self._stop_request = StopRequest(speaks=world.is_main)
         self._best_values: list[float] = []
         self._resumed_from: str | None = None
         self._first_step = 0
@@ -107,6 +113,7 @@ class TrainingRun:
         self.observer = self._open.enter_context(observer)
         for note in notes:
             self.observer.message(note)
+        self._watchdog.start(until=self._open)
 
     def steps(self) -> Iterator[int]:
         """The steps still to be done, counted from 1."""
@@ -121,6 +128,7 @@ class TrainingRun:
         for step in range(self._first_step + 1, total + 1):
             self._skipped_before = self._optimizer.skipped
             self._seed(step)
+            self._watchdog.step_begins(step)
             with self._traced(step):
                 yield step
 
@@ -149,15 +157,17 @@ class TrainingRun:
         """
         metrics, times = sums.means(), self.timer.read()
         rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
-        values = {**metrics, **rates, **times}
+        vote = _SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None)
+        votes, own_seconds = gather_numbers([vote, own_work(times)]).unbind(1)  # each [ranks]
+        vote, slowest = int(votes.max()), self._stragglers.look(own_seconds)
+        values = {**metrics, **rates, **times, **slowest.metrics}
         self.observer.log(step, values)
         notes, problem = watch(values)
-        for note in notes:
+        for note in (*notes, *slowest.warnings):
             self.observer.message(f"step {step}: {note}")
         self._note_skipped(step, metrics)
         self._note_best(metrics)
         config, last = self.recipe.checkpoint, step == self.recipe.training.steps
-        vote = all_reduce_max(_SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None))
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
         stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
@@ -199,7 +209,8 @@ class TrainingRun:
             f"stopped at step {step} ({reason}): its checkpoint is in {self.recipe.checkpoint_dir}, and the same "
             "command goes on from there"
         )
-        raise Terminated(128 + signal.SIGTERM)
+        interrupted = self._stop_request.signal is signal.SIGINT
+        raise Terminated(128 + (signal.SIGINT if interrupted else signal.SIGTERM))
 
     def save(self, step: int) -> None:
         """Write a checkpoint, in the background if the recipe says so."""
@@ -211,6 +222,7 @@ class TrainingRun:
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
             "resumed_from": self._resumed_from,
+            "class_names": getattr(self._model.config, "class_names", None),
         }
         best, self._best_values = self._best_values, []
         trained = {"model": self._model, "optimizer": self._optimizer.adamw}
@@ -265,6 +277,7 @@ class TrainingRun:
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
         state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
+        require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         self.checkpoints.load(path, **trained)
         self._optimizer.load_state_dict(state["optimizer_step"])

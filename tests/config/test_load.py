@@ -279,3 +279,10 @@ def test_the_folder_of_a_shipped_recipe_may_be_left_out_where_its_name_is_unique
     monkeypatch.setattr("grpo.config.load.SHIPPED_RECIPES", tmp_path)
     with pytest.raises(UserError, match="--config same: cannot be read"):
         load_recipe(GRPORecipe, ["--config", "same"])
+
+
+def test_classes_are_ids_or_names(recipe_file) -> None:
+    flags = ["--config", recipe_file('[data]\nname = "synthetic"\nclasses = [7, "goldfish"]\n')]
+    assert load_recipe(PretrainRecipe, flags).data.classes == ["7", "goldfish"]
+    assert load_recipe(PretrainRecipe, [*flags, "--data.classes", "all"]).data.classes == "all"
+    assert load_recipe(PretrainRecipe, [*MINIMAL, "--data.classes", "7,goldfish"]).data.classes == ["7", "goldfish"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from grpo.config import UserError
+from grpo.jobs import train_grpo
 from grpo.jobs.train_grpo import main
 from grpo.models import Classifier, ClassifierConfig, save_weights
 
@@ -73,6 +74,19 @@ def test_a_resumed_memory_goes_on_bit_for_bit(run_here, population, tmp_path, co
     resumed = run_here("train", *broken, "--training.steps", 4)
     names = [name for name in NAMES if name != "kl"]
     assert [[line[name] for name in names] for line in resumed] == [[line[name] for name in names] for line in whole]
+
+
+@pytest.mark.parametrize(("other", "built"), [([], 2), (["--reward.log_ratio.checkpoint", "other.pt"], 3)])
+def test_a_frozen_generator_is_shared_with_the_kl_term(run_here, tmp_path, monkeypatch, other, built):
+    asked, build = [], train_grpo.build_generator
+    monkeypatch.setattr(
+        train_grpo,
+        "build_generator",
+        lambda *a, checkpoint, **k: asked.append(checkpoint) or build(*a, checkpoint=None, **k),
+    )
+    flags = [*DEBUG, *other, "--reward.log_ratio.weight", 1, "--objective.kl", "k3", "--training.steps", 1]
+    run_here("train", *flags, "--metrics.run_dir", tmp_path, "--checkpoint.save_final", "false")
+    assert len(asked) == built
 
 
 def test_a_function_without_any_opinion_stops_the_run_with_a_checkpoint(tmp_path):
