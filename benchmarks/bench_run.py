@@ -237,6 +237,7 @@ def our_steps(recipe: GRPORecipe) -> dict:
         "seconds": phases.pop("step"),
         "phases": phases,
         "shares": {name: value for name, value in medians.items() if name.startswith(("mfu", "bandwidth"))},
+        "whole_peak_bytes": peak,
         "peak_bytes": peak - sum(parameter.numel() * 4 for model in models for parameter in model.parameters()),
     }
 
