@@ -32,7 +32,8 @@ def _from_key(key):
 
 @triton.jit
 def _total(tile):
-    return tl.sum(tl.sum(tile, axis=1), axis=0)
+    """Sum of a whole tile. In one reduction: two nested ones exchange lanes for every row of the tile."""
+    return tl.sum(tile, axis=None)
 
 
 @triton.jit
@@ -139,9 +140,9 @@ def _draw_flat(scores, columns, kept, noise_ptr, tokens_ptr, V: tl.constexpr, NU
     for sample in range(NUM_SAMPLES):
         noise = tl.load(noise_ptr + sample * V + columns, mask=columns < V, other=0.0)
         noisy = tl.where(kept & (columns < V), scores + noise, float("-inf"))
-        best = tl.max(tl.max(noisy, axis=1), axis=0)
+        best = tl.max(noisy, axis=None)
         first = tl.where((noisy == best) & (columns < V), columns, V)
-        tl.store(tokens_ptr + sample, tl.min(tl.min(first, axis=1), axis=0).to(tl.int64))
+        tl.store(tokens_ptr + sample, tl.min(first, axis=None).to(tl.int64))
 
 
 @triton.jit
@@ -222,7 +223,7 @@ def sample_kernel(
     scores = _temper(tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")), temperature, HEAT)
     flagged = _count(scores < float("inf")) < TILE_BLOCKS * _BLOCK
     scores = _drawable(scores)
-    peak = tl.max(tl.max(scores, axis=1), axis=0)
+    peak = tl.max(scores, axis=None)
     empty = peak == float("-inf")
     least_first = tl.where(empty, 0.0, float("-inf"))  # a row without any finite score draws its first column
     scores = tl.where(columns == 0, tl.maximum(scores, least_first), scores)
