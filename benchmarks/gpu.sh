@@ -14,8 +14,8 @@
 # Each part is planned for two minutes or less, quickstart for five. After every step of a part OUT_FOLDER/results.tgz
 # holds all that is there so far: logs, JSON files, plots, and summary.txt with one line a step. Wheels in .whl
 # (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
-# TESTS="FILE..." makes smoke run these tests alone. ROLLOUT, RUN, LINEAR, TOKENS and TUNE are further arguments of the
-# steps they are named after, such as ROLLOUT="--batches 8".
+# TESTS="FILE..." makes smoke run these tests alone, KERNELS="NAME..." kernels these benchmarks. BENCH (of each of them),
+# ROLLOUT, RUN and TUNE are further arguments, such as ROLLOUT="--batches 8".
 # SMALL=1 is a rehearsal on a CPU of everything but the speed: small sizes, the kernels in Triton's interpreter, six times
 # the time. SITE=FOLDER is put on the path there in place of the wheels.
 set -u -o pipefail
@@ -96,13 +96,11 @@ smoke() {
 }
 
 kernels() {
-  # shellcheck disable=SC2086
-  bench token_log_probs 70 --seconds 1 --deadline $((patience * 50)) ${TOKENS:-}
-  # shellcheck disable=SC2086
-  bench linear_log_probs 90 --seconds 1 --deadline $((patience * 60)) ${LINEAR:-}
-  [ -n "${SHORT:-}" ] && return
-  bench sampling 60 --seconds 2 --deadline $((patience * 45))
-  bench loss 40 --seconds 2
+  local name
+  for name in ${KERNELS:-token_log_probs linear_log_probs sampling loss}; do
+    # shellcheck disable=SC2086
+    bench "$name" 75 --seconds 1 --deadline $((patience * 55)) ${BENCH:-}
+  done
 }
 
 tune() {
