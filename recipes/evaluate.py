@@ -78,7 +78,7 @@ def open_reference(recipe: EvaluateRecipe) -> ImageSource:
     config = recipe.evaluation
     if config.reference is not None:
         return open_images(config.reference, limit=config.num_reference_images)
-    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)
+    dataset = build_dataset(recipe.data, num_classes=None)  # classes are counted, not compared
     return DatasetImages(dataset, limit=config.num_reference_images)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from grpo.config import PretrainRecipe, load_recipe
 from grpo.data import CodeCache, ImageBatch, build_dataset
 from grpo.kernels import linear_token_log_probs
-from grpo.models import build_tokenizer
+from grpo.models import build_tokenizer, learned_classes
 from grpo.parallel import World, distributed
 from grpo.training import TrainingRun, build_generator, build_optimizer, minimise
 
@@ -32,10 +32,12 @@ def train(recipe: PretrainRecipe, world: World) -> None:
     """The whole job on this rank."""
     training = recipe.training
     with TrainingRun(recipe, world, title="Pre-training") as run:
-        dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)
+        learned = learned_classes(recipe.model)
+        dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
         tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
         encode = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
-        model = build_generator(recipe, checkpoint=recipe.model.checkpoint, mesh=run.mesh, world=world).train()
+        start = {"checkpoint": recipe.model.checkpoint, "class_names": dataset.class_names}
+        model = build_generator(recipe, **start, mesh=run.mesh, world=world).train()
 
         def loss(batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with run.timer("encode"):

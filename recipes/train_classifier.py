@@ -32,7 +32,8 @@ def train(recipe: ClassifierRecipe, world: World) -> None:
     """The whole job on this rank."""
     with TrainingRun(recipe, world, title="Classifier") as run:
         dataset = build_dataset(recipe.data, num_classes=recipe.classifier.num_classes)
-        classifier = build_classifier(recipe, mesh=run.mesh, world=world).train()
+        names = dataset.class_names
+        classifier = build_classifier(recipe, class_names=names, mesh=run.mesh, world=world).train()
 
         def loss(batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with run.timer("forward"), autocast(recipe.training, world.device):

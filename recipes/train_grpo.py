@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from grpo.config import GRPORecipe, Schedule, load_recipe
 from grpo.data import CodeCache, ImageBatch, ImageStream, build_dataset, build_stream
 from grpo.estimate import Work, grpo_work
-from grpo.models import build_tokenizer
+from grpo.models import build_tokenizer, learned_classes
 from grpo.objectives import credit
 from grpo.observe import SampleRow
 from grpo.parallel import MetricSums, World, distributed
@@ -80,12 +80,13 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     """Data, models, rollout, rewards and update of a recipe."""
     training, objective, world, seed = recipe.training, recipe.objective, run.world, recipe.training.seed
     schedule = recipe.schedule(ranks=world.size)
-    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)
+    learned = learned_classes(recipe.model)
+    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
     stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
     codes = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
-    generator = partial(build_generator, recipe, mesh=run.mesh, world=world)
+    generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
     if objective.kl_estimator != "none":
         frozen = objective.reference_checkpoint or recipe.model.checkpoint

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from grpo.config import Checkpoint, UserError
-from grpo.formats import FileSum, file_sums, read_manifest
+from grpo.formats import RUN_STATE_NAME, FileSum, file_sums, read_manifest
 
-RUN_STATE_NAME = "run_state.json"
 STEP_NAME = "resume_step.txt"
 STATE_TYPE_NAME = "state_type.txt"
 

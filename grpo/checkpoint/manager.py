@@ -27,6 +27,7 @@ from grpo.formats import (
     rank_shards,
     read_tensors,
     save_weights,
+    saved_config,
     write_shards,
 )
 from grpo.parallel import World, broadcast_object
@@ -73,7 +74,9 @@ class CheckpointManager:
         self.wait()
         self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
         about = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
-        shared = step, json.dumps(about | {"run": run_state}, indent=1), getattr(model, "config", None)
+        config = getattr(model, "config", None)
+        about["config"] = None if config is None else saved_config(config)
+        shared = step, json.dumps(about | {"run": run_state}, indent=1), config
         state = training_tensors(model, optimizer, extra), dict(rank_state)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking

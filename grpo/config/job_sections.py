@@ -1,10 +1,9 @@
 """The sections that belong to one job: what to train, sample, measure or convert besides the shared settings."""
 
-from typing import Annotated, Literal
-
-from pydantic import BeforeValidator
+from typing import Literal
 
 from grpo.config.types import (
+    ClassIds,
     GuidanceScale,
     KernelBackend,
     MinusOneOrMore,
@@ -18,14 +17,6 @@ from grpo.config.types import (
     Temperature,
     TopP,
 )
-
-
-def _split_flag_text(value: object) -> object:
-    """A list reaches a flag as text, `1,2,3`; a recipe file gives a list."""
-    return value.split(",") if isinstance(value, str) and value != "all" else value
-
-
-ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_split_flag_text)]
 
 
 class TokenizerLoss(Section):

@@ -23,6 +23,9 @@ ORDER = (
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
 
+DATA_IN_FILES = ("imagenet", "huggingface", "folder")
+
+
 class Recipe(BaseModel):
     """Base of all recipes; every field is a section."""
 
@@ -83,8 +86,14 @@ class TrainingRecipe(Recipe):
 
     def problems(self) -> Iterator[str]:
         yield from data_problems(self.data)
+        if self.data.name == "classes":
+            yield from (f'data.name = "classes" has no images: {use}' for use in self.image_uses())
         if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
             yield 'parallel.reshard_after_forward = "always" needs parallel.data_parallel = "fsdp", not "sdp"'
+
+    def image_uses(self) -> Iterator[str]:
+        """A line for everything in the recipe that takes the data set's images."""
+        yield f"`grpo {self.job}` trains on them"
 
     def notes(self) -> list[str]:
         notes = super().notes()
@@ -95,7 +104,11 @@ class TrainingRecipe(Recipe):
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
         best = "checkpoint.best_metric checkpoint.best_is"
+        images = "data.path data.split data.class_map data.num_workers data.cache_codes data.max_bad_images"
+        no_images = self.data.name == "classes"
         return [
+            (no_images, images, 'data.name = "classes" has no images'),
+            (not no_images, "data.classes", 'data.name is not "classes"'),
             (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
             (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
@@ -120,8 +133,8 @@ def required(name: str, section: Section, *keys: str) -> Iterator[str]:
 
 
 def data_problems(data: Data) -> Iterator[str]:
-    """A data set needs a path unless it comes with the project."""
-    if data.path is None and data.name not in ("digits", "synthetic"):
+    """A data set in files needs a path."""
+    if data.path is None and data.name in DATA_IN_FILES:
         yield f'data.path is required with data.name = "{data.name}"'
 
 

@@ -29,6 +29,10 @@ class GeneratorRecipe(TrainingRecipe):
         if self.tokenizer.checkpoint is None and self.data.name != "synthetic":
             yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
 
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        reason = "all classes of random weights are new (model.checkpoint is none)"
+        return [*super()._idle_keys(), (self.model.checkpoint is None, "model.new_classes", reason)]
+
 
 class PretrainRecipe(GeneratorRecipe):
     """Next-token training of the generator on the codes of real images."""
@@ -47,9 +51,8 @@ class GRPORecipe(GeneratorRecipe):
 
     def schedule(self, *, ranks: int) -> Schedule:
         """The sizes of a step on each of so many ranks. Raises a UserError if they cannot share the batches."""
-        needs = {need for table in self.reward.active.values() for need in reward_class(table.kind).needs}
         sections = {"rollout": self.rollout, "training": self.training, "objective": self.objective}
-        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards="population" in needs)
+        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards=bool(self._rewards_needing("population")))
 
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
@@ -63,6 +66,8 @@ class GRPORecipe(GeneratorRecipe):
         for key in ("class_dropout", "dropout"):
             if getattr(self.model, key):
                 yield f"model.{key} must be 0 in GRPO: {same_masks}"
+        if self.model.new_classes:
+            yield "model.new_classes must be 0 in GRPO: train their embeddings with `grpo pretrain` first"
         if training.dropout_mode != "eval":
             yield f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
         try:
@@ -74,12 +79,11 @@ class GRPORecipe(GeneratorRecipe):
         if not self.reward.active:
             yield "no reward is on: give a table [reward.NAME] a weight other than 0"
         if rollout.mode == "autoregressive":
-            for name, table in self.reward.active.items():
-                if "real_images" in reward_class(table.kind).needs:
-                    yield (
-                        f'reward.{name}.weight must be 0 with rollout.mode = "autoregressive": '
-                        "a free sample has no real image to match"
-                    )
+            for name in self._rewards_needing("real_images"):
+                yield (
+                    f'reward.{name}.weight must be 0 with rollout.mode = "autoregressive": '
+                    "a free sample has no real image to match"
+                )
             if rollout.use_context_noise:
                 yield 'rollout.use_context_noise: needs rollout.mode = "teacher_forced"'
         elif rollout.cfg_scale != 1:
@@ -89,6 +93,17 @@ class GRPORecipe(GeneratorRecipe):
                 'rollout.importance_weight_cap with guidance needs rollout.guidance_in_loss = "guided" '
                 "or rollout.cfg_scale = 1"
             )
+
+    def image_uses(self) -> Iterator[str]:
+        if self.rollout.mode == "teacher_forced":
+            yield 'rollout.mode must be "autoregressive": a teacher-forced context is the codes of a real image'
+            for name in self._rewards_needing("real_images"):
+                yield f"reward.{name}.weight must be 0: it compares with the real image"
+        if self.objective.aux_ce_weight:
+            yield "objective.aux_ce_weight must be 0: it is the cross-entropy on the codes of real images"
+
+    def _rewards_needing(self, need: str) -> list[str]:
+        return [name for name, table in self.reward.active.items() if need in reward_class(table.kind).needs]
 
     def notes(self) -> list[str]:
         off = [name for name in self.reward.tables if name not in self.reward.active]
@@ -131,7 +146,11 @@ class TokenizerRecipe(TrainingRecipe):
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         by_gradient = self.tokenizer_loss.codebook_update == "gradient"
         keys = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
-        return [*super()._idle_keys(), (by_gradient, keys, 'codebook_update is "gradient"')]
+        return [
+            *super()._idle_keys(),
+            (by_gradient, keys, 'codebook_update is "gradient"'),
+            (True, "data.class_map", "a tokenizer is trained without classes"),
+        ]
 
 
 class ClassifierRecipe(TrainingRecipe):
@@ -156,6 +175,8 @@ class DrawingRecipe(Recipe):
         yield from required("model", model, "checkpoint")
         yield from required("tokenizer", tokenizer, "checkpoint")
         yield from _image_size_problems("sampling.image_size", self.sampling.image_size, tokenizer)
+        if model.new_classes:
+            yield "model.new_classes must be 0: images are drawn by weights that have all their classes"
         if class_ids != "all" and not all(class_id < model.num_classes for class_id in class_ids):
             yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
 
@@ -187,6 +208,8 @@ class EvaluateRecipe(DrawingRecipe):
             yield from super().problems()
         if evaluation.reference is None:
             yield from (f"{problem} unless evaluation.reference is set" for problem in data_problems(data))
+            if data.name == "classes":
+                yield 'data.name = "classes" has no images: set evaluation.reference'
             if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
                 key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
                 yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
@@ -196,7 +219,10 @@ class EvaluateRecipe(DrawingRecipe):
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]
         are_given = self.evaluation.images is not None
-        return [(are_given, " ".join(keys), "evaluation.images are not drawn from a model")]
+        return [
+            (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
+            (True, "data.class_map data.classes", "the classes of reference images do not matter"),
+        ]
 
 
 class ConvertRecipe(Recipe):
@@ -228,6 +254,8 @@ def _model_problems(model: Model) -> Iterator[str]:
     """Text-conditional models, with many condition tokens, are another family."""
     if model.cls_token_num != 1:
         yield "model.cls_token_num must be 1: models here are class-conditional"
+    if model.new_classes > model.num_classes:
+        yield f"model.new_classes = {model.new_classes} must be at most model.num_classes = {model.num_classes}"
 
 
 def _image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:

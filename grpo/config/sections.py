@@ -9,6 +9,7 @@ their own.
 from typing import Annotated, Literal
 
 from grpo.config.types import (
+    ClassNames,
     Fraction,
     FreeSection,
     KernelBackend,
@@ -36,6 +37,12 @@ class Model(Section):
     """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
     num_classes: PositiveInt = 1000
     """Number of classes; class id `num_classes` is the unconditional slot."""
+    new_classes: NonNegativeInt = 0
+    """Classes that the checkpoint does not have, the last ones of num_classes (pre-training only). Their embeddings
+    start as the unconditional one. The checkpoint's own classes are kept if num_classes leaves room for them, or else,
+    where all classes are new, left out."""
+    trained: Literal["all", "embeddings"] = "all"
+    """What is trained: the whole generator, or the embeddings of its classes alone."""
     cls_token_num: PositiveInt = 1
     """Condition tokens before the image; must be 1, as in every class-conditional model."""
     class_dropout: Fraction = 0.0
@@ -62,11 +69,18 @@ class Tokenizer(Section):
 class Data(Section):
     """The images."""
 
-    name: Literal["imagenet", "huggingface", "folder", "digits", "synthetic"] = "imagenet"
+    name: Literal["imagenet", "huggingface", "folder", "classes", "digits", "synthetic"] = "imagenet"
     """imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is; huggingface and folder
-    insist on one of them; digits: MNIST digits, which come along; synthetic: random images, to try the machinery."""
+    insist on one of them; classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along;
+    synthetic: random images, to try the machinery."""
     path: str | None = None
-    """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required unless digits or synthetic."""
+    """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required with imagenet, huggingface and
+    folder."""
+    class_map: str | None = None
+    """File that says which class of the model each class of the data is, by id or by name: .json, .toml, or lines of
+    two columns. None compares names."""
+    classes: ClassNames = "all"
+    """The classes to draw with the name classes: all of the model, or a list of class ids or names."""
     split: str = "train"
     """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, its halves train_a and
     train_b, validation, test, heldout, all)."""

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat
 
 LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
 LARGEST_SEED = 2**63 - 1
@@ -24,6 +24,21 @@ KernelBackend = Literal["auto", "triton", "reference"]
 PolicyLoss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
 AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "batch_std", "gdpo"]
 KLEstimator = Literal["none", "k1", "k2", "k3"]
+
+
+def _split_flag_text(value: object) -> object:
+    """A list reaches a flag as text, `1,2,3`; a recipe file gives a list."""
+    return value.split(",") if isinstance(value, str) and value != "all" else value
+
+
+def _texts(value: object) -> object:
+    """Class ids may stand in a file as numbers."""
+    value = _split_flag_text(value)
+    return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
+
+
+ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_split_flag_text)]
+ClassNames = Annotated[Literal["all"] | list[str], BeforeValidator(_texts)]
 
 
 class MayChange:

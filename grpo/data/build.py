@@ -1,42 +1,76 @@
 """From the recipe's section to a checked data set."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from grpo.config import Data, UserError
 from grpo.data.builtin import Digits, Synthetic
+from grpo.data.class_ids import find_class_ids, implied_classes, read_class_map
+from grpo.data.class_list import ClassList
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import ImageFolder
+from grpo.models import numbered
 
 
-def build_dataset(data: Data, *, num_classes: int | None) -> ImageDataset:
-    """Open the data set that the section names; all labels are checked here.
+def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str] = ()) -> ImageDataset:
+    """Open the data set that the section names; all labels are checked, and compared with the model's classes, here.
 
     Args:
         num_classes: labels must be below it; fewer classes in the data are fine. None where labels do not matter.
+        learned: names of the classes that the model has learned (`learned_classes`); () lets the data define the ids.
 
     Raises:
-        UserError: no such folder, not a data set, no such split or column, empty, a label out of range.
+        UserError: no such folder, not a data set, no such split or column, empty, a label out of range, a class whose
+            id would be a guess (`find_class_ids`).
     """
-    dataset = _open(data, num_classes=num_classes or 10)
+    dataset = _open(data, num_classes=num_classes or 10, learned=learned)
     if len(dataset) == 0:
         raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
     if num_classes is None:
         num_classes = max(len(dataset.class_names), int(dataset.class_ids.max()) + 1)
-    elif len(outside := np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))):
+        dataset.class_names += numbered(num_classes)[len(dataset.class_names) :]
+        return dataset
+    if dataset.has_images:
+        _match_classes(dataset, num_classes=num_classes, learned=learned)
+    if len(outside := np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))):
         others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
         raise UserError(
             f"{dataset.describe(outside[0])} has label {dataset.class_ids[outside[0]]}{others}, outside 0.."
             f"{num_classes - 1}: correct the label or set num_classes (now {num_classes}) of the recipe's [model], or "
             "[classifier], to the number of classes"
         )
-    unnamed = range(len(dataset.class_names), num_classes)
-    dataset.class_names = (dataset.class_names + [str(class_id) for class_id in unnamed])[:num_classes]
     return dataset
 
 
-def _open(data: Data, *, num_classes: int) -> ImageDataset:
+def _match_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence[str]) -> None:
+    """Class ids and names of the data set become the model's."""
+    data, labels, names = dataset.data, dataset.class_ids, dataset.class_names
+    if data.class_map is not None and not names:
+        names = list(numbered(int(labels.max()) + 1))
+    learned = learned or implied_classes(names, num_classes=num_classes)
+    titles = [*learned, *numbered(num_classes)[len(learned) :]]
+    is_named = (labels >= 0) & (labels < len(names))
+    if is_named.any():
+        class_ids = find_class_ids(
+            names,
+            num_classes=num_classes,
+            learned=learned,
+            class_map=None if data.class_map is None else read_class_map(data.class_map),
+            used=np.unique(labels[is_named]).tolist(),
+            source=f"data.path {data.path}" if data.path else f'data.name = "{data.name}"',
+        )
+        dataset.class_ids = np.where(is_named, np.array(class_ids)[np.where(is_named, labels, 0)], labels)
+        for name, class_id in zip(names, class_ids, strict=True):
+            if 0 <= class_id < num_classes and titles[class_id] == str(class_id):
+                titles[class_id] = name
+    dataset.class_names = titles
+
+
+def _open(data: Data, *, num_classes: int, learned: Sequence[str]) -> ImageDataset:
+    if data.name == "classes":
+        return ClassList(data=data, num_classes=num_classes, learned=learned)
     if data.name == "digits":
         return Digits(data=data)
     if data.name == "synthetic":

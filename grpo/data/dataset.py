@@ -32,10 +32,14 @@ class ImageDataset(Dataset):
     A subclass says how to `open` an image and how to `describe` it in messages.
 
     Attributes:
-        class_ids: [N] int64 (numpy), the class of each image.
+        has_images: whether there are images at all; a subclass without has conditions only, and empty `pixels`.
+        class_ids: [N] int64 (numpy), the class of each image; as the source numbers them, then, from `build_dataset`
+            on, as the model does.
         class_names: names of the classes, by class id; `build_dataset` adds numbers where the source has no names.
         unreadable: indices of the unreadable images met so far by this process's stream.
     """
+
+    has_images = True
 
     def __init__(self, class_ids: np.ndarray, class_names: list[str], *, data: Data) -> None:
         self.data = data

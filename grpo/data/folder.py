@@ -37,7 +37,7 @@ class ImageFiles(ImageDataset):
 
 
 class ImageFolder(ImageFiles):
-    """A folder with one subfolder of images for each class; the sorted folder names are the classes.
+    """A folder with one subfolder of images for each class, in the sorted order of the folders' names.
 
     `data.path` holds the class folders, or holds a folder named `data.split` that does.
     """

@@ -29,7 +29,7 @@ from grpo.parallel import World
 class ImageBatch(NamedTuple):
     """Images of one step on this rank.
 
-    images      [B, 3, H, W] fp32 in [-1, 1]
+    images      [B, 3, H, W] fp32 in [-1, 1]; empty, with H = W = 0, where the data set has conditions only
     condition   B rows, what a generator would be asked for to draw them
     sample_ids  [B] int64, running numbers over the whole run and all ranks: row ids of counter-based randomness
     indices     [B] int64, places in the data set, or None: keys of `CodeCache`
@@ -211,10 +211,10 @@ def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_worke
             f"a batch of {batch_size} images cannot be shared by {world.size} ranks: make it a multiple of "
             f"{world.size} ({keys}) or start fewer ranks"
         )
-    if len(dataset) < batch_size:
+    if dataset.has_images and len(dataset) < batch_size:
         raise UserError(
             f"the data set has {len(dataset)} images, fewer than one batch of {batch_size}: lower the batch size "
             f"({keys}) or add images"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ImageStream(dataset, batch_size, seed, min(num_workers, cores), world)
+    return ImageStream(dataset, batch_size, seed, min(num_workers, cores) if dataset.has_images else 0, world)

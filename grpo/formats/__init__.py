@@ -9,4 +9,12 @@ from grpo.formats.manifest import (
     read_manifest,
 )
 from grpo.formats.shards import ShardReader, load_shards, rank_shards, read_tensors, shard_files, write_shards
-from grpo.formats.weight_files import Layout, read_config, read_weights, save_weights
+from grpo.formats.weight_files import (
+    RUN_STATE_NAME,
+    Layout,
+    read_config,
+    read_weights,
+    save_weights,
+    saved_config,
+    saved_fields,
+)

@@ -30,7 +30,8 @@ _WRAPPERS = ("model", "module", "state_dict")
 _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
-_CONFIG = "config"  # in the metadata of a .safetensors file
+_CONFIG = "config"  # in the metadata of a .safetensors file, and in RUN_STATE_NAME
+RUN_STATE_NAME = "run_state.json"  # of a checkpoint folder
 
 
 def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[str, Tensor]:
@@ -64,19 +65,37 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The sizes that `save_weights` wrote with the weights; None where there are none. A UserError if damaged."""
+    """The sizes, and names of classes, that were written with the weights by `save_weights` or with a checkpoint.
+
+    None where there are none. Raises a UserError if they are damaged.
+    """
     path = Path(path)
-    if path.suffix != ".safetensors" or path.is_dir():
-        return None
+    in_folder = path / RUN_STATE_NAME
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_CONFIG)
-        config = None if text is None else json.loads(text)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
+        if in_folder.is_file():
+            config = json.loads(in_folder.read_text(encoding="utf-8")).get(_CONFIG)
+        elif path.suffix == ".safetensors" and path.is_file():
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(_CONFIG)
+            config = None if text is None else json.loads(text)
+        else:
+            return None
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
+        kind = f"readable {RUN_STATE_NAME}" if path.is_dir() else "readable .safetensors file"
+        raise UserError(f"{path}: not a {kind} ({error})") from error
     if not isinstance(config, dict | None):
         raise UserError(f"{path}: the sizes in this file are damaged")
     return config
+
+
+def saved_fields(config: Any) -> list[str]:
+    """Fields of a model's config that go with its weights: its sizes, and those marked as `saved`."""
+    return [field.name for field in fields(config) if field.metadata.get("saved", field.compare)]
+
+
+def saved_config(config: Any) -> dict[str, Any]:
+    """Those fields of a model's config with their values."""
+    return {name: getattr(config, name) for name in saved_fields(config)}
 
 
 def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
@@ -133,7 +152,7 @@ def save_weights(
 def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: Any) -> None:
     if layout == "safetensors":
         if config is not None and not isinstance(config, Mapping):
-            config = {field.name: getattr(config, field.name) for field in fields(config) if field.compare}
+            config = saved_config(config)
         # One key: several would be written in an order that changes, and equal weights are to make equal files.
         metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
         path.touch()

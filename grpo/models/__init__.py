@@ -2,6 +2,7 @@
 
 from grpo.formats import read_weights, save_weights
 from grpo.models.cached_forward import CachedForward
+from grpo.models.class_names import WORDNET_ID, imagenet, imagenet_names, learned_classes, numbered
 from grpo.models.classifier import Classifier, ClassifierConfig, load_classifier
 from grpo.models.condition import ClassCondition, Condition, as_condition
 from grpo.models.family import MODEL_SPECS, ModelFamily, family_of, generator_sizes, get_family

@@ -1,7 +1,7 @@
 """A small convolutional classifier: it rewards a run, or judges images."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from grpo.config import UserError
 from grpo.formats import read_weights
+from grpo.models.class_names import written_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class ClassifierConfig:
 
     width: int = 32  # channels of the first stage, a multiple of 8; each of the next two has twice as many
     num_classes: int = 10
+    class_names: tuple[str, ...] | None = field(default=None, compare=False, metadata={"saved": True})  # by class id
 
     def __post_init__(self) -> None:
         if self.width % 8:
@@ -59,12 +61,15 @@ class Classifier(nn.Module):
 def load_classifier(path: str | os.PathLike[str]) -> Classifier:
     """The classifier that the job `grpo classifier` wrote, in eval mode; its sizes all show in its weights.
 
+    The names of its classes are there if they were written with the weights.
+
     Takes any layout of `read_weights`. Raises a UserError if there is none, or it is not that of a classifier.
     """
     weights = read_weights(path)
     try:
         width, num_classes = len(weights["layers.0.conv1.weight"]), len(weights["head.weight"])
-        model = Classifier(ClassifierConfig(width=width, num_classes=num_classes))
+        names = written_names(path, num_classes)
+        model = Classifier(ClassifierConfig(width=width, num_classes=num_classes, class_names=names))
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a classifier; train one with grpo classifier") from error

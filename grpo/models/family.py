@@ -4,7 +4,7 @@ A new family is its model and a class like `LlamaGen`, in a file of their own, a
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ class ModelFamily(Protocol):
 
     - `config`: its sizes, a frozen dataclass with `block_size` T, `vocab_size` V and `dim` D;
     - `layers`: its blocks, the units of recomputation, compilation and sharding;
+    - `cls_embedding`: what embeds a condition;
     - `output`: the projection of hidden states to V logits;
     - `hidden(tokens [B, S], condition) -> [B, S + 1, D]`, what `output` is applied to, and `forward`, after it;
     - `init_cache(batch_size, *, dtype, device, length=None)`, `prefill(condition, cache) -> [B, D]` and
@@ -41,13 +42,20 @@ class ModelFamily(Protocol):
     model: type[nn.Module]
     """The class of its models."""
 
-    def sizes(self, model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:
-        """The `config` of the spec `model.name` for a recipe's sections. Raises a UserError if they do not fit."""
+    def sizes(
+        self, model: Model, tokenizer: Tokenizer, *, image_size: int, class_names: Sequence[str] | None = None
+    ) -> Any:
+        """The `config` of the spec `model.name` for a recipe's sections. Raises a UserError if they do not fit.
+
+        `class_names`, a name a class, go with the weights in files that have a place for them.
+        """
 
     def build(self, config: Any) -> nn.Module:
         """A model with fresh weights."""
 
-    def load(self, path: str | os.PathLike[str], config: Any = None, *, bare: bool = False) -> nn.Module:
+    def load(
+        self, path: str | os.PathLike[str], config: Any = None, *, bare: bool = False, new_classes: int = 0
+    ) -> nn.Module:
         """A model with the weights at `path`, in any layout in which the family is published; see `load_gpt`."""
 
     def export(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,12 +78,15 @@ class LlamaGen:
     export = dict  # the names are the released ones
     cached_forward = staticmethod(cached_forward)
 
-    def sizes(self, model: Model, tokenizer: Tokenizer, *, image_size: int) -> GPTConfig:
+    def sizes(
+        self, model: Model, tokenizer: Tokenizer, *, image_size: int, class_names: Sequence[str] | None = None
+    ) -> GPTConfig:
         return self.specs[model.name].config(
             image_size=image_size,
             downsample_size=tokenizer.downsample_size,
             vocab_size=tokenizer.codebook_size,
             num_classes=model.num_classes,
+            class_names=None if class_names is None else tuple(class_names),
             cls_token_num=model.cls_token_num,
             class_dropout=model.class_dropout,
             dropout=model.dropout,
@@ -97,6 +108,8 @@ def family_of(model: nn.Module) -> ModelFamily:
     return next(family for family in FAMILIES if isinstance(model, family.model))
 
 
-def generator_sizes(model: Model, tokenizer: Tokenizer, *, image_size: int) -> Any:
+def generator_sizes(
+    model: Model, tokenizer: Tokenizer, *, image_size: int, class_names: Sequence[str] | None = None
+) -> Any:
     """Sizes of a recipe's generator. Raises a UserError: no such spec, or images that are not whole codes wide."""
-    return get_family(model.name).sizes(model, tokenizer, image_size=image_size)
+    return get_family(model.name).sizes(model, tokenizer, image_size=image_size, class_names=class_names)

@@ -16,7 +16,7 @@ from grpo.models.condition import ClassCondition, Condition, as_condition
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Sizes of a GPT, and its dropouts, which act in train mode only and do not count in a comparison.
+    """Sizes of a GPT, and what does not count in a comparison: its dropouts, which act in train mode only, and names.
 
     Raises a ValueError if the sizes do not fit together.
     """
@@ -35,6 +35,7 @@ class GPTConfig:
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     class_dropout: float = field(default=0.0, compare=False)  # share of rows that see the unconditional class
     dropout: float = field(default=0.0, compare=False)  # of embeddings, attention outputs and feed-forward outputs
+    class_names: tuple[str, ...] | None = field(default=None, compare=False, metadata={"saved": True})  # by class id
 
     def __post_init__(self) -> None:
         if self.dim % (4 * self.n_head):
@@ -43,6 +44,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.kv_heads}")
         if self.grid_size**2 != self.block_size:
             raise ValueError(f"block_size {self.block_size} must be a square number")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes")
         if self.cls_token_num != 1:
             raise ValueError(f"cls_token_num is {self.cls_token_num}; a class-conditional model has exactly 1")
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from grpo.config import Tokenizer, UserError
-from grpo.formats import read_config, read_weights
+from grpo.formats import read_config, read_weights, saved_fields
+from grpo.models.class_names import class_count_problem
 from grpo.models.gpt import GPT, GPTConfig
 from grpo.models.specs import GPT_SPECS, TOKENIZER_SPECS, tokenizer_sizes
 from grpo.models.vq import CODES_REMEMBERED, VQConfig, VQModel
@@ -20,6 +21,8 @@ from grpo.models.vq import CODES_REMEMBERED, VQConfig, VQModel
 LARGEST_SIZE = 2**20  # of what a file says of itself: beyond, it is not the size of a model
 PathLike = str | os.PathLike[str]
 
+_CLASS_TABLE = "cls_embedding.embedding_table.weight"  # [num_classes + 1, D], the last row is unconditional
+_NAMES = "class_names"
 _REMEDIES = {
     "vocab_size": "set tokenizer.codebook_size = {}",
     "num_classes": "set model.num_classes = {}",
@@ -30,13 +33,32 @@ _REMEDIES = {
 """What to do about a size that the recipe names by itself; the others come with the name of a spec."""
 
 
-def load_gpt(path: PathLike, config: GPTConfig | None = None, *, bare: bool = False) -> GPT:
+def load_gpt(path: PathLike, config: GPTConfig | None = None, *, bare: bool = False, new_classes: int = 0) -> GPT:
     """A GPT with the weights at `path` (see `read_weights`, also for `bare`), in fp32 on the CPU, in eval mode.
 
-    `config` has the sizes to expect; None takes those written with the weights (`save_weights`). Raises a UserError:
-    the weights cannot be read, are not those of such a GPT, or nothing says their sizes.
+    Args:
+        config: the sizes to expect; None takes those written with the weights (`save_weights`).
+        new_classes: of the classes of `config`, the last ones, which the weights do not have. Their embeddings are
+            copies of the unconditional one, which moves to the end. The weights' own classes come before them, or are
+            left out where all classes are new.
+
+    Raises a UserError: the weights cannot be read, are not those of such a GPT, or nothing says their sizes.
     """
-    return _build(_GPT, path, read_weights(path, bare=bare), config)
+    weights = read_weights(path, bare=bare)
+    if not new_classes:
+        return _build(_GPT, path, weights, config)
+    assert config is not None, "new classes need a config that counts them"
+    kept = config.num_classes - new_classes
+    found = len(weights[_CLASS_TABLE]) - 1 if _CLASS_TABLE in weights else kept
+    if kept not in (0, found):
+        raise UserError(class_count_problem(path, found=found, wanted=kept, new=new_classes))
+    model = _build(_GPT, path, weights, replace(config, num_classes=found, class_names=None))
+    table = model.state_dict()[_CLASS_TABLE]  # [found + 1, D]
+    with torch.device("meta"):
+        wider = GPT(config)
+    rows = torch.cat([table[:kept], table[found:].expand(new_classes + 1, -1)])
+    wider.load_state_dict(model.state_dict() | {_CLASS_TABLE: rows}, assign=True)
+    return wider.eval()
 
 
 def load_vq(path: PathLike, config: VQConfig | None = None) -> VQModel:
@@ -64,7 +86,7 @@ def _gpt_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "dim": dim,
         "n_layer": _count(weights, r"layers\.(\d+)\."),
         "vocab_size": vocab_size,
-        "num_classes": len(weights["cls_embedding.embedding_table.weight"]) - 1,
+        "num_classes": len(weights[_CLASS_TABLE]) - 1,
         "ffn_dim": len(weights["layers.0.feed_forward.w1.weight"]),
         "qkv_dim": len(weights["layers.0.attention.wqkv.weight"]),
     }
@@ -151,9 +173,10 @@ def _own_config(kind: _Kind, path: PathLike) -> Any:
     if (sizes := read_config(path)) is None:
         return None
     try:
-        if unknown := sizes.keys() - {field.name for field in fields(kind.config) if field.compare}:
+        if unknown := sizes.keys() - set(saved_fields(kind.config)):
             raise ValueError(f"unknown {', '.join(sorted(unknown))}")
-        numbers = [number for value in sizes.values() for number in (value if isinstance(value, list) else [value])]
+        lists = [value if isinstance(value, list) else [value] for name, value in sizes.items() if name != _NAMES]
+        numbers = [number for values in lists for number in values]
         if not all(number is None or 0 < number <= LARGEST_SIZE for number in numbers):  # NaN is neither
             raise ValueError(f"a size that is not in 0 .. {LARGEST_SIZE}")
         return TypeAdapter(kind.config).validate_json(json.dumps(sizes), strict=True)

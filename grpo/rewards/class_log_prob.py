@@ -26,6 +26,11 @@ class ClassLogProb(Reward):
         if known != wanted:
             differ = f"{settings.checkpoint} knows {known} classes, model.num_classes is {wanted}"
             raise UserError(f"checkpoint: {differ}; give a classifier of the same classes")
+        pairs = zip(self.classifier.config.class_names or (), context.class_names, strict=False)
+        for class_id, names in enumerate(pairs):
+            if names[0] != names[1] and str(class_id) not in names:  # a number is no name
+                differ = f"class {class_id} of {settings.checkpoint} is {names[0]!r}, that of the model {names[1]!r}"
+                raise UserError(f"checkpoint: {differ}; give a classifier of the same classes")
 
     def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32, at most 0."""

@@ -20,10 +20,16 @@ from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 OFFERED: dict[str, Callable[[DecodedBatch, Sequence[str]], Any]] = {
     "class_ids": lambda batch, names: batch.condition.class_ids.clone(),
     "class_names": lambda batch, names: [names[i] for i in batch.condition.class_ids.tolist()],
-    "real_images": lambda batch, names: batch.real_images[batch.image_of].float(),
+    "real_images": lambda batch, names: _real_images(batch),
     "tokens": lambda batch, names: batch.tokens.clone(),
 }
 """To a function that names them, from a batch and the names of all classes; it may write into all of it."""
+
+
+def _real_images(batch: DecodedBatch) -> Tensor:
+    if not batch.real_images.numel():
+        raise UserError("real_images: the data set has none; leave the argument away or choose another data.name")
+    return batch.real_images[batch.image_of].float()
 
 
 class PythonFunction(Reward):

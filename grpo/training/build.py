@@ -1,6 +1,6 @@
 """Models of a recipe to be trained: parallelized, with weights from a checkpoint or, seeded, at random."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -27,14 +27,30 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def build_generator(
-    recipe: GRPORecipe | PretrainRecipe, *, checkpoint: str | None, mesh: DeviceMesh, world: World
+    recipe: GRPORecipe | PretrainRecipe,
+    *,
+    checkpoint: str | None,
+    class_names: Sequence[str] | None = None,
+    mesh: DeviceMesh,
+    world: World,
 ) -> nn.Module:
-    """The image generator with the weights of `checkpoint`; None draws them at random."""
-    family = get_family(recipe.model.name)
-    sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
-    bare = recipe.model.from_fsdp and checkpoint == recipe.model.checkpoint
-    load = partial(family.load, checkpoint, sizes, bare=bare) if checkpoint else None
-    return _spread(partial(family.build, sizes), load, recipe, mesh=mesh, world=world)
+    """The image generator with the weights of `checkpoint`; None draws them at random.
+
+    `class_names` are written with its weights. Where the recipe trains the embeddings of the classes alone, nothing
+    else has a gradient.
+    """
+    section, family = recipe.model, get_family(recipe.model.name)
+    sizes = generator_sizes(section, recipe.tokenizer, image_size=recipe.data.image_size, class_names=class_names)
+    bare = section.from_fsdp and checkpoint == section.checkpoint
+    load = partial(family.load, checkpoint, sizes, bare=bare, new_classes=section.new_classes) if checkpoint else None
+
+    def make() -> nn.Module:
+        model = family.build(sizes)
+        if section.trained == "embeddings":
+            model.requires_grad_(False).cls_embedding.requires_grad_(True)
+        return model
+
+    return _spread(make, load, recipe, mesh=mesh, world=world)
 
 
 def build_trainable_tokenizer(recipe: TokenizerRecipe, *, mesh: DeviceMesh, world: World) -> VQModel:
@@ -51,10 +67,13 @@ def build_trainable_tokenizer(recipe: TokenizerRecipe, *, mesh: DeviceMesh, worl
     return _spread(make, load, recipe, mesh=mesh, world=world, convolutional=True)
 
 
-def build_classifier(recipe: ClassifierRecipe, *, mesh: DeviceMesh, world: World) -> Classifier:
-    """The recipe's classifier."""
+def build_classifier(
+    recipe: ClassifierRecipe, *, class_names: Sequence[str], mesh: DeviceMesh, world: World
+) -> Classifier:
+    """The recipe's classifier, whose classes are called so."""
+    width, num_classes = recipe.classifier.width, recipe.classifier.num_classes
     try:
-        sizes = ClassifierConfig(width=recipe.classifier.width, num_classes=recipe.classifier.num_classes)
+        sizes = ClassifierConfig(width=width, num_classes=num_classes, class_names=tuple(class_names))
     except ValueError as error:
         raise UserError(f"classifier.width: {error}") from error
     return _spread(partial(Classifier, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)

@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grpo.checkpoint import CheckpointManager, step_of
@@ -103,3 +103,14 @@ def read_run_state(
         )
         raise UserError([problem, *changes])
     return state, changes
+
+
+def require_classes(path: Path, before: Sequence[str] | None, now: Sequence[str] | None) -> None:
+    """Raises a UserError if the classes that the run has learned by their ids are others in the data set of today."""
+    pairs = zip(before if isinstance(before, list) else (), now or (), strict=False)
+    for class_id, (old, new) in enumerate(pairs):
+        if old != new:
+            raise UserError(
+                f"{path}: class {class_id} was {old!r} when it was written and is {new!r} in the data now: bring the "
+                "classes back, or start another run from these weights (model.checkpoint), which knows its classes"
+            )

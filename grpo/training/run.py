@@ -19,7 +19,7 @@ from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import MetricSums, World, all_reduce_max, build_mesh, full_state_dict, set_matmul_precision
 from grpo.training.optimizer import GuardedOptimizer
-from grpo.training.resume import find_checkpoint, read_run_state
+from grpo.training.resume import find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
 
@@ -192,6 +192,7 @@ class TrainingRun:
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
             "resumed_from": self._resumed_from,
+            "class_names": getattr(self._model.config, "class_names", None),
         }
         generators = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
@@ -249,6 +250,7 @@ class TrainingRun:
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
         state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
+        require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         generators = self.checkpoints.load(path, **trained)
         self._optimizer.load_state_dict(state["optimizer_step"])

@@ -268,3 +268,10 @@ def test_negative_numbers_need_no_equals_sign(text: str) -> None:
 def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "bom.toml").write_bytes('\ufeff[data]\nname = "synthetic"\n'.encode())
     assert load_recipe(GRPORecipe, ["--config", str(tmp_path / "bom.toml")]).data.name == "synthetic"
+
+
+def test_classes_are_ids_or_names(recipe_file) -> None:
+    flags = ["--config", recipe_file('[data]\nname = "synthetic"\nclasses = [7, "goldfish"]\n')]
+    assert load_recipe(PretrainRecipe, flags).data.classes == ["7", "goldfish"]
+    assert load_recipe(PretrainRecipe, [*flags, "--data.classes", "all"]).data.classes == "all"
+    assert load_recipe(PretrainRecipe, [*MINIMAL, "--data.classes", "7,goldfish"]).data.classes == ["7", "goldfish"]

@@ -34,6 +34,7 @@ AUTOREGRESSIVE = {
     "rollout": {"mode": "autoregressive"},
     "reward": {"class_log_prob": {"checkpoint": "c.pth"}},
 }
+CODES = {"tokenizer": {"checkpoint": "vq.pt"}}
 GENERATE = {"model": {"checkpoint": "gpt.pt"}, "tokenizer": {"checkpoint": "vq.pt"}, "output": {"grid": "grid.png"}}
 EVALUATE = {"evaluation": {"images": "images.npz", "reference": "ref.npz", "feature_checkpoint": "judge.pth"}}
 
@@ -59,6 +60,7 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
         ({"reward": {"reconstruction": {"weight": 0}}}, "no reward is on"),
         ({"model": {"dropout": 0.1}}, "model.dropout must be 0 in GRPO"),
         ({"model": {"cls_token_num": 120}}, "model.cls_token_num must be 1"),
+        ({"model": {"new_classes": 4}}, "model.new_classes must be 0 in GRPO"),
         ({"data": {"image_size": 100}}, "data.image_size = 100 must be a multiple of"),
         ({"data": {"name": "digits"}}, "tokenizer.checkpoint is required"),
         (
@@ -104,11 +106,44 @@ def test_possible_settings(settings: Mapping) -> None:
     assert problem_texts(GRPORecipe, merged(SYNTHETIC, settings)) == []
 
 
+def test_what_needs_images_is_told_where_there_are_none() -> None:
+    classes = {"data": {"name": "classes"}, "tokenizer": {"checkpoint": "vq.pt"}}
+    assert problem_texts(GRPORecipe, merged(AUTOREGRESSIVE, classes)) == []
+    start = 'data.name = "classes" has no images: '
+    assert problem_texts(GRPORecipe, merged(classes, {"objective": {"aux_ce_weight": 0.1}})) == [
+        start + 'rollout.mode must be "autoregressive": a teacher-forced context is the codes of a real image',
+        start + "reward.reconstruction.weight must be 0: it compares with the real image",
+        start + "objective.aux_ce_weight must be 0: it is the cross-entropy on the codes of real images",
+    ]
+    (problem,) = problem_texts(GRPORecipe, merged(AUTOREGRESSIVE, classes, {"objective": {"aux_ce_weight": 0.1}}))
+    assert problem.startswith(start + "objective.aux_ce_weight")
+
+
 @pytest.mark.parametrize(
     ("recipe_class", "base", "settings", "text"),
     [
         (GenerateRecipe, GENERATE, {"model": {"checkpoint": None}}, "model.checkpoint is required"),
         (GenerateRecipe, GENERATE, {"output": {"grid": None}}, "nothing to write"),
+        (GenerateRecipe, GENERATE, {"model": {"new_classes": 4}}, "model.new_classes must be 0"),
+        (
+            PretrainRecipe,
+            SYNTHETIC,
+            {"model": {"num_classes": 3, "new_classes": 4}},
+            "model.new_classes = 4 must be at",
+        ),
+        (
+            PretrainRecipe,
+            merged(SYNTHETIC, CODES),
+            {"data": {"name": "classes"}},
+            'data.name = "classes" has no images: `grpo pretrain` tra',
+        ),
+        (
+            TokenizerRecipe,
+            SYNTHETIC,
+            {"data": {"name": "classes"}},
+            'data.name = "classes" has no images: `grpo tokenizer',
+        ),
+        (EvaluateRecipe, EVALUATE, {"data": {"name": "classes"}, "evaluation": {"reference": None}}, 'data.name = "cl'),
         (GenerateRecipe, GENERATE, {"sampling": {"image_size": 250}}, "sampling.image_size = 250 must be a multiple"),
         (GenerateRecipe, GENERATE, {"sampling": {"class_ids": [3, 1000]}}, "sampling.class_ids must be below"),
         (EvaluateRecipe, EVALUATE, {"evaluation": {"feature_checkpoint": None}}, "evaluation.feature_checkpoint or "),
@@ -158,6 +193,7 @@ def test_a_recipe_object_is_valid() -> None:
         ),
         ({"optimizer": {"schedule": "one_cycle", "warmup_steps": 3}}, "optimizer.warmup_steps"),
         ({"metrics": {"wandb_entity": "team"}}, "metrics.wandb_entity"),
+        ({"data": {"name": "synthetic", "classes": ["1"]}}, "data.classes"),
         ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best"),
         ({"checkpoint": {"best_metric": "loss"}}, "checkpoint.best_metric"),
         ({"checkpoint": {"save_final": False}}, "checkpoint.interval = 0 and checkpoint.save_final = false"),
@@ -173,6 +209,11 @@ def test_notes_of_other_jobs() -> None:
     by_gradient = {"tokenizer_loss": {"codebook_update": "gradient", "codebook_ema": 0.5}}
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()
     assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
+    without_images = {"data": {"name": "classes", "class_map": "m.txt", "cache_codes": True}, **CODES}
+    notes = GRPORecipe.model_validate(merged(AUTOREGRESSIVE, without_images)).notes()
+    assert [note.split()[0] for note in notes] == ["data.class_map", "data.cache_codes"]
+    (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"model": {"new_classes": 4}})).notes()
+    assert note.startswith("model.new_classes has no effect: all classes of random weights are new")
     (note,) = EvaluateRecipe.model_validate(merged(EVALUATE, {"sampling": {"top_k": 3}})).notes()
     assert note == "sampling.top_k has no effect: evaluation.images are not drawn from a model"
 
@@ -195,8 +236,9 @@ def test_switches_of_the_reference_trainer_take_effect() -> None:
         load_recipe(PretrainRecipe, ["--data.name", "synthetic", "--training.grad_precision", "bf16"]),
         GenerateRecipe.model_validate(merged(GENERATE, {"sampling": {"class_ids": [1, 2]}})),
         EvaluateRecipe.model_validate(EVALUATE),
+        load_recipe(GRPORecipe, ["--config", "c2i_classes_only", "--data.classes", "goldfish,n01440764,7"]),
     ],
-    ids=lambda recipe: recipe.job,
+    ids=lambda recipe: f"{recipe.job}-{recipe.data.name}" if hasattr(recipe, "data") else recipe.job,
 )
 def test_saved_recipe_loads_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
     text = recipe.to_toml()

@@ -11,6 +11,7 @@ from PIL import Image
 from grpo.config import UserError
 from grpo.data import build_dataset
 from grpo.data.images import center_crop, to_pixels
+from grpo.models import imagenet_names
 
 
 def error_of(data, num_classes=4) -> str:
@@ -187,3 +188,76 @@ def test_empty_data_set(saved_dataset, section, shards, words):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     path = saved_dataset({"image": [], "label": []}, features=features, shards=shards)
     assert words in error_of(section(path))
+
+
+def test_folders_are_compared_with_the_models_classes(class_folders, section):
+    path = class_folders(["n01443537", "tench"], 2)
+    dataset = build_dataset(section(path), num_classes=1000, learned=imagenet_names())
+    assert dataset.class_ids.tolist() == [1, 1, 0, 0]
+    assert dataset.class_names == list(imagenet_names())
+    assert dataset.captions(dataset.condition([0])) == ["goldfish"]
+
+
+def test_a_folder_that_is_no_class_of_the_model(class_folders, section):
+    path = class_folders(["cat", "tench"], 1)
+    with pytest.raises(UserError, match=rf"data\.path {path}: 'cat' are no classes of the model"):
+        build_dataset(section(path), num_classes=1000, learned=imagenet_names())
+
+
+def test_wordnet_ids_have_imagenets_names_from_scratch(class_folders, section):
+    dataset = build_dataset(section(class_folders(["n01443537"], 2)), num_classes=1000)
+    assert dataset.class_ids.tolist() == [1, 1]
+    assert dataset.class_names[:2] == ["tench", "goldfish"]
+
+
+def test_new_classes_are_named_after_the_data(class_folders, section):
+    path = class_folders(["ant", "my dog"], 1)
+    dataset = build_dataset(section(path), num_classes=4, learned=("cat", "ant"))
+    assert dataset.class_ids.tolist() == [1, 2]
+    assert dataset.class_names == ["cat", "ant", "my dog", "3"]
+
+
+def test_names_of_a_class_label_are_compared(saved_dataset, section):
+    features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    path = saved_dataset({"image": ["x", "y", "z"], "label": [1, 0, 1]}, features=features)
+    dataset = build_dataset(section(path), num_classes=3, learned=("b", "c", "a"))
+    assert dataset.class_ids.tolist() == [0, 2, 0]
+    with pytest.raises(UserError, match="'a' are no classes of the model"):
+        build_dataset(section(path), num_classes=3, learned=("b", "c", "d"))
+    unlabelled = saved_dataset({"image": ["x", "y"], "label": [0, -1]}, features=features)
+    assert "image 1 (y) of split 'train'" in error_of(section(unlabelled))
+
+
+def test_unnamed_integers_are_ids_unless_they_are_mapped(saved_dataset, section, tmp_path):
+    path = saved_dataset({"image": ["x", "y"], "label": [3, 0]})
+    plain = build_dataset(section(path), num_classes=1000, learned=imagenet_names())
+    assert plain.class_ids.tolist() == [3, 0]
+    assert plain.class_names[3] == "tiger shark"
+    (tmp_path / "map.txt").write_text("0 goldfish\n3 7\n")
+    mapped = section(path, class_map=str(tmp_path / "map.txt"))
+    assert build_dataset(mapped, num_classes=1000, learned=imagenet_names()).class_ids.tolist() == [7, 1]
+
+
+def test_classes_without_images(section):
+    dataset = build_dataset(section(name="classes"), num_classes=3, learned=("a", "b", "c"))
+    assert dataset.class_ids.tolist() == [0, 1, 2]
+    assert dataset.class_names == ["a", "b", "c"]
+    assert dataset.pixels(1).shape == (3, 0, 0)
+    chosen = section(name="classes", classes=["goldfish", "7", "n01440764"])
+    dataset = build_dataset(chosen, num_classes=1000, learned=imagenet_names())
+    assert dataset.class_ids.tolist() == [1, 7, 0]
+    assert build_dataset(section(name="classes", classes=["2"]), num_classes=3).class_ids.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (["3"], "'3' is no class of the model: give ids in 0..2, or names"),
+        (["bird"], "'bird' is no class of the model"),
+        ([], "is empty"),
+    ],
+)
+def test_a_class_that_the_model_does_not_have(section, classes, words):
+    message = error_of(section(name="classes", classes=classes), num_classes=3)
+    assert words in message
+    assert message.startswith("data.classes")

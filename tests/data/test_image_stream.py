@@ -144,3 +144,21 @@ def test_parts_are_the_batch(dataset):
 def test_pixels_cross_the_process_border_without_loss(dataset):
     batch = next(stream_of(dataset, num_workers=1))
     assert torch.equal(batch.images, normalize(torch.stack([dataset.pixels(int(index)) for index in batch.indices])))
+
+
+def test_classes_without_images_are_streamed_like_images(section):
+    """Every class once an epoch, in another order each; exact on resumption and on any number of ranks."""
+    dataset = build_dataset(section(name="classes"), num_classes=5)
+    whole = take(stream_of(dataset, batch_size=12, num_workers=2), 5)  # a batch has more rows than there are classes
+    order = torch.cat([batch.condition.class_ids for batch in whole])
+    epochs = order[:60].view(12, 5)
+    assert (epochs.sort(dim=1).values == torch.arange(5)).all()
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
+    assert whole[0].images.shape == (12, 3, 0, 0)
+    assert whole[0].captions == [str(class_id) for class_id in whole[0].condition.class_ids.tolist()]
+    assert [part.rows for part in whole[0].parts(5)] == [5, 5, 2]
+    ranks = [stream_of(dataset, batch_size=12, rank=rank, world_size=3) for rank in range(3)]
+    for stream in ranks:
+        stream.load_state_dict({"samples": 24})
+    late = torch.cat([next(stream).condition.class_ids for stream in ranks])
+    assert torch.equal(late, whole[2].condition.class_ids)

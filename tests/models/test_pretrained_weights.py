@@ -1,6 +1,7 @@
 """Every published layout loads strictly; what cannot be loaded is explained; nothing in a file is executed."""
 
 import argparse
+import json
 import os
 import pickle
 from dataclasses import replace
@@ -11,9 +12,20 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 
-from grpo.config import UserError
-from grpo.formats import read_config, write_shards
-from grpo.models import GPT, MODEL_SPECS, GPTConfig, VQModel, load_gpt, load_vq, read_weights, save_weights
+from grpo.config import Model, UserError
+from grpo.formats import read_config, saved_config, write_shards
+from grpo.models import (
+    GPT,
+    MODEL_SPECS,
+    GPTConfig,
+    VQModel,
+    imagenet_names,
+    learned_classes,
+    load_gpt,
+    load_vq,
+    read_weights,
+    save_weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -286,3 +298,48 @@ def test_nothing_is_written_in_the_way_of_a_folder_or_under_an_unknown_suffix(tm
     with pytest.raises(UserError, match=r"not \.gguf"):
         save_weights(tmp_path / "weights.gguf", weights)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_names_of_classes_go_with_the_weights(tmp_path, weights, gpt_config):
+    names = tuple(f"class {i}" for i in range(gpt_config.num_classes))
+    save_weights(tmp_path / "gpt.safetensors", weights, config=replace(gpt_config, class_names=names))
+    assert load_gpt(tmp_path / "gpt.safetensors").config.class_names == names
+    recipe = Model(checkpoint=str(tmp_path / "gpt.safetensors"), num_classes=gpt_config.num_classes)
+    assert learned_classes(recipe) == names
+    assert learned_classes(recipe.model_copy(update={"checkpoint": None})) == ()
+    assert learned_classes(recipe.model_copy(update={"num_classes": 4, "new_classes": 4})) == ()
+    with pytest.raises(UserError, match=rf"{len(names)} classes; with model.new_classes = 1, "):
+        learned_classes(recipe.model_copy(update={"new_classes": 1}))
+
+
+def test_names_of_classes_of_weights_without(tmp_path, weights):
+    save_weights(tmp_path / "gpt.pt", weights)
+    recipe = Model(checkpoint=str(tmp_path / "gpt.pt"), num_classes=3)
+    assert learned_classes(recipe) == ("0", "1", "2")
+    assert learned_classes(recipe.model_copy(update={"num_classes": 1000})) == imagenet_names()
+    assert learned_classes(recipe.model_copy(update={"num_classes": 1004, "new_classes": 4}))[7] == "cock"
+
+
+@pytest.mark.parametrize("names", ['"abc"', "[1, 2]", "{}", '["a"]'])
+def test_damaged_names_of_classes(tmp_path, weights, gpt_config, names):
+    sizes = {**saved_config(gpt_config), "class_names": json.loads(names)}
+    save_weights(tmp_path / "gpt.safetensors", weights, config=sizes)
+    with pytest.raises(UserError, match="damaged"):
+        load_gpt(tmp_path / "gpt.safetensors")
+    with pytest.raises(UserError, match=r"gpt\.safetensors"):
+        learned_classes(Model(checkpoint=str(tmp_path / "gpt.safetensors"), num_classes=gpt_config.num_classes))
+
+
+@pytest.mark.parametrize("kept", [0, "all"])
+def test_new_classes_start_as_the_unconditional_one(tmp_path, weights, gpt_config, kept):
+    table = weights["cls_embedding.embedding_table.weight"]
+    kept = len(table) - 1 if kept else 0
+    save_weights(tmp_path / "gpt.pt", weights)
+    model = load_gpt(tmp_path / "gpt.pt", replace(gpt_config, num_classes=kept + 3), new_classes=3)
+    found = model.state_dict()
+    assert torch.equal(found["cls_embedding.embedding_table.weight"][:kept], table[:kept])
+    assert torch.equal(found["cls_embedding.embedding_table.weight"][kept:], table[-1:].expand(4, -1))
+    assert_same({**found, "cls_embedding.embedding_table.weight": table}, weights)
+    tokens, base = torch.tensor([[1, 2, 3]]), load_gpt(tmp_path / "gpt.pt", gpt_config)
+    for class_id in range(kept, kept + 4):
+        assert torch.equal(model(tokens, torch.tensor([class_id])), base(tokens, torch.tensor([len(table) - 1])))

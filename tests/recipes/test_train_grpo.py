@@ -181,3 +181,36 @@ def test_triton_kernels_give_the_training_curve_of_the_reference(tmp_path):
         assert ours["reward_mean"] == reference["reward_mean"]  # the same completions
         for name in ("loss", "grad_norm", "kl", "entropy", "aux_ce", "kept_mass"):
             assert ours[name] == pytest.approx(reference[name], rel=1e-5, abs=1e-7), name
+
+
+def test_shipped_recipe_without_images_in_miniature(tmp_path, classifier, published, run_here, run_on_two):
+    """Classes alone: one process, two, and one that goes on where it stopped compute the same."""
+    flags = ["--config", "c2i_classes_only", "--gpt-model", "GPT-tiny", "--gpt-ckpt", published / "gpt.pt"]
+    flags += ["--vq-model", "VQ-tiny", "--vq-ckpt", published / "vq.pth", "--codebook-size", 256]
+    flags += ["--image-size", 32, "--downsample-size", 4, "--num-classes", 10, "--mixed-precision", "fp32"]
+    flags += ["--reward.class_log_prob.checkpoint", classifier, "--checkpoint.interval", 0, "--optimizer.lr", 1e-3]
+    flags += ["--rollout.batch_size", 12, "--rollout.num_generations", 2, "--training.batch_size", 24]
+    flags += ["--metrics.image_interval", 2, "--data.classes", "3,5,7,8"]
+    one = run_here("train", *flags, "--training.steps", 3, "--metrics.run_dir", tmp_path / "one")
+    assert (tmp_path / "one/samples/step-000002.png").is_file()
+    broken = [*flags, "--metrics.run_dir", tmp_path / "broken"]
+    run_here("train", *broken, "--training.steps", 1)
+    names = ("loss", "reward_mean", "grad_norm", "kl", "entropy")
+    resumed = run_here("train", *broken, "--training.steps", 3)
+    assert [[line[name] for name in names] for line in resumed] == [[line[name] for name in names] for line in one]
+    two = run_on_two("train", *flags, "--training.steps", 3, "--metrics.run_dir", tmp_path / "two")
+    for first, second in zip(one, two, strict=True):
+        assert [second[name] for name in names] == pytest.approx([first[name] for name in names], rel=1e-4, abs=1e-7)
+        assert "aux_ce" not in first
+
+
+def test_a_function_that_wants_real_images_is_told_that_there_are_none(tmp_path, published):
+    (tmp_path / "mine.py").write_text(
+        "def likeness(images, real_images):\n    return -(images - real_images).mean((1, 2, 3))"
+    )
+    flags = f"--config c2i_classes_only --gpt-model GPT-tiny --gpt-ckpt {published}/gpt.pt --vq-model VQ-tiny "
+    flags += f"--vq-ckpt {published}/vq.pth --codebook-size 256 --image-size 32 --downsample-size 4 --num-classes 10 "
+    flags += f"--reward.class_log_prob.weight 0 --reward.mine.kind python --metrics.run_dir {tmp_path}/run "
+    flags += f"--reward.class_log_prob.checkpoint none.pth --reward.mine.function {tmp_path}/mine.py:likeness"
+    with pytest.raises(UserError, match="real_images: the data set has none"):
+        main(flags.split())

@@ -1,0 +1,162 @@
+"""The commands of docs/own_data.md, one after the other, on small weights."""
+
+import json
+import re
+import shlex
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from shutil import copytree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from grpo.__main__ import JOBS
+from grpo.config import UserError
+from grpo.formats import read_config
+from grpo.models import (
+    GPT,
+    MODEL_SPECS,
+    TOKENIZER_SPECS,
+    VQModel,
+    imagenet_names,
+    load_gpt,
+    read_weights,
+    save_weights,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ["circle", "cross", "square", "star"]
+TABLE = "cls_embedding.embedding_table.weight"
+SIZES = partial(MODEL_SPECS["GPT-tiny"].config, image_size=32, downsample_size=4, vocab_size=32)
+RUNS = ["--training.steps", "2", "--training.batch_size", "8", "--training.mixed_precision", "fp32"]
+DATA = ["--data.image_size", "32", "--data.num_workers", "0"]
+MODELS = ["--model.name", "GPT-tiny", "--tokenizer.name", "VQ-tiny", "--tokenizer.codebook_size", "32"]
+MODELS += ["--tokenizer.downsample_size", "4"]
+SAMPLING = ["--sampling.image_size", "32", "--sampling.mixed_precision", "fp32"]
+SMALL = {
+    "pretrain": [*RUNS, *DATA, *MODELS, "--optimizer.warmup_steps", "0"],
+    "classifier": [*RUNS, *DATA, "--classifier.width", "8", "--classifier.shift", "1"],
+    "train": [*RUNS, *DATA, *MODELS, "--rollout.batch_size", "4", "--rollout.num_generations", "2"],
+    "generate": [*MODELS, *SAMPLING, "--output.num_images", "8"],
+    "evaluate": [*MODELS, *SAMPLING, "--data.image_size", "32", "--evaluation.num_images", "8"],
+    "convert": [],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the page asks for: LlamaGen's two files, small, and drawings in four classes."""
+    folder = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
+    (folder / "pretrained").mkdir()
+    save_weights(folder / "pretrained/c2i_B_256.pt", GPT(SIZES(num_classes=1000)).state_dict())
+    tokenizer = VQModel(TOKENIZER_SPECS["VQ-tiny"].config(codebook_size=32))
+    save_weights(folder / "pretrained/vq_ds16_c2i.pt", tokenizer.state_dict())
+    shapes = {
+        "circle": lambda draw: draw.ellipse((4, 4, 28, 28), fill="white"),
+        "cross": lambda draw: draw.line((4, 4, 28, 28), fill="white", width=4),
+        "square": lambda draw: draw.rectangle((6, 6, 26, 26), fill="white"),
+        "star": lambda draw: draw.regular_polygon((16, 16, 12), 3, fill="white"),
+    }
+    for split in ("train", "validation"):
+        for name, paint in shapes.items():
+            (folder / "my_images" / split / name).mkdir(parents=True)
+            for number in range(4):
+                image = Image.new("RGB", (32, 32), (40 * number, 0, 60))
+                paint(ImageDraw.Draw(image))
+                image.save(folder / "my_images" / split / name / f"{number}.png")
+    return folder
+
+
+def commands() -> list[str]:
+    page = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n(.*?)```", page, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("grpo ")]
+
+
+def run(command: str, *more: str) -> None:
+    """What the shell would do, in this process, with weights that are small."""
+    _, job, *arguments = shlex.split(command)
+    given = {word for word in arguments if word.startswith("--")}
+    small = zip(SMALL[job][::2], SMALL[job][1::2], strict=True)
+    flags = [word for flag, value in small if flag not in given for word in (flag, value)]
+    import_module(f"grpo.jobs.{JOBS[job]}").main([*arguments, *flags, *more])
+
+
+def test_every_command_of_the_page(place, monkeypatch):
+    monkeypatch.chdir(place)
+    listed = commands()
+    assert [shlex.split(line)[1] for line in listed] == [
+        *["pretrain", "classifier", "classifier", "train", "train", "generate", "generate", "evaluate"],
+        *["convert", "convert"],
+    ]
+    for command in listed[:-1]:
+        run(command)
+    run(listed[-1].replace("step-000100", "step-000002"))
+
+    before = read_weights("pretrained/c2i_B_256.pt")[TABLE]
+    tuned = load_gpt("runs/pretrain/model.safetensors")
+    assert tuned.config.num_classes == 4
+    assert tuned.config.class_names == tuple(CLASSES)
+    assert tuned.cls_embedding.embedding_table.weight.shape == (5, 64)
+    torch.testing.assert_close(tuned.cls_embedding.embedding_table.weight, before[-1:].expand(5, -1), atol=0.01, rtol=0)
+    for name in ("runs/grpo/model.safetensors", "own.safetensors"):
+        assert read_config(name)["class_names"] == CLASSES
+    assert load_gpt("own.pt", tuned.config).config.num_classes == 4
+    lines = [json.loads(line) for line in Path("runs/grpo_classes/metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite([line["reward_mean"] for line in lines]).all()
+    assert "aux_ce" not in lines[0]
+    assert {"accuracy", "fid"} <= json.loads(Path("result.json").read_text())["metrics"]["classifier"].keys()
+    assert Path("before.png").is_file()
+    assert Path("after.png").is_file()
+
+
+TUNE = "grpo pretrain --config own_classes/pretrain --checkpoint.interval 0 --optimizer.weight_decay 0"
+
+
+def test_new_classes_beside_imagenets_embeddings_alone(place, monkeypatch, tmp_path):
+    """1,000 classes keep their rows, four come after them, and the unconditional one moves to the end."""
+    monkeypatch.chdir(place)
+    flags = ["--model.num_classes", "1004", "--model.class_dropout", "0", "--model.trained", "embeddings"]
+    run(f"{TUNE} --metrics.run_dir {tmp_path}", *flags, "--optimizer.lr", "0.01")
+    before, after = read_weights("pretrained/c2i_B_256.pt"), read_weights(tmp_path / "model.safetensors")
+    assert read_config(tmp_path / "model.safetensors")["class_names"] == [*imagenet_names(), *CLASSES]
+    assert torch.equal(after[TABLE][:1000], before[TABLE][:1000])
+    assert torch.equal(after[TABLE][1004], before[TABLE][1000])
+    assert all(torch.equal(after[name], before[name]) for name in before if name != TABLE)
+
+
+def test_new_classes_that_do_not_add_up(place, monkeypatch):
+    monkeypatch.chdir(place)
+    with pytest.raises(UserError, match=r"the weights have 1000 classes; .* must be 4 .* or 1004"):
+        load_gpt("pretrained/c2i_B_256.pt", SIZES(num_classes=1000), new_classes=4)
+    with pytest.raises(UserError, match=r"'circle', 'cross', 'square', 'star' are no classes of the model"):
+        run(TUNE, "--model.num_classes", "1000", "--model.new_classes", "0")
+    with pytest.raises(UserError, match=r"the weights have num_classes 4, the recipe wants 5"):
+        run("grpo train --config own_classes/grpo --metrics.run_dir runs/five", "--model.num_classes", "5")
+
+
+@pytest.mark.parametrize("job", ["pretrain", "classifier"])
+def test_a_class_that_comes_in_front_is_noticed_on_resumption(place, monkeypatch, tmp_path, job):
+    monkeypatch.chdir(place)
+    copytree("my_images", tmp_path / "images")
+    flags = ["--data.path", str(tmp_path / "images"), "--metrics.run_dir", str(tmp_path / "run")]
+    command = f"grpo {job} --config own_classes/{job}"
+    run(command, *flags)
+    (tmp_path / "images/train/star").rename(tmp_path / "images/train/asterisk")
+    with pytest.raises(UserError, match="class 0 was 'circle' when it was written and is 'asterisk' in the data now"):
+        run(command, *flags)
+
+
+def test_a_classifier_of_other_classes_does_not_reward(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    copytree("my_images", tmp_path / "images")
+    (tmp_path / "images/train/star").rename(tmp_path / "images/train/asterisk")
+    flags = ["--data.path", str(tmp_path / "images"), "--metrics.run_dir", str(tmp_path / "run")]
+    run("grpo classifier --config own_classes/classifier", *flags)
+    reward = ["--reward.class_log_prob.checkpoint", str(tmp_path / "run/model.safetensors")]
+    with pytest.raises(UserError, match=r"class 0 of .* is 'asterisk', that of the model 'circle'"):
+        run("grpo train --config own_classes/grpo --metrics.run_dir runs/wrong", *reward)
