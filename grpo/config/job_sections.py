@@ -2,8 +2,11 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from grpo.config.types import (
     ClassIds,
+    CropRanges,
     GuidanceScale,
     KernelBackend,
     MinusOneOrMore,
@@ -35,6 +38,23 @@ class TokenizerLoss(Section):
     """A code whose running count of uses a step falls below this is moved to an encoder output (ema only); 0 is off."""
     unquantised_steps: NonNegativeInt = 40
     """First optimizer steps without quantisation, after which the codebook is set from encoded images."""
+
+
+class Encode(Section):
+    """Codes of a data set, on disk."""
+
+    output: str | None = None
+    """Folder for the codes: a new one, or one that the same job has begun."""
+    augmentation: Literal["none", "flip", "ten_crop"] = "none"
+    """Views of each image that are encoded. none: the image; flip: and its mirror image; ten_crop: corners and centre
+    of a larger one and of its mirror image, for pre-training. A pre-training run draws one of them each time."""
+    crop_ranges: CropRanges = Field(default_factory=lambda: [1.1])
+    """Sides of the larger images of ten_crop, over data.image_size; each gives ten views. LlamaGen's are 1.1 and
+    1.05."""
+    batch_size: PositiveInt = 64
+    """Views that are encoded together on each rank."""
+    shard_size: PositiveInt = 1024
+    """Images in one file. A rank that is killed loses the one it was at."""
 
 
 class Classifier(Section):

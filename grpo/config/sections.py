@@ -69,13 +69,13 @@ class Tokenizer(Section):
 class Data(Section):
     """The images."""
 
-    name: Literal["imagenet", "huggingface", "folder", "classes", "digits", "synthetic"] = "imagenet"
+    name: Literal["imagenet", "huggingface", "folder", "codes", "classes", "digits", "synthetic"] = "imagenet"
     """imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is; huggingface and folder
-    insist on one of them; classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along;
-    synthetic: random images, to try the machinery."""
+    insist on one of them; codes: what `grpo encode`, or LlamaGen, has written, without the images; classes: no images,
+    for autoregressive GRPO; digits: MNIST digits, which come along; synthetic: random images, to try the machinery."""
     path: str | None = None
-    """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required with imagenet, huggingface and
-    folder."""
+    """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required with imagenet, huggingface,
+    folder and codes."""
     class_map: str | None = None
     """File that says which class of the model each class of the data is, by id or by name: .json, .toml, or lines of
     two columns. None compares names."""
@@ -86,12 +86,28 @@ class Data(Section):
     train_b, validation, test, heldout, all)."""
     image_size: PositiveInt = 256
     """Side of the square centre crop, pixels."""
+    codes: str | None = None
+    """Folder of the images' codes, as `grpo encode` writes it: nothing is encoded any more, and images are read only
+    where something besides their codes is needed. It must be of the same images and tokenizer."""
     num_workers: Annotated[NonNegativeInt, MayChange] = 8
     """Loader processes of each rank."""
     cache_codes: Annotated[bool, MayChange] = False
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
+    index_cache: Annotated[str, MayChange] = "auto"
+    """Where what a scan of the data set finds is kept for the next start: auto is `.grpo-cache` beside the data if that
+    can be written, else in the user's cache folder; none; or a folder."""
     max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images in this data set."""
+        return self.name not in ("classes", "codes")
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the codes are on disk."""
+        return self.name == "codes" or self.codes is not None
 
 
 class Optimizer(Section):

@@ -9,6 +9,7 @@ from grpo.config import Data, UserError
 from grpo.data.builtin import Digits, Synthetic
 from grpo.data.class_ids import find_class_ids, implied_classes, read_class_map
 from grpo.data.class_list import ClassList
+from grpo.data.code_list import CodeList
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import ImageFolder
 from grpo.models import numbered
@@ -32,7 +33,7 @@ def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str]
         num_classes = max(len(dataset.class_names), int(dataset.class_ids.max()) + 1)
         dataset.class_names += numbered(num_classes)[len(dataset.class_names) :]
         return dataset
-    if dataset.has_images:
+    if data.name != "classes":
         _match_classes(dataset, num_classes=num_classes, learned=learned)
     if len(outside := np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))):
         others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
@@ -77,6 +78,8 @@ def _open(data: Data, *, num_classes: int, learned: Sequence[str]) -> ImageDatas
         return Synthetic(data=data, num_classes=num_classes)
     if data.path is None:
         raise UserError(f"data.path is missing: data.name = {data.name!r} reads a folder")
+    if data.name == "codes":
+        return CodeList(data=data)
     folder = Path(data.path)
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "does not exist"

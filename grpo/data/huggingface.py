@@ -1,6 +1,7 @@
 """A data set written by Hugging Face's `save_to_disk`."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ class SavedDataset(ImageDataset):
         label_column = _first_column(rows, LABEL_COLUMNS, "a label", data)
         class_names = getattr(rows.features[label_column], "names", [])  # a ClassLabel has them
         super().__init__(_read_labels(rows, label_column, data), class_names, data=data)
+
+    def identify(self) -> Iterable[bytes]:
+        files = [Path(file["filename"]) for file in self._rows.cache_files]
+        return (f"{file.name} {file.stat().st_size}".encode() for file in files)
 
     def open(self, index: int) -> Image.Image:
         encoded, path = self._stored(index)

@@ -6,9 +6,6 @@ from a count of consumed samples goes on exactly, on any number of ranks and wor
 """
 
 import itertools
-import os
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from grpo.config import UserError
 from grpo.data.dataset import ImageDataset, UnreadableImage
+from grpo.data.worker import init_worker, worker_count
 from grpo.models import Condition, normalize
 from grpo.parallel import World
 
@@ -34,6 +32,7 @@ class ImageBatch(NamedTuple):
     sample_ids  [B] int64, running numbers over the whole run and all ranks: row ids of counter-based randomness
     indices     [B] int64, places in the data set, or None: keys of `CodeCache`
     captions    B texts, what was asked for in words: the class names
+    codes       [B, T] int64, the images' codes where the data set has them on disk, or None
     """
 
     images: Tensor
@@ -41,6 +40,7 @@ class ImageBatch(NamedTuple):
     sample_ids: Tensor
     indices: Tensor | None = None
     captions: Sequence[str] = ()
+    codes: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -49,13 +49,15 @@ class ImageBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same batch on another device, except for `indices`: the host reads them, and must not wait for a GPU."""
-        return ImageBatch(*(field.to(device) for field in self[:3]), *self[3:])
+        codes = None if self.codes is None else self.codes.to(device)
+        return ImageBatch(*(field.to(device) for field in self[:3]), self.indices, self.captions, codes)
 
     def select(self, rows: slice) -> "ImageBatch":
         """Some of the images."""
         indices = None if self.indices is None else self.indices[rows]
         condition = self.condition.select(rows)
-        return ImageBatch(self.images[rows], condition, self.sample_ids[rows], indices, self.captions[rows])
+        codes = None if self.codes is None else self.codes[rows]
+        return ImageBatch(self.images[rows], condition, self.sample_ids[rows], indices, self.captions[rows], codes)
 
     def parts(self, size: int) -> list["ImageBatch"]:
         """The batch in parts of at most `size` images."""
@@ -68,6 +70,7 @@ class _Fetched(NamedTuple):
     pixels: Tensor | None  # [B, 3, S, S] uint8, a quarter of the traffic of fp32; None on failure
     indices: list[int]  # [B]
     unreadable: list[tuple[int, str]]  # met for the first time by this worker
+    codes: Tensor | None = None  # [B, T] int64
     failure: UserError | None = None
 
 
@@ -84,12 +87,13 @@ class _Samples(Dataset):
         try:
             samples = [self._read(sample_id) for sample_id in sample_ids]
         except UserError as error:
-            return _Fetched(None, [], list(self._unreadable.items())[known:], error)
-        indices, pixels = zip(*samples, strict=True)
-        return _Fetched(torch.stack(pixels), list(indices), list(self._unreadable.items())[known:])
+            return _Fetched(None, [], list(self._unreadable.items())[known:], failure=error)
+        indices, pixels, codes = zip(*samples, strict=True)
+        codes = None if self.dataset.codes is None else torch.from_numpy(np.stack(codes))
+        return _Fetched(torch.stack(pixels), list(indices), list(self._unreadable.items())[known:], codes)
 
-    def _read(self, sample_id: int) -> tuple[int, Tensor]:
-        """Index and pixels of the sample, or of the next readable image of its epoch's order, around."""
+    def _read(self, sample_id: int) -> tuple[int, Tensor, np.ndarray | None]:
+        """Index, pixels and codes of the sample, or of the next readable image of its epoch's order, around."""
         length = len(self.dataset)
         epoch, place = divmod(sample_id, length)
         if epoch != self._epoch:
@@ -100,31 +104,14 @@ class _Samples(Dataset):
             if index in self._unreadable:
                 continue
             try:
-                return index, self.dataset.pixels(index)
+                codes = self.dataset.codes and self.dataset.codes.draw(index, sample_id, self.seed)
+                return index, self.dataset.pixels(index), codes
             except UnreadableImage as error:
                 self._unreadable[index] = str(error)
                 if len(self._unreadable) > self.dataset.data.max_bad_images:
                     raise
         reason = next(reversed(self._unreadable.values()))
         raise UserError(f"none of the {length} images of the data set can be read; the last: {reason}")
-
-
-def _init_worker(worker_id: int) -> None:
-    """Let only the parent end this worker.
-
-    Ctrl-C, and the SIGTERM by which torchrun or a cluster asks a run to stop, reach the whole process group. A rank
-    that still has to finish its step needs its workers for that.
-    """
-    parent = os.getppid()
-
-    def end_when_parent_says() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_when_parent_says, daemon=True).start()
 
 
 @dataclass(eq=False)
@@ -162,6 +149,7 @@ class ImageStream(Iterator[ImageBatch]):
             sample_ids=torch.arange(first, first + size),
             indices=torch.tensor(fetched.indices),
             captions=self.dataset.captions(condition),
+            codes=fetched.codes,
         )
 
     def _fetch(self, batches: Iterator[range]) -> Iterator[_Fetched]:
@@ -172,7 +160,7 @@ class ImageStream(Iterator[ImageBatch]):
                 sampler=batches,
                 batch_size=None,  # for the loader a batch is one item
                 num_workers=self.num_workers,
-                worker_init_fn=_init_worker,
+                worker_init_fn=init_worker,
                 generator=torch.Generator(),  # the global one would shift the run's randomness
             )
             return iter(loader)
@@ -216,5 +204,5 @@ def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_worke
             f"the data set has {len(dataset)} images, fewer than one batch of {batch_size}: lower the batch size "
             f"({keys}) or add images"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ImageStream(dataset, batch_size, seed, min(num_workers, cores) if dataset.has_images else 0, world)
+    workers = worker_count(num_workers) if dataset.reads_images or dataset.codes else 0
+    return ImageStream(dataset, batch_size, seed, workers, world)
