@@ -17,8 +17,8 @@ from grpo.config.types import Section
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "encode",
-    "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile", "activation_checkpoint",
-    "checkpoint", "metrics", "debug",
+    "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile",
+    "activation_checkpoint", "checkpoint", "metrics", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
 

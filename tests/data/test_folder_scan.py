@@ -37,13 +37,18 @@ def many(tmp_path):
 def calls(monkeypatch):
     """How often folders are listed and looked at."""
     counts = Counter()
-    for name in ("scandir", "stat"):
 
-        def counted(*arguments, name=name, call=getattr(os, name), **keywords):
+    def count(name):
+        call = getattr(os, name)
+
+        def counted(*arguments, **keywords):
             counts[name] += 1
             return call(*arguments, **keywords)
 
         monkeypatch.setattr(f"grpo.data.folder_scan.os.{name}", counted)
+
+    count("scandir")
+    count("stat")
     return counts
 
 
