@@ -23,7 +23,7 @@ ORDER = (
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
 
-DATA_IN_FILES = ("imagenet", "huggingface", "folder", "codes")
+DATA_IN_FILES = ("imagenet", "huggingface", "folder", "webdataset", "parquet", "codes")
 
 
 class Recipe(BaseModel):

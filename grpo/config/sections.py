@@ -69,21 +69,24 @@ class Tokenizer(Section):
 class Data(Section):
     """The images."""
 
-    name: Literal["imagenet", "huggingface", "folder", "codes", "classes", "digits", "synthetic"] = "imagenet"
-    """imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is; huggingface and folder
-    insist on one of them; codes: what `grpo encode`, or LlamaGen, has written, without the images; classes: no images,
-    for autoregressive GRPO; digits: MNIST digits, which come along; synthetic: random images, to try the machinery."""
+    name: Literal[
+        "imagenet", "huggingface", "folder", "webdataset", "parquet", "codes", "classes", "digits", "synthetic"
+    ] = "imagenet"
+    """imagenet: whichever of the next four `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
+    webdataset: tar files; parquet: Parquet files. codes: what `grpo encode`, or LlamaGen, has written, without images;
+    classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along; synthetic: random images, to
+    try the machinery."""
     path: str | None = None
-    """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required with imagenet, huggingface,
-    folder and codes."""
+    """Folder of the data set; tar and Parquet files also as a file or a pattern, `a-{000..123}.tar`. Required but with
+    classes, digits and synthetic."""
     class_map: str | None = None
     """File that says which class of the model each class of the data is, by id or by name: .json, .toml, or lines of
     two columns. None compares names."""
     classes: ClassNames = "all"
     """The classes to draw with the name classes: all of the model, or a list of class ids or names."""
     split: str = "train"
-    """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, its halves train_a and
-    train_b, validation, test, heldout, all)."""
+    """Split to read: a key of the saved dataset, a subfolder, a word in the names of tar or Parquet files, or a part
+    of the digits (train, its halves train_a and train_b, validation, test, heldout, all)."""
     image_size: PositiveInt = 256
     """Side of the square centre crop, pixels."""
     codes: str | None = None

@@ -1,5 +1,6 @@
 """From the recipe's section to a checked data set."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from grpo.data.class_list import ClassList
 from grpo.data.code_list import CodeList
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import ImageFolder
+from grpo.data.webdataset import TarDataset
 from grpo.models import numbered
 
 
@@ -80,20 +82,45 @@ def _open(data: Data, *, num_classes: int, learned: Sequence[str]) -> ImageDatas
         raise UserError(f"data.path is missing: data.name = {data.name!r} reads a folder")
     if data.name == "codes":
         return CodeList(data=data)
-    folder = Path(data.path)
-    if not folder.is_dir():
-        state = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"data.path {data.path} {state}: give the folder of the data set")
-    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-    if data.name == "huggingface" and not saved:
+    kind = _kind_at(Path(data.path), data)
+    if data.name not in ("imagenet", kind):
         raise UserError(
-            f"data.path {data.path} was not written by save_to_disk (no dataset_dict.json or state.json): "
-            "set data.name to folder if it holds class folders"
+            f"data.path {data.path} {_KINDS[kind]}; data.name = {data.name} is for what {_KINDS[data.name]}: set "
+            f"data.name to {kind}, or correct data.path"
         )
-    if data.name == "folder" and saved:
-        raise UserError(f"data.path {data.path} is a saved Hugging Face dataset: set data.name to huggingface")
-    if not saved:
+    if kind == "folder":
         return ImageFolder(data=data)
-    from grpo.data.huggingface import SavedDataset  # here, for `datasets` takes seconds
+    if kind == "webdataset":
+        return TarDataset(data=data)
+    if kind == "parquet":
+        from grpo.data.parquet import ParquetDataset  # here, for `datasets` takes seconds
+
+        return ParquetDataset(data=data)
+    from grpo.data.huggingface import SavedDataset
 
     return SavedDataset(data=data)
+
+
+_KINDS = {
+    "huggingface": "was written by save_to_disk (it has dataset_dict.json or state.json)",
+    "webdataset": "is or holds tar files",
+    "parquet": "is or holds Parquet files",
+    "folder": "holds folders of images",
+}
+
+
+def _kind_at(path: Path, data: Data) -> str:
+    """Which kind of data set in files is at `path`. Raises a UserError where there is nothing."""
+    suffixes = {".tar": "webdataset", ".parquet": "parquet"}
+    if not path.is_dir():
+        if path.suffix in suffixes:  # a file, or a pattern of files
+            return suffixes[path.suffix]
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"data.path {path} {state}: give the folder of the data set, or its tar or Parquet files")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return "huggingface"
+    folder = path / data.split if (path / data.split).is_dir() else path
+    with os.scandir(folder) as entries:
+        found = {"/" if entry.is_dir() else Path(entry.name).suffix for entry in entries if entry.name[0] != "."}
+    kinds = [kind for suffix, kind in suffixes.items() if suffix in found and ("/" not in found or kind == data.name)]
+    return kinds[0] if kinds else "folder"
