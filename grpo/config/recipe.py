@@ -23,7 +23,7 @@ ORDER = (
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
 
-DATA_IN_FILES = ("imagenet", "huggingface", "folder", "webdataset", "parquet", "codes")
+DATA_IN_FILES = ("imagenet", "huggingface", "folder", "webdataset", "parquet", "stream", "codes")
 
 
 class Recipe(BaseModel):
@@ -110,6 +110,7 @@ class TrainingRecipe(Recipe):
             (only_classes, f"{files} data.max_bad_images", 'data.name = "classes" has no images'),
             (self.data.name == "codes", "data.split data.codes", 'data.name = "codes": data.path holds the codes'),
             (self.data.has_codes, "data.cache_codes", "the codes are on disk"),
+            (not self.data.may_be_stream, "data.shuffle_window", "only rows of a stream are shuffled in windows"),
             (not only_classes, "data.classes", 'data.name is not "classes"'),
             (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
@@ -135,7 +136,11 @@ def required(name: str, section: Section, *keys: str) -> Iterator[str]:
 
 
 def data_problems(data: Data) -> Iterator[str]:
-    """A data set in files needs a path."""
+    """A data set in files needs a path; the rows of a stream have no numbers by which codes could be kept."""
+    if data.may_be_stream:
+        where = f"data.name = {data.name}" if data.name == "stream" else f"data.path = {data.path}, which is a stream"
+        keys = [key for key, is_on in (("data.codes", data.codes), ("data.cache_codes", data.cache_codes)) if is_on]
+        yield from (f"{key} needs a data set whose images can be read in any order, not {where}" for key in keys)
     if data.path is None and data.name in DATA_IN_FILES:
         yield f'data.path is required with data.name = "{data.name}"'
 

@@ -201,6 +201,8 @@ class EncodeRecipe(Recipe):
         yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
         if not self.data.has_images:
             yield f'data.name = "{self.data.name}" has no images to encode'
+        if self.data.may_be_stream:
+            yield "data.path must be of files here, of a stream's rows the number is not known"
         if self.tokenizer.checkpoint is None and self.data.name != "synthetic":
             yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
 
@@ -259,8 +261,8 @@ class EvaluateRecipe(DrawingRecipe):
             yield from super().problems()
         if evaluation.reference is None:
             yield from (f"{problem} unless evaluation.reference is set" for problem in data_problems(data))
-            if not data.has_images:
-                yield f'data.name = "{data.name}" has no images: set evaluation.reference'
+            if not data.has_images or data.may_be_stream:
+                yield f'data.name = "{data.name}" has no images with numbers: set evaluation.reference'
             if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
                 key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
                 yield f"{key} must equal data.image_size = {data.image_size} of the reference images"

@@ -70,10 +70,20 @@ class Data(Section):
     """The images."""
 
     name: Literal[
-        "imagenet", "huggingface", "folder", "webdataset", "parquet", "codes", "classes", "digits", "synthetic"
+        "imagenet",
+        "huggingface",
+        "folder",
+        "webdataset",
+        "parquet",
+        "stream",
+        "codes",
+        "classes",
+        "digits",
+        "synthetic",
     ] = "imagenet"
     """imagenet: whichever of the next four `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
-    webdataset: tar files; parquet: Parquet files. codes: what `grpo encode`, or LlamaGen, has written, without images;
+    webdataset: tar files; parquet: Parquet files. stream: such files read from front to back,
+    here or behind an address (hf://, https://). codes: what `grpo encode`, or LlamaGen, has written, without images;
     classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along; synthetic: random images, to
     try the machinery."""
     path: str | None = None
@@ -96,6 +106,8 @@ class Data(Section):
     """Loader processes of each rank."""
     cache_codes: Annotated[bool, MayChange] = False
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
+    shuffle_window: PositiveInt = 2048
+    """Rows of a stream that are kept in memory and shuffled among themselves; files are shuffled besides."""
     index_cache: Annotated[str, MayChange] = "auto"
     """Where what a scan of the data set finds is kept for the next start: auto is `.grpo-cache` beside the data if that
     can be written, else in the user's cache folder; none; or a folder."""
@@ -106,6 +118,11 @@ class Data(Section):
     def has_images(self) -> bool:
         """Whether there are images in this data set."""
         return self.name not in ("classes", "codes")
+
+    @property
+    def may_be_stream(self) -> bool:
+        """Whether rows are read from front to back only."""
+        return self.name == "stream" or (self.name == "imagenet" and "://" in (self.path or ""))
 
     @property
     def has_codes(self) -> bool:

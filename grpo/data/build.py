@@ -29,10 +29,11 @@ def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str]
             id would be a guess (`find_class_ids`).
     """
     dataset = _open(data, num_classes=num_classes or 10, learned=learned)
-    if len(dataset) == 0:
+    dataset.num_classes = num_classes
+    if len(dataset) == 0 and not dataset.is_stream:
         raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
     if num_classes is None:
-        num_classes = max(len(dataset.class_names), int(dataset.class_ids.max()) + 1)
+        num_classes = max(len(dataset.class_names), int(dataset.class_ids.max(initial=-1)) + 1)
         dataset.class_names += numbered(num_classes)[len(dataset.class_names) :]
         return dataset
     if data.name != "classes":
@@ -51,6 +52,8 @@ def _match_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence
     """Class ids and names of the data set become the model's."""
     data, labels, names = dataset.data, dataset.class_ids, dataset.class_names
     if data.class_map is not None and not names:
+        if dataset.is_stream:
+            raise UserError(f"data.class_map needs names of classes, and data.path {data.path} has none")
         names = list(numbered(int(labels.max()) + 1))
     learned = learned or implied_classes(names, num_classes=num_classes)
     titles = [*learned, *numbered(num_classes)[len(learned) :]]
@@ -82,6 +85,10 @@ def _open(data: Data, *, num_classes: int, learned: Sequence[str]) -> ImageDatas
         raise UserError(f"data.path is missing: data.name = {data.name!r} reads a folder")
     if data.name == "codes":
         return CodeList(data=data)
+    if data.name == "stream" or (data.name == "imagenet" and "://" in data.path):
+        from grpo.data.streamed import StreamedDataset  # here, for `datasets` takes seconds
+
+        return StreamedDataset(data=data)
     kind = _kind_at(Path(data.path), data)
     if data.name not in ("imagenet", kind):
         raise UserError(
@@ -93,7 +100,7 @@ def _open(data: Data, *, num_classes: int, learned: Sequence[str]) -> ImageDatas
     if kind == "webdataset":
         return TarDataset(data=data)
     if kind == "parquet":
-        from grpo.data.parquet import ParquetDataset  # here, for `datasets` takes seconds
+        from grpo.data.parquet import ParquetDataset
 
         return ParquetDataset(data=data)
     from grpo.data.huggingface import SavedDataset

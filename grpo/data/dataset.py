@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -31,6 +31,17 @@ class UnreadableImage(UserError):
     """One image that is missing or damaged."""
 
 
+def decoded(read: Callable[[], Image.Image], name: Callable[[], str]) -> Image.Image:
+    """The image that `read` gives, in RGB. Raises `UnreadableImage`, which names it."""
+    try:
+        return to_rgb(read())
+    except UnidentifiedImageError as error:  # its text holds a memory address
+        raise UnreadableImage(f"{name()} is not an image file that can be read") from error
+    except _DECODING_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"{name()} cannot be read: {reason}") from error
+
+
 class Codes(Protocol):
     """Codes of a data set's images on disk, a `CodeReader`."""
 
@@ -54,6 +65,8 @@ class ImageDataset(Dataset):
 
     Attributes:
         has_images: whether there are images at all; a subclass without has conditions only, and empty `pixels`.
+        is_stream: whether images come one after the other and have no numbers; then there are no `pixels` by index.
+        num_classes: of the model, where it is known.
         reads_images: whether batches need them; where codes are enough no image is opened (`pixels` are empty).
         codes: the images' codes where they are on disk, or None.
         class_ids: [N] int64 (numpy), the class of each image; as the source numbers them, then, from `build_dataset`
@@ -64,12 +77,14 @@ class ImageDataset(Dataset):
     """
 
     has_images = True
+    is_stream = False
 
     def __init__(self, class_ids: np.ndarray, class_names: list[str], *, data: Data) -> None:
         self.data = data
         self.class_ids = np.asarray(class_ids, dtype=np.int64)
         self.class_names, self.source_names = list(class_names), tuple(class_names)
         self.unreadable: set[int] = set()
+        self.num_classes: int | None = None
         self.reads_images = self.has_images
         self.codes: Codes | None = None
         self._labels = sha256(self.class_ids.tobytes(), "\0".join(self.class_names).encode("utf-8", "surrogateescape"))
@@ -106,13 +121,7 @@ class ImageDataset(Dataset):
 
     def whole(self, index: int) -> Image.Image:
         """The image as stored, in RGB. Raises `UnreadableImage`."""
-        try:
-            return to_rgb(self.open(int(index)))
-        except UnidentifiedImageError as error:  # its text holds a memory address
-            raise UnreadableImage(f"{self.describe(index)} is not an image file that can be read") from error
-        except _DECODING_ERRORS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImage(f"{self.describe(index)} cannot be read: {reason}") from error
+        return decoded(lambda: self.open(int(index)), lambda: self.describe(index))
 
     def pixels(self, index: int) -> Tensor:
         """Cropped image, [3, S, S] uint8, or empty where `reads_images` is off. Raises `UnreadableImage`."""

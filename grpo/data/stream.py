@@ -199,6 +199,10 @@ def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_worke
             f"a batch of {batch_size} images cannot be shared by {world.size} ranks: make it a multiple of "
             f"{world.size} ({keys}) or start fewer ranks"
         )
+    if dataset.is_stream:
+        from grpo.data.row_stream import RowStream
+
+        return RowStream(dataset, batch_size, seed, num_workers, world)
     if dataset.has_images and len(dataset) < batch_size:
         raise UserError(
             f"the data set has {len(dataset)} images, fewer than one batch of {batch_size}: lower the batch size "

@@ -1,16 +1,11 @@
 """WebDataset and Parquet: what is read, by whom, in which order, and what is refused."""
 
 import gzip
-import io
 import json
-import os
 import random
-import tarfile
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -20,63 +15,6 @@ from grpo.data.tar_files import expand_braces
 from grpo.parallel import World
 
 COUNT = 23
-
-
-def encoded(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path, members, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    os.utime(path, (1_500_000_000, 1_500_000_000))
-    return path
-
-
-@pytest.fixture
-def tars(tmp_path, make_images):
-    """Image i, of class i mod 3, in shards of 8, with other members between."""
-
-    def make(label=lambda index: ("cls", str(index % 3)), folder="tars"):
-        images = make_images(COUNT)
-        for shard, start in enumerate(range(0, COUNT, 8)):
-            members = []
-            for index in range(start, min(start + 8, COUNT)):
-                ending, text = label(index)
-                key = f"./part/{index:05d}"
-                members += [(f"{key}.{ending}", text.encode()), (f"{key}.v1.PNG.txt", b"-")]
-                members += [(f"{key}.PNG", encoded(images[index]))]
-            write_tar(tmp_path / folder / f"images-train-{shard:03d}.tar", members)
-        return tmp_path / folder
-
-    return make
-
-
-@pytest.fixture
-def parquet(tmp_path, make_images):
-    """The same in Parquet files, two row groups each."""
-
-    def make(folder="parquet", **columns):
-        images = make_images(COUNT)
-        (tmp_path / folder).mkdir(exist_ok=True)
-        for shard, start in enumerate(range(0, COUNT, 8)):
-            rows = range(start, min(start + 8, COUNT))
-            stored = [{"bytes": encoded(images[index]), "path": None} for index in rows]
-            table = {"image": stored, "label": [index % 3 for index in rows], "extra": ["x"] * len(rows)} | {
-                name: [value(index) for index in rows] for name, value in columns.items()
-            }
-            table = {name: values for name, values in table.items() if values[0] is not None}
-            path = tmp_path / folder / f"train-{shard:05d}-of-00003.parquet"
-            pq.write_table(pa.table(table), path, row_group_size=5)
-        return tmp_path / folder
-
-    return make
 
 
 @pytest.fixture(params=["webdataset", "parquet"])
@@ -89,17 +27,6 @@ def stream_of(dataset, *, num_workers=0, rank=0, size=1):
     return build_stream(dataset, batch_size=6, seed=3, num_workers=num_workers, world=world)
 
 
-def numbered_images(batches):
-    """Sample number -> red value, which tells the image, and class."""
-    found = {}
-    for batch in batches:
-        red = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
-        found |= dict(
-            zip(batch.sample_ids.tolist(), zip(red, batch.condition.class_ids.tolist(), strict=True), strict=True)
-        )
-    return found
-
-
 def test_images_and_labels_are_those_of_the_files(source, section, make_images):
     dataset = build_dataset(section(source), num_classes=3)
     assert dataset.class_ids.tolist() == [index % 3 for index in range(COUNT)]
@@ -110,7 +37,7 @@ def test_images_and_labels_are_those_of_the_files(source, section, make_images):
     assert len(with_limit) == COUNT
 
 
-def test_order_is_exact_on_any_ranks_and_workers_and_after_a_stop(source, section):
+def test_order_is_exact_on_any_ranks_and_workers_and_after_a_stop(source, section, numbered_images):
     dataset = build_dataset(section(source), num_classes=3)
     whole = stream_of(dataset)
     expected = numbered_images([next(whole) for _ in range(9)])  # 54 samples, three epochs
@@ -139,7 +66,9 @@ def test_labels_are_numbers_or_names(tars, section, label, names):
     assert dataset.class_names == names
 
 
-def test_index_of_tars_is_made_once_and_again_for_a_changed_shard(tars, section, monkeypatch, make_images):
+def test_index_of_tars_is_made_once_and_again_for_a_changed_shard(
+    tars, section, monkeypatch, make_images, encoded, write_tar
+):
     from grpo.data import webdataset
 
     path, read = tars(), []
@@ -181,7 +110,7 @@ def test_patterns_files_and_splits_choose_files(tars, section):
     assert expand_braces("{8..11}-{0..1}")[:3] == ["8-0", "8-1", "9-0"]
 
 
-def test_damaged_image_in_a_shard_is_named_and_replaced(tars, section, make_images, caplog):
+def test_damaged_image_in_a_shard_is_named_and_replaced(tars, section, make_images, caplog, encoded, write_tar):
     members = [(f"{i}.{ending}", content) for i in range(3) for ending, content in (("png", b"no"), ("cls", b"0"))]
     members[4] = ("2.png", encoded(make_images(1)[0]))
     path = write_tar(tars() / "bad" / "x.tar", members)
@@ -208,7 +137,7 @@ def test_damaged_image_in_a_shard_is_named_and_replaced(tars, section, make_imag
         ([("a.png", b"x"), ("a.cls", b"cat"), ("b.png", b"x"), ("b.cls", b"3")], "both 3 and 'cat' for labels"),
     ],
 )
-def test_bad_members_are_told_in_one_line(tmp_path, section, members, message):
+def test_bad_members_are_told_in_one_line(tmp_path, section, members, message, write_tar):
     path = write_tar(tmp_path / "x.tar", members)
     with pytest.raises(UserError, match=message) as raised:
         build_dataset(section(path), num_classes=3)
@@ -241,7 +170,7 @@ def test_damaged_tars_are_told(tars, section, tmp_path):
         build_dataset(section(path.parent, split="test"), num_classes=3)
 
 
-def test_names_that_lead_outside_stay_names(tmp_path, section, make_images):
+def test_names_that_lead_outside_stay_names(tmp_path, section, make_images, encoded, write_tar):
     image = encoded(make_images(1)[0])
     members = [("../../out.png", image), ("../../out.cls", b"0"), ("/etc/a.png", image), ("/etc/a.cls", b"1")]
     path = write_tar(tmp_path / "in" / "x.tar", members)
