@@ -24,7 +24,7 @@ from comparison import DEVICE, header, now, random_model, write
 
 import reference_algorithm
 from grpo.estimate import measured_peaks
-from grpo.kernels import Draw
+from grpo.kernels import Draw, dispatch
 from grpo.models import GPT, ClassCondition, family_of
 from grpo.models.costs import extension_bytes
 from grpo.rollout import CodeSampler
@@ -71,10 +71,12 @@ def main() -> None:
     result = {**header(), "preset": options.preset, "sizes": asdict(sizes)}
     result |= {"sampling": SAMPLING, "copy_bandwidth": bandwidth, "batches": []}
     for images in options.batches or sizes.batches:
-        row = measure(model, images, bandwidth=bandwidth, repeats=options.repeats)
-        result["batches"].append(row)
-        result |= {name: row.get(name) for name in ("sides", "speedup", "memory_ratio")}
-        write(result, options.json)  # what is there so far
+
+        def note(row: dict, before: list[dict] = result["batches"]) -> None:  # after each side
+            result.update({name: row.get(name) for name in ("sides", "speedup", "memory_ratio")})
+            write(result | {"batches": [*before, row]}, options.json)
+
+        result["batches"].append(measure(model, images, bandwidth=bandwidth, repeats=options.repeats, note=note))
     if options.sweep:
         del model
         result["sweeps"] = sweep(sizes, bandwidth)
@@ -102,8 +104,10 @@ def build(sizes: Sizes) -> GPT:
     return model.requires_grad_(False)
 
 
-def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
-    """Both sides for one number of images: ours first, for the reference takes long."""
+def measure(
+    model: GPT, images: int, *, bandwidth: float, repeats: int, note: Callable[[dict], None] = lambda _: None
+) -> dict:
+    """All sides for one number of images: ours first, for the reference takes long. `note` is told after each."""
     class_ids = torch.arange(images, device=DEVICE) % 1000
     condition, row_ids = ClassCondition(class_ids), torch.arange(images, device=DEVICE)
     samplers = {
@@ -113,27 +117,33 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
     runs = {
         "ours": lambda: samplers["ours"](condition, row_ids=row_ids),
         "step": lambda: step_on_gpu(model, images),
+        "serial_step": lambda: step_on_gpu(model, images, overlap=False),
+        "library_step": lambda: step_on_gpu(model, images, few_rows=0),
         "plain": lambda: samplers["plain"](condition, row_ids=row_ids),
         "reference": lambda: reference_algorithm.generate(model, class_ids, **SAMPLING),
     }
     if not class_ids.is_cuda:
-        del runs["step"], runs["plain"]
+        for name in ("step", "serial_step", "library_step", "plain"):
+            del runs[name]
         for run in runs.values():  # the memory of libraries that are used for the first time is not a side's
             run()
     floor = extension_bytes(model.config, 2 * images, dtype=model.output.weight.dtype) / bandwidth  # both halves
     result = {"images": images, "sides": {}, "failed": {}, "floor_seconds": floor}
     if images > MOST_REFERENCE_IMAGES:
-        runs.pop("plain", None), runs.pop("reference")
+        for name in ("serial_step", "library_step", "plain", "reference"):
+            runs.pop(name, None)
+        repeats = min(repeats, 1)
     for name, run in runs.items():
         again = {"ours": repeats, "plain": 1}.get(name, 0) if class_ids.is_cuda else repeats
         try:
-            if name == "step":
-                result["step"] = run()
+            if name.endswith("step"):
+                result[name] = run()
             else:
                 result["sides"][name] = timed_side(run, repeats=again)
         except Exception as error:
             result["failed"][name] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
         samplers.pop(name, None)  # with what it kept
+        note(result)
         gc.collect()
         if class_ids.is_cuda:
             torch.cuda.empty_cache()
@@ -147,26 +157,39 @@ def measure(model: GPT, images: int, *, bandwidth: float, repeats: int) -> dict:
         text += f"{result['share_of_bandwidth']:.0%} of bandwidth, {ours['peak_bytes'] / 2**30:.1f} GiB"
     if "plain" in result["sides"]:
         text += f", plain {result['sides']['plain']['seconds']:.2f} s"
-    if "step" in result:
-        text += f", step {result['step']['seconds'] * 1e3:.2f} ms, {result['step']['kernels']:g} kernels"
+    for name in ("step", "serial_step", "library_step"):
+        if name in result:
+            text += f", {name} {result[name]['seconds'] * 1e3:.2f} ms, {result[name]['kernels']} kernels"
     if reference:
         text += f", reference {reference['seconds']:.2f} s"
     if ours and reference:
         result["speedup"] = reference["seconds"] / ours["seconds"]
         result["memory_ratio"] = ours["peak_bytes"] / max(reference["peak_bytes"], 1)
         text += f", {result['speedup']:.1f}x, memory {result['memory_ratio']:.2f}x"
+    note(result)
     print(text, *(f"{name} FAILED {reason}" for name, reason in result["failed"].items()), sep="; ", flush=True)
     return result
 
 
-def step_on_gpu(model: GPT, images: int, *, replays: int = 20) -> dict:
-    """Seconds of a replayed step where half of the cache is filled, and what its kernels take, the longest first."""
+def step_on_gpu(
+    model: GPT, images: int, *, replays: int = 20, few_rows: int | None = None, overlap: bool = True
+) -> dict:
+    """Seconds of a replayed step where half of the cache is filled, and what its kernels take, the longest first.
+
+    `few_rows` is up to how many rows our own products are taken, by default as in a rollout; `overlap` whether kernels
+    may start while the one before ends.
+    """
     forward = family_of(model).cached_forward(model, impl="auto", copies=True)
+    forward.few_rows = forward.few_rows if few_rows is None else few_rows
     engine = CachedSampler(forward, images, draw=Draw(), cfg_scale=CFG_SCALE, cfg_interval=-1)
     engine.start(ClassCondition(engine.row_ids), engine.row_ids)
     engine.row.fill_(engine.length // 2)
-    for _ in range(3):
-        engine.extend()
+    dispatch.OVERLAP = overlap
+    try:
+        for _ in range(3):
+            engine.extend()
+    finally:
+        dispatch.OVERLAP = True
     start = now()
     for _ in range(replays):
         engine.extend()

@@ -57,10 +57,11 @@ PRESETS = {
         100,
     ),
     "vapi-xxl-384": Preset(
-        "vapi_xxl_384",
+        "published/vapi_xxl_384",
         "--rollout.batch_size 128 --training.batch_size 1024 --training.micro_batch_size 8 "
         "--data.num_workers 4 --data.cache_codes false --activation_checkpoint.mode none --compile.enabled true "
-        "--reward.batch_size 64",
+        "--reward.batch_size 64 "
+        "--training.dropout_mode eval",  # a shared forward; the published run has dropout in the update
         100,
     ),
 }

@@ -33,6 +33,7 @@ ALLOCATES = {
 }
 
 GPU = {"dtype": torch.bfloat16, "device": "cuda"}
+SIDES = ("fused", "library", "shared", "plain")
 
 
 class LaunchCounter(TorchDispatchMode):
@@ -52,7 +53,8 @@ class LaunchCounter(TorchDispatchMode):
 def count(spec: str, *, image_size: int, images: int, cfg_scale: float, side: str) -> dict:
     """Launches of a step of bf16 sampling: in all, of one block, and by operation.
 
-    `side` is fused (with a copy of the weights), shared (fused, with the model's own weights) or plain.
+    `side` is fused, library (fused but for the products, as with more rows; with a copy of the weights), shared (the
+    same with the model's own weights) or plain.
     """
     sizes = MODEL_SPECS[spec].config(image_size=image_size)
     with torch.device("meta"):
@@ -66,7 +68,8 @@ def count(spec: str, *, image_size: int, images: int, cfg_scale: float, side: st
         if side == "plain":
             forward = CachedForward(model)
         else:
-            forward = family_of(model).cached_forward(model, impl="triton", copies=side == "fused")
+            forward = family_of(model).cached_forward(model, impl="triton", copies=side != "shared")
+            forward.few_rows = forward.few_rows if side == "fused" else 0
         engine = CachedSampler(forward, images, draw=Draw(), cfg_scale=cfg_scale, cfg_interval=-1)
         engine.start(ClassCondition(torch.zeros(images, dtype=torch.int64, device="cuda")), engine.row_ids)
         with LaunchCounter() as counter:
@@ -87,9 +90,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=384)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--cfg-scale", type=float, default=2.0)
-    parser.add_argument(
-        "--sides", nargs="+", default=["fused", "shared", "plain"], choices=["fused", "shared", "plain"]
-    )
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     options = parser.parse_args()
     work = {"image_size": options.image_size, "images": options.images, "cfg_scale": options.cfg_scale}
     results = {side: count(options.preset, **work, side=side) for side in options.sides}

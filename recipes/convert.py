@@ -17,7 +17,7 @@ from grpo.formats import read_config, read_weights, save_weights
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, then the weights with their sizes, if they have any, then write them."""
-    convert = load_recipe(ConvertRecipe, arguments).convert
+    convert = load_recipe(ConvertRecipe, arguments, needs_files=True).convert
     if Path(convert.output).exists():
         raise UserError(f"convert.output: {convert.output} exists and is not overwritten; give another name")
     weights, sizes = read_weights(convert.input), read_config(convert.input)

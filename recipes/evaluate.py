@@ -39,7 +39,7 @@ from grpo.parallel import World, distributed
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, measure."""
-    recipe = load_recipe(EvaluateRecipe, arguments)
+    recipe = load_recipe(EvaluateRecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         evaluate(recipe, world)
 
@@ -78,7 +78,7 @@ def open_reference(recipe: EvaluateRecipe) -> ImageSource:
     config = recipe.evaluation
     if config.reference is not None:
         return open_images(config.reference, limit=config.num_reference_images)
-    dataset = build_dataset(recipe.data, num_classes=None)  # classes are counted, not compared
+    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)  # counted, not compared
     return DatasetImages(dataset, limit=config.num_reference_images)
 
 

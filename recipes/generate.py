@@ -29,7 +29,7 @@ Draw = Callable[[Condition, Tensor], Tensor]  # (condition of B rows, row_ids [B
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, draw."""
-    recipe = load_recipe(GenerateRecipe, arguments)
+    recipe = load_recipe(GenerateRecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         draw_images(recipe, world)
 

@@ -1,6 +1,6 @@
 """Memory that a recipe of `train` or `pretrain` takes on one GPU; needs neither a GPU nor the recipe's files.
 
-grpo memory --config vapi_xxl_384 --gpus 8
+grpo memory --config published/vapi_xxl_384 --gpus 8
 grpo memory --config FILE --gpus 16 --hosts 2 --memory 80 --section.key VALUE
 grpo memory --config FILE --all-sizes
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo.config import PretrainRecipe, load_recipe
 from grpo.data import ImageBatch, build_codes, build_dataset
-from grpo.kernels import linear_token_log_probs
+from grpo.kernels import Dropout, linear_token_log_probs
 from grpo.models import build_tokenizer, learned_classes
 from grpo.parallel import World, distributed
 from grpo.training import TrainingRun, build_generator, build_optimizer, minimise
@@ -23,7 +23,7 @@ from grpo.training import TrainingRun, build_generator, build_optimizer, minimis
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, train."""
-    recipe = load_recipe(PretrainRecipe, arguments)
+    recipe = load_recipe(PretrainRecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         train(recipe, world)
 
@@ -40,13 +40,14 @@ def train(recipe: PretrainRecipe, world: World) -> None:
         length = (recipe.data.image_size // recipe.tokenizer.downsample_size) ** 2
         encode = build_codes(dataset, tokenizer, length=length, augmented=True, images=False)
         start = {"checkpoint": recipe.model.checkpoint, "class_names": dataset.class_names}
-        model = build_generator(recipe, **start, mesh=run.mesh, world=world).train()
+        model = build_generator(recipe, **start, mesh=run.mesh, world=world)
 
         def loss(batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with run.timer("encode"):
                 codes = encode(batch)  # [B, T]
             with run.timer("forward"):
-                hidden = model.hidden(codes[:, :-1], batch.condition).flatten(0, 1)  # [B*T, D]
+                dropout = Dropout(batch.sample_ids, seed=training.seed, impl=training.kernels)
+                hidden = model.hidden(codes[:, :-1], batch.condition, dropout).flatten(0, 1)  # [B*T, D]
                 log_probs, entropy = linear_token_log_probs(
                     hidden, model.output.weight, codes.view(-1, 1), return_entropy=True, impl=training.kernels
                 )

@@ -49,7 +49,7 @@ from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_classifier import train as train_classifier
 from grpo.jobs.train_grpo import train as train_policy
 from grpo.jobs.train_tokenizer import train as train_tokenizer
-from grpo.observe import image_grid, progress, write_report
+from grpo.observe import History, image_grid, progress, write_report
 from grpo.parallel import World, distributed
 from grpo.training import EXPORT_NAME, Phase, run_phases
 
@@ -226,7 +226,9 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
             for name, phase in zip(names, evaluations, strict=True)
         ],
         curves=[
-            (phase.title, phase.product.with_name("metrics.jsonl")) for phase in phases if phase.job is not evaluate
+            (phase.title, History.read(phase.product.with_name("metrics.jsonl")))
+            for phase in phases
+            if phase.job is not evaluate
         ],
         notes=[note.format(split=data.split) for note in NOTES],
     )

@@ -23,7 +23,7 @@ from grpo.training import TrainingRun, autocast, build_classifier, build_optimiz
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, train."""
-    recipe = load_recipe(ClassifierRecipe, arguments)
+    recipe = load_recipe(ClassifierRecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         train(recipe, world)
 

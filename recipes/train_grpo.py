@@ -1,8 +1,8 @@
 """GRPO of an autoregressive image generator: rollout -> reward -> credit -> update -> observe.
 
 grpo train --config debug
-torchrun --nproc_per_node=8 -m grpo train --config vapi_xxl_384
-torchrun --nproc_per_node=8 recipes/train_grpo.py --config train_configs/vapi_xxl_384.toml
+torchrun --nproc_per_node=8 -m grpo train --config published/vapi_xxl_384
+torchrun --nproc_per_node=8 recipes/train_grpo.py --config train_configs/published/vapi_xxl_384.toml
 """
 
 if __name__ == "__main__":  # before the imports, so that --help does without torch
@@ -11,26 +11,26 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("train")
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from grpo.config import GRPORecipe, Schedule, load_recipe
-from grpo.data import ImageBatch, ImageStream, build_codes, build_dataset, build_stream
+from grpo.data import ImageBatch, ImageStream, build_codes, build_dataset, build_stream, sample_images
 from grpo.estimate import Work, grpo_work
 from grpo.models import build_tokenizer, learned_classes
 from grpo.objectives import credit
 from grpo.observe import SampleRow
 from grpo.parallel import MetricSums, World, distributed
-from grpo.rewards import Rewarded, RewardSum, build_rewards
+from grpo.rewards import Rewarded, RewardSum, RewardWatch, build_rewards
 from grpo.rollout import Trajectory, build_draw, build_rollout
 from grpo.training import PolicyUpdate, TrainingRun, build_generator, build_optimizer
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, train."""
-    recipe = load_recipe(GRPORecipe, arguments)
+    recipe = load_recipe(GRPORecipe, arguments, needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         train(recipe, world)
 
@@ -39,7 +39,9 @@ def train(recipe: GRPORecipe, world: World) -> None:
     """The whole job on this rank."""
     with TrainingRun(recipe, world, title="GRPO") as run:
         job = build(recipe, run)
-        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream)
+        extra = {"reward": job.reward, "entropy": job.update.entropy_control}
+        run.start(model=job.policy, optimizer=job.update.optimizer, stream=job.stream, extra=extra)
+        watch = RewardWatch(job.reward.terms)
         for step in run.steps():
             metrics, shown = MetricSums(), []
             with run.timer("data"):
@@ -48,7 +50,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
                 show = recipe.metrics.image_groups if run.observer.wants_images(step) and not shown else 0
                 with run.timer("rollout"):
                     trajectory = job.rollout(batch)  # tokens [R, M, T]
-                asked = batch.condition, batch.images, batch.captions
+                asked = batch.condition, batch.images, batch.captions, trajectory.completion_ids
                 rewarded = job.reward(trajectory.tokens, *asked, show=show, timer=run.timer)
                 trajectory.rewards = rewarded.total  # [R, M]
                 trajectory.advantages, credited = job.credit(rewarded)  # [R, M]
@@ -59,7 +61,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
                     shown = sample_rows(batch, rewarded, job)
             run.observer.images(step, shown)
             drawn, codes = job.schedule.completions * world.size, job.policy.config.block_size
-            run.finish(step, metrics, images=drawn, codes=codes, work=job.work)
+            run.finish(step, metrics, images=drawn, codes=codes, work=job.work, watch=watch)
 
 
 class Job(NamedTuple):
@@ -88,16 +90,33 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
     stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)
     generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
+    follows = objective.reference == "ema"  # the reference is the moving average of the policy
+
+    @cache  # one for the KL term and the rewards where both want the same weights, which do not move
+    def untrained(checkpoint: str | None, moves: bool) -> nn.Module:
+        return generator(checkpoint=checkpoint).eval().requires_grad_(False)
+
+    reward = build_rewards(
+        recipe.reward,
+        tokenizer,
+        class_names=dataset.class_names,
+        device=world.device,
+        compile=recipe.compile,
+        generator=lambda checkpoint: untrained(checkpoint or recipe.model.checkpoint, False),
+        real_images=partial(sample_images, dataset, world=world),
+    )
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
     if objective.kl_estimator != "none":
-        frozen = objective.reference_checkpoint or recipe.model.checkpoint
-        reference = generator(checkpoint=frozen).eval().requires_grad_(False)
+        reference = untrained(objective.reference_checkpoint or recipe.model.checkpoint, follows)
     sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
     rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
-    reward = build_rewards(
-        recipe.reward, tokenizer, class_names=dataset.class_names, device=world.device, compile=recipe.compile
+    optimizer = build_optimizer(
+        policy,
+        recipe,
+        world,
+        steps_per_training_step=schedule.steps_per_rollout,
+        average_into=reference if follows else None,
     )
-    optimizer = build_optimizer(policy, recipe, world, steps_per_training_step=schedule.steps_per_rollout)
     update = PolicyUpdate(
         policy, optimizer, objective=objective, rollout=recipe.rollout, reference=reference, **sampling
     )

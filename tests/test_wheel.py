@@ -1,6 +1,7 @@
 """The wheel, installed away from the checkout, runs everything by itself."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,18 @@ def test_commands(installed: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "grpo"]
     run(installed, tmp_path, *launcher, *debug, "--metrics.run_dir", "two_ranks")
     assert (tmp_path / "two_ranks" / "metrics.jsonl").exists()
+
+
+def test_a_reward_of_ones_own(installed: Path, tmp_path: Path) -> None:
+    """The five lines of docs/rewards.md and the command below them."""
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    section = page.partition("## A reward of your own in five lines")[2]
+    source, command = re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)[:2]
+    (tmp_path / "dark.py").write_text(source)
+    program, *flags = command.split()
+    assert program == "grpo"
+    run(installed, tmp_path, sys.executable, "-m", "grpo", *flags, "--training.steps", "1")
+    assert '"reward/dark_mean"' in (tmp_path / "runs" / "debug" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.faults

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A run on several hosts under SLURM: one torchrun agent a host, which starts one process a GPU.
 #
-#   sbatch --nodes=2 train_configs/slurm_hsdp.sh train --config vapi_xxl_384_two_hosts
+#   sbatch --nodes=2 train_configs/slurm_hsdp.sh train --config published/vapi_xxl_384_two_hosts
 #
 # Everything after the script's name is the job and its flags, as after the command `grpo`. Start it with the
 # environment active that has the project installed, in a folder that every host sees, as it must see the run's.

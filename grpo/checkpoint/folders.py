@@ -3,14 +3,11 @@
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from grpo.config import Checkpoint, UserError
 from grpo.formats import RUN_STATE_NAME, FileSum, file_sums, read_manifest
@@ -30,11 +27,6 @@ def step_folder(folder: Path, step: int) -> Path:
 def partial_folder(folder: Path, step: int) -> Path:
     """Where it is written before that; a name that is never taken for a checkpoint."""
     return folder / f".step-{step:06d}.partial"
-
-
-def rank_file(path: Path, rank: int) -> Path:
-    """Where a rank keeps its own state."""
-    return path / f"rank-{rank:05d}.pth"
 
 
 def step_of(path: Path) -> int:
@@ -90,14 +82,6 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): take another checkpoint.") from None
     return state
-
-
-def read_rank_file(file: Path) -> dict[str, Any]:
-    """A rank's own state. Raises a UserError if it cannot be read, or not without running what is in it."""
-    try:
-        return torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read ({type(error).__name__}): take another checkpoint.") from error
 
 
 def set_aside(path: Path) -> str:

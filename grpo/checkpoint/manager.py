@@ -57,7 +57,6 @@ class CheckpointManager:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         run_state: Mapping[str, Any],
-        rank_state: Mapping[str, Any],
         extra: Mapping[str, ExtraState] | None = None,
         score: float | None = None,
     ) -> None:
@@ -65,7 +64,6 @@ class CheckpointManager:
 
         Args:
             run_state: what is the same on every rank: counters, data position, schedule; JSON types only.
-            rank_state: what each rank has of its own, e.g. RNG states: tensors, numbers, strings and their containers.
             extra: more tensors by name, see `ExtraState`; their counters belong into `run_state`.
             score: what `checkpoint.keep_best` ranks it by.
 
@@ -77,13 +75,12 @@ class CheckpointManager:
         config = getattr(model, "config", None)
         about["config"] = None if config is None else saved_config(config)
         shared = step, json.dumps(about | {"run": run_state}, indent=1), config
-        state = training_tensors(model, optimizer, extra), dict(rank_state)
+        tensors = training_tensors(model, optimizer, extra)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
-            copies = [DefaultStager(options).stage(part) for part in state]
-            self._pending = self._executor.submit(self._write, *shared, *copies)
+            self._pending = self._executor.submit(self._write, *shared, DefaultStager(options).stage(tensors))
         else:
-            self._write(*shared, *state)
+            self._write(*shared, tensors)
 
     def wait(self) -> None:
         """Return when no checkpoint is being written. Raises a UserError if it could not be written."""
@@ -177,30 +174,24 @@ class CheckpointManager:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         extra: Mapping[str, ExtraState] | None = None,
-    ) -> dict[str, Any] | None:
+    ) -> None:
         """Overwrite weights, optimizer state and `extra` by a checkpoint's, whatever the number of ranks that wrote it.
 
-        Returns this rank's `rank_state`; None when the number of ranks has changed, so that nobody's state fits.
         Raises a UserError: incomplete, damaged, not to be trusted, or of another model.
         """
-        world_size = folders.read_run_file(path)["world_size"]
+        folders.read_run_file(path)
         load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
-        own = folders.rank_file(Path(path), self.world.rank)
-        return folders.read_rank_file(own) if world_size == self.world.size else None
 
-    def _write(self, step: int, run_text: str, sizes: Any, tensors: dict[str, Any], rank_state: dict[str, Any]) -> None:
+    def _write(self, step: int, run_text: str, sizes: Any, tensors: dict[str, Any]) -> None:
         """Write a checkpoint together; `sizes` are the model's config, for weights in one file."""
         partial = folders.partial_folder(self.folder, step)
-        shares = self._together(step, lambda: self._write_share(partial, tensors, rank_state))
+        shares = self._together(step, lambda: self._write_share(partial, tensors))
         self._together(step, lambda: self.world.is_main and self._publish(partial, step, run_text, sizes, shares))
 
-    def _write_share(self, partial: Path, tensors: dict[str, Any], rank_state: dict[str, Any]) -> dict[str, FileSum]:
+    def _write_share(self, partial: Path, tensors: dict[str, Any]) -> dict[str, FileSum]:
         """Write this rank's files; their checksums."""
         write_shards(partial, tensors, group=self._group)
-        rank_file = folders.rank_file(partial, self.world.rank)
-        torch.save(rank_state, rank_file)
-        folders.sync(rank_file)
-        return file_sums([rank_file, *rank_shards(partial, self.world.rank)])
+        return file_sums(rank_shards(partial, self.world.rank))
 
     def _publish(self, partial: Path, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""

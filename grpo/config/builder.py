@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -72,7 +72,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(line)
         self._suspects.add(CONFIG)
 
-    def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None) -> RecipeT:
+    def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None, needs_files: bool = False) -> RecipeT:
         """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name."""
         if self._is_grpo:
             self._find_rewards(flags)
@@ -101,6 +101,8 @@ class RecipeBuilder(Generic[RecipeT]):
         recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
             self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.[\w-]+)+", problem))
+        for line in recipe.missing_files() if needs_files else ():
+            self._report_combination(line, [line.partition(":")[0]])
         if self._problems:
             raise UserError(self._problems)
         return recipe
@@ -185,8 +187,6 @@ class RecipeBuilder(Generic[RecipeT]):
             return
         if given is not None and key.is_path:
             given = os.path.abspath(given if is_text else self._folder / given)
-        if reference.SECTIONS.get(key.section) is reference.Unavailable and given != key.field.default:
-            self._problems.append(f"{origin}: this reward is not available yet; leave the flag out")
         self._values[name], self._sources[name] = given, origin
 
     def _find_rewards(self, flags: Sequence[Flag]) -> None:
@@ -199,13 +199,15 @@ class RecipeBuilder(Generic[RecipeT]):
         origins = dict.fromkeys(tables, self._origin)
         for flag, text in flags:
             key = reference.REFERENCE_FLAGS.get(flag, flag.removeprefix("--"))
+            if flag in reference.SWITCHES and (text or "true").lower() not in ("false", "0", "no", "off", "f", "n"):
+                key = f"reward.{reference.SWITCHES[flag][0]}.weight"
             match = re.fullmatch(r"reward\.([^.]+)\.(.+)", key)
             if match and match[1] not in own_keys:
                 name, own_key = match.groups()
                 origins.setdefault(name, flag)
                 kind = text if own_key == "kind" else None
                 kinds[name] = kind or kinds.get(name, name)
-        if all(origin in reference.REFERENCE_FLAGS for origin in origins.values()):
+        if all(origin in reference.ALL_FLAGS for origin in origins.values()):
             kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)
         for name, kind in kinds.items():
             title, origin = f"reward.{name}", origins.get(name, self._origin)
@@ -233,13 +235,19 @@ class RecipeBuilder(Generic[RecipeT]):
                 for item in error.errors():
                     key = ".".join([title, *map(str, item["loc"])])
                     is_missing = item["type"] == "missing"
-                    self._report_combination(f"{key} is required" if is_missing else f"{key}: {item['msg']}", [key])
+                    self._report_combination(
+                        f"{key} is required" if is_missing else f"{key}: {item['msg'].removeprefix('Value error, ')}",
+                        [key],
+                    )
         if len(tables) < len(titles):
             self._suspects.add("reward.NAME")
         return tables
 
     def _translate(self) -> None:
         """Set what flags of the reference mean beyond their own keys; its batches count on each process."""
+        if self._values.get("training.dropout_mode", "eval") != "eval":
+            for key in ("model.dropout", "model.class_dropout"):
+                self._values.setdefault(key, reference.DROPOUT_RATE)
         ranks = os.environ.get("WORLD_SIZE", "1")
         ranks = int(ranks) if ranks.isdecimal() else 1
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
@@ -256,10 +264,22 @@ class RecipeBuilder(Generic[RecipeT]):
                     numbers = [self._values.get(own_keys[flag], default) for flag, default in defaults.items()]
                     origins = [used.get(flag, f"{flag} {default}") for flag, default in defaults.items()]
                     self._take(key, math.prod(numbers) * ranks, ", ".join(origins))
-        is_on = self._sources.get("reward.embedding_cosine.kind") == self._origin
-        switch = reference.ALL_FLAGS["--reward-use-embedcos"]
-        if "--reward-embedcos-weight" in used and not self._values.get(switch, is_on):
-            self._values["reward.embedding_cosine.weight"] = 0.0
+        for switch, (name, default) in reference.SWITCHES.items():
+            self._switch(switch, f"reward.{name}", default=default, used=used.keys())
+
+    def _switch(self, flag: str, title: str, *, default: float, used: Collection[str]) -> None:
+        """Switch a reward off that only flags of the reference give keys to, or whose switch is off by name."""
+        weight, is_on = f"{title}.weight", self._values.get(reference.ALL_FLAGS[flag])
+        if title not in self._sections:
+            return
+        if is_on:
+            self._values.setdefault(weight, default)
+        by_flags = any(other in used for other, key in reference.REFERENCE_FLAGS.items() if key.startswith(f"{title}."))
+        has_own = self._sources[f"{title}.kind"] == self._origin or self._sources.get(weight, "").startswith(
+            "--reward."
+        )
+        if is_on is False or (is_on is None and by_flags and not has_own):
+            self._values[weight] = 0.0
 
     def _report_combination(self, text: str, keys: Sequence[str]) -> None:
         """The problem behind the flags and files that its keys come from."""

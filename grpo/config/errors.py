@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from importlib import import_module
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -23,3 +25,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """What a mistyped word probably meant, or else all that there is."""
     nearest = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
+
+
+def import_extra(module: str, *, extra: str, wanted_by: str) -> ModuleType:
+    """A module of a library that is not among the plain dependencies.
+
+    Args:
+        extra: the extra of this project that installs it.
+        wanted_by: what cannot be done without it, a key or a kind of reward.
+
+    Raises:
+        UserError: it is not installed, or cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        needs = f"{wanted_by} needs the package {error.name or module}, which is not installed"
+        raise UserError(f"{needs}: pip install 'autoregressive-grpo[{extra}]'") from error
+    except (ImportError, OSError, RuntimeError) as error:  # of versions that do not fit together
+        reason = " ".join(str(error).split())
+        raise UserError(f"{wanted_by} needs {module}, which cannot be imported: {reason}") from error

@@ -1,7 +1,8 @@
 """The sections that belong to one job: what to train, sample, measure or convert besides the shared settings."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Gt, Le
 from pydantic import Field
 
 from grpo.config.types import (
@@ -19,6 +20,7 @@ from grpo.config.types import (
     Seed,
     Temperature,
     TopP,
+    Wanted,
 )
 
 
@@ -38,6 +40,34 @@ class TokenizerLoss(Section):
     """A code whose running count of uses a step falls below this is moved to an encoder output (ema only); 0 is off."""
     unquantised_steps: NonNegativeInt = 40
     """First optimizer steps without quantisation, after which the codebook is set from encoded images."""
+    perceptual_weight: NonNegativeFloat = 0.0
+    """Weight of LPIPS, a learned perceptual distance, to the image; 0 does without. LlamaGen's is 1."""
+    perceptual_backbone: Annotated[str | None, Wanted("torchvision's VGG16, vgg16-397923af.pth")] = None
+    """File of torchvision's VGG16, vgg16-397923af.pth, that LPIPS needs. None looks for it where torch keeps its
+    downloads, in hub/checkpoints of TORCH_HOME; nothing is downloaded."""
+
+
+class Adversary(Section):
+    """A PatchGAN discriminator that the tokenizer is trained against; it may reward a run later."""
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of looking real to it in the tokenizer's loss; 0 trains without one. LlamaGen's is 0.5."""
+    start: PositiveInt = 20_000
+    """Step from which on it is trained and counts."""
+    adaptive: bool = False
+    """Multiply the weight by the ratio of the gradients of the rest of the reconstruction's loss and of its own at the
+    decoder's last layer (VQGAN's; LlamaGen trained without)."""
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    """hinge: it learns by hinges around 1 and -1; vanilla: by cross-entropy. Under both the tokenizer raises its mean
+    logit; non_saturating: cross-entropy too, and the tokenizer raises its log p(real)."""
+    dim: PositiveInt = 64
+    """Channels of its first layer."""
+    num_layers: Annotated[int, Gt(0), Le(10)] = 3
+    """Its layers that halve the image."""
+    lr: NonNegativeFloat | None = None
+    """Learning rate of its own AdamW; None is optimizer.lr, and all else is as in the section [optimizer]."""
+    checkpoint: Annotated[str | None, Wanted("a discriminator, as tokenizer training saves it")] = None
+    """Weights to start from, as in reward.patchgan.checkpoint; None starts from random weights."""
 
 
 class Encode(Section):
@@ -115,15 +145,15 @@ class Output(Section):
 class Evaluation(Section):
     """What is measured against what."""
 
-    images: str | None = None
+    images: Annotated[str | None, Wanted("a folder of images or an .npz")] = None
     """Evaluate these images, a folder or an .npz with `arr_0`, instead of drawing them from a model."""
-    reference: str | None = None
+    reference: Annotated[str | None, Wanted("a folder of images or an .npz")] = None
     """Reference images: a folder or an .npz with `arr_0`; none takes those of the section [data]."""
-    feature_checkpoint: str | None = None
+    feature_checkpoint: Annotated[str | None, Wanted("weights of a classifier")] = None
     """Classifier, as `grpo classifier` writes it, whose features and accuracy are used."""
-    inception_checkpoint: str | None = None
+    inception_checkpoint: Annotated[str | None, Wanted("weights-inception-2015-12-05-6726825d.pth")] = None
     """Inception v3 weights of the published FID, for features and inception score; nothing is downloaded."""
-    reward_checkpoint: str | None = None
+    reward_checkpoint: Annotated[str | None, Wanted("weights of a classifier")] = None
     """Classifier that rewarded the run: its mean log p(class | image) is reported as the reward."""
     num_images: PositiveInt = 50_000
     """Images to draw, or at most to take from `images`."""
@@ -144,7 +174,7 @@ class Evaluation(Section):
 class Convert(Section):
     """Weights from one layout into another."""
 
-    input: str | None = None
+    input: Annotated[str | None, Wanted("weights in any layout")] = None
     """Weights to read: a LlamaGen file, .safetensors, or a checkpoint folder."""
     output: str | None = None
     """File or folder to write; it must not exist."""

@@ -17,13 +17,16 @@ SHIPPED_RECIPES = Path(__file__).parents[1] / "train_configs"
 """The recipes that come with the project."""
 
 
-def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) -> RecipeT:
+def load_recipe(
+    recipe_class: type[RecipeT], argv: Sequence[str] | None = None, *, needs_files: bool = False
+) -> RecipeT:
     """The recipe that a command line asks for: flags over the file of `--config` over the defaults.
 
     `--help` prints every key and ends the program.
 
     Args:
         argv: arguments without the program's name; None takes those of this process.
+        needs_files: the job starts now, so every file and folder that the recipe names must be there.
 
     Returns:
         The recipe, with `metrics.run_dir` filled in where the job has one.
@@ -51,7 +54,7 @@ def load_recipe(recipe_class: type[RecipeT], argv: Sequence[str] | None = None) 
             builder.give_up(f"--config {config}: cannot be read: {error.strerror}{_hint(config)}")
         except UnicodeDecodeError as error:
             builder.give_up(f"{config}: is not a text file: {error}")
-    return builder.build(flags, run_name=Path(config).stem if config else recipe_class.job)
+    return builder.build(flags, run_name=Path(config).stem if config else recipe_class.job, needs_files=needs_files)
 
 
 def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "recipe") -> RecipeT:
@@ -100,9 +103,14 @@ def _split_arguments(arguments: Sequence[str]) -> list[Flag]:
 
 
 def _recipe_path(config: str) -> Path:
-    """The file that `--config` names: a path, else a shipped recipe by its name, such as quickstart/grpo."""
+    """The file that `--config` names: a path, else a shipped recipe by its name, such as quickstart/grpo.
+
+    The folder of a shipped recipe may be left out where no other has one of the same name.
+    """
     candidates = (Path(config), SHIPPED_RECIPES / config, SHIPPED_RECIPES / f"{config}.toml")
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    namesakes = [path for path in SHIPPED_RECIPES.glob("*/*.toml") if path.stem == config]
+    found = next((path for path in candidates if path.is_file()), candidates[0])
+    return namesakes[0] if not found.is_file() and len(namesakes) == 1 else found
 
 
 def _hint(config: str) -> str:

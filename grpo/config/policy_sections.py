@@ -1,5 +1,6 @@
 """The sections of reinforcement learning: how completions are drawn, and what is made of their rewards."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
@@ -10,6 +11,7 @@ from grpo.config.types import (
     Fraction,
     GuidanceScale,
     KLEstimator,
+    LossLevel,
     MayChange,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,8 +20,10 @@ from grpo.config.types import (
     PositiveInt,
     ProperFraction,
     Section,
+    Share,
     Temperature,
     TopP,
+    Wanted,
 )
 
 
@@ -84,16 +88,34 @@ class Objective(Section):
     """The reference trainer's switch: the same as kl = "k3"."""
     kl_coef: NonNegativeFloat = 0.01
     """Weight of the KL term; without effect while the KL is off."""
-    reference_checkpoint: str | None = None
+    kl_level: LossLevel = "token"
+    """token: the estimator of each token's log-ratio, averaged like the loss; sequence: that of the mean log-ratio of
+    a whole sequence."""
+    reference: Literal["start", "ema"] = "start"
+    """start: frozen weights; ema: the moving average of the policy (`training.ema_decay`), which follows it."""
+    reference_checkpoint: Annotated[str | None, Wanted("weights of the frozen reference")] = None
     """Weights of the frozen reference; None is the policy's own start."""
     aux_ce_weight: NonNegativeFloat = 0.0
     """Weight of the cross-entropy on the real image's codes."""
     entropy_weight: FiniteFloat = 0.0
-    """Weight of the mean token entropy, subtracted from the loss (a bonus)."""
+    """Weight of the mean token entropy in nats, subtracted from the loss (a bonus)."""
+    entropy_target: Share | None = None
+    """Entropy to steer to, as a share of the largest, log(codebook size): after each optimizer step the weight, which
+    starts at entropy_weight, is multiplied by exp(gain x what the entropy lacks). None keeps the weight."""
+    entropy_dead_band: NonNegativeFloat = 0.015
+    """Distance from the target, on either side, at which nothing lacks yet."""
+    entropy_gain: PositiveFloat = 3.0
+    """That gain."""
+    entropy_token_share: Share = 1.0
+    """Policy loss and KL count only this share of the positions of each context, those with the highest entropy."""
     use_token_dropout: bool = False
     """Leave a random share of the tokens out of the policy loss."""
     token_dropout: ProperFraction = 0.5
     """That share."""
+
+    def missing_files(self) -> Iterator[str]:
+        if self.kl_estimator != "none":
+            yield from super().missing_files()
 
     @property
     def clip_low(self) -> float:
@@ -114,3 +136,7 @@ class Objective(Section):
     def token_dropout_share(self) -> float:
         """Share of the tokens left out of the loss: `token_dropout` where it is switched on, else 0."""
         return self.token_dropout if self.use_token_dropout else 0.0
+
+    def positions_in_loss(self, length: int) -> int:
+        """How many of the T = `length` positions of a context entropy_token_share is, at least one."""
+        return max(1, round(self.entropy_token_share * length))

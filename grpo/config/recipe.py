@@ -16,8 +16,8 @@ from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Pa
 from grpo.config.types import Section
 
 ORDER = (
-    "convert", "model", "tokenizer", "tokenizer_loss", "classifier", "sampling", "output", "data", "encode",
-    "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile",
+    "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
+    "encode", "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile",
     "activation_checkpoint", "checkpoint", "metrics", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
@@ -49,11 +49,20 @@ class Recipe(BaseModel):
         """A line for every impossible combination of keys; none for a valid recipe."""
         yield from ()
 
+    def missing_files(self) -> Iterator[str]:
+        """A line for each file or folder that the job needs and that is not there, beginning with `section.key`."""
+        for name in self.sections():
+            yield from (f"{name}.{line}" for line in getattr(self, name).missing_files())
+
     def notes(self) -> list[str]:
         """One line for each setting that has no effect next to the others."""
         changed = _changed_keys(type(self).model_construct(), self)
         idle = [(key, reason) for is_idle, keys, reason in self._idle_keys() if is_idle for key in keys.split()]
         return [f"{key} has no effect: {reason}" for key, reason in idle if key in changed]
+
+    def remarks(self) -> list[str]:
+        """What a run says of settings that mean something else here than a reader may think."""
+        return []
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         """Whether it is so, the keys that then have no effect, and why."""
@@ -116,6 +125,7 @@ class TrainingRecipe(Recipe):
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
             (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
             (not self.metrics.wandb, wandb, "metrics.wandb is off"),
+            (self.job != "train", "training.dropout_mode training.epochs_per_rollout", "only `train` has rollouts"),
         ]
 
     @property

@@ -6,7 +6,16 @@ from typing import Self
 from pydantic import Field
 
 from grpo.config.errors import UserError
-from grpo.config.job_sections import Classifier, Convert, Encode, Evaluation, Output, Sampling, TokenizerLoss
+from grpo.config.job_sections import (
+    Adversary,
+    Classifier,
+    Convert,
+    Encode,
+    Evaluation,
+    Output,
+    Sampling,
+    TokenizerLoss,
+)
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
@@ -53,6 +62,14 @@ class PretrainRecipe(GeneratorRecipe):
             yield from super().image_uses()
 
 
+DROPOUT_REMARK = (
+    "the update has dropout, the rollout none: old and reference log-probs are under the same masks as new ones, so "
+    "that only a changed policy changes the ratio; with teacher forcing the completions of an image share one forward "
+    "and its masks. The reference trainer compares with log-probs without dropout, and draws masks for each completion"
+)
+"""What a run says about its dropout."""
+
+
 class GRPORecipe(GeneratorRecipe):
     """Reinforcement learning of the generator: rollout, reward, advantage, update."""
 
@@ -65,7 +82,18 @@ class GRPORecipe(GeneratorRecipe):
     def schedule(self, *, ranks: int) -> Schedule:
         """The sizes of a step on each of so many ranks. Raises a UserError if they cannot share the batches."""
         sections = {"rollout": self.rollout, "training": self.training, "objective": self.objective}
-        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards=bool(self._rewards_needing("population")))
+        waits = self._rewards_needing("population") or any(
+            table.normalise == "batch" for table in self.reward.active.values()
+        )
+        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards=bool(waits))
+
+    def frozen_generators(self) -> set[str | None]:
+        """Weights of the generators beside the policy and its moving average: of the KL term, and of rewards."""
+        objective, tables = self.objective, self.reward.active.values()
+        named = {table.checkpoint for table in tables if "generator" in reward_class(table.kind).needs}
+        if objective.kl_estimator != "none" and objective.reference == "start":
+            named.add(objective.reference_checkpoint)
+        return {name or self.model.checkpoint for name in named}
 
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
@@ -75,20 +103,27 @@ class GRPORecipe(GeneratorRecipe):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         rollout, training, objective = self.rollout, self.training, self.objective
-        same_masks = "old and new log-probs need the same masks; dropout is for pre-training"
-        for key in ("class_dropout", "dropout"):
-            if getattr(self.model, key):
-                yield f"model.{key} must be 0 in GRPO: {same_masks}"
         if self.model.new_classes:
             yield "model.new_classes must be 0 in GRPO: train their embeddings with `grpo pretrain` first"
-        if training.dropout_mode != "eval":
-            yield f'training.dropout_mode must be "eval" in GRPO: {same_masks}'
         try:
             self.schedule(ranks=1)
         except UserError as error:
             yield from error.problems
         if rollout.num_generations == 1 and objective.advantage != "batch_std":  # the only one without a group's mean
             yield f'rollout.num_generations must be at least 2 with objective.advantage = "{objective.advantage}"'
+        if objective.reference == "ema" and training.ema_decay is None:
+            yield 'objective.reference = "ema" needs training.ema_decay'
+        if objective.reference == "ema" and objective.reference_checkpoint is not None:
+            yield 'objective.reference_checkpoint needs objective.reference = "start": the average starts at the policy'
+        if objective.entropy_target is not None and objective.entropy_weight <= 0:
+            yield "objective.entropy_target needs objective.entropy_weight above 0, where the weight starts"
+        for name, table in self.reward.active.items():
+            if rollout.num_generations == 1 and table.normalise == "group":
+                yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
+        if self.data.may_be_stream:
+            for name, table in self.reward.active.items():
+                uses = (f"reward.{name}.{use}" for use in table.image_uses())
+                yield from (f"{use} (images of a stream cannot be picked)" for use in uses)
         if not self.reward.active:
             yield "no reward is on: give a table [reward.NAME] a weight other than 0"
         if rollout.mode == "autoregressive":
@@ -115,6 +150,8 @@ class GRPORecipe(GeneratorRecipe):
                 yield f"reward.{name}.weight must be 0: it compares with the real image"
         if self.objective.aux_ce_weight and not self.data.has_codes:
             yield "objective.aux_ce_weight must be 0: it is the cross-entropy on the codes of real images"
+        for name, table in self.reward.active.items():
+            yield from (f"reward.{name}.{use}" for use in table.image_uses())
 
     @property
     def reads_images(self) -> bool:
@@ -129,14 +166,22 @@ class GRPORecipe(GeneratorRecipe):
         off = [name for name in self.reward.tables if name not in self.reward.active]
         return [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
 
+    def remarks(self) -> list[str]:
+        drops = self.training.dropout_mode != "eval" and (self.model.dropout or self.model.class_dropout)
+        return [DROPOUT_REMARK] if drops else []
+
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         rollout, objective = self.rollout, self.objective
         no_kl = objective.kl_estimator == "none"
         one_reward = objective.advantage == "gdpo" and len(self.reward.active) == 1
+        of_kl = ("kl_coef", "kl_level", "reference", "reference_checkpoint")
+        steering = "objective.entropy_dead_band objective.entropy_gain"
         is_whole = not rollout.top_k and rollout.top_p == 1
+        mode, rates = self.training.dropout_mode, (self.model.dropout, self.model.class_dropout)
         return [
             *super()._idle_keys(),
-            (no_kl, "objective.kl_coef objective.reference_checkpoint", 'the KL term is off (objective.kl = "none")'),
+            (no_kl, " ".join(f"objective.{key}" for key in of_kl), 'the KL term is off (objective.kl = "none")'),
+            (objective.entropy_target is None, steering, "objective.entropy_target is none"),
             (not objective.use_token_dropout, "objective.token_dropout", "objective.use_token_dropout is off"),
             (one_reward, "objective.advantage", "with one reward gdpo is group_std"),
             (not rollout.use_context_noise, "rollout.context_noise", "rollout.use_context_noise is off"),
@@ -147,6 +192,8 @@ class GRPORecipe(GeneratorRecipe):
                 "rollout.max_rows rollout.keep_memory",
                 "teacher-forced rollouts have no cache",
             ),
+            (mode == "eval", "model.dropout model.class_dropout", 'training.dropout_mode is "eval"'),
+            (not any(rates), "training.dropout_mode", "model.dropout and model.class_dropout are 0"),
         ]
 
 
@@ -157,18 +204,29 @@ class TokenizerRecipe(TrainingRecipe):
 
     tokenizer: Tokenizer = Tokenizer()
     tokenizer_loss: TokenizerLoss = TokenizerLoss()
+    adversary: Adversary = Adversary()
     compile: Compile = Compile()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        side, adversary = self.data.image_size, self.adversary
+        yield from _image_size_problems("data.image_size", side, self.tokenizer)
+        if self.tokenizer_loss.perceptual_weight and side < 16:
+            yield f"tokenizer_loss.perceptual_weight: LPIPS needs data.image_size of at least 16, not {side}"
+        if adversary.weight and side < (smallest := 3 * 2**adversary.num_layers):
+            yield f"adversary.num_layers = {adversary.num_layers} needs data.image_size of at least {smallest}"
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        by_gradient = self.tokenizer_loss.codebook_update == "gradient"
-        keys = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
+        loss, adversary = self.tokenizer_loss, self.adversary
+        codebook = "tokenizer_loss.codebook_ema tokenizer_loss.restart_threshold"
+        others = " ".join(f"adversary.{key}" for key in type(adversary).model_fields if key != "weight")
+        late = adversary.start > self.training.steps
         return [
             *super()._idle_keys(),
-            (by_gradient, keys, 'codebook_update is "gradient"'),
+            (loss.codebook_update == "gradient", codebook, 'codebook_update is "gradient"'),
+            (not loss.perceptual_weight, "tokenizer_loss.perceptual_backbone", "its weight is 0"),
+            (not adversary.weight, others, "adversary.weight is 0"),
+            (late, "adversary.weight", f"adversary.start = {adversary.start} is after the last step"),
             (True, "data.class_map", "a tokenizer is trained without classes"),
             (True, "data.codes data.cache_codes", "a tokenizer is trained on images"),
         ]
@@ -269,12 +327,17 @@ class EvaluateRecipe(DrawingRecipe):
         if evaluation.feature_checkpoint is None and evaluation.inception_checkpoint is None:
             yield "evaluation.feature_checkpoint or evaluation.inception_checkpoint is required"
 
+    def missing_files(self) -> Iterator[str]:
+        unread = ("model.", "tokenizer.") if self.evaluation.images is not None else ()
+        unread += ("data.",) if self.evaluation.reference is not None else ()
+        yield from (line for line in super().missing_files() if not line.startswith(unread))
+
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]
         are_given = self.evaluation.images is not None
         return [
             (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
-            (True, "data.class_map data.classes", "the classes of reference images do not matter"),
+            (True, "data.classes", "reference images have classes of their own"),
             (True, "data.codes data.cache_codes", "reference images are looked at, not encoded"),
         ]
 

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Mapping
 
-from pydantic import FiniteFloat
-
 from grpo.config.types import PositiveInt, Section
 
 _TABLE = """
@@ -16,7 +14,9 @@ data: name dataset, path data-path, image_size image-size, num_workers num-worke
 rollout: batch_size sample-batch-size, num_generations num-generations, temperature temperature, top_k top-k,
   top_p top-p, use_context_noise use-token-noise, context_noise token-noise-prob
 reward: reconstruction.distance reward-rec-type, reconstruction.weight reward-rec-weight,
-  embedding_cosine.weight reward-embedcos-weight
+  embedding_cosine.weight reward-embedcos-weight, lpips.weight reward-perceptual-weight,
+  patchgan.weight reward-gan-weight, patchgan.dim reward-disc-dim, patchgan.num_layers reward-disc-num-layers,
+  patchgan.checkpoint reward-disc-ckpt
 objective: advantage_clip adv-clip-max, clip_range clip-range, aux_ce_weight aux-ce-weight, use_kl_loss use-kl-loss,
   kl_coef kl-coef, reference_checkpoint kl-base-ckpt, use_token_dropout use-token-dropout,
   token_dropout token-dropout-ratio
@@ -44,35 +44,27 @@ class ReferenceOnly(Section):
     """Forwards and backwards of --train-batch-size completions in one optimizer step."""
     reward_use_embedcos: bool = False
     """Switch of the reward embedding_cosine: while it is off, --reward-embedcos-weight is 0."""
-
-
-class Unavailable(Section):
-    """Flags of rewards that do not exist here yet: accepted at the reference's defaults only."""
-
-    reward_perceptual_weight: FiniteFloat = 0.0
-    """Weight of minus LPIPS."""
     reward_use_gan: bool = False
-    """Reward by a PatchGAN discriminator."""
-    reward_gan_weight: FiniteFloat = 1.0
-    """Its weight."""
-    reward_disc_dim: PositiveInt = 64
-    """Its width."""
-    reward_disc_num_layers: PositiveInt = 3
-    """Its depth."""
-    reward_disc_ckpt: str | None = None
-    """Its weights."""
+    """Switch of the reward patchgan: while it is off, --reward-gan-weight is 0."""
 
 
-SECTIONS: Mapping[str, type[Section]] = {"reference": ReferenceOnly, "unavailable": Unavailable}
-"""These two as sections, which are no part of a recipe."""
+SECTIONS: Mapping[str, type[Section]] = {"reference": ReferenceOnly}
+"""The section of these, which is no part of a recipe."""
 
 ALL_FLAGS: Mapping[str, str] = {
     **REFERENCE_FLAGS,
     **{f"--{key.replace('_', '-')}": f"{name}.{key}" for name, part in SECTIONS.items() for key in part.model_fields},
 }
-"""Flag of the reference trainer -> its key, in a recipe or in one of the sections above."""
+"""Flag of the reference trainer -> its key, in a recipe or in the section above."""
 
-EMBEDDING_SWITCH = ALL_FLAGS["--reward-use-embedcos"]
+SWITCHES: Mapping[str, tuple[str, float]] = {
+    "--reward-use-embedcos": ("embedding_cosine", 0.0),
+    "--reward-use-gan": ("patchgan", 1.0),
+}
+"""Flag that switches a reward on -> the reward, and its weight where no other flag gives one."""
+
+DROPOUT_RATE = 0.1
+"""Of the reference's dropouts, where its update has them and no flag says otherwise."""
 
 BATCH_FLAGS: Mapping[str, Mapping[str, int]] = {
     "rollout.batch_size": {"--sample-batch-size": 32},

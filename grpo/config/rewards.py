@@ -1,5 +1,6 @@
 """The kinds of rewards, the section [reward] and its tables [reward.NAME], each typed by its kind."""
 
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -7,13 +8,25 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, FiniteFloat, SerializeAsAny, model_validator
 
 from grpo.config.errors import UserError, did_you_mean
-from grpo.config.types import MayChange, NonNegativeInt, Section
+from grpo.config.types import MayChange, NonNegativeInt, Normalise, Section
 
 REWARD_KINDS: dict[str, str] = {
     "reconstruction": "grpo.rewards.reconstruction:Reconstruction",
     "embedding_cosine": "grpo.rewards.embedding_cosine:EmbeddingCosine",
     "class_log_prob": "grpo.rewards.class_log_prob:ClassLogProb",
+    "feature_distance": "grpo.rewards.feature_distance:FeatureDistance",
+    "log_ratio": "grpo.rewards.log_ratio:LogRatio",
+    "loo_fid": "grpo.rewards.loo_fid:LeaveOneOutFID",
+    "lpips": "grpo.rewards.lpips:PerceptualSimilarity",
+    "patchgan": "grpo.rewards.patchgan:PatchGAN",
     "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
+    "clip": "grpo.rewards.clip:CLIP",
+    "hps_v2": "grpo.rewards.hps_v2:HPSv2",
+    "pick_score": "grpo.rewards.pick_score:PickScore",
+    "image_reward": "grpo.rewards.image_reward:ImageReward",
+    "aesthetic": "grpo.rewards.aesthetic:Aesthetic",
+    "maniqa": "grpo.rewards.maniqa:MANIQAScore",
+    "http": "grpo.rewards.http_scorer:HTTPScorer",
     "python": "grpo.rewards.python_function:PythonFunction",
 }
 """Kind -> module and class, imported only when a recipe asks for it. A new reward is one file and one line here."""
@@ -53,6 +66,12 @@ class RewardTable(Section):
     """What is rewarded; the table's own name unless given."""
     weight: FiniteFloat = 1.0
     """Its weight in the sum of rewards; 0 switches it off."""
+    normalise: Normalise = "none"
+    """Before its weight: group makes its mean 0 and its spread 1 among the completions of one image, batch among all
+    completions of a rollout on all ranks, none leaves it as it is."""
+    separate: bool = False
+    """Give it an advantage of its own, added to that of the sum of the others with its weight, instead of a place in
+    the sum. Then normalise says which advantage: none is the one of objective.advantage."""
 
     def resolved(self) -> Self:
         """The table as it is saved with a run; a kind that depends on files may note their hashes or refuse them.
@@ -61,6 +80,10 @@ class RewardTable(Section):
             UserError: a file is missing, or is not the one that was noted.
         """
         return self
+
+    def image_uses(self) -> Iterator[str]:
+        """A line for each key that would have to be otherwise with a data set without images, beginning with it."""
+        yield from ()
 
 
 class Rewards(Section):
@@ -85,6 +108,10 @@ class Rewards(Section):
                 table = {"kind": name, **table}
                 tables[name] = reward_class(table["kind"]).Settings.model_validate(table)
         return {**values, **tables}
+
+    def missing_files(self) -> Iterator[str]:
+        for name, table in self.active.items():
+            yield from (f"{name}.{line}" for line in table.missing_files())
 
     @property
     def tables(self) -> dict[str, RewardTable]:

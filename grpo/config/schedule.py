@@ -6,6 +6,9 @@ from grpo.config.errors import UserError
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.sections import Training
 
+DROPOUT_PASSES = {"eval": (False,), "train": (True,), "twice": (False, True)}
+"""Of each `training.dropout_mode`: the passes of an optimizer step over its batch, and whether each is with dropout."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -15,11 +18,16 @@ class Schedule:
     images: int  # B, images of one rollout
     group_size: int  # G, completions of each image
     completions_per_step: int  # completions of one optimizer step
+    epochs: int = 1  # times that a rollout passes through the optimizer steps
     micro_batch_size: int  # rows of one forward and backward, at most
     scores_targets: bool  # whether the codes of real images are part of the loss
+    dropout_passes: tuple[bool, ...] = (False,)  # of an optimizer step over its batch; whether each is with dropout
     trains_sampling_forward: bool
-    """Whether the update trains on the graph that a teacher-forced rollout keeps. It takes one optimizer step a
-    rollout, and rewards that need no look at other images before the first backward."""
+    """Whether the update trains on the graph that a teacher-forced rollout keeps: where `in_parts`, in the pass without
+    dropout, as rollouts are."""
+    in_parts: bool = False
+    """Whether teacher-forced images go from rollout to backward one micro-batch after the other. It takes one optimizer
+    step a rollout, and rewards that need no look at other images before the first backward."""
 
     @staticmethod
     def of(
@@ -47,15 +55,21 @@ class Schedule:
                 f"training.batch_size = {step}{on_each} must be a multiple or a divisor of "
                 f"rollout.num_generations = {group}"
             )
+        passes = DROPOUT_PASSES[training.dropout_mode]
         waits = whole_batch_rewards or objective.advantage == "batch_std"
+        one_step = step == drawn and training.epochs_per_rollout == 1
+        in_parts = rollout.mode == "teacher_forced" and one_step and not waits
         return Schedule(
             ranks=ranks,
             images=rollout.batch_size // ranks,
             group_size=group,
             completions_per_step=share,
+            epochs=training.epochs_per_rollout,
             micro_batch_size=training.micro_batch_size,
-            trains_sampling_forward=rollout.mode == "teacher_forced" and step == drawn and not waits,
+            trains_sampling_forward=in_parts and False in passes,
+            in_parts=in_parts,
             scores_targets=objective.aux_ce_weight > 0,
+            dropout_passes=passes,
         )
 
     @property
@@ -66,7 +80,7 @@ class Schedule:
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps that one rollout feeds."""
-        return self.completions // self.completions_per_step
+        return self.epochs * (self.completions // self.completions_per_step)
 
     @property
     def on_policy(self) -> bool:
@@ -75,5 +89,6 @@ class Schedule:
 
     @property
     def images_per_part(self) -> int:
-        """Images of one rollout call: a micro-batch where its graph waits for the backward, else the whole rollout."""
-        return min(self.micro_batch_size, self.images) if self.trains_sampling_forward else self.images
+        """Images of one rollout call: a micro-batch where no others are waited for, else the whole rollout."""
+        in_parts = self.in_parts or self.trains_sampling_forward
+        return min(self.micro_batch_size, self.images) if in_parts else self.images

@@ -6,6 +6,7 @@ key live with its field, those across keys in `recipes.py`; sections of one job,
 their own.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from grpo.config.types import (
@@ -23,6 +24,7 @@ from grpo.config.types import (
     ProperFraction,
     Section,
     Seed,
+    Wanted,
 )
 
 
@@ -31,7 +33,7 @@ class Model(Section):
 
     name: str = "GPT-B"
     """Spec of the GPT, a key of `grpo.models.MODEL_SPECS`: GPT-B, GPT-L, GPT-XL, GPT-XXL, ..."""
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, Wanted("weights of the generator, such as LlamaGen's c2i_XXL_384.pt")] = None
     """Weights to start from: a LlamaGen file, .safetensors, or a checkpoint folder. None starts from random weights."""
     from_fsdp: bool = False
     """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
@@ -46,9 +48,10 @@ class Model(Section):
     cls_token_num: PositiveInt = 1
     """Condition tokens before the image; must be 1, as in every class-conditional model."""
     class_dropout: Fraction = 0.0
-    """Share of training rows that see the unconditional class (pre-training only)."""
-    dropout: Fraction = 0.0
-    """Dropout of tokens, residuals and feed-forwards in pre-training."""
+    """Share of rows that see the unconditional class: in `pretrain`, and in the update of `train` where
+    training.dropout_mode is not eval, which makes the default 0.1."""
+    dropout: ProperFraction = 0.0
+    """Dropout of embeddings and of the outputs of attention and feed-forward, there too and with the same default."""
 
 
 class Tokenizer(Section):
@@ -56,7 +59,7 @@ class Tokenizer(Section):
 
     name: str = "VQ-16"
     """Spec of the tokenizer, a key of `grpo.models.TOKENIZER_SPECS`: VQ-16, VQ-8 or a small one."""
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, Wanted("weights of the tokenizer, such as LlamaGen's vq_ds16_c2i.pt")] = None
     """Weights of the tokenizer. Required by every job but its own training."""
     codebook_size: PositiveInt = 16384
     """Number of codes, the GPT's vocabulary."""
@@ -70,26 +73,18 @@ class Data(Section):
     """The images."""
 
     name: Literal[
-        "imagenet",
-        "huggingface",
-        "folder",
-        "webdataset",
-        "parquet",
-        "stream",
-        "codes",
-        "classes",
-        "digits",
+        "imagenet", "huggingface", "folder", "webdataset", "parquet", "stream", "codes", "classes", "digits",
         "synthetic",
-    ] = "imagenet"
+    ] = "imagenet"  # fmt: skip
     """imagenet: whichever of the next four `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
     webdataset: tar files; parquet: Parquet files. stream: such files read from front to back,
     here or behind an address (hf://, https://). codes: what `grpo encode`, or LlamaGen, has written, without images;
     classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along; synthetic: random images, to
     try the machinery."""
-    path: str | None = None
+    path: Annotated[str | None, Wanted("the data set")] = None
     """Folder of the data set; tar and Parquet files also as a file or a pattern, `a-{000..123}.tar`. Required but with
     classes, digits and synthetic."""
-    class_map: str | None = None
+    class_map: Annotated[str | None, Wanted("which class each class of the data is")] = None
     """File that says which class of the model each class of the data is, by id or by name: .json, .toml, or lines of
     two columns. None compares names."""
     classes: ClassNames = "all"
@@ -99,7 +94,7 @@ class Data(Section):
     of the digits (train, its halves train_a and train_b, validation, test, heldout, all)."""
     image_size: PositiveInt = 256
     """Side of the square centre crop, pixels."""
-    codes: str | None = None
+    codes: Annotated[str | None, Wanted("the codes that `grpo encode` wrote")] = None
     """Folder of the images' codes, as `grpo encode` writes it: nothing is encoded any more, and images are read only
     where something besides their codes is needed. It must be of the same images and tokenizer."""
     num_workers: Annotated[NonNegativeInt, MayChange] = 8
@@ -128,6 +123,11 @@ class Data(Section):
     def has_codes(self) -> bool:
         """Whether the codes are on disk."""
         return self.name == "codes" or self.codes is not None
+
+    def missing_files(self) -> Iterator[str]:
+        is_pattern = self.path is not None and any(sign in self.path for sign in ("://", "{", "*", "?", "["))
+        if self.name not in ("digits", "synthetic") and not is_pattern:  # which read no folder
+            yield from super().missing_files()
 
 
 class Optimizer(Section):
@@ -161,6 +161,8 @@ class Training(Section):
     batch_size: PositiveInt | None = None
     """Completions (in `train`) or images (elsewhere) of one optimizer step, over all ranks. None is a whole rollout
     (exactly on-policy, and the fastest), and 64 images."""
+    epochs_per_rollout: PositiveInt = 1
+    """Times that the optimizer steps of one rollout go through it, in `train`; beyond 1 they are not on-policy."""
     micro_batch_size: Annotated[PositiveInt, MayChange] = 8
     """Rows in one forward and backward on each rank, at most; it bounds memory and, but for rounding, changes nothing.
     With teacher forcing a row is an image with all its completions, elsewhere one completion or image."""
@@ -170,7 +172,9 @@ class Training(Section):
     grad_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision in which gradients are reduced across ranks; None is fp32."""
     dropout_mode: Literal["eval", "train", "twice"] = "eval"
-    """Dropout in the update of `train`. Only eval (none, as in the rollout): the other two are refused."""
+    """Dropout in the update of `train`; a rollout has none. eval: none either; train: with model.dropout and
+    model.class_dropout; twice: each batch once without and once with them, the mean of both losses. Old and reference
+    log-probs are those under the update's masks."""
     ema_decay: ProperFraction | None = None
     """Decay of a moving average of the weights, per optimizer step, which is written beside them at the end as
     `model_ema.safetensors`. None keeps no average."""
@@ -256,6 +260,8 @@ class Metrics(FreeSection):
     """Steps between lines of the log and of Weights & Biases; metrics.jsonl has every step."""
     image_interval: NonNegativeInt = 100
     """Steps between image grids; 0 draws none."""
+    keep_grids: NonNegativeInt = 200
+    """Grids to keep at most; beyond, every other one is deleted. 0 keeps all."""
     image_groups: PositiveInt = 4
     """Images of one grid, each with its completions."""
     wandb: bool = False

@@ -1,5 +1,8 @@
 """The types of keys, and the base of all sections."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
@@ -17,13 +20,16 @@ NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
 Temperature = Annotated[FiniteFloat, Ge(1e-30), Le(1e30)]  # what logits can be divided by in fp32
-TopP = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Gt(0), Le(1)]
+TopP = Share
 GuidanceScale = Annotated[FiniteFloat, Ge(1)]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 KernelBackend = Literal["auto", "triton", "reference"]
 PolicyLoss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
 AdvantageKind = Literal["group_std", "group_mean", "leave_one_out", "batch_std", "gdpo"]
+Normalise = Literal["none", "group", "batch"]
 KLEstimator = Literal["none", "k1", "k2", "k3"]
+LossLevel = Literal["token", "sequence"]
 
 
 def _split_flag_text(value: object) -> object:
@@ -46,6 +52,13 @@ class MayChange:
     """Metadata of a key that a resumed run may change: it moves work around, it does not change it."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Metadata of a key that names a file or folder which must be there when a job starts."""
+
+    what: str  # in words, with the name under which it is published
+
+
 class Section(BaseModel):
     """Base of all sections: strict about names, immutable, documented by attribute docstrings; no text is empty."""
 
@@ -57,6 +70,22 @@ class Section(BaseModel):
         is_free = issubclass(cls, FreeSection)
         return {name for name, field in cls.model_fields.items() if is_free or MayChange in field.metadata}
 
+    def missing_files(self) -> Iterator[str]:
+        """A line for each file or folder that this section names and that is not there; it begins with the key."""
+        for key, field in type(self).model_fields.items():
+            path = getattr(self, key)
+            for wanted in (item for item in field.metadata if isinstance(item, Wanted)):
+                if path is not None and not exists(path):
+                    yield f"{key}: {path} does not exist; wanted: {wanted.what}"
+
 
 class FreeSection(Section):
     """Base of the sections whose every key a resumed run may change."""
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder; False too where the text cannot be a path."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False

@@ -16,6 +16,8 @@ from grpo.data.folder import ImageFolder
 from grpo.data.webdataset import TarDataset
 from grpo.models import numbered
 
+LARGEST_LABEL = 2**24
+
 
 def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str] = ()) -> ImageDataset:
     """Open the data set that the section names; all labels are checked, and compared with the model's classes, here.
@@ -32,12 +34,16 @@ def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str]
     dataset.num_classes = num_classes
     if len(dataset) == 0 and not dataset.is_stream:
         raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
+    if dataset.class_ids.max() >= LARGEST_LABEL:
+        index = int(dataset.class_ids.argmax())
+        raise UserError(f"{dataset.describe(index)} has label {dataset.class_ids[index]}: no data set has such a class")
     if num_classes is None:
         num_classes = max(len(dataset.class_names), int(dataset.class_ids.max(initial=-1)) + 1)
         dataset.class_names += numbered(num_classes)[len(dataset.class_names) :]
         return dataset
     if data.name != "classes":
         _match_classes(dataset, num_classes=num_classes, learned=learned)
+        _require_new_classes(dataset, num_classes=num_classes, learned=learned)
     if len(outside := np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))):
         others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
         raise UserError(
@@ -72,6 +78,19 @@ def _match_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence
             if 0 <= class_id < num_classes and titles[class_id] == str(class_id):
                 titles[class_id] = name
     dataset.class_names = titles
+
+
+def _require_new_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence[str]) -> None:
+    """Every class that a model is to learn beside those it has must have images."""
+    new = range(len(learned), num_classes)
+    found = set(np.unique(dataset.class_ids).tolist())
+    if learned and (without := [class_id for class_id in new if class_id not in found]):
+        known = ", ".join(f"{learned[class_id]!r}" for class_id in sorted(found)[:4] if 0 <= class_id < len(learned))
+        raise UserError(
+            f"the data have images of {len(new) - len(without)} new classes, model.new_classes = {len(new)}"
+            f"{f' (of the model they have {known})' if known else ''}: lower model.new_classes and model.num_classes "
+            f"by {len(without)}, or say in data.class_map which class is which"
+        )
 
 
 def _open(data: Data, *, num_classes: int, learned: Sequence[str]) -> ImageDataset:

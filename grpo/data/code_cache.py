@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from grpo.config import UserError
+from grpo.data.batch import ImageBatch
 from grpo.data.code_files import CodeFolder, differences
 from grpo.data.code_reader import CodeReader
 from grpo.data.dataset import ImageDataset
-from grpo.data.stream import ImageBatch
 from grpo.models import VQModel, weights_sha256
 
 

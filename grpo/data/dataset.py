@@ -64,10 +64,10 @@ class ImageDataset(Dataset):
     A subclass says how to `open` an image, how to `describe` it in messages, and by what to `identify` all of them.
 
     Attributes:
-        has_images: whether there are images at all; a subclass without has conditions only, and empty `pixels`.
+        has_images: whether there are images at all; a subclass without has conditions or codes only, and no `pixels`.
         is_stream: whether images come one after the other and have no numbers; then there are no `pixels` by index.
         num_classes: of the model, where it is known.
-        reads_images: whether batches need them; where codes are enough no image is opened (`pixels` are empty).
+        reads_images: whether batches need them; where codes are enough no image is opened, and batches have empty ones.
         codes: the images' codes where they are on disk, or None.
         class_ids: [N] int64 (numpy), the class of each image; as the source numbers them, then, from `build_dataset`
             on, as the model does.
@@ -124,9 +124,7 @@ class ImageDataset(Dataset):
         return decoded(lambda: self.open(int(index)), lambda: self.describe(index))
 
     def pixels(self, index: int) -> Tensor:
-        """Cropped image, [3, S, S] uint8, or empty where `reads_images` is off. Raises `UnreadableImage`."""
-        if not self.reads_images:
-            return NO_PIXELS
+        """Cropped image, [3, S, S] uint8. Raises `UnreadableImage`."""
         return to_pixels(center_crop(self.whole(index), self.data.image_size))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

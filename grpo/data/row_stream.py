@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from grpo.config import UserError
+from grpo.data.batch import ImageBatch
 from grpo.data.dataset import UnreadableImage
 from grpo.data.images import center_crop, to_pixels
-from grpo.data.stream import ImageBatch
 from grpo.data.streamed import StreamedDataset
 from grpo.data.worker import worker_count
 from grpo.models import ClassCondition, normalize

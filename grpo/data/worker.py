@@ -8,7 +8,7 @@ import threading
 def init_worker(worker_id: int) -> None:
     """Let only the parent end this worker.
 
-    Ctrl-C, and the SIGTERM by which torchrun or a cluster asks a run to stop, reach the whole process group. A rank
+    Ctrl-C, and the signals by which torchrun or a cluster asks a run to stop, reach the whole process group. A rank
     that still has to finish its step needs its workers for that.
     """
     parent = os.getppid()
@@ -18,7 +18,8 @@ def init_worker(worker_id: int) -> None:
             pass
         os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=end_when_parent_says, daemon=True).start()
 

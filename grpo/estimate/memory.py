@@ -110,8 +110,10 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
         "optimizer": policy.optimizer,
         "unreduced gradients": policy.unreduced,
     }
-    if schedule and recipe.objective.kl_estimator != "none":
-        lasting["reference"] = policy.parameters
+    if training.ema_decay is not None:
+        lasting["average"] = policy.parameters
+    if schedule and (frozen := recipe.frozen_generators()):
+        lasting["reference"] = len(frozen) * policy.parameters
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
     update = {
         "gathered weights": policy.gathered,
@@ -126,7 +128,9 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     # Where rollout and update share a forward, what it keeps waits through the phases between.
     waiting = {name: update[name] for name in ("gathered weights", "activations") if schedule.trains_sampling_forward}
     free = memory - sum(lasting.values()) - sum(waiting.values())
-    phases = _phases_before_update(recipe, schedule, model, tokenizer, policy, waiting=waiting, free=free)
+    room = {"free": free, "kept": int(recipe.rollout.keep_memory * memory)}
+    phases = _phases_before_update(recipe, schedule, model, tokenizer, policy, waiting=waiting, **room)
+    update |= {name: phases["reward"][name] for name in ("kept sampler",) if name in phases["reward"]}
     return RecipeMemory(lasting, {**phases, "update": update})
 
 
@@ -140,7 +144,8 @@ def _micro_batches(recipe: GRPORecipe | PretrainRecipe, schedule: Schedule | Non
     else:
         sequences, real = schedule.completions_per_step, int(schedule.scores_targets)  # of real images, at least
         copies = 1 if recipe.rollout.loss_cfg_scale == 1 else 2
-    return copies * min(most, sequences), math.ceil(sequences / most) + real
+    passes = len(schedule.dropout_passes) if schedule else 1
+    return copies * min(most, sequences), passes * (math.ceil(sequences / most) + real)
 
 
 def _phases_before_update(
@@ -152,8 +157,12 @@ def _phases_before_update(
     *,
     waiting: Mapping[str, int],
     free: int,
+    kept: int,
 ) -> dict[str, dict[str, int]]:
-    """What encoding, rollout and reward have for themselves; `free` is what they may take."""
+    """What encoding, rollout and reward have for themselves.
+
+    `free` is what they may take, `kept` what sampling may keep through the update.
+    """
     rollout, sizes, low = recipe.rollout, model.config, reward_dtype(recipe.reward.precision, GPU)
     image = bytes_per_image(tokenizer.config, sizes.block_size, dtype=low)
     decoded = recipe.reward.batch_size or max(1, int(DECODING_SHARE * free) // image)
@@ -165,9 +174,13 @@ def _phases_before_update(
         return {"encode": {"encoding": encoded}, "rollout": sampling, "reward": reward}
     dtype, guided = compute_dtype(recipe.training.mixed_precision), rollout.cfg_scale != 1
     row = bytes_per_sequence(model, dtype=dtype, guided=guided)
-    fitting = max(1, int(SAMPLING_SHARE * (free - policy.gathered_whole)) // row)
+    copy = dtype.itemsize * count_parameters(model)
+    weights = {"gathered weights": policy.gathered_whole, "copied weights": copy if copy <= kept else 0}
+    fitting = max(1, int(SAMPLING_SHARE * (free - sum(weights.values()))) // row)
     cache = row * min(schedule.completions, rollout.max_rows or fitting)
-    return {"rollout": {"gathered weights": policy.gathered_whole, "cache": cache}, "reward": reward}
+    if copy + cache <= kept:
+        reward["kept sampler"] = copy + cache
+    return {"rollout": {**weights, "cache": cache}, "reward": reward}
 
 
 def _reward_networks(rewards: Rewards, tokenizer: VQModel) -> int:

@@ -36,11 +36,13 @@ def grpo_work(recipe: GRPORecipe, sizes: Any, schedule: Schedule) -> Work:
         return costs.blocks_flops(sizes, copies * sequences) + project
 
     # A group that spreads over several optimizer steps passes through the model in each of them.
-    passes = max(1, schedule.group_size // schedule.completions_per_step) if forced else 1
+    splits = schedule.epochs * (max(1, schedule.group_size // schedule.completions_per_step) if forced else 1)
+    passes = len(schedule.dropout_passes)
     others = int(not schedule.on_policy) + int(recipe.objective.kl_estimator != "none")  # old policy, reference
-    update = (3 * passes + others - int(schedule.trains_sampling_forward)) * forward(contexts, scored)
+    forwards = passes * (3 * splits + others) - int(schedule.trains_sampling_forward)  # a backward is as much as two
+    update = forwards * forward(contexts, scored)
     if not forced and schedule.scores_targets:
-        update += 3 * forward(schedule.images)
+        update += passes * 3 * schedule.epochs * forward(schedule.images)
     flops = {"rollout": forward(contexts, sampled), "update": update}
     if forced:
         return Work(flops)

@@ -26,27 +26,30 @@ from grpo.formats.shards import read_tensors, shard_files, write_shards
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
-_WRAPPERS = ("model", "module", "state_dict")
+_WRAPPERS = ("model", "module", "state_dict", "params")
 _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
-_CONFIG = "config"  # in the metadata of a .safetensors file, and in RUN_STATE_NAME
 RUN_STATE_NAME = "run_state.json"  # of a checkpoint folder
+_CONFIG = "config"  # in the metadata of a .safetensors file, and in RUN_STATE_NAME
 
 
-def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in any layout in which such weights are published, on the CPU, in its own dtypes.
 
-    - a pickle of `{"model" | "module" | "state_dict": weights, ...}` or of the weights themselves; the pickle may hold
+    - a pickle of `{"model" | "module" | "state_dict" | "params": weights, ...}` or of the weights; it may hold
       an `argparse.Namespace`, and nothing else that is not plain data;
     - a `.safetensors` file;
     - a folder of safetensors shards, as a run's checkpoints are, of which the entries under `model` are taken, or all
       tensors if nothing is there; else a folder with `consolidated.pth`. A manifest's checksums are compared.
 
-    `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it.
+    `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it; `key` that it is under
+    this key of a pickle, or that a `.safetensors` file holds it alone, and then a folder is refused.
     Raises a UserError: no such file, not weights, damaged, or unsafe to read.
     """
     path = Path(path)
+    if path.is_dir() and key is not None:
+        raise UserError(f"{path}: is a folder; give the file with the {key}")
     if path.is_dir():
         consolidated = path / CONSOLIDATED
         if not shard_files(path) and consolidated.is_file():
@@ -61,7 +64,7 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False) -> dict[st
             return safetensors.torch.load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
-    return _read_pickle(path, bare=bare)
+    return _read_pickle(path, bare=bare, key=key)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -73,6 +76,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     in_folder = path / RUN_STATE_NAME
     try:
         if in_folder.is_file():
+            check_files(path, [RUN_STATE_NAME])
             config = json.loads(in_folder.read_text(encoding="utf-8")).get(_CONFIG)
         elif path.suffix == ".safetensors" and path.is_file():
             with safe_open(path, framework="pt") as file:
@@ -98,7 +102,7 @@ def saved_config(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in saved_fields(config)}
 
 
-def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
+def _read_pickle(path: Path, *, bare: bool, key: str | None = None) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: what matters is whether it can be read
@@ -108,10 +112,13 @@ def _read_pickle(path: Path, *, bare: bool) -> dict[str, Tensor]:
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"refused, reading it could run code: it holds {refused[1]}; ask its author for .safetensors"
         raise UserError(f"{path}: {reason}") from error
-    if not bare and isinstance(content, Mapping):
+    if key is not None:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    elif not bare and isinstance(content, Mapping):
         content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         form = "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
+        form = form if key is None else f"a state dict under the key {key}"
         raise UserError(f"{path}: this checkpoint does not hold {form}")
     return dict(content)
 

@@ -3,8 +3,9 @@
     {DEVICE NAME or "default": {OP: [{"above": A, "up_to": B, SETTING: NUMBER, ...}, ...]}}
 
 The first entry with A < size <= B counts; a missing bound is none. The size of an op is V, of the projection D, of the
-loss its tokens. What the table does not have for a device comes from "default". `python -m grpo.kernels.tune` measures
-candidates on the GPU at hand and adds them under its name.
+loss its tokens, of attention the head size, of products of few rows the features that a sum goes over. What the table
+does not have for a device comes from "default". `python -m grpo.kernels.tune` measures candidates on the GPU at hand
+and adds them under its name.
 """
 
 import functools

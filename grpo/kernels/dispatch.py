@@ -10,6 +10,7 @@ from torch import Tensor
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
+OVERLAP = True  # see `overlap_options`
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
@@ -36,6 +37,18 @@ def use_triton(impl: str, *, op: str, device: torch.device, obstacle: str | None
     if obstacle:
         _warn_once("%s uses the torch reference: %s", op, obstacle)
     return obstacle is None
+
+
+def overlap_options(device: torch.device) -> dict[str, bool]:
+    """Launch options of kernels of a sampling step: `OVERLAP`, and what Triton needs for it.
+
+    With it a kernel begins to start while the one before it still runs, and waits, before it touches memory, until that
+    one has ended (programmatic dependent launch, compute capability 9 and later). Every kernel that is launched so must
+    wait: otherwise the one after it could run ahead of the one before it.
+    """
+    if not OVERLAP or device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
 
 
 def row_obstacle(**matrices: Tensor) -> str | None:

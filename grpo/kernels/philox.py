@@ -11,6 +11,8 @@ come from groups 0 .. BLOCK/4-1, the numbers of the blocks from the groups after
 with q = ceil(n / 4) groups, number i is word i // q of group i % q.
 """
 
+from enum import IntEnum
+
 import numpy
 import torch
 from torch import Tensor
@@ -23,6 +25,19 @@ MAX_VOCABULARY = 4 * BLOCK * (MAX_GROUPS - BLOCK // 4)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+
+
+class RandomStream(IntEnum):
+    """The purposes of a run's counter-based random numbers: the `step` word c1 of the counter.
+
+    Purposes that use the same row ids must have streams of their own, or their numbers would be the same. Changing one
+    changes the results of every recipe that uses it.
+    """
+
+    SAMPLING = 0  # draws of tokens; rows are numbered sample * T + position
+    CONTEXT_NOISE = 1  # codes of a teacher-forced context that are replaced; rows are samples
+    TOKEN_DROPOUT = 2  # tokens left out of the policy loss; rows are completions
+    DROPOUT = 3  # features and conditions dropped in a forward, see `dropout.py`; rows are those of forwards
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
@@ -39,7 +54,16 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) 
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def _words(number: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+def philox_stack(counter: tuple[Tensor, ...], seed: Tensor | int, *, dim: int) -> Tensor:
+    """The four words of `philox` as one tensor, stacked along `dim`."""
+    key = split_words(seed)
+    if counter[-1].device.type == "cpu":  # NumPy does this arithmetic about twice as fast as torch there
+        arrays = philox(tuple(word.numpy() for word in counter), tuple(int(word) for word in key))
+        return torch.from_numpy(numpy.stack(arrays, axis=dim))
+    return torch.stack(philox(counter, key), dim=dim)
+
+
+def split_words(number: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
     """The low and the high 32 bits."""
     return number & _MASK, number >> 32 & _MASK
 
@@ -52,8 +76,8 @@ def philox_uniform(row_ids: Tensor, count: int, *, seed: int, step: int = 0) -> 
     """
     groups = torch.arange(-(-count // 4), device=row_ids.device)
     row_ids = row_ids[:, None]
-    counter = (groups, torch.full_like(row_ids, step), *_words(row_ids))
-    words = torch.stack(philox(counter, _words(seed)), dim=-1)  # [N, groups, 4]
+    counter = (groups, torch.full_like(row_ids, step), *split_words(row_ids))
+    words = torch.stack(philox(counter, split_words(seed)), dim=-1)  # [N, groups, 4]
     return (words.flatten(1)[:, :count] >> 8).to(torch.float32) * 2.0**-24  # 24 bits: exact in fp32, never 1
 
 
@@ -73,12 +97,7 @@ def draw_noise(seed: Tensor, step: Tensor, row_ids: Tensor, num_samples: int, nu
     groups = torch.arange(column_groups + block_groups, device=row_ids.device)
     samples = torch.arange(num_samples, device=row_ids.device)[:, None]
     row_ids = row_ids[:, None, None]
-    counter = ((samples << 20 | groups)[None], (step & _MASK).expand_as(row_ids), *_words(row_ids))
-    key = _words(seed)
-    if row_ids.device.type == "cpu":  # NumPy does this arithmetic about twice as fast as torch there
-        arrays = philox(tuple(word.numpy() for word in counter), tuple(word.item() for word in key))
-        words = torch.from_numpy(numpy.stack(arrays, axis=2))
-    else:
-        words = torch.stack(philox(counter, key), dim=2)
+    counter = ((samples << 20 | groups)[None], (step & _MASK).expand_as(row_ids), *split_words(row_ids))
+    words = philox_stack(counter, seed, dim=2)
     columns, blocks = gumbel(words).split([column_groups, block_groups], dim=-1)  # [N, num_samples, 4, groups]
     return columns.flatten(2), blocks.flatten(2)[..., :num_blocks]

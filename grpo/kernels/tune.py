@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from grpo.kernels.block_sizes import FILE, Table, device_name, find, read_table, trying
+from grpo.kernels.cached_attention import cached_attention
+from grpo.kernels.few_rows import linear_add, norm_linear
 from grpo.kernels.log_probs import linear_token_log_probs, token_log_probs
 from grpo.kernels.ratio_loss import clipped_ratio_loss
 from grpo.kernels.sampling import sample_tokens
@@ -131,6 +133,45 @@ def works(device: torch.device) -> Iterator[Work]:
     yield Work("linear_merge", 768, 0, None, grid(num_warps=(1, 2, 4, 8)), lambda: projecting(768, tokens()))
     blocks = grid(TILE=(256, 512, 1024, 2048), num_warps=(4, 8))
     yield Work("ratio_loss", 16 * M * 512, 0, None, blocks, lambda: policy_loss(device))
+    yield from sampling_step_works(device)
+
+
+def sampling_step_works(device: torch.device) -> Iterator[Work]:
+    """The ops of a block of GPT-XXL that samples 8 images with guidance: 16 rows of 1536."""
+    tiles = [{"TILE": tile, "num_warps": warps} for tile, warps in ((128, 8), (64, 2), (64, 4), (32, 2))]
+    yield Work("cached_attention", 64, 32, 64, tiles, lambda: attending(device))
+    names = ("TILE_F", "TILE_D", "num_warps", "num_stages")
+    blocks = [(16, 128, 1, 4), (16, 128, 2, 6), (16, 128, 4, 4), (16, 256, 2, 3), (16, 256, 4, 3), (16, 256, 1, 4)]
+    blocks += [(32, 128, 2, 4), (32, 128, 4, 4), (32, 64, 2, 6), (64, 64, 4, 4)]
+    candidates = [dict(zip(names, block, strict=True)) for block in blocks]
+    yield Work("norm_linear", 1536, 0, None, candidates, lambda: gating(device))
+    sums = [(256, 1, 4), (256, 4, 4), (256, 2, 6), (512, 4, 3), (512, 2, 3), (512, 1, 4), (128, 1, 8), (128, 2, 8)]
+    candidates = [dict(zip(("TILE_K", "num_warps", "num_stages"), block, strict=True)) for block in sums]
+    for K, above, up_to in ((1536, 0, 2048), (4096, 2048, None)):
+        yield Work("linear_add", K, above, up_to, candidates, lambda K=K: adding(device, K))
+
+
+def attending(device: torch.device) -> Run:
+    """A row that attends to 400 others."""
+    keys, values = (torch.randn(16, 24, 576, 64, device=device).bfloat16() for _ in range(2))
+    qkv, angles = torch.randn(16, 3 * 1536, device=device).bfloat16(), torch.randn(576, 32, device=device)
+    rotary, row = torch.stack([angles.cos(), angles.sin()], dim=-1), torch.tensor([400], device=device)
+    return lambda: [cached_attention(qkv, keys, values, row=row, rotary=rotary, impl="triton")]
+
+
+def gating(device: torch.device) -> Run:
+    """Norm and both matrices of SwiGLU."""
+    x, norm = torch.randn(16, 1536, device=device).bfloat16(), torch.ones(1536, device=device).bfloat16()
+    gate, up = (torch.randn(4096, 1536, device=device).bfloat16() / 40 for _ in range(2))
+    squares = x.float().square().unflatten(1, (-1, 16)).sum(2)
+    return lambda: [norm_linear(x, squares, norm, gate, up, eps=1e-5, impl="triton")]
+
+
+def adding(device: torch.device, K: int) -> Run:
+    """A product of K features and its residual."""
+    x, weight = (torch.randn(rows, K, device=device).bfloat16() for rows in (16, 1536))
+    residual = torch.randn(16, 1536, device=device).bfloat16()
+    return lambda: linear_add(x, weight, residual, impl="triton")
 
 
 def sampling(logits: Tensor, options: dict) -> Run:

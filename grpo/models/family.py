@@ -26,7 +26,8 @@ class ModelFamily(Protocol):
     - `layers`: its blocks, the units of recomputation, compilation and sharding;
     - `cls_embedding`: what embeds a condition;
     - `output`: the projection of hidden states to V logits;
-    - `hidden(tokens [B, S], condition) -> [B, S + 1, D]`, what `output` is applied to, and `forward`, after it;
+    - `hidden(tokens [B, S], condition, dropout=None) -> [B, S + 1, D]`, what `output` is applied to, and `forward`,
+      after it; they drop where they are given a `grpo.kernels.Dropout`, by its masks alone;
     - `init_cache(batch_size, *, dtype, device, length=None)`, `prefill(condition, cache) -> [B, D]` and
       `extend(tokens [B], position, cache) -> [B, D]`: the same, row by row, in static shapes;
     - `forward_methods`: the names of those that are called besides `forward` and need whole parameters;

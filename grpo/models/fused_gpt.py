@@ -1,8 +1,12 @@
-"""The cached forward of LlamaGen's GPT in fused kernels, with which a GPU samples. A block is
+"""The cached forward of LlamaGen's GPT in fused kernels, with which a GPU samples. A block of up to 32 rows is
+
+    norm_linear (wqkv), cached_attention, linear_add (wo), norm_linear (w1 and w3), linear_add (w2): 5 launches;
+
+with more rows, where the library's products are better,
 
     add_rms_norm, wqkv, cached_attention, wo, add_rms_norm, w1 and w3 as one, silu_mul, w2: 8 launches,
 
-or 9 where w1 and w3 are products of their own. The numbers are those of `GPT.extend`, rounded at the same places.
+or 9 where w1 and w3 are products of their own. The numbers are those of `GPT.extend` within rounding.
 """
 
 from collections.abc import Iterator
@@ -13,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.kernels import add_rms_norm, attention_obstacle, cached_attention, silu_mul, use_triton
+from grpo.kernels import (
+    MAX_ROWS,
+    add_rms_norm,
+    attention_obstacle,
+    cached_attention,
+    linear_add,
+    norm_linear,
+    silu_mul,
+    sums_of_squares,
+    use_triton,
+)
 from grpo.models.cached_forward import CachedForward
 from grpo.models.condition import Condition
 from grpo.models.gpt import GPT, Block, KVCache
@@ -42,6 +56,7 @@ class FusedGPT(CachedForward):
     """
 
     reads_filled_part = True
+    few_rows = MAX_ROWS
 
     def __init__(self, model: GPT, *, copies: bool, impl: str = "auto") -> None:
         self.impl, self.copies, config = impl, copies, model.config
@@ -81,6 +96,22 @@ class FusedGPT(CachedForward):
 
     def _row(self, x: Tensor, row: Tensor, cache: KVCache) -> Tensor:
         """Embeddings of one row of each sequence [B, D] -> normed hidden states [B, D]."""
+        x = self._few_rows(x, row, cache) if len(x) <= self.few_rows else self._many_rows(x, row, cache)
+        return add_rms_norm(*x, self.norm, eps=self.eps, impl=self.impl)[0]
+
+    def _few_rows(self, x: Tensor, row: Tensor, cache: KVCache) -> tuple[Tensor, None]:
+        """All blocks, by products that compute what stands around them."""
+        squares, settings = sums_of_squares(x), {"eps": self.eps, "impl": self.impl}
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            qkv = norm_linear(x, squares, block.attention_norm, block.wqkv, **settings)
+            attended = cached_attention(qkv, keys, values, row=row, rotary=self.rotary, impl=self.impl)
+            x, squares = linear_add(attended, block.wo, x, impl=self.impl)
+            gated = norm_linear(x, squares, block.ffn_norm, block.w1, block.w3, **settings)
+            x, squares = linear_add(gated, block.w2, x, impl=self.impl)
+        return x, None
+
+    def _many_rows(self, x: Tensor, row: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
+        """All blocks, by the library's products. The last one is still to be added to the residual."""
         settings, residual = {"eps": self.eps, "impl": self.impl}, None
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             normed, residual = add_rms_norm(x, residual, block.attention_norm, **settings)
@@ -88,7 +119,7 @@ class FusedGPT(CachedForward):
             attended = cached_attention(qkv, keys, values, row=row, rotary=self.rotary, impl=self.impl)
             normed, residual = add_rms_norm(F.linear(attended, block.wo), residual, block.ffn_norm, **settings)
             x = F.linear(silu_mul(*self._gate_and_up(normed, block), impl=self.impl), block.w2)
-        return add_rms_norm(x, residual, self.norm, **settings)[0]
+        return x, residual
 
     def _gate_and_up(self, x: Tensor, block: BlockWeights) -> tuple[Tensor, Tensor]:
         if self.copies:  # w3 follows w1

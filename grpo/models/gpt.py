@@ -5,7 +5,7 @@ embeds the class, row t the code t - 1, and row t predicts code t.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from grpo.models.condition import ClassCondition, Condition, as_condition
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Sizes of a GPT, and what does not count in a comparison: its dropouts, which act in train mode only, and names.
+    """Sizes of a GPT, and what does not count in a comparison: the rates of its dropouts, and names.
 
     Raises a ValueError if the sizes do not fit together.
     """
@@ -72,6 +72,23 @@ class GPTConfig:
         """Width of the SwiGLU layer: 8/3 of `dim`, scaled, rounded up to a multiple of `multiple_of` (Llama's rule)."""
         width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
         return -(-width // self.multiple_of) * self.multiple_of
+
+
+class Dropout(Protocol):
+    """The random masks of a forward's rows, the same whenever a row is computed; see `grpo.kernels.Dropout`."""
+
+    def layers(self, count: int) -> "list[Dropout]":
+        """Those of `count` blocks."""
+
+    def rows(self, rate: float, *, place: int) -> Tensor:
+        """[R] bool: a share `rate` of the rows."""
+
+    def __call__(self, x: Tensor, rate: float, *, place: int) -> Tensor:
+        """x [R, S, D] with a share `rate` of its features dropped and the others scaled up."""
+
+
+CONDITION, EMBEDDINGS = 0, 1  # places of dropout before the blocks
+ATTENTION, FEED_FORWARD = 0, 1  # and in each of them
 
 
 class KVCache(NamedTuple):
@@ -149,10 +166,9 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Attention(nn.Module):
@@ -165,7 +181,6 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, config.qkv_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.rotary = Rotary(config)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         n_head, n_kv_head = self.heads
@@ -181,7 +196,7 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=n_head != n_kv_head
         )
-        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2).type_as(x)))
+        return self.wo(attended.transpose(1, 2).flatten(2).type_as(x))
 
 
 class Block(nn.Module):
@@ -193,10 +208,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.rate = config.dropout
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x: Tensor, cache: LayerCache | None = None, dropout: Dropout | None = None) -> Tensor:
+        attended = self.attention(self.attention_norm(x), cache)
+        x = x + (attended if dropout is None else dropout(attended, self.rate, place=ATTENTION))
+        fed = self.feed_forward(self.ffn_norm(x))
+        return x + (fed if dropout is None else dropout(fed, self.rate, place=FEED_FORWARD))
 
 
 class ClassEmbedding(nn.Module):
@@ -204,7 +222,7 @@ class ClassEmbedding(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_classes, self.dropout = config.num_classes, config.class_dropout
+        self.num_classes = config.num_classes
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
 
     def forward(self, condition: Condition) -> Tensor:
@@ -214,8 +232,6 @@ class ClassEmbedding(nn.Module):
         class_ids = condition.class_ids
         if class_ids.ndim != 1 or class_ids.is_floating_point():
             raise ValueError(f"class ids must be [B] integers, not {[*class_ids.shape]} {class_ids.dtype}")
-        if self.training and self.dropout > 0:
-            condition = condition.drop(torch.rand(condition.rows, device=condition.device) < self.dropout)
         if condition.dropped is not None:
             class_ids = class_ids.masked_fill(condition.dropped, self.num_classes)
         return self.embedding_table(class_ids)[:, None]
@@ -224,7 +240,8 @@ class ClassEmbedding(nn.Module):
 class GPT(nn.Module):
     """Autoregressive transformer over the codes of one image, conditioned on its class.
 
-    The output shape and the positions are the same in train and eval mode, and nothing of a rollout is module state.
+    What it computes is the same in train and eval mode, and nothing of a rollout is module state. A forward has the
+    dropouts of the config where it is given a `Dropout`, and none elsewhere.
     """
 
     forward_methods: ClassVar = ("hidden", "prefill", "extend")  # called besides `forward`, with whole parameters
@@ -234,7 +251,6 @@ class GPT(nn.Module):
         self.config = config
         self.cls_embedding = ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -243,22 +259,23 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Condition | Tensor, dropout: Dropout | None = None) -> Tensor:
         """Logits of the next code after each row, [B, S + 1, V] fp32; row t predicts code t.
 
         Args:
             tokens: the image's first S codes, [B, S] integers, 0 <= S < T.
             condition: B rows, or class ids [B] in 0..num_classes, of which `num_classes` means no class.
+            dropout: masks of the B rows.
 
         Raises a ValueError if a shape or dtype is wrong.
         """
-        return self.output(self._hidden(tokens, condition)).float()
+        return self.output(self._hidden(tokens, condition, dropout)).float()
 
-    def hidden(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, condition: Condition | Tensor, dropout: Dropout | None = None) -> Tensor:
         """The rows that the output projection sees, [B, S + 1, D], after the final norm. Arguments as in `forward`."""
-        return self._hidden(tokens, condition)
+        return self._hidden(tokens, condition, dropout)
 
-    def _hidden(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, condition: Condition | Tensor, dropout: Dropout | None) -> Tensor:
         # Apart from `hidden`, because FSDP wraps the public methods and their hooks must not nest.
         condition, length = as_condition(condition), self.config.block_size
         if tokens.ndim != 2 or condition.rows != len(tokens):
@@ -267,9 +284,14 @@ class GPT(nn.Module):
             raise ValueError(f"{tokens.shape[1]} context tokens; the last of the {length} is never fed, only predicted")
         if tokens.is_floating_point():
             raise ValueError(f"tokens must be integers, not {tokens.dtype}")
-        x = self.dropout(torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1))
-        for layer in self.layers:
-            x = layer(x)
+        if dropout is not None and self.config.class_dropout:
+            condition = condition.drop(dropout.rows(self.config.class_dropout, place=CONDITION))
+        x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
+        if dropout is not None:
+            x = dropout(x, self.config.dropout, place=EMBEDDINGS)
+        masks = [None] * len(self.layers) if dropout is None else dropout.layers(len(self.layers))
+        for layer, mask in zip(self.layers, masks, strict=True):
+            x = layer(x, dropout=mask)
         return self.norm(x)
 
     def init_cache(
@@ -305,7 +327,7 @@ class GPT(nn.Module):
             raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(embedding)}")
         row = position.view(1)
         mask = (torch.arange(cache.keys.shape[3], device=row.device) <= row).view(1, 1, 1, -1)
-        x = self.dropout(embedding)
+        x = embedding
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer(x, LayerCache(keys, values, row, mask))
         return self.norm(x)[:, 0]

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -21,6 +21,7 @@ from grpo.models.vq import CODES_REMEMBERED, VQConfig, VQModel
 
 LARGEST_SIZE = 2**20  # of what a file says of itself: beyond, it is not the size of a model
 PathLike = str | os.PathLike[str]
+Config = TypeVar("Config")
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"  # [num_classes + 1, D], the last row is unconditional
 _NAMES = "class_names"
@@ -155,7 +156,7 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
         raise UserError(f"{path}: the weights are not complete: {error.args[0]} is missing") from error
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: the weights are not complete, or their shapes do not fit together") from error
-    own = _own_config(kind, path)
+    own = read_sizes(path, kind.config, what=kind.what)
     if own is not None:
         if any(getattr(own, name) != size for name, size in found.items()):
             raise UserError(f"{path}: damaged, the sizes that are written with the weights are not theirs")
@@ -179,21 +180,21 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
     return model.eval()
 
 
-def _own_config(kind: _Kind, path: PathLike) -> Any:
-    """The sizes that were written with the weights; None if there are none."""
+def read_sizes(path: PathLike, config: type[Config], *, what: str) -> Config | None:
+    """The sizes that were written with the weights of `what`; None if there are none. A UserError if damaged."""
     if (sizes := read_config(path)) is None:
         return None
     try:
-        if unknown := sizes.keys() - set(saved_fields(kind.config)):
+        if unknown := sizes.keys() - set(saved_fields(config)):
             raise ValueError(f"unknown {', '.join(sorted(unknown))}")
         lists = [value if isinstance(value, list) else [value] for name, value in sizes.items() if name != _NAMES]
         numbers = [number for values in lists for number in values]
         if not all(number is None or 0 < number <= LARGEST_SIZE for number in numbers):  # NaN is neither
             raise ValueError(f"a size that is not in 0 .. {LARGEST_SIZE}")
-        return TypeAdapter(kind.config).validate_json(json.dumps(sizes), strict=True)
+        return TypeAdapter(config).validate_json(json.dumps(sizes), strict=True)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: damaged, or from a later version: no sizes of {kind.what} ({reason})") from error
+        raise UserError(f"{path}: damaged, or from a later version: no sizes of {what} ({reason})") from error
 
 
 def _explain(kind: _Kind, path: PathLike, config: Any, differing: dict[str, Any], found: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from grpo.observe.console import progress
 from grpo.observe.files import MetricsFile, read_metrics
 from grpo.observe.grids import SampleRow, image_grid, sample_grid
+from grpo.observe.history import History
 from grpo.observe.observer import RunObserver
 from grpo.observe.report import write_report
 from grpo.observe.timer import PhaseTimer

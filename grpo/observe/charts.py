@@ -5,14 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo.observe.files import Metrics
+from grpo.observe.history import MAX_POINTS, Point, Series
 
 WIDTH, HEIGHT = 420, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 24
-MAX_POINTS = 600
 SMOOTHING_WINDOW = 0.03
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,11 @@ class Curve:
     hover_data: str  # JSON of [pixel x, pixel y, text] of each point
 
 
-def curve(title: str, name: str, metrics: Sequence[Metrics]) -> Curve | None:
-    """The curve of a metric, or None if fewer than two lines have a number for it."""
-    values = [(float(line["step"]), line[name]) for line in metrics if isinstance(line.get(name), int | float)]
-    if len(values) < 2:
+def curve(title: str, series: Series) -> Curve | None:
+    """The curve of a metric; None if it has fewer than two values."""
+    points = _thin(series.points())
+    if len(points) < 2:
         return None
-    points = _thin(values)
     smooth = _running_mean(points, window=max(1, round(len(points) * SMOOTHING_WINDOW)))
     (x_low, x_high), (y_low, y_high) = _limits([x for x, _ in points]), _limits([y for _, y in points], margin=0.06)
 

@@ -33,6 +33,13 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
 
 
+class _Terminal(Console):
+    """Standard error; when nobody reads it any more, nothing is written and nobody is disturbed."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class _BarOverMetrics(Progress):
     """A bar with the metrics on a line of their own, so that both fit into a narrow terminal."""
 
@@ -53,7 +60,7 @@ class ProgressDisplay:
 
     def __init__(self, description: str, total: int, *, start: int = 0, console: Console | None = None) -> None:
         self.description, self.total, self.start = description, total, start
-        self.console = console or Console(stderr=True)
+        self.console = console or _Terminal(stderr=True)
         self._started = time.perf_counter()
         self._bar: Progress | None = None
         if self.console.is_terminal:

@@ -3,19 +3,38 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 Metrics = dict[str, float | None]
 
 
-def read_metrics(path: str | Path) -> list[Metrics]:
-    """The lines of a metrics.jsonl, oldest first.
+def metric_lines(path: str | Path) -> Iterator[Metrics]:
+    """The lines of a metrics.jsonl, oldest first, one after the other: a long run's do not fit into memory.
 
-    A last line without its end is left out: the run that wrote it was killed at that moment, or is still writing.
+    A last line without its end is left out: the run that wrote it was killed at that moment, or is still writing. So is
+    a line that is not one of a step, wherever it came from.
     """
-    text = Path(path).read_text() if Path(path).exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    if not Path(path).exists():
+        return
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.endswith("\n") and (metrics := _step_line(line)) is not None:
+                yield metrics
+
+
+def read_metrics(path: str | Path) -> list[Metrics]:
+    """All of `metric_lines`."""
+    return list(metric_lines(path))
+
+
+def _step_line(line: str) -> Metrics | None:
+    try:
+        metrics = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_step = isinstance(metrics, dict) and isinstance(metrics.get("step"), int)
+    return metrics if is_step else None
 
 
 class MetricsFile:
@@ -28,8 +47,10 @@ class MetricsFile:
 
     def __init__(self, path: str | Path, *, start_step: int = 0) -> None:
         self.path = Path(path)
-        kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with kept.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in metric_lines(self.path) if line["step"] <= start_step)
+        kept.replace(self.path)
         self._stream = self.path.open("a")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

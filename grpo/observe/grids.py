@@ -1,6 +1,8 @@
 """Images side by side, with what was thought of them."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,12 @@ class SampleRow(NamedTuple):
     completions: torch.Tensor  # [G, 3, H, W]
     rewards: torch.Tensor  # [G]
     caption: str
+
+
+def sample_grids(folder: Path) -> list[tuple[int, Path]]:
+    """The grids that a run has drawn into its folder samples/, with their steps, the oldest first."""
+    found = [(re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("step-*.png")]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def image_grid(images: torch.Tensor, *, columns: int, gap: int = 2) -> Image.Image:

@@ -1,5 +1,6 @@
 """RunObserver: the one place where a run reports what it does."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -10,14 +11,14 @@ from uuid import uuid4
 
 from grpo.config import Metrics, UserError
 from grpo.observe.console import ProgressDisplay
-from grpo.observe.files import MetricsFile, read_metrics, write_atomically
-from grpo.observe.grids import SampleRow, sample_grid
+from grpo.observe.files import MetricsFile, metric_lines, write_atomically
+from grpo.observe.grids import SampleRow, sample_grid, sample_grids
+from grpo.observe.history import History
 from grpo.observe.report import write_report
 
 # What a run writes into its folder besides checkpoints, which guard themselves.
 RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "model.safetensors",
-             "model_ema.safetensors",
-             "wandb_run_id.txt")  # fmt: skip
+             "model_ema.safetensors", "discriminator.safetensors", "wandb_run_id.txt")  # fmt: skip
 
 
 class RunObserver:
@@ -63,6 +64,7 @@ class RunObserver:
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
             write_atomically(self.run_dir / "recipe.toml", recipe_text)
             self._metrics_file = MetricsFile(self.run_dir / "metrics.jsonl", start_step=start_step)
+            self._history = History.read(self.run_dir / "metrics.jsonl")
             self._log_file = (self.run_dir / "log.txt").open("a")
         except OSError as error:
             problem = f"cannot write to the run's folder {self.run_dir}: {error.strerror}; set metrics.run_dir"
@@ -79,6 +81,7 @@ class RunObserver:
             return
         self._step = step
         self._metrics_file.write(step, metrics)
+        self._history.add(step, {name: value for name, value in metrics.items() if math.isfinite(value)})
         due = step % self._settings.interval == 0 or step == self._total_steps
         self._display.update(step, metrics, line=due)
         if due:
@@ -97,12 +100,13 @@ class RunObserver:
             return
         grid = sample_grid(rows)
         grid.save(self.run_dir / "samples" / f"step-{step:06d}.png")
+        self._prune_grids()
         if self._wandb is not None:
             import wandb
 
             caption = ", ".join(row.caption for row in rows)
             self._wandb.log({"samples": wandb.Image(grid, caption=caption)}, step=step)
-        write_report(self.run_dir, title=self._title, summary=f"running, step {step} of {self._total_steps}")
+        self._report(f"running, step {step} of {self._total_steps}")
 
     def message(self, text: str) -> None:
         """Prints a line and adds it to log.txt."""
@@ -116,12 +120,21 @@ class RunObserver:
             return
         self._display.close()
         self._note(f"{status} at step {self._step}")
-        summary = f"{status}, step {self._step} of {self._total_steps}"
-        write_report(self.run_dir, title=self._title, summary=summary)
+        self._report(f"{status}, step {self._step} of {self._total_steps}")
         self._metrics_file.close()
         self._log_file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _report(self, summary: str) -> None:
+        write_report(self.run_dir, title=self._title, summary=summary, curves=[("", self._history)])
+
+    def _prune_grids(self) -> None:
+        """Of more grids than `keep_grids` every other one goes, but the first and the newest."""
+        most, grids = self._settings.keep_grids, sample_grids(self.run_dir / "samples")
+        if most and len(grids) > most:
+            for _, path in grids[1:-1:2]:
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +150,7 @@ class RunObserver:
 def set_aside(run_dir: Path) -> Path | None:
     """Moves what an earlier run has left in `run_dir` into a new folder there and returns that; None if nothing is."""
     weights = [name for name in RUN_FILES if name.endswith(".safetensors") and (run_dir / name).exists()]
-    if not weights and not read_metrics(run_dir / "metrics.jsonl"):
+    if not weights and next(metric_lines(run_dir / "metrics.jsonl"), None) is None:
         return None
     (run_dir / "previous").mkdir(exist_ok=True)
     number = 1 + max((int(path.name) for path in (run_dir / "previous").iterdir() if path.name.isdecimal()), default=0)

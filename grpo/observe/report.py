@@ -11,7 +11,9 @@ from PIL import Image
 from grpo.environment import environment
 from grpo.observe import charts
 from grpo.observe.charts import Curve, curve
-from grpo.observe.files import Metrics, read_metrics, write_atomically
+from grpo.observe.files import write_atomically
+from grpo.observe.grids import sample_grids
+from grpo.observe.history import History
 
 CURVES = {
     "reward_mean": "Reward",
@@ -39,23 +41,23 @@ def write_report(
     summary: str = "",
     table: Sequence[Mapping[str, object]] = (),
     images: Sequence[tuple[str, str | Path]] = (),
-    curves: Sequence[tuple[str, str | Path]] | None = None,
+    curves: Sequence[tuple[str, History]] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
     """Writes `run_dir`/report.html and returns its path; a reader of the old one never sees half of the new.
 
     Args:
-        run_dir: the run's folder; its metrics.jsonl, samples/ and recipe.toml are shown when they are there.
+        run_dir: the run's folder; its samples/ and recipe.toml are shown when they are there.
         title, summary: heading and one line under it.
         table: rows of a table of results, the same keys in each; floats are shown with four digits.
         images: (caption, PNG) pairs shown large, such as grids of the same seeds before and after. PNGs that are
             missing are an error.
-        curves: (heading, metrics.jsonl) pairs; None is the run's own.
+        curves: (heading, metrics) pairs; None is the run's own metrics.jsonl.
         notes: what a reader must know to judge the numbers, one paragraph each.
     """
     run_dir = Path(run_dir)
     recipe = run_dir / "recipe.toml"
-    curves = [("", run_dir / "metrics.jsonl")] if curves is None else curves
+    curves = [("", History.read(run_dir / "metrics.jsonl"))] if curves is None else curves
     templates = Environment(
         loader=PackageLoader("grpo.observe", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -65,8 +67,8 @@ def write_report(
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         table=table,
         images=[(caption, _data_url(Path(path)), Image.open(path).width < SMALL_WIDTH) for caption, path in images],
-        groups=[(heading, *_split(read_metrics(path))) for heading, path in curves],
-        samples=[(int(path.stem.removeprefix("step-")), _data_url(path)) for path in _chosen(run_dir / "samples")],
+        groups=[(heading, *_split(history)) for heading, history in curves],
+        samples=[(step, _data_url(path)) for step, path in _chosen(sample_grids(run_dir / "samples"))],
         notes=notes,
         recipe=recipe.read_text() if recipe.exists() else "",
         environment=environment(),
@@ -76,11 +78,11 @@ def write_report(
     return run_dir / "report.html"
 
 
-def _split(metrics: list[Metrics]) -> tuple[list[Curve], list[Curve]]:
+def _split(history: History) -> tuple[list[Curve], list[Curve]]:
     """The curves of a run: those of CURVES, and the rest."""
-    names = dict.fromkeys(name for line in metrics for name in line if name != "step" and name not in CURVES)
-    first = [curve(title, name, metrics) for name, title in CURVES.items()]
-    rest = [curve(name, name, metrics) for name in names]
+    series = history.series
+    first = [curve(title, series[name]) for name, title in CURVES.items() if name in series]
+    rest = [curve(name, series[name]) for name in series if name not in CURVES]
     return [found for found in first if found], [found for found in rest if found]
 
 
@@ -88,9 +90,8 @@ def _data_url(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _chosen(folder: Path) -> list[Path]:
+def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
     """At most six of the grids: the first, the last, and others evenly between."""
-    paths = sorted(folder.glob("step-*.png"))
-    if len(paths) <= MAX_GRIDS:
-        return paths
-    return [paths[round(i * (len(paths) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
+    if len(grids) <= MAX_GRIDS:
+        return grids
+    return [grids[round(i * (len(grids) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -13,7 +13,8 @@ class PhaseTimer:
     """Times the phases of a step without holding up the GPU.
 
     On a GPU a mark is a CUDA event, so a phase costs two records and the host waits only in `read`; on a CPU it is
-    `perf_counter`. A phase entered several times adds up; one inside another is not counted to the outer one.
+    `perf_counter`. A phase entered several times adds up; one inside another is not counted to the outer one,
+    but "reward/clip" is counted to "reward" too.
 
         timer = PhaseTimer(device)
         with timer("rollout"):
@@ -21,7 +22,10 @@ class PhaseTimer:
         metrics |= timer.read()      # {"seconds/rollout": 0.81, "seconds/step": 1.93}
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", *, on_phase: Callable[[str | None], None] = lambda phase: None
+    ) -> None:
+        self._on_phase = on_phase
         self._on_gpu = torch.device(device).type == "cuda"
         self._phase: str | None = None
         self._marks: list[tuple[str | None, torch.cuda.Event | float]] = []  # the phase that begins, and when
@@ -37,6 +41,7 @@ class PhaseTimer:
         self._begin(outer)
 
     def _begin(self, phase: str | None) -> None:
+        self._on_phase(phase)
         self._phase, now = phase, time.perf_counter()
         if self._on_gpu:
             now = torch.cuda.Event(enable_timing=True)
@@ -50,7 +55,9 @@ class PhaseTimer:
         seconds = defaultdict(float)
         for (phase, start), (_, end) in pairwise(self._marks):
             if phase is not None:
-                seconds[f"seconds/{phase}"] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+                duration = start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+                for name in {phase, phase.partition("/")[0]}:
+                    seconds[f"seconds/{name}"] += duration
         self._marks = self._marks[-1:]
         now = time.perf_counter()
         seconds["seconds/step"], self._step_start = now - self._step_start, now

@@ -4,7 +4,15 @@ from torch.distributed import barrier
 
 from grpo.parallel.apply import clip_grad_norm, gathered, gradient_sync, parallelize, reshard, reshards_after_forward
 from grpo.parallel.device_memory import GIB, free_memory, read_peak_memory
-from grpo.parallel.distributed import World, all_reduce_max, all_reduce_sums, broadcast_object, distributed
+from grpo.parallel.distributed import (
+    World,
+    all_reduce_max,
+    all_reduce_sums,
+    broadcast_object,
+    distributed,
+    gather_numbers,
+    sum_over_ranks,
+)
 from grpo.parallel.launcher import run_main
 from grpo.parallel.mesh import build_mesh, mesh_shape
 from grpo.parallel.metric_sums import MetricSums

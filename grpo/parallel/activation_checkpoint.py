@@ -32,7 +32,9 @@ def _checkpointed_class(block_class: type[nn.Module], mode: str) -> type[nn.Modu
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return super().forward(*args, **kwargs)
-            return checkpoint(super().forward, *args, use_reentrant=False, **context, **kwargs)
+            # Random masks are functions of row numbers, so there is no generator whose state would have to come back.
+            options = {"use_reentrant": False, "preserve_rng_state": False, **context}
+            return checkpoint(super().forward, *args, **options, **kwargs)
 
     Checkpointed.__name__ = Checkpointed.__qualname__ = f"Checkpointed{block_class.__name__}"
     return Checkpointed

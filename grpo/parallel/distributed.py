@@ -1,7 +1,7 @@
 """The process group of a run: started with torchrun or alone, on CPU (gloo) or CUDA (NCCL)."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,8 +41,7 @@ def distributed(timeout_seconds: int) -> Iterator[World]:
     rank does not join raises on the others after `timeout_seconds`.
     """
     global _store
-    told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]  # by torchrun
-    rank, size, local_rank, local_size = (0, 1, 0, 1) if None in told else map(int, told)
+    rank, size, local_rank, local_size = _launch_environment()
     timeout, device = timedelta(seconds=timeout_seconds), _bind_device(local_rank)
     if size > local_size:
         choose_network_interface()
@@ -67,7 +66,8 @@ def run_store() -> dist.Store | None:
 
 def environment_rank() -> int:
     """The rank that torchrun gave to this process, 0 without torchrun; known before the group is up."""
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
@@ -83,6 +83,13 @@ def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     return dict(zip(names, totals.tolist(), strict=True))
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def all_reduce_max(value: int) -> int:
     """The largest `value` of all ranks. Goes over the CPU's backend, so that no GPU is waited for."""
     box = torch.tensor(value)
@@ -90,11 +97,46 @@ def all_reduce_max(value: int) -> int:
     return int(box)
 
 
+def gather_numbers(values: Sequence[float]) -> Tensor:
+    """The numbers of every rank, [ranks, len(values)] fp64. Goes over the CPU's backend: no GPU is waited for."""
+    own = torch.tensor(values, dtype=torch.float64)
+    everyones = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, own)
+    return torch.stack(everyones)
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The picklable `value` of rank `source`, on every rank; the argument of the other ranks is ignored."""
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def _launch_environment() -> tuple[int, int, int, int]:
+    """Rank, ranks, rank on this host, ranks on this host, as the launcher says; a process alone without a launcher."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    told = {name: os.environ.get(name) for name in names}
+    if told["RANK"] is None and told["WORLD_SIZE"] is None:
+        return 0, 1, 0, 1
+    told["MASTER_ADDR"] = os.environ.get("MASTER_ADDR")
+    if missing := [name for name, value in told.items() if not value]:
+        raise UserError(
+            f"the environment has RANK or WORLD_SIZE but no {missing[0]}: start with torchrun, or unset both"
+        )
+    try:
+        rank, size, local_rank, local_size, port = (int(told[name]) for name in names)
+    except ValueError:
+        wrong = next(name for name in names if not told[name].lstrip("-").isdecimal())
+        raise UserError(
+            f"the environment has {wrong} = {told[wrong]!r}, no whole number: start with torchrun"
+        ) from None
+    ranges = {"RANK": (rank, 0, size), "WORLD_SIZE": (size, 1, 2**20), "MASTER_PORT": (port, 0, 2**16),
+              "LOCAL_WORLD_SIZE": (local_size, 1, size + 1), "LOCAL_RANK": (local_rank, 0, local_size)}  # fmt: skip
+    for name in ("WORLD_SIZE", *ranges):
+        value, low, end = ranges[name]
+        if not low <= value < end:
+            raise UserError(f"the environment has {name} = {value}, not in {low}..{end - 1}: start with torchrun")
+    return rank, size, local_rank, local_size
 
 
 def _bind_device(local_rank: int) -> torch.device:

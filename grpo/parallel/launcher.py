@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from grpo.parallel.distributed import environment_rank, run_store
 
 _REPORTED = "error-reported"
 _PRINTED = "error-printed"
+_ALONE_SECONDS = 4.0  # longer than a launcher takes to end the ranks of its host
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LOST_CONTACT = (
     "Rank {rank} lost another rank in a collective: that one was killed, has failed (it says why itself), or did not "
@@ -53,8 +55,9 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
             if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and lost_contact):
                 print(_LOST_CONTACT.format(rank=environment_rank()), file=sys.stderr)
             code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody may be reading any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     if code == 0:
         sys.exit(0)
     os._exit(code)  # a regular exit would join writer threads that wait for ranks which are gone
@@ -63,22 +66,33 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def _report(lines: Sequence[str]) -> None:
     """Print on the first rank that gets here; the others leave once the lines are out.
 
-    An error may be local to a rank (a file that only it reads), so rank 0 cannot always be the one. Before the group
-    is up every rank reads the same command line and files, and rank 0 speaks for all.
+    An error may be local to a rank (a file that only it reads), so rank 0 cannot always be the one.
     """
-    store = run_store()
     rank = str(environment_rank())
+    if (store := run_store()) is None:
+        _report_alone(lines)
+        return
     try:
-        winner = store.compare_set(_REPORTED, "", rank).decode() if store is not None else "0"
-        if winner == rank:
+        if store.compare_set(_REPORTED, "", rank).decode() == rank:
             print(*lines, sep="\n", file=sys.stderr, flush=True)
-            if store is not None:
-                store.set(_PRINTED, "")
-        elif store is not None:
+            store.set(_PRINTED, "")
+        else:
             store.wait([_PRINTED], timedelta(seconds=5))
     except RuntimeError:  # the store went away together with the rank or the launcher that hosts it
         if rank == "0":
             print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def _report_alone(lines: Sequence[str]) -> None:
+    """Before the group is up nothing can be agreed on: rank 0 speaks for all who have the same problem.
+
+    Then the launcher ends the others at once. Who is still there after some seconds has a problem of its own.
+    """
+    rank = environment_rank()
+    if rank:
+        time.sleep(_ALONE_SECONDS)
+        lines = [f"rank {rank} on {os.uname().nodename}: {line}" for line in lines]
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _another_rank_reported() -> bool:

@@ -1,5 +1,6 @@
 """Metrics of a step: sums and counts that add up over micro-batches and ranks."""
 
+import torch
 from torch import Tensor
 
 from grpo.parallel.distributed import all_reduce_sums
@@ -20,11 +21,13 @@ class MetricSums:
             value = value.detach().double() if isinstance(value, Tensor) else float(value)
             self._sums[key] = self._sums.get(key, 0.0) + value
 
-    def add_values(self, name: str, values: Tensor) -> None:
-        """Add all entries of `values`, to be read as `name_mean` and `name_std` (population)."""
-        values = values.detach().double()
-        self.add(f"{name}_mean", values.sum(), values.numel())
-        self.add(f"{name}_square", values.square().sum(), values.numel())
+    def add_values(self, name: str, values: Tensor, *, where: Tensor | None = None) -> None:
+        """Add the entries of `values`, or those that the mask `where` holds; `name_mean`, `name_std` (population)."""
+        values, count = values.detach().double(), values.numel()
+        if where is not None:
+            values, count = torch.where(where, values, 0.0), where.sum()
+        self.add(f"{name}_mean", values.sum(), count)
+        self.add(f"{name}_square", values.square().sum(), count)
 
     def merge(self, *others: "MetricSums") -> None:
         """Add everything that was added to the others, which stay as they are."""

@@ -1,4 +1,5 @@
 """Rewards of completions: one kind a file, and their weighted sum. docs/rewards.md shows how to add one."""
 
-from grpo.rewards.base import DecodedBatch, Reward, RewardContext
+from grpo.rewards.base import DecodedBatch, PopulationReward, Reward, RewardContext, Term
 from grpo.rewards.reward_sum import Rewarded, RewardSum, build_rewards
+from grpo.rewards.watch import RewardWatch, Seen

@@ -22,6 +22,7 @@ OFFERED: dict[str, Callable[[DecodedBatch, Sequence[str]], Any]] = {
     "class_names": lambda batch, names: [names[i] for i in batch.condition.class_ids.tolist()],
     "real_images": lambda batch, names: _real_images(batch),
     "tokens": lambda batch, names: batch.tokens.clone(),
+    "prompts": lambda batch, names: [batch.captions[i] for i in batch.image_of.tolist()],
 }
 """To a function that names them, from a batch and the names of all classes; it may write into all of it."""
 
@@ -71,6 +72,8 @@ class PythonFunction(Reward):
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.context, self.arguments = context, settings.arguments
+        none_of = ["class_ids", "class_names"] if context.has_prompts else ["prompts"]
+        offered = [name for name in OFFERED if name not in none_of]
         self.file, _, self.name = settings.function.rpartition(":")
         self.function = getattr(_load(self.file, settings.source()), self.name, None)
         if not callable(self.function):
@@ -79,12 +82,12 @@ class PythonFunction(Reward):
         self.place = f"{code.co_filename}:{code.co_firstlineno}" if code else self.file
         try:
             signature = inspect.signature(self.function)
-            self.wanted = [name for name in OFFERED if name in signature.parameters and name not in self.arguments]
+            self.wanted = [name for name in offered if name in signature.parameters and name not in self.arguments]
             signature.bind("images", **dict.fromkeys(self.wanted), **self.arguments)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"function: {self.place}: cannot call {self.name}: {error}. It gets the images, by name its arguments "
-                f"and, if it names them, {', '.join(OFFERED)}; there are no prompts yet"
+                f"and, if it names them, {', '.join(offered)}; this model has no {' and no '.join(none_of)}"
             ) from error
 
     def __call__(self, batch: DecodedBatch) -> Tensor:
@@ -104,10 +107,11 @@ class PythonFunction(Reward):
             found = f"{list(scores.shape)} of {str(scores.dtype).removeprefix('torch.')}"
             if scores.shape != (len(images),) or scores.is_complex():
                 raise ValueError
+            found += f" on {scores.device}"
+            return scores.to(self.context.device, torch.float32)
         except Exception as error:  # of many types, for as many things that are no numbers
             text = f"{self.place}: {self.name} must return {len(images)} numbers, one an image, not {found}"
             raise UserError(text) from error
-        return scores.to(self.context.device, torch.float32)
 
 
 def _load(file: str, source: bytes) -> ModuleType:

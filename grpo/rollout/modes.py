@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 
 import torch
@@ -10,22 +9,10 @@ from torch import Tensor, nn
 
 from grpo.config import Rollout, Sampling, Schedule
 from grpo.data import ImageBatch
-from grpo.kernels import Draw, philox_uniform
+from grpo.kernels import Draw, RandomStream, philox_uniform
 from grpo.rollout.autoregressive import CodeSampler
 from grpo.rollout.scoring import score_targets
 from grpo.rollout.trajectory import Scores, Trajectory, real_rows
-
-
-class RandomStream(IntEnum):
-    """The purposes of a run's counter-based random numbers: the `step` word of Philox's counter.
-
-    Purposes that use the same row ids must have streams of their own, or their numbers would be the same. Changing one
-    changes the results of every recipe that uses it.
-    """
-
-    SAMPLING = 0  # draws of tokens; rows are numbered sample * T + position
-    CONTEXT_NOISE = 1  # codes of a teacher-forced context that are replaced; rows are samples
-    TOKEN_DROPOUT = 2  # tokens left out of the policy loss; rows are completions
 
 
 @dataclass
@@ -66,6 +53,7 @@ class TeacherForcedRollout(RolloutMode):
             old_log_probs=log_probs.detach(),
             target_tokens=codes,
             kept_mass=kept_mass[:, None].expand_as(log_probs) if self.draw.truncates else None,
+            row_ids=batch.sample_ids,
             completion_ids=self.completion_ids(batch),
             scores=scores,
         )
@@ -113,9 +101,14 @@ class AutoregressiveRollout(RolloutMode):
             tokens=tokens[:, None],
             old_log_probs=log_probs[:, None],
             kept_mass=kept_mass[:, None] if self.draw.truncates else None,
+            row_ids=completion_ids,
             completion_ids=completion_ids[:, None],
-            real=real_rows(batch.condition, self.encode(batch)) if self.schedule.scores_targets else None,
+            real=self._real_rows(batch) if self.schedule.scores_targets else None,
         )
+
+    def _real_rows(self, batch: ImageBatch) -> Trajectory:
+        """The images for the cross-entropy, numbered downwards from -1, beside the completions."""
+        return real_rows(batch.condition, self.encode(batch), row_ids=~batch.sample_ids)
 
 
 def perturb(context: Tensor, sample_ids: Tensor, *, share: float, vocab_size: int, seed: int) -> Tensor:

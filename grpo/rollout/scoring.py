@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from grpo.kernels import Draw, linear_token_log_probs
+from grpo.kernels import Draw, Dropout, linear_token_log_probs
 from grpo.rollout.trajectory import Scores, Trajectory
 
 
@@ -23,7 +23,7 @@ def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: fl
     """Score a trajectory's completions and targets with one forward per context.
 
     Args:
-        trajectory: its `scores`, if any, are not used.
+        trajectory: its `scores`, if any, are not used; where it `drops`, the model has its dropouts, by row ids.
         draw: the distribution that scores the completions; the targets are always scored at temperature 1.
         cfg_scale: guidance of that distribution.
 
@@ -36,11 +36,12 @@ def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: fl
         raise ValueError("targets are scored without guidance: give them rows of their own")
     if completions == 0:
         draw, cfg_scale = replace(draw, temperature=1.0), 1.0
+    dropout = Dropout(trajectory.row_ids, seed=draw.seed, impl=draw.impl) if trajectory.drops else None
     if cfg_scale == 1.0:
-        hidden = model.hidden(trajectory.context, trajectory.condition)  # [R, T, D]
-    else:
-        condition = trajectory.condition.with_unconditional()
-        hidden = guide(model.hidden(trajectory.context.repeat(2, 1), condition), cfg_scale)
+        hidden = model.hidden(trajectory.context, trajectory.condition, dropout)  # [R, T, D]
+    else:  # a row and its unconditional counterpart drop the same: their difference is not noise
+        condition, dropout = trajectory.condition.with_unconditional(), dropout and dropout.repeat(2)
+        hidden = guide(model.hidden(trajectory.context.repeat(2, 1), condition, dropout), cfg_scale)
     hidden = hidden.flatten(0, 1)  # [R*T, D]
     tokens = trajectory.tokens.transpose(1, 2)  # [R, T, M]
     shared = targets is not None and draw.temperature == 1.0

@@ -21,7 +21,7 @@ class Scores(NamedTuple):
         return Scores(self.log_probs[rows, completions], self.entropy[rows], None if targets is None else targets[rows])
 
 
-PER_ROW = ("context", "target_tokens")  # all other tensors of a trajectory are [R, M, ...]
+PER_ROW = ("context", "target_tokens", "row_ids")  # all other tensors of a trajectory are [R, M, ...]
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Trajectory:
     rewards: Tensor | None = None  # [R, M] fp32
     advantages: Tensor | None = None  # [R, M] fp32
     kept_mass: Tensor | None = None  # [R, M, T] fp32: probability of what top-k and top-p left; None if that is all
+    row_ids: Tensor | None = None  # [R] int64: numbers of the rows over the whole run, the keys of dropout's masks
+    drops: bool = False  # whether its log-probs and losses are those of a forward with dropout
     completion_ids: Tensor | None = None  # [R, M] int64: global running numbers, the keys of the random numbers
     scores: Scores | None = None  # with their graph, when the forward that sampled is also the one to train
     real: "Trajectory | None" = None  # rows with targets alone, when no row of this trajectory has a target
@@ -71,9 +73,15 @@ class Trajectory:
         return [self.select(slice(start, start + rows)) for start in range(0, self.rows, rows)]
 
 
-def real_rows(condition: Condition, codes: Tensor) -> Trajectory:
+def real_rows(condition: Condition, codes: Tensor, *, row_ids: Tensor | None = None) -> Trajectory:
     """Real images as rows without completions: their codes [B, T] are context and target."""
     empty = codes.new_zeros(codes.shape[0], 0, codes.shape[1])
     return Trajectory(
-        condition, codes[:, :-1], empty, empty.float(), target_tokens=codes, advantages=empty[..., 0].float()
+        condition,
+        context=codes[:, :-1],
+        tokens=empty,
+        old_log_probs=empty.float(),
+        target_tokens=codes,
+        advantages=empty[..., 0].float(),
+        row_ids=row_ids,
     )

@@ -56,6 +56,7 @@ class GuardedOptimizer:
         matrices, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         betas = (config.beta1, config.beta2)
+        groups = [group for group in groups if group["params"]]  # a checkpoint has no room for an empty one
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
         self.steps = self.skipped = self.skipped_in_a_row = 0
 

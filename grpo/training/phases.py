@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo.config import Recipe, UserError
 from grpo.parallel import World, barrier, broadcast_object
@@ -58,7 +59,7 @@ def _prepare(phase: Phase, key: str) -> bool:
     """Whether the phase is finished; if not, its folder is made ready."""
     folder, marker = phase.folder, phase.folder / MARKER
     try:
-        before = json.loads(marker.read_text()) if marker.exists() else {}
+        before = _read_marker(marker)
         same = before.get("key") == key
         if same and before.get("finished") and phase.product.exists():
             return True
@@ -71,3 +72,12 @@ def _prepare(phase: Phase, key: str) -> bool:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from error
     return False
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    """What a phase has noted; nothing, where there is no note or it was cut short."""
+    try:
+        note = json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, RecursionError):
+        return {}
+    return note if isinstance(note, dict) else {}

@@ -3,7 +3,7 @@
 import math
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -17,15 +17,18 @@ from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
-from grpo.parallel import MetricSums, World, all_reduce_max, build_mesh, full_state_dict, set_matmul_precision
+from grpo.parallel import MetricSums, World, build_mesh, full_state_dict, gather_numbers, set_matmul_precision
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.resume import find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
+from grpo.training.stragglers import Stragglers, own_work
+from grpo.training.watchdog import Watchdog
 
 EXPORT_NAME = "model.safetensors"
 AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
 NO_WORK = Work()
+Watch = Callable[[Mapping[str, float]], tuple[Sequence[str], str | None]]
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
 
@@ -52,12 +55,16 @@ class TrainingRun:
         self.recipe, self.world, self.title = recipe, world, title
         set_matmul_precision(recipe.training.mixed_precision)
         self.mesh = build_mesh(recipe.parallel, world)
-        self.timer = PhaseTimer(world.device)
+        # A collective that waits for a rank in vain ends first, and says more.
+        seconds, beat = recipe.parallel.timeout + 5.0, recipe.run_dir / "heartbeat.json" if world.is_main else None
+        self._watchdog = Watchdog(seconds, rank=world.rank, heartbeat=beat)
+        self._stragglers = Stragglers()
+        self.timer = PhaseTimer(world.device, on_phase=self._watchdog.phase_begins)
         self.checkpoints = CheckpointManager(
             recipe.checkpoint_dir, world=world, config=recipe.checkpoint, timeout_seconds=recipe.parallel.timeout
         )
         self._open = ExitStack()  # what is given back when the run ends
-        self._stop_request = StopRequest()
+        self._stop_request = StopRequest(speaks=world.is_main)
         self._best_values: list[float] = []
         self._resumed_from: str | None = None
         self._first_step = 0
@@ -90,8 +97,7 @@ class TrainingRun:
             self._open.enter_context(lock)
         if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
             self.checkpoints.check_writable()
-        self._seed(0)
-        notes = self.recipe.notes()
+        notes = [*self.recipe.notes(), *self.recipe.remarks()]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
@@ -107,6 +113,7 @@ class TrainingRun:
         self.observer = self._open.enter_context(observer)
         for note in notes:
             self.observer.message(note)
+        self._watchdog.start(until=self._open)
 
     def steps(self) -> Iterator[int]:
         """The steps still to be done, counted from 1."""
@@ -120,36 +127,56 @@ class TrainingRun:
         self.timer.read()  # do not count the set-up
         for step in range(self._first_step + 1, total + 1):
             self._skipped_before = self._optimizer.skipped
+            self._seed(step)
+            self._watchdog.step_begins(step)
             with self._traced(step):
                 yield step
 
-    def finish(self, step: int, sums: MetricSums, *, images: int, codes: int = 0, work: Work = NO_WORK) -> None:
+    def finish(
+        self,
+        step: int,
+        sums: MetricSums,
+        *,
+        images: int,
+        codes: int = 0,
+        work: Work = NO_WORK,
+        watch: Watch = lambda metrics: ([], None),
+    ) -> None:
         """Write a step down, and a checkpoint when it is due.
 
         Args:
             sums: the metrics of this rank; they are added up over ranks here.
             images: images that all ranks together trained on in this step, for the rate.
             codes, work: of one image, and of this rank's step by phase, where the job has them; see `throughput`.
+            watch: looks at the metrics and says what to tell the user, and why the run must stop if it must. Every
+                rank must come to the same verdict, so it looks at no time for that.
 
         Raises:
-            UserError: too many optimizer steps in a row were skipped; there is a checkpoint of this step.
+            UserError: too many optimizer steps in a row were skipped, or `watch` stops the run; there is a checkpoint
+                of this step.
         """
         metrics, times = sums.means(), self.timer.read()
         rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
-        self.observer.log(step, {**metrics, **rates, **times})
+        vote = _SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None)
+        votes, own_seconds = gather_numbers([vote, own_work(times)]).unbind(1)  # each [ranks]
+        vote, slowest = int(votes.max()), self._stragglers.look(own_seconds)
+        values = {**metrics, **rates, **times, **slowest.metrics}
+        self.observer.log(step, values)
+        notes, problem = watch(values)
+        for note in (*notes, *slowest.warnings):
+            self.observer.message(f"step {step}: {note}")
         self._note_skipped(step, metrics)
         self._note_best(metrics)
         config, last = self.recipe.checkpoint, step == self.recipe.training.steps
-        vote = all_reduce_max(_SAVE_FAILED if self.checkpoints.failed() else int(self._stop_request.reason is not None))
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
-        stopping = self._optimizer.stuck or (vote == _STOP and not last)
+        stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
         if stopping or (last and config.save_final) or (config.interval > 0 and step % config.interval == 0):
             with self.timer("checkpoint"):
                 self.save(step)
         if stopping:
             self.checkpoints.wait()
-            self._stop(step)
+            self._stop(step, problem)
         if last and config.save_final and not config.sharded:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
@@ -166,8 +193,10 @@ class TrainingRun:
         if self.world.is_main:
             save_weights(self.recipe.run_dir / name, weights, config=self._model.config)
 
-    def _stop(self, step: int) -> NoReturn:
+    def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
+        if problem is not None:
+            raise UserError(f"stopped at step {step}: {problem}. Its checkpoint is in {self.recipe.checkpoint_dir}")
         if self._optimizer.stuck:
             raise UserError(
                 f"stopped at step {step}: {self._optimizer.skipped_in_a_row} optimizer steps in a row had a non-finite "
@@ -180,7 +209,8 @@ class TrainingRun:
             f"stopped at step {step} ({reason}): its checkpoint is in {self.recipe.checkpoint_dir}, and the same "
             "command goes on from there"
         )
-        raise Terminated(128 + signal.SIGTERM)
+        interrupted = self._stop_request.signal is signal.SIGINT
+        raise Terminated(128 + (signal.SIGINT if interrupted else signal.SIGTERM))
 
     def save(self, step: int) -> None:
         """Write a checkpoint, in the background if the recipe says so."""
@@ -194,13 +224,10 @@ class TrainingRun:
             "resumed_from": self._resumed_from,
             "class_names": getattr(self._model.config, "class_names", None),
         }
-        generators = {"cpu": torch.get_rng_state()}
-        if self.world.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.world.device)
         best, self._best_values = self._best_values, []
         trained = {"model": self._model, "optimizer": self._optimizer.adamw}
         score = sum(best) / len(best) if best else None
-        states = {"run_state": run_state, "rank_state": generators, "extra": self._extra}
+        states = {"run_state": run_state, "extra": self._extra}
         self.checkpoints.save(step, **trained, **states, score=score)
 
     def __enter__(self) -> Self:
@@ -252,7 +279,7 @@ class TrainingRun:
         state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
         require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
-        generators = self.checkpoints.load(path, **trained)
+        self.checkpoints.load(path, **trained)
         self._optimizer.load_state_dict(state["optimizer_step"])
         self._stream.load_state_dict(state["stream"])
         for name, counted in self._counted():
@@ -261,19 +288,13 @@ class TrainingRun:
             counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
         self._resumed_from = os.path.realpath(path) if named else state.get("resumed_from")
-        notes = [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
-        if generators is None:
-            self._seed(self._first_step)
-            return [*notes, "the number of ranks has changed: dropout, if any, goes on with new random numbers"]
-        torch.set_rng_state(generators["cpu"])
-        if "cuda" in generators and self.world.device.type == "cuda":
-            torch.cuda.set_rng_state(generators["cuda"], self.world.device)
-        return notes
+        return [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
 
     def _counted(self) -> list[tuple[str, Any]]:
         """Those of the extra states that have counters besides their tensors."""
         return [(name, state) for name, state in self._extra.items() if hasattr(state, "load_state_dict")]
 
     def _seed(self, step: int) -> None:
-        """Seed this rank's own generator (dropout; everything else is counter-based) anew from a step on."""
+        """Seed this rank's generator for a step, so that what draws from it, such as a user's reward, does in a resumed
+        run what it does in an uninterrupted one. What the project draws for images is a function of their numbers."""
         torch.manual_seed(hash((self.recipe.training.seed, step, self.world.size, self.world.rank)))

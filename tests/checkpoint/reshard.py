@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
         with managed(folder / "one", world) as manager:
             found = Extra(training[0], 0.0)
             path = manager.resume_point()
-            assert manager.load(path, model=training[0], optimizer=training[1], extra={"mean": found}) is None
+            manager.load(path, model=training[0], optimizer=training[1], extra={"mean": found})
             assert found.equals(Extra(training[0], 3.0))
         state = whole_state(training)
         if world.is_main:
@@ -29,20 +29,18 @@ def main(folder: Path) -> None:
             for step in range(3, 6):
                 train(world, training, range(step, step + 1))
                 save(manager, training, step, mean=Extra(training[0], float(step)))
-                state, random = whole_state(training), torch.get_rng_state()
+                state = whole_state(training)
                 norms = train(world, training, range(step + 1, step + 3))  # while it is being written
             again = start(world, data_parallel="hsdp", shard_size=1)
             found, path = Extra(again[0], 0.0), manager.resume_point()
-            rank_state = manager.load(path, model=again[0], optimizer=again[1], extra={"mean": found})
+            manager.load(path, model=again[0], optimizer=again[1], extra={"mean": found})
             assert found.equals(Extra(again[0], 5.0))
-            assert torch.equal(rank_state["random"], random)
             loaded = whole_state(again)
             if world.is_main:
                 assert same(loaded, state)
                 torch.save(state, folder / "two.pth")
             same_layout = start(world)
             manager.load(path, model=same_layout[0], optimizer=same_layout[1], extra={"mean": Extra(same_layout[0], 0)})
-            torch.set_rng_state(random)
             assert train(world, same_layout, range(6, 8)) == norms
 
 

@@ -41,7 +41,7 @@ def test_continued_run_is_bit_equal(world, tmp_path, async_save, mixed_precision
         again = start(world, mixed_precision=mixed_precision)
         path = manager.resume_point()
         assert manager.read_run_state(path) == {"step": 3, "thirds": [1.0]}
-        torch.set_rng_state(manager.load(path, model=again[0], optimizer=again[1])["random"])
+        manager.load(path, model=again[0], optimizer=again[1])
     assert train(world, again, range(3, 6)) == norms
     assert same(whole_state(again), expected)
 
@@ -57,7 +57,7 @@ def test_saving_before_the_first_step_changes_nothing(world, tmp_path):
         train(world, training, range(2))
         assert same(whole_state(training), whole_state(expected))
         again = start(world)
-        torch.set_rng_state(manager.load(manager.resume_point(), model=again[0], optimizer=again[1])["random"])
+        manager.load(manager.resume_point(), model=again[0], optimizer=again[1])
         train(world, again, range(2))
         assert same(whole_state(again), whole_state(expected))
 
@@ -93,7 +93,6 @@ def test_files(world, tmp_path, sharded, state_type):
     assert [*tmp_path.iterdir()] == [path]
     names = {
         SHARD,
-        "rank-00000.pth",
         "run_state.json",
         "resume_step.txt",
         "state_type.txt",
@@ -125,7 +124,7 @@ def test_only_complete_folders_count(world, tmp_path):
     assert f"{SHARD} missing or cut short" in lines[2]
 
 
-FILES = (SHARD, "rank-00000.pth", "run_state.json", "resume_step.txt", "state_type.txt",
+FILES = (SHARD, "run_state.json", "resume_step.txt", "state_type.txt",
          "consolidated.pth", "manifest.json")  # fmt: skip
 
 
@@ -278,11 +277,11 @@ def test_a_checkpoint_of_another_model_is_refused(world, tmp_path):
             manager.load(tmp_path / "step-000001", model=model, optimizer=smaller)
 
 
-@pytest.mark.parametrize(("name", "text"), [("run_state.json", "{"), ("run_state.json", "[]"), ("rank-00000.pth", "")])
-def test_damaged_small_files_are_named(world, tmp_path, name, text):
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_small_file_is_named(world, tmp_path, text):
     training = start(world)
     with managed(tmp_path, world) as manager:
         save(manager, training, 1)
-        (tmp_path / "step-000001" / name).write_text(text)
-        with pytest.raises(UserError, match=name):
+        (tmp_path / "step-000001" / "run_state.json").write_text(text)
+        with pytest.raises(UserError, match=r"run_state\.json"):
             manager.load(tmp_path / "step-000001", model=training[0], optimizer=training[1])

@@ -23,13 +23,12 @@ def start(world: World, **how) -> Training:
 
 
 def train(world: World, training: Training, steps: range) -> list[float]:
-    """Optimizer steps on the batches of those steps, with noise from the global RNG; the gradient norms."""
+    """Optimizer steps on the batches of those steps; the gradient norms."""
     model, optimizer = training
     norms = []
     for step in steps:
         tokens, class_ids = (tensor.chunk(world.size)[world.rank] for tensor in make_batch(step))
-        noise = 1 + torch.rand(())
-        (noise * loss_sum(model, tokens, class_ids) * world.size / 128).backward()
+        (loss_sum(model, tokens, class_ids) * world.size / 128).backward()
         norms.append(float(clip_grad_norm(model, 1.0)))
         optimizer.step()
         optimizer.zero_grad()
@@ -61,7 +60,6 @@ def save(
         model=model,
         optimizer=optimizer,
         run_state={"step": step, "thirds": [step / 3]},
-        rank_state={"random": torch.get_rng_state()},
         extra=extra,
         score=score,
     )

@@ -98,7 +98,7 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
         "[optimiser]\nlr = 1\n"
         "[weather]\nsun = true\n"
         "[training]\nsteps = 2.5\nbatch_size = true\nmixed_precision = 'int8'\n"
-        "[model]\nclass_dropout = 0.1\n"
+        "[model]\ndropout = 1\n"
         "[data]\nimage_size = 250\nname = 'synthetic'\n"
     )
     argv = ["--config", path, "--lr", "abc", "--top-p=1.5", "--num-generation", "4", "stray", "--zzz", "--ckpt-dir"]
@@ -118,11 +118,10 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
         f"{path}: training.steps must be a whole number > 0, not 2.5",
         f"{path}: training.batch_size must be a whole number > 0 or none, not true",
         f'{path}: training.mixed_precision must be one of auto, fp32, tf32, bf16, fp16, not "int8"',
+        f"{path}: model.dropout must be a number >= 0 and < 1, not 1",
         "--lr abc: optimizer.lr must be a number >= 0",
         "--top-p 1.5: rollout.top_p must be a number > 0 and <= 1",
         f"{path}: data.image_size = 250 must be a multiple of tokenizer.downsample_size = 16",
-        f"{path}: model.class_dropout must be 0 in GRPO: old and new log-probs need the same masks; dropout is for "
-        "pre-training",
     ]
 
 
@@ -268,6 +267,18 @@ def test_negative_numbers_need_no_equals_sign(text: str) -> None:
 def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "bom.toml").write_bytes('\ufeff[data]\nname = "synthetic"\n'.encode())
     assert load_recipe(GRPORecipe, ["--config", str(tmp_path / "bom.toml")]).data.name == "synthetic"
+
+
+def test_the_folder_of_a_shipped_recipe_may_be_left_out_where_its_name_is_unique(monkeypatch, tmp_path):
+    whole, short = (load_recipe(GRPORecipe, ["--config", name]) for name in ("published/vapi_xxl_384", "vapi_xxl_384"))
+    assert short == whole
+    assert short.metrics.run_dir == "runs/vapi_xxl_384"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.toml").write_text("")
+    monkeypatch.setattr("grpo.config.load.SHIPPED_RECIPES", tmp_path)
+    with pytest.raises(UserError, match="--config same: cannot be read"):
+        load_recipe(GRPORecipe, ["--config", "same"])
 
 
 def test_classes_are_ids_or_names(recipe_file) -> None:

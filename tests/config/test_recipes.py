@@ -58,7 +58,12 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
         ({"training": {"batch_size": 512}}, "must divide rollout.batch_size x rollout.num_generations = 256"),
         ({"rollout": {"batch_size": 3}, "training": {"batch_size": 12}}, "must be a multiple or a divisor of rollout"),
         ({"reward": {"reconstruction": {"weight": 0}}}, "no reward is on"),
-        ({"model": {"dropout": 0.1}}, "model.dropout must be 0 in GRPO"),
+        ({"objective": {"reference": "ema"}}, 'objective.reference = "ema" needs training.ema_decay'),
+        (
+            {"objective": {"reference": "ema", "reference_checkpoint": "x"}, "training": {"ema_decay": 0.9}},
+            'objective.reference_checkpoint needs objective.reference = "start"',
+        ),
+        ({"objective": {"entropy_target": 0.8}}, "objective.entropy_target needs objective.entropy_weight above 0"),
         ({"model": {"cls_token_num": 120}}, "model.cls_token_num must be 1"),
         ({"model": {"new_classes": 4}}, "model.new_classes must be 0 in GRPO"),
         ({"data": {"image_size": 100}}, "data.image_size = 100 must be a multiple of"),
@@ -117,6 +122,10 @@ def test_what_needs_images_is_told_where_there_are_none() -> None:
     ]
     (problem,) = problem_texts(GRPORecipe, merged(AUTOREGRESSIVE, classes, {"objective": {"aux_ce_weight": 0.1}}))
     assert problem.startswith(start + "objective.aux_ce_weight")
+    fid = {"reward": {"loo_fid": {"checkpoint": "inception.pth"}}}
+    assert problem_texts(GRPORecipe, merged(AUTOREGRESSIVE, classes, fid)) == [
+        start + "reward.loo_fid.reference is required: there are no real images to measure"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +167,18 @@ def test_what_needs_images_is_told_where_there_are_none() -> None:
             },
             "sampling.resize_to must equal data.image_size = 256",
         ),
+        (
+            TokenizerRecipe,
+            merged(SYNTHETIC, {"data": {"image_size": 16}}),
+            {"adversary": {"weight": 0.5}},
+            "adversary.num_layers = 3 needs data.image_size of at least 24",
+        ),
+        (
+            TokenizerRecipe,
+            {"data": {"name": "synthetic", "image_size": 8}, "tokenizer": {"downsample_size": 4}},
+            {"tokenizer_loss": {"perceptual_weight": 1}},
+            "tokenizer_loss.perceptual_weight: LPIPS needs data.image_size of at least 16, not 8",
+        ),
     ],
 )
 def test_impossible_settings_of_other_jobs(
@@ -186,6 +207,9 @@ def test_a_recipe_object_is_valid() -> None:
         ({"rollout": {"importance_weight_cap": 2}}, "rollout.importance_weight_cap"),
         ({"rollout": {"guidance_in_loss": "conditional"}}, "rollout.guidance_in_loss"),
         ({"rollout": {"max_rows": 8}}, "rollout.max_rows"),
+        ({"model": {"dropout": 0.1}}, "model.dropout"),
+        ({"model": {"class_dropout": 0.1}}, "model.class_dropout"),
+        ({"training": {"dropout_mode": "train"}}, "training.dropout_mode has no effect: model.dropout and model.class"),
         ({"rollout": {"keep_memory": 0.2}}, "rollout.keep_memory"),
         (
             {"reward": {"reconstruction": {}, "embedding_cosine": {"weight": 0}}},
@@ -205,10 +229,25 @@ def test_settings_without_effect_are_noted(settings: Mapping, subject: str) -> N
     assert note.startswith(subject)
 
 
+def test_dropout_in_the_update_is_remarked() -> None:
+    settings = {"training": {"dropout_mode": "twice"}, "model": {"dropout": 0.1}}
+    recipe = GRPORecipe.model_validate(merged(SYNTHETIC, settings))
+    (remark,) = recipe.remarks()
+    assert "reference trainer" in remark
+    assert recipe.notes() == GRPORecipe.model_validate(SYNTHETIC).remarks() == []
+
+
 def test_notes_of_other_jobs() -> None:
     by_gradient = {"tokenizer_loss": {"codebook_update": "gradient", "codebook_ema": 0.5}}
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()
     assert note == 'tokenizer_loss.codebook_ema has no effect: codebook_update is "gradient"'
+    (note,) = PretrainRecipe.model_validate(merged(SYNTHETIC, {"training": {"dropout_mode": "train"}})).notes()
+    assert note == "training.dropout_mode has no effect: only `train` has rollouts"
+    adversary = {"adversary": {"weight": 0.5, "start": 101, "dim": 8}}
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, adversary)).notes()
+    assert note == "adversary.weight has no effect: adversary.start = 101 is after the last step"
+    (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, {"adversary": {"dim": 8}})).notes()
+    assert note == "adversary.dim has no effect: adversary.weight is 0"
     without_images = {"data": {"name": "classes", "class_map": "m.txt", "cache_codes": True}, **CODES}
     notes = GRPORecipe.model_validate(merged(AUTOREGRESSIVE, without_images)).notes()
     assert [note.split()[0] for note in notes] == ["data.class_map", "data.cache_codes"]
@@ -291,6 +330,8 @@ def test_changes_that_matter_on_resumption() -> None:
         "reward.reconstruction.weight: 1.0 -> 2.0",
         "reward.embedding_cosine.kind: None -> 'embedding_cosine'",
         "reward.embedding_cosine.weight: None -> 1.0",
+        "reward.embedding_cosine.normalise: None -> 'none'",
+        "reward.embedding_cosine.separate: None -> False",
     }
 
 
@@ -310,7 +351,7 @@ def test_committed_recipe_loads(path: Path) -> None:
 
 
 def test_published_run_has_its_size() -> None:
-    recipe = load_recipe(GRPORecipe, ["--config", str(ROOT / "train_configs" / "vapi_xxl_384.toml")])
+    recipe = load_recipe(GRPORecipe, ["--config", str(ROOT / "train_configs" / "published" / "vapi_xxl_384.toml")])
     rollout, training = recipe.rollout, recipe.training
     assert training.steps * rollout.batch_size * rollout.num_generations == 102_400
     assert (rollout.batch_size, training.batch_size, training.micro_batch_size) == (128, 1024, 8)

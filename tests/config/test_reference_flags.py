@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import GRPORecipe, PretrainRecipe, UserError, load_recipe
+from grpo.config import GRPORecipe, PretrainRecipe, UserError, differences, load_recipe
 from grpo.config.keys import section_keys
-from grpo.config.reference_flags import ALL_FLAGS, BATCH_FLAGS, REFERENCE_FLAGS, Unavailable
+from grpo.config.reference_flags import ALL_FLAGS, BATCH_FLAGS, REFERENCE_FLAGS
 
 SEED_FLAGS = json.loads((Path(__file__).parents[1] / "fixtures" / "seed_flags.json").read_text())
 REQUIRED = {"--vq-ckpt": "vq.pth", "--data-path": "images"}
@@ -24,6 +24,8 @@ ACCEPTED = {
     "--image-size": ("384", 384),
     "--downsample-size": ("8", 8),
     "--num-classes": ("10", 10),
+    "--uncond-prob": ("0.3", 0.3),
+    "--sample-model-mode": ("twice", "twice"),
     "--mixed-precision": ("fp16", "fp16"),
     "--grad-precision": ("bf16", "bf16"),
     "--data-parallel": ("hsdp", "hsdp"),
@@ -54,6 +56,9 @@ ACCEPTED = {
     "--ckpt-sharded": (None, True),
     "--reward-rec-type": ("l1", "l1"),
     "--reward-rec-weight": ("0.5", 0.5),
+    "--reward-disc-dim": ("32", 32),
+    "--reward-disc-num-layers": ("4", 4),
+    "--reward-disc-ckpt": ("disc.pt", "disc.pt"),
     "--aux-ce-weight": ("0.1", 0.1),
     "--kl-coef": ("0.05", 0.05),
     "--use-kl-loss": (None, True),
@@ -63,24 +68,19 @@ ACCEPTED = {
     "--use-token-dropout": (None, True),
     "--token-dropout-ratio": ("0.1", 0.1),
 }
-REFUSED = {
-    "--cls-token-num": ("120", "must be 1"),
-    "--uncond-prob": ("0.1", "must be 0 in GRPO"),
-    "--sample-model-mode": ("train", 'must be "eval" in GRPO'),
-    "--reward-perceptual-weight": ("1.0", "not available yet"),
-    "--reward-use-gan": (None, "not available yet"),
-    "--reward-gan-weight": ("0.5", "not available yet"),
-    "--reward-disc-dim": ("32", "not available yet"),
-    "--reward-disc-num-layers": ("4", "not available yet"),
-    "--reward-disc-ckpt": ("disc.pt", "not available yet"),
-}
+REFUSED = {"--cls-token-num": ("120", "must be 1")}
 TRANSLATED = {
     "--sample-batch-size",
     "--train-batch-size",
     "--gradient-accumulation-steps",
     "--reward-use-embedcos",
     "--reward-embedcos-weight",
+    "--reward-perceptual-weight",
+    "--reward-use-gan",
+    "--reward-gan-weight",
 }
+OFF = {"lpips", "patchgan"}
+"""Rewards that a command line without their flags has no table of."""
 PUBLISHED = (
     "--vq-ckpt V --data-path D --gpt-ckpt G --from-fsdp --image-size 384 --downsample-size 16 --gpt-model GPT-XXL "
     "--sample-batch-size 16 --train-batch-size 8 --gradient-accumulation-steps 16 --num-generations 8 "
@@ -118,8 +118,11 @@ def test_default_is_that_of_the_reference(entry: dict) -> None:
     expected = REQUIRED[entry["flag"]] if entry["default"] == "required" else entry["default"]
     if entry["flag"] in TRANSLATED:
         return
-    section, _, name = ALL_FLAGS[entry["flag"]].partition(".")
-    value = getattr(Unavailable(), name) if section == "unavailable" else value_of(recipe, f"{section}.{name}")
+    key = ALL_FLAGS[entry["flag"]]
+    if key.split(".")[1] in OFF:
+        assert recipe.reward.tables.keys().isdisjoint(OFF)
+        return
+    value = value_of(recipe, key)
     assert value == expected
     assert type(value) is type(expected)
 
@@ -157,7 +160,6 @@ def test_refused_flags_are_accepted_at_their_defaults() -> None:
         "--cls-token-num": "1",
         "--uncond-prob": "0.0",
         "--sample-model-mode": "eval",
-        "--reward-gan-weight": "1",
     }
     recipe = load_recipe(GRPORecipe, command_line(**defaults))
     assert recipe == load_recipe(GRPORecipe, command_line())
@@ -224,7 +226,8 @@ def test_mistakes_in_batch_flags(flags: str, line: str) -> None:
         ("--reward-use-embedcos --reward-embedcos-weight 0.3", 0.3),
         ("--reward-embedcos-weight 0.3", 0.0),
         ("--reward-use-embedcos false --reward-embedcos-weight 0.3", 0.0),
-        ("--reward-use-embedcos", None),
+        ("--reward-use-embedcos", 0.0),
+        ("--reward-use-gan false", None),
         ("", None),
     ],
 )
@@ -234,21 +237,105 @@ def test_switch_of_the_embedding_reward(flags: str, weight: float | None) -> Non
     assert (tables["embedding_cosine"].weight if "embedding_cosine" in tables else None) == weight
 
 
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ("--reward-use-gan", 1.0),
+        ("--reward-use-gan --reward-gan-weight 0.3", 0.3),
+        ("--reward-use-gan TRUE --reward-gan-weight 0.3", 0.3),
+        ("--reward-gan-weight 0.3", 0.0),
+        ("", 0.0),
+        ("--reward-use-gan false", 0.0),
+        ("--reward.patchgan.weight 2", 2.0),
+    ],
+)
+def test_switch_of_the_discriminator(flags: str, weight: float) -> None:
+    """Its checkpoint alone makes a table that is off."""
+    recipe = load_recipe(GRPORecipe, [*command_line(), *flags.split(), "--reward-disc-ckpt", "disc.pt"])
+    assert recipe.reward.tables["patchgan"].weight == weight
+    assert ("reconstruction" in recipe.reward.tables) == ("--reward." not in flags)  # a key of our own replaces it
+
+
+def test_switch_over_a_file(tmp_path: Path) -> None:
+    """A table of a file is on, until the switch is set to off."""
+    (tmp_path / "r.toml").write_text('[reward.patchgan]\nweight = 3\ncheckpoint = "disc.pt"\n')
+    argv = [*command_line(), "--config", str(tmp_path / "r.toml")]
+    for flags, table in (
+        ([], (3.0, None)),
+        (["--reward-disc-dim", "8"], (3.0, 8)),
+        (["--reward-use-gan"], (3.0, None)),
+        (["--reward-use-gan", "--reward-gan-weight", "2"], (2.0, None)),
+    ):
+        patchgan = load_recipe(GRPORecipe, [*argv, *flags]).reward.tables["patchgan"]
+        assert (patchgan.weight, patchgan.dim) == table
+    with pytest.raises(UserError, match="no reward is on"):
+        load_recipe(GRPORecipe, [*argv, "--reward-use-gan", "false"])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_weight_of_lpips(weight: float) -> None:
+    tables = load_recipe(GRPORecipe, [*command_line(), "--reward-perceptual-weight", str(weight)]).reward.tables
+    assert {name: table.weight for name, table in tables.items()} == {"lpips": weight, "reconstruction": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        ("", (0.0, 0.0)),
+        ("--sample-model-mode eval", (0.0, 0.0)),
+        ("--sample-model-mode train", (0.1, 0.1)),
+        ("--sample-model-mode twice", (0.1, 0.1)),
+        ("--sample-model-mode train --uncond-prob 0", (0.1, 0.0)),
+        ("--sample-model-mode twice --uncond-prob 0.3 --model.dropout 0", (0.0, 0.3)),
+        ("--uncond-prob 1", (0.0, 1.0)),
+    ],
+)
+def test_dropout_of_the_update(flags: str, rates: tuple[float, float], tmp_path: Path) -> None:
+    """The reference's rates where a mode has dropout, unless flags say otherwise; a saved recipe means the same."""
+    recipe = load_recipe(GRPORecipe, [*command_line(), *flags.split()])
+    assert (recipe.model.dropout, recipe.model.class_dropout) == rates
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    again = load_recipe(GRPORecipe, ["--config", str(tmp_path / "again.toml")])
+    assert (again.model, again.training) == (recipe.model, recipe.training)
+
+
 def test_published_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused for what is not there yet, and nothing else; without that it is the shipped recipe."""
+    """As it is printed, on its 8 processes: value by value, all else at the defaults, and the shipped recipe."""
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(UserError) as caught:
-        load_recipe(GRPORecipe, PUBLISHED.split())
-    assert [line.partition(":")[0] for line in caught.value.problems] == [
-        "--reward-perceptual-weight 1.0",
-        "--sample-model-mode train",
-    ]
-    rest = PUBLISHED.replace("--reward-perceptual-weight 1.0", "").replace("--sample-model-mode train", "")
-    recipe = load_recipe(GRPORecipe, rest.split())
+    recipe = load_recipe(GRPORecipe, PUBLISHED.split())
+    named = {
+        "model.name": "GPT-XXL", "model.checkpoint": "G", "model.from_fsdp": True,
+        "model.dropout": 0.1, "model.class_dropout": 0.1,
+        "tokenizer.name": "VQ-16", "tokenizer.checkpoint": "V", "tokenizer.downsample_size": 16,
+        "data.name": "imagenet", "data.path": "D", "data.image_size": 384,
+        "rollout.mode": "teacher_forced", "rollout.batch_size": 16 * 8, "rollout.num_generations": 8,
+        "rollout.temperature": 1.0, "rollout.top_k": 0, "rollout.top_p": 1.0, "rollout.use_context_noise": False,
+        "reward.reconstruction.distance": "l2", "reward.reconstruction.weight": 1.0, "reward.lpips.weight": 1.0,
+        "objective.loss": "grpo", "objective.advantage": "group_std", "objective.advantage_clip": 5.0,
+        "objective.clip_range": 0.2, "objective.kl_estimator": "none", "objective.aux_ce_weight": 0.1,
+        "optimizer.lr": 1e-6, "optimizer.weight_decay": 1e-4, "optimizer.beta1": 0.9, "optimizer.beta2": 0.999,
+        "optimizer.max_grad_norm": 1.0, "optimizer.schedule": "constant",
+        "training.steps": 100, "training.batch_size": 8 * 16 * 8, "training.micro_batch_size": 8,
+        "training.mixed_precision": "bf16", "training.grad_precision": None, "training.dropout_mode": "train",
+        "training.seed": 0, "parallel.data_parallel": "fsdp",
+        "checkpoint.interval": 100, "checkpoint.dir": "checkpoints", "checkpoint.sharded": False,
+        "metrics.wandb": True, "metrics.wandb_project": "autoreg-grpo", "metrics.wandb_entity": None,
+        "metrics.wandb_run_name": "c2i-grpo",
+    }  # fmt: skip
+    assert {key: value_of(recipe, key) for key in named} == named
+    assert recipe.reward.tables.keys() == {"reconstruction", "lpips"}
+    assert recipe.schedule(ranks=8).on_policy  # one optimizer step of 128 completions on each process
+    plain = load_recipe(GRPORecipe, command_line())
+    differing = {line.partition(":")[0] for line in differences(plain, recipe)}
+    given = {ALL_FLAGS[word] for word in PUBLISHED.split() if word.startswith("--")} | {"reward.lpips.kind"}
+    defaults = {f"reward.lpips.{key}" for key in ("backbone", "normalise", "separate")}  # of a table that is new
+    assert differing <= given | defaults | {"model.dropout", "model.class_dropout", "training.batch_size"}
+
     shipped = load_recipe(GRPORecipe, ["--config", "vapi_xxl_384"])
     for section in ("rollout", "training", "reward", "objective", "optimizer"):
         assert getattr(recipe, section) == getattr(shipped, section)
-    assert recipe.metrics.wandb_entity is None
+    rates = {"dropout", "class_dropout", "name"}
+    assert recipe.model.model_dump(include=rates) == shipped.model.model_dump(include=rates)
 
 
 def test_other_jobs_take_keys_only() -> None:

@@ -219,3 +219,18 @@ def test_a_reward_over_a_population_takes_the_whole_rollout_before_the_update(mo
     schedule = recipe.schedule(ranks=2)
     assert not schedule.trains_sampling_forward
     assert schedule.images_per_part == schedule.images == 8
+
+
+def test_statistics_of_all_rewards_take_the_whole_rollout_before_the_update() -> None:
+    def waits(*flags: str) -> bool:
+        return not load_recipe(GRPORecipe, [*MINIMAL, *flags]).schedule(ranks=1).trains_sampling_forward
+
+    assert not waits("--reward.reconstruction.normalise", "group")
+    assert waits("--reward.reconstruction.normalise", "batch")
+
+
+def test_a_group_of_one_has_no_statistics() -> None:
+    alone = ["--rollout.num_generations", "1", "--objective.advantage", "batch_std"]
+    load_recipe(GRPORecipe, [*MINIMAL, *alone, "--reward.reconstruction.normalise", "batch"])
+    with pytest.raises(UserError, match=r"at least 2 with reward\.reconstruction\.normalise = \"group\""):
+        load_recipe(GRPORecipe, [*MINIMAL, *alone, "--reward.reconstruction.normalise", "group"])

@@ -165,6 +165,13 @@ def test_image_column_of_another_type(saved_dataset, section):
     assert "must hold images, paths, or encoded bytes" in message
 
 
+@pytest.mark.parametrize("num_classes", [None, 1000])
+def test_label_that_no_data_set_has(saved_dataset, section, num_classes):
+    message = error_of(section(saved_dataset({"image": ["x", "y"], "label": [0, 2**40]})), num_classes=num_classes)
+    assert "image 1 (y) of split 'train' of" in message
+    assert "has label 1099511627776" in message
+
+
 @pytest.mark.parametrize("label", [4, -1])
 def test_label_out_of_range_in_a_saved_dataset(saved_dataset, section, label):
     message = error_of(section(saved_dataset({"image": ["x", "y.png", "z"], "label": [0, label, label]})))
@@ -212,9 +219,11 @@ def test_wordnet_ids_have_imagenets_names_from_scratch(class_folders, section):
 
 def test_new_classes_are_named_after_the_data(class_folders, section):
     path = class_folders(["ant", "my dog"], 1)
-    dataset = build_dataset(section(path), num_classes=4, learned=("cat", "ant"))
+    dataset = build_dataset(section(path), num_classes=3, learned=("cat", "ant"))
     assert dataset.class_ids.tolist() == [1, 2]
-    assert dataset.class_names == ["cat", "ant", "my dog", "3"]
+    assert dataset.class_names == ["cat", "ant", "my dog"]
+    with pytest.raises(UserError, match=r"1 new classes, model.new_classes = 2 \(of the model they have 'ant'"):
+        build_dataset(section(path), num_classes=4, learned=("cat", "ant"))
 
 
 def test_names_of_a_class_label_are_compared(saved_dataset, section):

@@ -19,7 +19,8 @@ from tests.estimate.live_bytes import LiveBytes
 ROOT = Path(__file__).resolve().parents[2]
 ONE_STEP = ["--training.batch_size", "8192"]
 SAMPLED = [
-    "--rollout.mode", "autoregressive", "--reward.reconstruction.weight", "0", "--reward.class_log_prob.weight", "1",
+    "--rollout.mode", "autoregressive", "--reward.reconstruction.weight", "0", "--reward.lpips.weight", "0",
+    "--reward.class_log_prob.weight", "1",
     "--reward.class_log_prob.checkpoint", "classifier.pth",
 ]  # fmt: skip
 SIZES = [(128, 8, 4, 64, 4), (256, 4, 4, 144, 2)]  # D, layers, heads, T, sequences
@@ -47,7 +48,7 @@ def test_activations_are_within_an_eighth_of_the_measured_ones(size, dtype, mode
 
 
 def estimate(*flags, mesh=(8,), memory=80 * GIB):
-    arguments = ["--config", "vapi_xxl_384", *flags]
+    arguments = ["--config", "published/vapi_xxl_384", *flags]
     return recipe_memory(load_recipe(GRPORecipe, arguments), mesh=mesh, memory=memory)
 
 
@@ -57,6 +58,12 @@ def test_settings_move_what_they_should():
     assert plain.lasting["unreduced gradients"] == pytest.approx(8 * plain.lasting["weights"], rel=1e-3)
     assert "reference" not in plain.lasting
     assert estimate("--objective.kl", "k3").lasting["reference"] == plain.lasting["weights"]
+    moving = estimate("--objective.kl", "k3", "--objective.reference", "ema", "--training.ema_decay", "0.99").lasting
+    assert moving == {**plain.lasting, "average": plain.lasting["weights"]}
+    rewarding = ["--objective.kl", "k3", "--reward.log_ratio.weight", "1"]
+    assert estimate(*rewarding).lasting["reference"] == plain.lasting["weights"]  # shared with the KL term's
+    other = estimate(*rewarding, "--objective.reference_checkpoint", "other.pt").lasting
+    assert other["reference"] == 2 * plain.lasting["weights"]
     two_hosts = estimate("--training.micro_batch_size", "4", mesh=(2, 8))
     assert two_hosts.lasting == plain.lasting
     assert (

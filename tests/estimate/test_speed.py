@@ -73,6 +73,7 @@ AUTOREGRESSIVE = {
         ({"objective.advantage": "batch_std"}, (8, 8), (24, 24)),  # waits for all rewards: a forward of its own
         ({"training.batch_size": 16}, (8, 8), (32, 32)),  # two steps: old log-probs are scored
         ({"training.batch_size": 2}, (8, 8), (56, 56)),  # half a group a step: twice through the model
+        ({"training.epochs_per_rollout": 2}, (8, 8), (56, 56)),  # twice through the rollout: old log-probs are scored
         ({"objective.kl": "k3"}, (8, 8), (24, 24)),
         (AUTOREGRESSIVE, (32, 32), (96, 96)),
         (AUTOREGRESSIVE | {"objective.aux_ce_weight": 1}, (32, 32), (120, 120)),

@@ -32,8 +32,8 @@ class Fault:
     """One thing that goes wrong, once."""
 
     do: str
-    """kill, hang: this rank; kill_worker: its data worker; terminate: SIGTERM to it; terminate_launcher,
-    kill_launcher: torchrun; not_a_number: its loss."""
+    """kill, hang, stop: this rank; kill_worker: its data worker; terminate: SIGTERM to it; terminate_launcher,
+    interrupt_launcher, kill_launcher: torchrun; not_a_number: its loss."""
     at: str
     """rollout: before it; update: after its backward; share: after this rank's files of a checkpoint are written;
     publish: before the finished checkpoint is renamed."""
@@ -53,7 +53,8 @@ class Fault:
         elif self.do == "kill_worker":
             multiprocessing.active_children()[0].kill()
         else:
-            numbers = {"kill": signal.SIGKILL, "kill_launcher": signal.SIGKILL}
+            numbers = {"kill": signal.SIGKILL, "kill_launcher": signal.SIGKILL, "stop": signal.SIGSTOP,
+                       "interrupt_launcher": signal.SIGINT}  # fmt: skip
             target = os.getppid() if self.do.endswith("_launcher") else os.getpid()
             os.kill(target, numbers.get(self.do, signal.SIGTERM))
             time.sleep(3 if self.do.endswith("_launcher") else 0)  # for it to arrive before this step is over
@@ -128,7 +129,7 @@ def note(trace: Path, step: int, batch: object, trajectory: object) -> None:
 
 def _step_of(files: list[Path]) -> int:
     """The step of the checkpoint whose shares are being summed; 0 for other files."""
-    if not any(path.name.startswith("rank-") for path in files):
+    if not any(path.name.startswith("shard-") for path in files):
         return 0
     return int(files[0].parent.name.removeprefix(".step-").removesuffix(".partial"))
 

@@ -34,6 +34,28 @@ def test_a_rank_that_hangs(tmp_path, quiet):
     assert_same_run(tmp_path, quiet)
 
 
+def test_all_ranks_hang_and_one_is_stopped(tmp_path, quiet):
+    """No collective notices the first, and a stopped process answers to no signal but the last one."""
+    faults = [{"rank": rank, "at": "rollout", "step": 5, "do": "hang", "after": "step-000003"} for rank in (0, 1)]
+    faults += [{"start": 1, "rank": 1, "at": "rollout", "step": 8, "do": "stop", "after": "step-000006"}]
+    result = run(tmp_path, "--parallel.timeout", 10, faults=faults, restarts=2)
+    assert result.returncode == 0, result.stderr
+    assert starts(tmp_path) == [0, 3, 6]
+    assert "in step 5, phase rollout, longer than parallel.timeout" in result.stderr
+    assert_same_run(tmp_path, quiet)
+
+
+def test_interrupted(tmp_path, quiet):
+    """Ctrl-C reaches the launcher, which passes it on."""
+    result = run(tmp_path, faults=[{"at": "rollout", "step": 4, "do": "interrupt_launcher"}])
+    assert result.returncode != 0
+    assert "stops after this step, with a checkpoint" in result.stderr
+    assert "stopped at step 4 (SIG" in (tmp_path / "log.txt").read_text()
+    assert run(tmp_path).returncode == 0
+    assert starts(tmp_path) == [0, 4]
+    assert_same_run(tmp_path, quiet)
+
+
 def test_terminated_and_without_a_launcher(tmp_path, quiet):
     """SIGTERM to one rank, to torchrun, and torchrun killed: always a checkpoint of the step at hand."""
     faults = [

@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 
 from grpo.kernels import (
     triton_cached_attention,
+    triton_dropout,
+    triton_few_rows,
     triton_linear_log_probs,
     triton_log_probs,
     triton_norm_and_gate,
@@ -59,6 +61,9 @@ def kernels():
     options = triton_ratio_loss.kernel_options(65536, "k3", True, "clip")
     yield "ratio_loss", triton_ratio_loss.ratio_loss_kernel, types, options
 
+    types = "*bf16 *bf16 *i64 *i64 i64 i32 i64 i32 i32 fp32"
+    yield "dropout", triton_dropout.dropout_kernel, types, triton_dropout.kernel_options(1536)
+
     attention, norm, gate = (
         triton_cached_attention.cached_attention_kernel,
         triton_norm_and_gate.norm_kernel,
@@ -75,11 +80,21 @@ def kernels():
             "*bf16 *bf16 *bf16 *bf16 *bf16 i64 i64 fp32",
             triton_norm_and_gate.norm_options(D, True),
         )
+    for N in (16, 32):
+        types = "*bf16 *fp32 *bf16 *bf16 *bf16 *bf16 i32 i32 i64 i64 i64 fp32"
+        options = triton_few_rows.norm_linear_options(N, 1536, 4096, 96, True, 2)
+        yield f"norm_linear_{N}", triton_few_rows.norm_linear_kernel, types, options
+        types = "*bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 i64 i64 i64"
+        options = triton_few_rows.linear_add_options(N, 4096, 1536, 16, 2)
+        yield f"linear_add_{N}", triton_few_rows.linear_add_kernel, types, options
     yield "gate", gate, "*bf16 *bf16 *bf16 i64 i64", triton_norm_and_gate.gate_options(4096)
 
 
 def compile_kernel(kernel, types: str, options: dict, target: GPUTarget):
     """The compiled kernel. Pointers and 64-bit strides are taken as multiples of 16, as at production shapes."""
+    if "OVERLAP" in kernel.arg_names:  # as `overlap_options` on such a device
+        overlaps = target.backend == "cuda" and target.arch >= 90
+        options = {**options, "OVERLAP": overlaps, **({"launch_pdl": True} if overlaps else {})}
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     types = types.split()
     signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")

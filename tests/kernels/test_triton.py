@@ -18,7 +18,9 @@ ROOT = HERE.parents[1]
 CHECKS = sorted(path.name for path in (HERE / "triton_checks").glob("check_*.py"))
 # Shared memory that one block may use, bytes.
 TARGETS = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx942": 65_536}
-MATRIX_KERNELS = {"linear_768", "linear_3200"}
+MATRIX_KERNELS = {"linear_768", "linear_3200"} | {
+    f"{name}_{rows}" for name in ("norm_linear", "linear_add") for rows in (16, 32)
+}
 
 
 def run(*arguments, **variables):

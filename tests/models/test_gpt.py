@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from grpo.kernels import Dropout, drop_features
 from grpo.models import GPT, ClassCondition, Condition, GPTConfig
 from grpo.models.gpt import rotary_table
 
@@ -123,12 +124,18 @@ def test_rows_see_only_what_was_before_them_in_either_mode(gpt, expected, length
 
 
 @torch.no_grad()
-def test_class_dropout_is_for_training_only():
-    model = small_gpt(class_dropout=1.0)
+def test_dropout_is_where_masks_are_given_whatever_the_mode():
+    model, plain = small_gpt(dropout=0.5, class_dropout=1.0), small_gpt()
     tokens, class_ids = torch.randint(24, (3, 4)), torch.tensor([0, 1, 2])
-    conditional, unconditional = model(tokens, class_ids), model(tokens, torch.full_like(class_ids, 5))
-    assert not torch.allclose(conditional, unconditional)
-    assert torch.equal(model.train()(tokens, class_ids), unconditional)
+    masks = Dropout(torch.arange(3))
+    for mode in (True, False):
+        model.train(mode)
+        assert torch.equal(model(tokens, class_ids), plain(tokens, class_ids))
+        assert not torch.allclose(model(tokens, class_ids, masks), model(tokens, class_ids))
+        assert torch.equal(
+            model(tokens, class_ids, masks), model.hidden(tokens, class_ids, masks) @ model.output.weight.T
+        )
+    assert torch.equal(plain(tokens, class_ids, masks), plain(tokens, class_ids))  # whose rates are 0
 
 
 @torch.no_grad()
@@ -145,24 +152,38 @@ def test_a_dropped_row_is_one_of_no_class():
 
 
 @torch.no_grad()
-def test_class_dropout_draws_one_number_a_row():
-    model = small_gpt(class_dropout=0.5).train()
-    tokens, class_ids = torch.randint(24, (8, 4)), torch.arange(8) % 5
-    torch.manual_seed(3)
-    logits = model(tokens, class_ids)
-    torch.manual_seed(3)
-    dropped = torch.rand(8) < 0.5
+def test_class_dropout_makes_rows_unconditional_by_their_numbers():
+    model = small_gpt(class_dropout=0.5)
+    tokens, class_ids, masks = torch.randint(24, (8, 4)), torch.arange(8) % 5, Dropout(torch.arange(8) + 3, seed=1)
+    dropped = masks.rows(0.5, place=0)
     assert 0 < dropped.sum() < 8
-    assert torch.equal(logits, model.eval()(tokens, class_ids.masked_fill(dropped, 5)))
+    assert torch.equal(model(tokens, class_ids, masks), model(tokens, class_ids.masked_fill(dropped, 5)))
 
 
-@torch.no_grad()
-def test_dropout_is_for_training_only():
-    model = small_gpt(dropout=0.5)
-    tokens, class_ids = torch.randint(24, (3, 4)), torch.tensor([0, 1, 2])
-    assert torch.equal(model(tokens, class_ids), small_gpt()(tokens, class_ids))
-    model.train()
-    assert not torch.allclose(model(tokens, class_ids), model(tokens, class_ids))
+def test_dropout_is_that_of_the_same_masks_multiplied_by_hand():
+    """Weights, masks and gradients in fp64."""
+    model, by_hand = small_gpt(dropout=0.3).double(), small_gpt().double()
+    tokens, class_ids, masks = torch.randint(24, (3, 8)), torch.tensor([0, 4, 5]), Dropout(torch.tensor([7, 0, 2**40]))
+
+    def factor(layer, place):
+        ones = torch.ones(3, 9, 32, dtype=torch.float64)
+        return drop_features(ones, 0.3, row_ids=masks.row_ids, seed=0, layer=torch.tensor(layer), place=place)
+
+    by_hand.layers[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor(0, 1),))
+    for number, block in enumerate(by_hand.layers, start=1):
+        for place, module in enumerate((block.attention, block.feed_forward)):
+            scale = factor(number, place)
+            module.register_forward_hook(lambda *seen, scale=scale: seen[-1] * scale)
+
+    def loss(model, *masks):
+        return model.hidden(tokens, class_ids, *masks).square().mul(torch.arange(32.0)).sum()
+
+    ours, expected = loss(model, masks), loss(by_hand)
+    assert_close(ours, expected)
+    gradients = torch.autograd.grad(ours, list(model.parameters()), allow_unused=True)  # not of the projection
+    by_hand_gradients = torch.autograd.grad(expected, list(by_hand.parameters()), allow_unused=True)
+    for gradient, other in zip(gradients[:-1], by_hand_gradients[:-1], strict=True):
+        assert_close(gradient, other)
 
 
 def test_rotary_angles_follow_the_image_row_then_the_column():

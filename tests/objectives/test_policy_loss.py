@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo.objectives import policy_loss, token_weights
+from grpo.objectives import highest_entropy, policy_loss, token_weights
 
 OLD = torch.full((1, 2, 2), -1.0)
 # Ratios 1.5 and 0.5 in the first completion (advantage 2), 1.5 and 0.9 in the second (advantage -1).
@@ -52,9 +52,31 @@ def test_kl_estimators_by_hand(kl, expected, loss):
     assert (metrics["kl_ref"] / metrics["tokens"]).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+def test_kl_of_sequences_by_hand(loss):
+    """d = (1.0 + 0.2) / 2 in one sequence, -0.4 in the other; the coefficient is 3, the mean is over two sequences."""
+    difference = torch.tensor([[[1.0, 0.2], [-0.7, -0.1]]])
+    penalty = {"ref_log_probs": NEW + difference, "kl": "k3", "kl_coef": 3.0, "kl_level": "sequence"}
+    plain, before = policy_loss(NEW, OLD, ADVANTAGES, loss=loss, **CLIP)
+    penalised, metrics = policy_loss(NEW, OLD, ADVANTAGES, loss=loss, **CLIP, **penalty)
+    estimates = [math.exp(d) - d - 1 for d in (0.6, -0.4)]
+    assert (penalised - plain).item() == pytest.approx(3 * sum(estimates) / 2, rel=1e-5)
+    assert metrics["kl_ref"].item() == pytest.approx(sum(estimates), rel=1e-5)
+    assert metrics["kl_loss"].item() == pytest.approx(3 * sum(estimates) / 2, rel=1e-5)
+    assert (metrics["sequences"], metrics["tokens"]) == (2, 4)
+    assert metrics["ratio"] == before["ratio"]
+
+
+def test_a_sequence_without_weight_is_left_out():
+    weights = torch.tensor([[[0.25, 0.25], [0.0, 0.0]]])
+    loss, metrics = policy_loss(NEW, OLD, ADVANTAGES, loss="gspo", weights=weights, **CLIP)
+    assert loss.item() == pytest.approx(-math.sqrt(0.75))
+    assert metrics["sequences"] == 1
+
+
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
-@pytest.mark.parametrize("kl", ["none", "k1", "k2", "k3"])
-def test_gradients_in_fp64(loss, kl):
+@pytest.mark.parametrize(("kl", "level"), [(kl, "token") for kl in ("none", "k1", "k2", "k3")] + [("k3", "sequence")])
+def test_gradients_in_fp64(loss, kl, level):
     """Finite differences, away from the kinks of the clip; cispo's ratio is a constant, so its truth differs."""
     generator = torch.Generator().manual_seed(3)
     shape = (2, 3, 5)
@@ -62,7 +84,15 @@ def test_gradients_in_fp64(loss, kl):
     new = (old + 0.8 * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
     advantages = torch.randn(shape[:2], generator=generator, dtype=torch.float64)
     weights = token_weights(shape, loss=loss, sequences=6, keep=torch.rand(shape, generator=generator) < 0.8).double()
-    arguments = {"weights": weights, "loss": loss, "ref_log_probs": old - 0.3, "kl": kl, "kl_coef": 0.05, **CLIP}
+    arguments = {
+        "weights": weights,
+        "loss": loss,
+        "ref_log_probs": old - 0.3,
+        "kl": kl,
+        "kl_coef": 0.05,
+        "kl_level": level,
+        **CLIP,
+    }
 
     def value(log_probs):
         return policy_loss(log_probs, old, advantages, **arguments)[0]
@@ -70,6 +100,9 @@ def test_gradients_in_fp64(loss, kl):
     if loss == "cispo":
         bounded = (new.detach() - old).exp().clamp(0.8, 1.3)
         difference = old - 0.3 - new
+        if level == "sequence":
+            share = weights / weights.sum(dim=-1, keepdim=True)
+            difference = (share * difference).sum(dim=-1, keepdim=True)
         penalty = {"none": 0 * new, "k1": -difference, "k2": difference**2 / 2, "k3": difference.exp() - difference - 1}
         truth = (weights * (0.05 * penalty[kl] - bounded * advantages[..., None] * new)).sum()
         torch.testing.assert_close(*(torch.autograd.grad(x, new)[0] for x in (value(new), truth)))
@@ -85,6 +118,13 @@ def test_weights_are_the_documented_means():
     torch.testing.assert_close(dapo, keep / 6.0)
     torch.testing.assert_close(token_weights((1, 2, 4), loss="dr_grpo", sequences=2, keep=keep), keep / 8.0)
     torch.testing.assert_close(token_weights((1, 2, 4), loss="gspo", sequences=2), torch.full((1, 2, 4), 1 / 8))
+
+
+def test_positions_of_highest_entropy():
+    entropy = torch.tensor([[0.1, 0.4, 0.3, 0.2], [1.0, 1.0, 1.0, 1.0]], requires_grad=True)
+    chosen = highest_entropy(entropy, 2)
+    assert chosen[0].tolist() == [False, True, True, False]
+    assert chosen[1].sum() == 2  # as many where all are alike
 
 
 def test_unknown_loss_is_refused():

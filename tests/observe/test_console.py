@@ -101,3 +101,17 @@ def test_a_phase_inside_another_is_counted_once(monkeypatch):
             timer("encode")(encode)(0.25)  # a phase can also wrap a function
             now += 1.0
     assert timer.read() == {"seconds/encode": 0.5, "seconds/rollout": 4.0, "seconds/step": 4.5}
+
+
+def test_a_part_of_a_phase_is_counted_to_both(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    timer = PhaseTimer()
+    with timer("reward"):
+        now += 1.0
+        with timer("reward/clip"):
+            now += 2.0
+        with timer("decode"):
+            now += 4.0
+    times = {"seconds/reward": 3.0, "seconds/reward/clip": 2.0, "seconds/decode": 4.0, "seconds/step": 7.0}
+    assert timer.read() == times

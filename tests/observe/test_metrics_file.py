@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from grpo.observe import MetricsFile, read_metrics
@@ -55,3 +56,12 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 
 def test_no_file_has_no_metrics(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("garbage", ["\0\0", "{", "[1]", "3", '{"loss": 1}', '{"step": "x"}', "[" * 100_000, "\udcff"])
+def test_a_line_of_garbage_costs_that_line(tmp_path, garbage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + garbage + '\n{"step": 2}\n', errors="surrogateescape")
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    MetricsFile(path, start_step=2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

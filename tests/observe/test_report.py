@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from grpo.observe import MetricsFile, image_grid, write_report
-from grpo.observe.charts import MAX_POINTS, curve, ticks
+from grpo.observe import History, MetricsFile, image_grid, write_report
+from grpo.observe.charts import curve, ticks
+from grpo.observe.history import MAX_POINTS
 
 
 @pytest.fixture
@@ -100,6 +101,11 @@ def test_the_first_and_the_last_samples_are_shown(run_dir):
     assert (captions[0], captions[-1]) == ("1", "91")
 
 
+def test_other_files_among_the_samples_are_left_alone(run_dir):
+    (run_dir / "samples/step-best.png").write_text("not a grid")
+    assert "Step 91" in write_report(run_dir, title="GRPO").read_text()
+
+
 def test_an_empty_run_has_a_report(tmp_path):
     text = write_report(tmp_path, title="GRPO").read_text()
     Page(text)
@@ -107,28 +113,37 @@ def test_an_empty_run_has_a_report(tmp_path):
 
 
 def test_several_jobs_in_one_report(run_dir):
-    curves = [("Tokenizer", run_dir / "metrics.jsonl"), ("GPT", run_dir / "none.jsonl")]
+    curves = [("Tokenizer", History.read(run_dir / "metrics.jsonl")), ("GPT", History.read(run_dir / "none.jsonl"))]
     text = write_report(run_dir, title="quickstart", curves=curves).read_text()
     assert "<h2>Tokenizer</h2>" in text
     assert "<h2>GPT</h2>" not in text
 
 
+def losses(values):
+    history = History()
+    for step, value in enumerate(values, 1):
+        history.add(step, {"step": step, "loss": value})
+    return history.series["loss"]
+
+
 def test_a_curve_leaves_out_what_is_not_a_number():
-    shown = curve("Loss", "loss", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 4.0}])
+    shown = curve("Loss", losses([2.0, None, 4.0]))
     assert shown.points == [(1, 2), (3, 4)]
-    assert curve("Loss", "loss", [{"step": 1, "loss": 2.0}, {"step": 2}]) is None
+    assert curve("Loss", losses([2.0, None])) is None
 
 
 def test_a_long_curve_is_thinned_to_means():
-    shown = curve("Loss", "loss", [{"step": step, "loss": step % 2} for step in range(1, 2001)])
+    series = losses([step % 2 for step in range(1, 20_001)])
+    assert len(series.points()) <= 2 * MAX_POINTS
+    shown = curve("Loss", series)
     assert len(shown.points) <= MAX_POINTS
-    assert shown.points[-1][0] == 2000
+    assert shown.points[-1][0] == 20_000
     assert sum(value for _, value in shown.points) / len(shown.points) == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-12, 1e30])
 def test_a_constant_curve_has_a_scale(value):
-    shown = curve("Loss", "loss", [{"step": 1, "loss": value}, {"step": 2, "loss": value}])
+    shown = curve("Loss", losses([value, value]))
     assert all(0 <= x <= 420 and 0 <= y <= 210 for x, y in shown.pixels)
     assert len(shown.y_ticks) >= 2
 

@@ -11,6 +11,8 @@ from grpo.parallel import all_reduce_sums, barrier, distributed, run_main
 
 def main(arguments: Sequence[str]) -> None:
     how = arguments[0]
+    if how == "rank 1 early" and os.environ["RANK"] == "1":
+        raise UserError("only here")
     with distributed(60) as world:
         if how == "rank 1 alone":
             if world.rank == 1:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo.config import UserError
-from grpo.parallel import distributed, run_main
+from grpo.parallel import distributed, launcher, run_main
 from tests.parallel.torchrun import run_two_ranks
 
 
@@ -45,10 +45,11 @@ def test_user_error_is_plain_lines(monkeypatch, capfd):
     assert capfd.readouterr().err == "one\ntwo\n"
 
 
-def test_rank_zero_speaks_before_the_group_is_up(monkeypatch, capfd):
+def test_who_is_not_ended_with_rank_zero_speaks_for_itself(monkeypatch, capfd):
+    monkeypatch.setattr(launcher, "_ALONE_SECONDS", 0.1)
     monkeypatch.setenv("RANK", "1")
     assert exit_code(monkeypatch, UserError("one")) == 2
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == f"rank 1 on {os.uname().nodename}: one\n"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,38 @@ def test_error_of_one_rank_is_told_once_and_nobody_hangs():
     assert result.returncode == 1
     assert result.stderr.count("first line\nsecond line\n") == 1
     assert "grpo/parallel/launcher.py" not in result.stderr  # no traceback but torchrun's own
+
+
+def test_a_problem_of_one_rank_before_the_group_is_up_is_told():
+    result = run_two_ranks("tests/parallel/failing.py", "rank 1 early")
+    assert result.returncode == 1
+    assert result.stderr.count(f"rank 1 on {os.uname().nodename}: only here\n") == 1
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "abc"},
+        {"WORLD_SIZE": "0"},
+        {"RANK": "2"},
+        {"RANK": "-1"},
+        {"LOCAL_RANK": "5"},
+        {"WORLD_SIZE": "1e3"},
+        {"LOCAL_WORLD_SIZE": None},
+        {"MASTER_PORT": None},
+        {"MASTER_PORT": "x"},
+        {"MASTER_PORT": "70000"},
+        {"MASTER_ADDR": None},
+    ],
+    ids=str,
+)
+def test_a_broken_launch_environment_is_told(monkeypatch, environment):
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "29400"}  # fmt: skip
+    for name, value in (whole | environment).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{next(iter(environment))}.*start with torchrun"), distributed(60):
+        pass
 
 
 def test_group_forms_again_after_a_killed_rank():

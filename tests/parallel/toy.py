@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.config import ActivationCheckpoint, Compile, Parallel, Training
+from grpo.kernels import Dropout
 from grpo.models import GPT, GPTConfig
 from grpo.parallel import World, build_mesh, parallelize
 
-CONFIG = GPTConfig(dim=32, n_layer=3, n_head=2, vocab_size=50, block_size=16, num_classes=5, multiple_of=32)
+RATES = {"dropout": 0.1, "class_dropout": 0.5}  # which act where masks are given
+CONFIG = GPTConfig(dim=32, n_layer=3, n_head=2, vocab_size=50, block_size=16, num_classes=5, multiple_of=32, **RATES)
 
 
 def make_model() -> GPT:
@@ -28,18 +30,19 @@ def make_batch(step: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
     return tokens, torch.randint(0, CONFIG.num_classes + 1, (size,), generator=generator)
 
 
-def loss_sum(model: nn.Module, tokens: Tensor, class_ids: Tensor) -> Tensor:
+def loss_sum(model: nn.Module, tokens: Tensor, class_ids: Tensor, dropout: Dropout | None = None) -> Tensor:
     """Summed cross-entropy, with the output projection applied outside of the model's forward."""
-    hidden = model.hidden(tokens[:, :-1], class_ids)  # [B, T, D]
+    hidden = model.hidden(tokens[:, :-1], class_ids, dropout)  # [B, T, D]
     logits = F.linear(hidden, model.output.weight).float()
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
 
 
-def plain_gradients(step: int = 0) -> dict[str, Tensor]:
+def plain_gradients(step: int = 0, *, drops: bool = False) -> dict[str, Tensor]:
     """Gradients of the mean loss over the whole batch, by parameter name, without any of `grpo.parallel`."""
     model = make_model()
     tokens, class_ids = make_batch(step)
-    (loss_sum(model, tokens, class_ids) / tokens.numel()).backward()
+    dropout = Dropout(torch.arange(len(tokens))) if drops else None
+    (loss_sum(model, tokens, class_ids, dropout) / tokens.numel()).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from grpo.config import Optimizer
+from grpo.kernels import Dropout
 from grpo.models import GPT
 from grpo.parallel import (
     World,
@@ -27,14 +28,18 @@ from grpo.training import GuardedOptimizer, MovingAverage
 from tests.parallel.toy import CONFIG, loss_sum, make_batch, make_model, make_parallel, plain_gradients, relative_error
 
 
-def gradients_equal_plain(world: World, *, parts: int = 1, sync_last_only: bool = False, **how) -> None:
+def gradients_equal_plain(
+    world: World, *, parts: int = 1, sync_last_only: bool = False, drops: bool = False, **how
+) -> None:
     model = make_parallel(world, **how)
     tokens, class_ids = make_batch()
-    mine = [tensor.chunk(world.size)[world.rank].chunk(parts) for tensor in (tokens, class_ids)]
-    for part, (some_tokens, some_ids) in enumerate(zip(*mine, strict=True)):
+    batch = tokens, class_ids, torch.arange(len(tokens))
+    mine = [tensor.chunk(world.size)[world.rank].chunk(parts) for tensor in batch]
+    for part, (some_tokens, some_ids, row_ids) in enumerate(zip(*mine, strict=True)):
         gradient_sync(model, not sync_last_only or part == parts - 1)
-        (loss_sum(model, some_tokens, some_ids) * world.size / tokens.numel()).backward()
-    for name, expected in plain_gradients().items():
+        dropout = Dropout(row_ids) if drops else None
+        (loss_sum(model, some_tokens, some_ids, dropout) * world.size / tokens.numel()).backward()
+    for name, expected in plain_gradients(drops=drops).items():
         gradient = model.get_parameter(name).grad.full_tensor()
         assert relative_error(gradient, expected) < 2e-5, name
 
@@ -161,6 +166,13 @@ CHECKS = {
     "accumulation, one reduction": lambda world: gradients_equal_plain(world, parts=4, sync_last_only=True),
     "accumulation, hsdp, recomputation": lambda world: gradients_equal_plain(
         world, parts=2, sync_last_only=True, data_parallel="hsdp", shard_size=1, recompute="full"
+    ),
+    "dropout": lambda world: gradients_equal_plain(world, drops=True),
+    "dropout, accumulation, full recomputation": lambda world: gradients_equal_plain(
+        world, drops=True, parts=2, recompute="full"
+    ),
+    "dropout, hsdp, selective recomputation": lambda world: gradients_equal_plain(
+        world, drops=True, data_parallel="hsdp", shard_size=1, recompute="selective"
     ),
     "clipping": clipped_norm_is_global,
     "gathered": gathered_stays_gathered,

@@ -52,7 +52,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     torch.manual_seed(0)
     (folder / "pretrained").mkdir()
-    save_weights(folder / "pretrained/c2i_B_256.pt", GPT(SIZES(num_classes=1000)).state_dict())
+    generator = GPT(SIZES(num_classes=1000))
+    torch.nn.init.normal_(generator.output.weight, std=0.1)  # at zero nothing below it would have a gradient
+    save_weights(folder / "pretrained/c2i_B_256.pt", generator.state_dict())
     tokenizer = VQModel(TOKENIZER_SPECS["VQ-tiny"].config(codebook_size=32))
     save_weights(folder / "pretrained/vq_ds16_c2i.pt", tokenizer.state_dict())
     shapes = {
@@ -102,7 +104,9 @@ def test_every_command_of_the_page(place, monkeypatch):
     assert tuned.config.num_classes == 4
     assert tuned.config.class_names == tuple(CLASSES)
     assert tuned.cls_embedding.embedding_table.weight.shape == (5, 64)
-    torch.testing.assert_close(tuned.cls_embedding.embedding_table.weight, before[-1:].expand(5, -1), atol=0.01, rtol=0)
+    table = tuned.cls_embedding.embedding_table.weight
+    torch.testing.assert_close(table, before[-1:].expand(5, -1), atol=0.01, rtol=0)
+    assert not torch.equal(table[0], before[-1])
     for name in ("runs/grpo/model.safetensors", "own.safetensors"):
         assert read_config(name)["class_names"] == CLASSES
     assert load_gpt("own.pt", tuned.config).config.num_classes == 4
@@ -121,11 +125,17 @@ def test_new_classes_beside_imagenets_embeddings_alone(place, monkeypatch, tmp_p
     """1,000 classes keep their rows, four come after them, and the unconditional one moves to the end."""
     monkeypatch.chdir(place)
     flags = ["--model.num_classes", "1004", "--model.class_dropout", "0", "--model.trained", "embeddings"]
-    run(f"{TUNE} --metrics.run_dir {tmp_path}", *flags, "--optimizer.lr", "0.01")
-    before, after = read_weights("pretrained/c2i_B_256.pt"), read_weights(tmp_path / "model.safetensors")
-    assert read_config(tmp_path / "model.safetensors")["class_names"] == [*imagenet_names(), *CLASSES]
+    flags += ["--optimizer.lr", "0.01", "--optimizer.schedule", "constant"]
+    run(f"{TUNE} --metrics.run_dir {tmp_path}/whole", *flags)
+    run(f"{TUNE} --metrics.run_dir {tmp_path}/broken --training.steps 1", *flags)
+    run(f"{TUNE} --metrics.run_dir {tmp_path}/broken", *flags)
+    whole, broken = (tmp_path / name / "model.safetensors" for name in ("whole", "broken"))
+    assert broken.read_bytes() == whole.read_bytes()
+    before, after = read_weights("pretrained/c2i_B_256.pt"), read_weights(whole)
+    assert read_config(whole)["class_names"] == [*imagenet_names(), *CLASSES]
     assert torch.equal(after[TABLE][:1000], before[TABLE][:1000])
     assert torch.equal(after[TABLE][1004], before[TABLE][1000])
+    assert (after[TABLE][1000:1004] != before[TABLE][1000]).any(dim=1).all()
     assert all(torch.equal(after[name], before[name]) for name in before if name != TABLE)
 
 

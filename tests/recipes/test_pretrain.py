@@ -50,9 +50,9 @@ def test_loss_falls_from_that_of_chance(run_here, tiny, tmp_path):
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, tiny, tmp_path):
-    """With class dropout, whose random numbers must go on where they stopped, and a moving average of the weights."""
+    """With both dropouts, whose random numbers must go on where they stopped, and a moving average of the weights."""
     flags = [*tiny, "--training.batch_size", 4, "--model.class_dropout", 0.5, "--data.cache_codes", "true"]
-    flags += ["--training.ema_decay", 0.9]
+    flags += ["--model.dropout", 0.2, "--training.ema_decay", 0.9]
     whole = run_here("pretrain", *flags, "--training.steps", 4, "--metrics.run_dir", tmp_path / "whole")
     broken = [*flags, "--metrics.run_dir", tmp_path / "broken"]
     run_here("pretrain", *broken, "--training.steps", 2)
@@ -68,7 +68,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run_here, tiny, tm
 
 
 def test_two_processes_accumulation_and_the_cache_of_codes_change_nothing(run_here, run_on_two, tiny, tmp_path):
+    """With both dropouts, whose masks are those of the images."""
     flags = [*tiny, "--training.steps", 3, "--checkpoint.save_final", "false"]
+    flags += ["--model.dropout", 0.2, "--model.class_dropout", 0.5]
     one = run_here("pretrain", *flags, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "one")
     parts = ["--training.batch_size", 8, "--training.micro_batch_size", 2, "--data.cache_codes", "true"]
     two = run_on_two("pretrain", *flags, *parts, "--metrics.run_dir", tmp_path / "two")

@@ -77,6 +77,14 @@ def test_what_the_signature_names_is_given(build, batch, signature, expression, 
     assert (scores.dtype, scores.tolist()) == (torch.float32, expected)
 
 
+def test_prompts_take_the_place_of_classes(write, context, batch):
+    texts = replace(context, has_prompts=True)
+    reward = PythonFunction(settings(write("def f(images, prompts):\n    return [len(p) for p in prompts]")), texts)
+    assert reward(replace(batch, captions=["a cat", "two cats"])).tolist() == [5, 8, 8]
+    with pytest.raises(UserError, match=r"this model has no class_ids and no class_names$"):
+        PythonFunction(settings(write("def f(images, class_ids): ...")), texts)
+
+
 def test_what_is_given_may_be_written_into(build, batch):
     source = """
 def f(images, class_ids, real_images, tokens):
@@ -120,6 +128,7 @@ def test_numbers_of_many_kinds(build, batch, expression):
         ("[1.0, None, 2.0]", "list"),
         ("{'reward': 1.0}", "dict"),
         ("(x for x in images)", "generator"),
+        ("torch.empty(3, device='meta')", "[3] of float32 on meta"),
     ],
 )
 def test_other_returns_stop_the_run(build, batch, expression, found):
@@ -155,7 +164,7 @@ def test_a_lack_of_memory_is_left_to_the_launcher(build, batch):
         ("import helpers_beside_it", {}, "No module named 'helpers_beside_it'; modules beside the file are not found"),
         ("def f(): ...", {}, "my_rewards.py:1: cannot call f: too many positional arguments"),
         ("def f(images, radius): ...", {}, "cannot call f: missing a required argument: 'radius'"),
-        ("def f(images, prompts): ...", {}, "missing a required argument: 'prompts'.*there are no prompts yet"),
+        ("def f(images, prompts): ...", {}, "missing a required argument: 'prompts'.*this model has no prompts"),
         ("def f(images): ...", {"arguments": {"radius": 3}}, "got an unexpected keyword argument 'radius'"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from grpo.config import Compile, Rewards, UserError
 from grpo.data import to_image
 from grpo.models import ClassCondition, Classifier, ClassifierConfig, load_classifier, save_weights, to_uint8
-from grpo.rewards import DecodedBatch, Reward, RewardSum, build_rewards
+from grpo.rewards import DecodedBatch, PopulationReward, Reward, RewardSum, RewardWatch, Term, build_rewards
 from grpo.rewards.class_log_prob import ClassLogProb
 from grpo.rewards.embedding_cosine import EmbeddingCosine
 from grpo.rewards.jpeg_size import JPEGSize
@@ -79,7 +79,7 @@ def test_embedding_cosine_is_zero_for_the_real_codes_own_vectors(tokenizer, cont
 def test_weighted_sum_over_any_batches(tokenizer, rollout, batch_size, mode):
     """In both modes the 3 x 4 completions are scored as a naive computation does it."""
     tokens, condition, real = rollout
-    terms = {"square": (reconstruction("l2"), 2.0), "absolute": (reconstruction("l1"), -0.5)}
+    terms = {"square": Term(reconstruction("l2"), 2.0), "absolute": Term(reconstruction("l1"), -0.5)}
     shape = SHAPES[mode]
     rewarded = RewardSum(tokenizer, terms, batch_size=batch_size)(tokens.view(*shape, 16), condition, real, show=2)
     images = tokenizer.decode(tokens).view(3, 4, 3, 16, 16)
@@ -88,12 +88,12 @@ def test_weighted_sum_over_any_batches(tokenizer, rollout, batch_size, mode):
     torch.testing.assert_close(rewarded.components, torch.stack([l2, l1]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rewarded.total, 2 * l2 - 0.5 * l1, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rewarded.images, images[:2], rtol=1e-4, atol=1e-5)
-    assert (rewarded.names, rewarded.weights, rewarded.abstained) == (["square", "absolute"], [2.0, -0.5], {})
+    assert rewarded.terms == terms
 
 
 def test_both_modes_and_naive_batches_agree_in_every_bit(tokenizer, rollout):
     tokens, condition, real = rollout
-    total = RewardSum(tokenizer, {"rec": (reconstruction("l2"), 1.0)}, batch_size=6)  # so batches of one group
+    total = RewardSum(tokenizer, {"rec": Term(reconstruction("l2"))}, batch_size=6)  # so batches of one group
     forced, free = (total(tokens.view(*shape, 16), condition, real).total for shape in SHAPES.values())
     naive = [-(tokenizer.decode(tokens[4 * i : 4 * i + 4]) - real[i]).square().mean(dim=(1, 2, 3)) for i in range(3)]
     assert torch.equal(forced, torch.stack(naive))
@@ -120,13 +120,13 @@ def test_conditions_and_phases_go_with_their_completions(tokenizer, rollout):
         phases.append(phase)
         yield
 
-    rewarded = RewardSum(tokenizer, {"fixed": (reward, 1.0)}, batch_size=5)(
+    rewarded = RewardSum(tokenizer, {"fixed": Term(reward)}, batch_size=5)(
         tokens.view(12, 1, 16), condition, real, timer=timer
     )
     assert reward.asked == [3] * 4 + [0] * 4 + [1] * 4
     assert torch.equal(rewarded.total, torch.arange(12.0).view(12, 1))
     assert rewarded.images.numel() == 0
-    assert phases == ["reward", "decode", "decode", "decode"]
+    assert phases == ["reward", *["decode", "reward/fixed"] * 3]
 
 
 VALUES = [1.0, NAN, 4.0, 1.0, NAN, NAN, NAN, NAN, 5.0, 6.0, 7.0, 8.0]
@@ -136,12 +136,13 @@ VALUES = [1.0, NAN, 4.0, 1.0, NAN, NAN, NAN, NAN, 5.0, 6.0, 7.0, 8.0]
 def test_who_abstains_neither_helps_nor_hurts(tokenizer, rollout, mode):
     """NaN counts as the mean of the group's others, and as 0 where the whole group abstains."""
     tokens, condition, real = rollout
-    terms = {"sure": (Fixed(range(12), may_abstain=False), 1.0), "shy": (Fixed(VALUES, may_abstain=True), 10.0)}
+    terms = {"sure": Term(Fixed(range(12), may_abstain=False)), "shy": Term(Fixed(VALUES, may_abstain=True), 10.0)}
     rewarded = RewardSum(tokenizer, terms, batch_size=5)(tokens.view(*SHAPES[mode], 16), condition, real)
     filled = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0, 0.0, 0.0, 0.0, 5.0, 6.0, 7.0, 8.0]).view(SHAPES[mode])
-    assert torch.equal(rewarded.components[1], filled)
+    torch.testing.assert_close(
+        rewarded.components[1], torch.tensor(VALUES).view(SHAPES[mode]), rtol=0, atol=0, equal_nan=True
+    )
     assert torch.equal(rewarded.total, torch.arange(12.0).view(SHAPES[mode]) + 10 * filled)
-    assert torch.equal(rewarded.abstained["shy"], torch.tensor(VALUES).isnan().view(SHAPES[mode]))
     metrics = rewarded.metrics().means()
     assert metrics["reward/shy_abstained"] == pytest.approx(5 / 12)
     assert metrics["reward/shy_mean"] == pytest.approx(32 / 7)  # of those that have an opinion
@@ -155,7 +156,7 @@ def test_other_non_finite_rewards_stay_so(tokenizer, rollout, value, may_abstain
     """They are faults: the step with them is skipped."""
     tokens, condition, real = rollout
     reward = Fixed([value, NAN, *range(10)], may_abstain=may_abstain)
-    total = RewardSum(tokenizer, {"it": (reward, 1.0)}, batch_size=0)(tokens.view(3, 4, 16), condition, real).total
+    total = RewardSum(tokenizer, {"it": Term(reward)}, batch_size=0)(tokens.view(3, 4, 16), condition, real).total
     assert not total[0, :2].isfinite().any()
     assert total[1:].isfinite().all()
 
@@ -167,11 +168,12 @@ def build(tables, tokenizer, **changes):
 
 def test_built_from_a_recipe(tokenizer, classifier_file):
     tables = {
-        "near": Reconstruction.Settings(kind="reconstruction"),
+        "near": Reconstruction.Settings(kind="reconstruction", normalise="batch", separate=True),
         "off": Reconstruction.Settings(kind="reconstruction", weight=0),
         "class": ClassLogProb.Settings(kind="class_log_prob", weight=0.5, checkpoint=classifier_file),
     }
-    assert {name: weight for name, (_, weight) in build(tables, tokenizer).terms.items()} == {"near": 1, "class": 0.5}
+    assert {name: term.weight for name, term in build(tables, tokenizer).terms.items()} == {"near": 1, "class": 0.5}
+    assert build(tables, tokenizer).terms["near"][1:] == (1.0, "batch", True)
     tables["other"] = ClassLogProb.Settings(kind="class_log_prob", checkpoint="missing.safetensors")
     with pytest.raises(UserError) as error:
         build(tables, tokenizer, class_names="abcdefghij")
@@ -180,6 +182,65 @@ def test_built_from_a_recipe(tokenizer, classifier_file):
     assert "knows 4 classes, model.num_classes is 10" in first
     assert second.startswith("reward.other: ")
     assert "missing.safetensors" in second
+
+
+class Rank(PopulationReward):
+    """The place of each completion's mean among those of the whole rollout; remembers how many it has seen."""
+
+    def __init__(self):
+        self.seen = torch.zeros((), dtype=torch.int64)
+
+    def features(self, batch):
+        return batch.images.mean(dim=(1, 2, 3))[:, None]
+
+    def score(self, features):
+        self.seen += len(features)
+        return features[:, 0].argsort().argsort()
+
+    def state_tensors(self):
+        return {"seen": self.seen}
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_a_population_is_scored_when_all_of_it_is_there(tokenizer, rollout, batch_size):
+    tokens, condition, real = rollout
+    reward = RewardSum(tokenizer, {"rank": Term(Rank()), "near": Term(reconstruction("l2"))}, batch_size=batch_size)
+    rewarded = reward(tokens.view(3, 4, 16), condition, real)
+    places = tokenizer.decode(tokens).mean(dim=(1, 2, 3)).argsort().argsort()
+    assert torch.equal(rewarded.components[0], places.view(3, 4).float())
+    assert reward.state_tensors() == {"rank.seen": torch.tensor(12)}
+
+
+def step(seconds=0.1, **abstained):
+    named = {f"reward/{name}_abstained": share for name, share in abstained.items()}
+    return {"seconds/step": 1.0, "seconds/reward/shy": seconds, **named}
+
+
+def test_a_reward_that_keeps_silent_stops_the_run():
+    shy = Fixed([], may_abstain=True)
+    shy.place, shy.bad_steps, shy.most_abstained = "my_rewards.py:3", 3, 0.5
+    watch = RewardWatch({"shy": Term(shy), "sure": Term(Fixed([], may_abstain=False))})
+    assert watch(step(shy=0.5)) == ([], None)
+    told = "reward.shy: my_rewards.py:3: no opinion (NaN) of 75% of the completions of a step"
+    assert watch(step(shy=0.75)) == ([f"{told}; the run stops after 3 such steps in a row"], None)
+    assert watch(step(shy=0.75)) == watch(step(shy=0.1)) == ([], None)  # told once, and begun anew
+    assert [watch(step(shy=0.75)).problem for _ in range(3)] == [
+        None,
+        None,
+        f"{told}, 3 steps in a row; mend it, or set its weight to 0",
+    ]
+
+
+def test_a_slow_function_is_told_once():
+    shy = Fixed([], may_abstain=True)
+    shy.place = "my_rewards.py:3"
+    watch = RewardWatch({"shy": Term(shy)})
+    assert watch(step(seconds=0.9)).notes == []  # warm-up
+    assert watch(step(seconds=0.5)).notes == []
+    assert watch(step(seconds=0.6)).notes == [
+        "reward.shy: my_rewards.py:3: slow, it takes 0.60 of the 1.00 seconds of a step"
+    ]
+    assert watch(step(seconds=0.6)).notes == []
 
 
 def test_a_kind_is_found_by_its_name(tokenizer, monkeypatch):
@@ -206,3 +267,16 @@ def test_jpeg_size_is_that_of_the_file(batch, context):
     file = io.BytesIO()
     to_image(to_uint8(noise[0])).save(file, format="jpeg", quality=95)
     assert noisy[0].item() == pytest.approx(-len(file.getvalue()) / 500_000)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_a_completion_keeps_its_number(tokenizer, rollout, batch_size):
+    tokens, condition, real = rollout
+
+    class Number(Reward):
+        def __call__(self, batch):
+            return batch.completion_ids.double()
+
+    ids = torch.arange(12).flip(0).view(3, 4) * 1000
+    total = RewardSum(tokenizer, {"it": Term(Number())}, batch_size=batch_size)
+    assert torch.equal(total(tokens.view(3, 4, 16), condition, real, (), ids).total, ids.float())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,20 +10,24 @@ import torch
 from grpo.config import UserError
 from grpo.formats import read_tensors
 from grpo.jobs import train_grpo
+from grpo.rewards import Reward
 
 FLAGS = ["--config", "train_configs/debug.toml", "--metrics.image_interval", "0", "--training.max_skipped_steps", "3"]
 
 
 def reward_mean(job, bad):
-    """A reward that is not a number for the first completion of each image."""
+    """A reward that is not a number for the first completion of each batch."""
 
-    def reward(*arguments, **named):
-        rewarded = job.reward(*arguments, **named)
-        if bad():
-            rewarded = rewarded._replace(total=rewarded.total.index_fill(1, torch.tensor([0]), torch.nan))
-        return rewarded
+    class Spoilt(Reward):
+        def __init__(self, reward):
+            self.reward = reward
 
-    return job._replace(reward=reward)
+        def __call__(self, batch):
+            values = self.reward(batch)
+            return values.index_fill(0, torch.tensor([0]), torch.nan) if bad() else values
+
+    terms = {name: term._replace(reward=Spoilt(term.reward)) for name, term in job.reward.terms.items()}
+    return job._replace(reward=replace(job.reward, terms=terms))
 
 
 def loss(job, bad):

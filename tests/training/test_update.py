@@ -1,5 +1,6 @@
 """The shared-context update against the algorithm it replaces, and what its gradient must not depend on."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -55,20 +56,27 @@ def trajectory():
         ref_log_probs=log_probs + 0.1 * torch.randn(B, G, T, generator=generator),
         target_tokens=codes,
         advantages=torch.randn(B, G, generator=generator),
+        row_ids=torch.arange(B) + 100,
         completion_ids=torch.arange(B * G).view(B, G),
     )
 
 
-def make_update(model, *, micro_batch, step=B * G, objective, images=B, temperature=1.0, **rollout):
+def make_update(
+    model, *, micro_batch, step=B * G, objective, images=B, temperature=1.0, epochs=1, passes=(False,), **rollout
+):
     """An update that keeps gradients, for rollouts of `images` x G completions and `step` completions a step."""
     schedule = Schedule(
         ranks=1,
         images=images,
         group_size=G,
         completions_per_step=step,
+        epochs=epochs,
         micro_batch_size=micro_batch,
-        trains_sampling_forward=rollout.get("mode") != "autoregressive" and step == images * G,
+        trains_sampling_forward=(
+            rollout.get("mode") != "autoregressive" and step == images * G and epochs == 1 and False in passes
+        ),
         scores_targets=objective.aux_ce_weight > 0,
+        dropout_passes=passes,
     )
     draw = Draw(temperature=temperature)
     rollout = Rollout(batch_size=images, num_generations=G, **rollout)
@@ -141,6 +149,51 @@ def test_gradient_does_not_depend_on_the_micro_batch(model, trajectory, loss, mi
     assert relative_difference(cut, whole) < 1e-5
 
 
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
+def test_terms_of_whole_sequences_and_chosen_tokens_do_not_depend_on_the_micro_batch(model, trajectory, loss):
+    objective = Objective(
+        loss=loss, clip_range=0.2, kl="k3", kl_coef=3.0, kl_level="sequence", entropy_token_share=0.3,
+        use_token_dropout=True, entropy_weight=0.01, entropy_target=0.5,
+    )  # fmt: skip
+    updates = [make_update(model, micro_batch=size, objective=objective) for size in (B * G, 3, 1)]
+    sums = [update(replace(trajectory)) for update in updates]
+    whole, *cut = [update.optimizer.gradients[0] for update in updates]
+    assert all(relative_difference(gradient, whole) < 1e-5 for gradient in cut)
+    weights = [update.entropy_control.weight for update in updates]
+    assert weights[1:] == [pytest.approx(weights[0], rel=1e-6)] * 2
+    assert weights[0] != 0.01
+    whole, *cut = [metrics.means() for metrics in sums]
+    assert {"kl", "ratio", "loss", "entropy_weight"} <= whole.keys()
+    assert cut == [pytest.approx(whole, rel=1e-5, abs=1e-8)] * 2
+
+
+def test_policy_loss_of_the_tokens_with_the_highest_entropy(model, trajectory):
+    """Against logits in full: the mean over 5 of 16 positions of a context, the same in all of its completions."""
+    objective = Objective(clip_range=0.2, entropy_token_share=0.3)
+    (ours,) = gradients(model, trajectory, micro_batch=3, objective=objective)
+    log_probs = model(trajectory.context, trajectory.condition).log_softmax(dim=-1)  # [B, T, V]
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    chosen = (entropy >= entropy.sort(dim=-1, descending=True).values[:, 4:5]).float()[:, None]  # [B, 1, T]
+    assert chosen.sum() == 5 * B
+    new = log_probs[:, None].expand(-1, G, -1, -1).gather(-1, trajectory.tokens[..., None])[..., 0]  # [B, G, T]
+    surrogate = -trajectory.advantages[..., None] * (new - new.detach()).exp()
+    theirs = torch.autograd.grad((chosen * surrogate).sum() / (5 * B * G), list(model.parameters()))
+    assert relative_difference(ours, theirs) < 1e-5
+
+
+def test_epochs_go_through_the_same_steps_in_the_same_order(model, trajectory):
+    """Old log-probs are scored once, before the first step; the weights stay as they are here."""
+    objective = Objective(clip_range=0.2, aux_ce_weight=0.1)
+    once = gradients(model, trajectory, micro_batch=3, step=B * G // 2, objective=objective)
+    forwards = count_forwards(model)
+    update = make_update(model, micro_batch=3, step=B * G // 2, objective=objective, epochs=3)
+    assert (update.schedule.steps_per_rollout, update.schedule.on_policy) == (6, False)
+    update(trajectory)
+    assert len(forwards) == math.ceil(B / 3) + 3 * 2 * math.ceil(B / 2 / 3)
+    for taken, expected in zip(update.optimizer.gradients, once * 3, strict=True):
+        assert relative_difference(taken, expected) == 0
+
+
 def test_parts_of_a_rollout_add_up_to_one_step(model, trajectory):
     """A teacher-forced rollout may come in parts, each with scores of its own."""
     objective = Objective(clip_range=0.2, kl="k3", aux_ce_weight=0.1)
@@ -190,7 +243,8 @@ def test_token_dropout_keeps_the_stated_share(model, trajectory):
     objective = Objective(use_token_dropout=True, token_dropout=0.75)
     update = make_update(model, micro_batch=B * G, objective=objective)
     many = replace(trajectory, completion_ids=torch.arange(B * G).view(B, G) * 1000)
-    keep = update._kept_tokens(many)
+    keep, probability = update._kept_tokens(many, torch.zeros(B, T))
+    assert probability == 0.25
     assert keep.shape == (B, G, T)
     assert keep.float().mean().item() == pytest.approx(0.25, abs=0.08)
     assert keep.any(dim=-1).all()

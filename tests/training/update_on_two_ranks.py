@@ -1,7 +1,7 @@
-"""Run by torchrun on two ranks: one optimizer step of four micro-batches on a sharded model.
+"""Run by torchrun on two ranks: one optimizer step of four micro-batches on a sharded model, in each dropout mode.
 
-Writes to the file named on the command line, one for each rank: how often gradients were reduced after each
-micro-batch, and how far the step's gradients are from those of one process without sharding.
+Writes to the file named on the command line, one for each rank, for each mode: how often gradients were reduced after
+each micro-batch, and how far the step's gradients are from those of one process without sharding.
 """
 
 import json
@@ -41,7 +41,7 @@ class KeepGradients:
         return {}
 
 
-def step(model: torch.nn.Module, world: World) -> tuple[list[int], dict[str, torch.Tensor]]:
+def step(model: torch.nn.Module, world: World, mode: str) -> tuple[list[int], dict[str, torch.Tensor]]:
     """(reductions of each micro-batch, gradients) of one step on this rank's share of the images."""
     ids = torch.arange(IMAGES)
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ def step(model: torch.nn.Module, world: World) -> tuple[list[int], dict[str, tor
     advantages = torch.randn(IMAGES, GROUP, generator=generator)
     mine = ids.chunk(world.size)[world.rank]
     batch = ImageBatch(torch.zeros(len(mine), 0), ClassCondition(mine % CONFIG.num_classes), mine, mine)
-    objective, training = Objective(aux_ce_weight=0.1), Training(micro_batch_size=1)
+    objective, training = Objective(aux_ce_weight=0.1), Training(micro_batch_size=1, dropout_mode=mode)
     sizes = Rollout(batch_size=IMAGES, num_generations=GROUP)
     schedule = Schedule.of(rollout=sizes, training=training, objective=objective, ranks=world.size)
     shared = {"draw": Draw(), "schedule": schedule}
@@ -67,14 +67,16 @@ def step(model: torch.nn.Module, world: World) -> tuple[list[int], dict[str, tor
 
 
 def main() -> None:
-    """Both steps, one after the other."""
+    """Both steps of each mode, one after the other."""
+    outcomes = {}
     with distributed(60) as world:
-        reductions, sharded = step(make_parallel(world), world)
         alone = World(rank=0, size=1, local_rank=0, local_size=1, device=world.device)
-        _, whole = step(make_model(), alone)
-        error = max(float(relative_error(sharded[name], whole[name])) for name in whole)
-        outcome = {"reductions": reductions, "error": error}
-        Path(f"{sys.argv[1]}.{world.rank}").write_text(json.dumps(outcome))
+        for mode in ("eval", "train", "twice"):
+            reductions, sharded = step(make_parallel(world), world, mode)
+            _, whole = step(make_model(), alone, mode)
+            error = max(float(relative_error(sharded[name], whole[name])) for name in whole)
+            outcomes[mode] = {"reductions": reductions, "error": error}
+        Path(f"{sys.argv[1]}.{world.rank}").write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

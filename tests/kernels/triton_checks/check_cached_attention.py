@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo.kernels import add_rms_norm, cached_attention, silu_mul
+from grpo.kernels import add_rms_norm, cached_attention, linear_add, norm_linear, silu_mul
 from grpo.kernels.triton_cached_attention import kernel_options
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,8 +125,36 @@ def check_gate(N, F, dtype):
     assert_as_good_as_torch([silu_mul(gate, up, impl="triton")], [silu_mul(gate, up, impl="reference")], [truth])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K", "D"), [(1, 16, 16), (5, 100, 40), (16, 600, 48), (18, 64, 33)])
+def check_product_with_residual_and_norm(N, K, D, dtype):
+    """The stream and its sums of squares, then the products that take them up, with and without a gate."""
+    x, residual, weight = random(N, K, dtype=dtype), random(N, D, dtype=dtype, seed=1), random(D, K, dtype=dtype) / 8
+    norm, gate, up = (random(*shape, dtype=dtype, seed=2) for shape in ((D,), (K, D), (K, D)))
+
+    def run(impl, x, weight, residual, norm, gate, up):
+        total, squares = linear_add(x, weight, residual, impl=impl)
+        one, two = (norm_linear(total, squares, norm, *w, eps=1e-5, impl=impl) for w in ((gate,), (gate, up)))
+        return total, squares, one, two
+
+    inputs = x, weight, residual, norm, gate, up
+    truth = run("reference", *(tensor.double() for tensor in inputs))
+    assert_as_good_as_torch(run("triton", *inputs), run("reference", *inputs), truth)
+
+
+def check_products_of_a_row_do_not_depend_on_the_batch():
+    """Whole numbers, whose products are exact: the interpreter's own product rounds by the place in a tile."""
+    x, weight, residual = (random(*shape, seed=9).mul(2).round() for shape in ((20, 64), (32, 64), (20, 32)))
+    total, squares = linear_add(x, weight, residual, impl="triton")
+    one, one_squares = linear_add(x[3:5], weight, residual[3:5], impl="triton")
+    assert torch.equal(one, total[3:5])
+    assert torch.equal(one_squares, squares[3:5])
+
+
 def check_no_rows():
     qkv, keys, values, row, rotary, _ = cache_case(0, 2, 2, 16, 32, 20)
     assert cached_attention(qkv, keys, values, row=row, rotary=rotary, impl="triton").shape == (0, 32)
     assert add_rms_norm(random(0, 8), random(0, 8), random(8), eps=1e-5, impl="triton")[1].shape == (0, 8)
     assert silu_mul(random(0, 8), random(0, 8), impl="triton").shape == (0, 8)
+    total, squares = linear_add(random(0, 8), random(40, 8), random(0, 40), impl="triton")
+    assert norm_linear(total, squares, random(40), random(7, 40), eps=1e-5, impl="triton").shape == (0, 7)

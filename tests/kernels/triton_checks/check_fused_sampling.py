@@ -42,9 +42,10 @@ def check_codes_equal_the_plain_models(heads, settings, dtype):
     torch.testing.assert_close(fused.log_probs, plain.log_probs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def check_hidden_states_over_several_splits(copies):
-    """Heads of 48 are split every 128 rows. With a copy of the weights, whatever happens to the model's own."""
+@pytest.mark.parametrize(("copies", "few_rows"), [(False, 0), (True, 0), (False, 2)])
+def check_hidden_states_over_several_splits(copies, few_rows, monkeypatch):
+    """Heads of 48 are split every 128 rows. By the library's products, with and without a copy, and by ours."""
+    monkeypatch.setattr(FusedGPT, "few_rows", few_rows)
     model = build(block_size=256, n_head=1)
     condition, tokens = ClassCondition(torch.arange(2, device=DEVICE)), torch.arange(512, device=DEVICE) % 37
     tokens, expected = tokens.view(2, 256), model.hidden(tokens.view(2, 256)[:, :-1], condition)
