@@ -1,5 +1,6 @@
 """What a scan of a folder finds, what it reads again, and that only rank 0 looks."""
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from grpo.config import UserError
 from grpo.data import build_dataset, image_files
 from grpo.data.folder_scan import remembered_scan, scan_folder
+from tests.parallel.torchrun import run_two_ranks
 
 LONG_AGO = 1_500_000_000
 
@@ -140,3 +142,18 @@ def test_index_is_beside_the_data_or_where_the_recipe_says(class_folders, sectio
     again = build_dataset(section(path), num_classes=2)
     assert len(list((tmp_path / "xdg" / "grpo").iterdir())) == 1
     assert [again.describe(i) for i in range(4)] == [expected.describe(i) for i in range(4)]
+
+
+def test_rank_0_looks_for_all_and_its_mistake_is_everyones(class_folders, tars, section, tmp_path):
+    folder, empty = class_folders(["a", "b"], 3), tmp_path / "empty"
+    (empty / "a").mkdir(parents=True)
+    (tars() / "images-train-001.tar").write_bytes(b"no tar")
+    result = run_two_ranks("tests/data/two_ranks.py", tmp_path, folder, empty, tmp_path / "tars")
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    expected = build_dataset(section(folder), num_classes=3).fingerprint["files"]
+    assert first[0] == [6, expected, 2]
+    assert second[0] == [6, expected, 0]
+    assert "has 1 folders but no images in them" in first[1][0]
+    assert "images-train-001.tar is not a tar file" in first[2][0]
+    assert [found for found, *_ in second[1:]] == [found for found, *_ in first[1:]]
