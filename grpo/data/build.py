@@ -34,7 +34,7 @@ def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str]
     dataset.num_classes = num_classes
     if len(dataset) == 0 and not dataset.is_stream:
         raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
-    if dataset.class_ids.max() >= LARGEST_LABEL:
+    if dataset.class_ids.max(initial=-1) >= LARGEST_LABEL:
         index = int(dataset.class_ids.argmax())
         raise UserError(f"{dataset.describe(index)} has label {dataset.class_ids[index]}: no data set has such a class")
     if num_classes is None:
@@ -43,7 +43,8 @@ def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str]
         return dataset
     if data.name != "classes":
         _match_classes(dataset, num_classes=num_classes, learned=learned)
-        _require_new_classes(dataset, num_classes=num_classes, learned=learned)
+        if len(dataset):  # a stream's numbers are not known before they come
+            _require_new_classes(dataset, num_classes=num_classes, learned=learned)
     if len(outside := np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))):
         others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
         raise UserError(

@@ -64,7 +64,7 @@ class ImageDataset(Dataset):
     A subclass says how to `open` an image, how to `describe` it in messages, and by what to `identify` all of them.
 
     Attributes:
-        has_images: whether there are images at all; a subclass without has conditions or codes only, and no `pixels`.
+        has_images: whether there are images at all; a subclass without has conditions or codes, and empty `pixels`.
         is_stream: whether images come one after the other and have no numbers; then there are no `pixels` by index.
         num_classes: of the model, where it is known.
         reads_images: whether batches need them; where codes are enough no image is opened, and batches have empty ones.
@@ -124,7 +124,9 @@ class ImageDataset(Dataset):
         return decoded(lambda: self.open(int(index)), lambda: self.describe(index))
 
     def pixels(self, index: int) -> Tensor:
-        """Cropped image, [3, S, S] uint8. Raises `UnreadableImage`."""
+        """Cropped image, [3, S, S] uint8; empty, [3, 0, 0], where there are none. Raises `UnreadableImage`."""
+        if not self.has_images:
+            return NO_PIXELS
         return to_pixels(center_crop(self.whole(index), self.data.image_size))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
