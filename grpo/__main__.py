@@ -21,6 +21,7 @@ JOBS = {
     "finetune": "finetune",
     "tokenizer": "train_tokenizer",
     "classifier": "train_classifier",
+    "encode": "encode",
     "generate": "generate",
     "evaluate": "evaluate",
     "convert": "convert",

@@ -53,6 +53,7 @@ def train(recipe: DistillRecipe, world: World) -> None:
     with TrainingRun(recipe, world, title="Distillation") as run:
         learned = learned_classes(recipe.model)
         dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
+        dataset.reads_images = False  # conditions are enough
         generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
         student = generator(checkpoint=recipe.model.checkpoint)
         teacher = generator(checkpoint=distill.teacher_checkpoint or recipe.model.checkpoint).requires_grad_(False)

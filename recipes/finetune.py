@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import FinetuneRecipe, load_recipe
-from grpo.data import CodeCache, ImageBatch, build_dataset
+from grpo.data import ImageBatch, build_codes, build_dataset
 from grpo.kernels import Dropout, linear_token_log_probs
 from grpo.models import CONDITION_PLACE, Condition, build_tokenizer, learned_classes
 from grpo.objectives import contrastive_alignment, guidance_free_log_probs
@@ -57,9 +57,11 @@ def train(recipe: FinetuneRecipe, world: World) -> None:
     with TrainingRun(recipe, world, title=finetune.loss.upper()) as run:
         learned = learned_classes(recipe.model)
         dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
-        tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
-        cached = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
-        encode = run.timer("encode")(cached)
+        tokenizer = None
+        if recipe.needs_tokenizer or recipe.tokenizer.checkpoint is not None:
+            tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
+        length = (recipe.data.image_size // recipe.tokenizer.downsample_size) ** 2
+        encode = run.timer("encode")(build_codes(dataset, tokenizer, length=length, augmented=True, images=False))
         generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
         model = generator(checkpoint=recipe.model.checkpoint)
         if finetune.loss == "cca":

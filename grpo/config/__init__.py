@@ -6,6 +6,7 @@ from grpo.config.job_sections import (
     Classifier,
     Convert,
     Distill,
+    Encode,
     Evaluation,
     Finetune,
     Judge,
@@ -19,6 +20,7 @@ from grpo.config.recipe import Recipe, TrainingRecipe, changes_that_matter, diff
 from grpo.config.recipes import (
     ClassifierRecipe,
     ConvertRecipe,
+    EncodeRecipe,
     EvaluateRecipe,
     GenerateRecipe,
     GeneratorRecipe,

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import Field
 
 from grpo.config.sections import Checkpoint, Data
 from grpo.config.types import (
     ClassIds,
+    CropRanges,
     Fraction,
     GuidanceScale,
     KernelBackend,
@@ -107,6 +109,23 @@ class Adversary(Section):
     """Learning rate of its own AdamW; None is optimizer.lr, and all else is as in the section [optimizer]."""
     checkpoint: Annotated[str | None, Wanted("a discriminator, as tokenizer training saves it")] = None
     """Weights to start from, as in reward.patchgan.checkpoint; None starts from random weights."""
+
+
+class Encode(Section):
+    """Codes of a data set, on disk."""
+
+    output: str | None = None
+    """Folder for the codes: a new one, or one that the same job has begun."""
+    augmentation: Literal["none", "flip", "ten_crop"] = "none"
+    """Views of each image that are encoded. none: the image; flip: and its mirror image; ten_crop: corners and centre
+    of a larger one and of its mirror image, for pre-training. A pre-training run draws one of them each time."""
+    crop_ranges: CropRanges = Field(default_factory=lambda: [1.1])
+    """Sides of the larger images of ten_crop, over data.image_size; each gives ten views. LlamaGen's are 1.1 and
+    1.05."""
+    batch_size: PositiveInt = 64
+    """Views that are encoded together on each rank."""
+    shard_size: PositiveInt = 1024
+    """Images in one file. A rank that is killed loses the one it was at."""
 
 
 class Classifier(Section):
@@ -237,8 +256,8 @@ class Judge(Section):
             return
         if (self.feature_checkpoint is None) == (self.inception_checkpoint is None):
             yield "judge.interval needs one of judge.feature_checkpoint and judge.inception_checkpoint"
-        if self.reference is None and data.name == "classes":
-            yield 'judge.reference is required with data.name = "classes", which has no images'
+        if self.reference is None and (not data.has_images or data.may_be_stream):
+            yield f'judge.reference is required: data.name = "{data.name}" has no images that can be picked'
         if self.reference is not None and self.split is not None:
             yield "judge.split: the reference is that of judge.reference; leave one of them out"
 

@@ -6,6 +6,7 @@ from grpo.config.recipe import Recipe
 from grpo.config.recipes import (
     ClassifierRecipe,
     ConvertRecipe,
+    EncodeRecipe,
     EvaluateRecipe,
     GenerateRecipe,
     GRPORecipe,
@@ -15,8 +16,8 @@ from grpo.config.recipes import (
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 
 _ALL = (
-    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, GenerateRecipe,
-    EvaluateRecipe, ConvertRecipe,
+    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, EncodeRecipe,
+    GenerateRecipe, EvaluateRecipe, ConvertRecipe,
 )  # fmt: skip
 RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 """Recipe class of each job."""

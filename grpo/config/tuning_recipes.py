@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from grpo.config.job_sections import Distill, Finetune
-from grpo.config.recipes import GeneratorRecipe
+from grpo.config.recipes import GeneratorRecipe, PretrainRecipe
 
 
 class DistillRecipe(GeneratorRecipe):
@@ -22,11 +22,11 @@ class DistillRecipe(GeneratorRecipe):
         return iter(())
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        dropouts = "model.dropout model.class_dropout data.cache_codes"
+        dropouts = "model.dropout model.class_dropout data.cache_codes data.codes"
         return [*super()._idle_keys(), (True, dropouts, "the student draws its contexts and drops nothing of them")]
 
 
-class FinetuneRecipe(GeneratorRecipe):
+class FinetuneRecipe(PretrainRecipe):
     """Training of a generator on real images so that it needs no guidance: CCA or GFT."""
 
     job = "finetune"

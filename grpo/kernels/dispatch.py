@@ -10,7 +10,7 @@ from torch import Tensor
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
-OVERLAP = True  # see `overlap_options`
+OVERLAP = False  # see `overlap_options`: on an H200 a step of sampling took 3.18 ms with it, 2.47 ms without
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
@@ -37,6 +37,11 @@ def use_triton(impl: str, *, op: str, device: torch.device, obstacle: str | None
     if obstacle:
         _warn_once("%s uses the torch reference: %s", op, obstacle)
     return obstacle is None
+
+
+def has_ex2() -> bool:
+    """Whether kernels may use the instruction ex2 of NVIDIA's GPUs; the interpreter and other GPUs have none."""
+    return torch.cuda.is_available() and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def overlap_options(device: torch.device) -> dict[str, bool]:

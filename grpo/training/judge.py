@@ -172,9 +172,11 @@ class RunJudge:
 
 
 def build_judge(
-    recipe: GeneratorRecipe, model: nn.Module, tokenizer: VQModel, dataset: ImageDataset, world: World
+    recipe: GeneratorRecipe, model: nn.Module, tokenizer: VQModel | None, dataset: ImageDataset, world: World
 ) -> RunJudge | None:
     """The judge of a recipe, which has seen its reference once; None where `judge.interval` is 0. Collective.
+
+    `tokenizer` decodes; it may be None where there is no judge.
 
     Raises:
         UserError: the reference's images are of another size than those that are drawn.
@@ -190,11 +192,12 @@ def build_judge(
     if seen.size != (side, side):
         found = "x".join(map(str, seen.size))
         raise UserError(f"judge.reference: its images are {found} pixels and those that are drawn {side}x{side}")
+    classes = range(recipe.model.num_classes) if dataset.is_stream else np.unique(dataset.class_ids).tolist()
     return RunJudge(
         config,
         model=model,
         decode=tokenizer.decode,
-        condition=classes_in_turn(np.unique(dataset.class_ids).tolist(), config.num_images),
+        condition=classes_in_turn(classes, config.num_images),
         network=network,
         reference=seen.gaussian("cpu"),
         run_dir=recipe.run_dir,
