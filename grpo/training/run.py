@@ -1,7 +1,6 @@
 """What every training job has: a folder, an observer, checkpoints and a step counter."""
 
 import math
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +17,9 @@ from grpo.estimate import Work, device_peaks, throughput
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import MetricSums, World, build_mesh, full_state_dict, gather_numbers, set_matmul_precision
+from grpo.training.fingerprints import take_fingerprints
 from grpo.training.optimizer import GuardedOptimizer
-from grpo.training.resume import find_checkpoint, read_run_state, require_classes
+from grpo.training.resume import canonical, find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
 from grpo.training.stragglers import Stragglers, own_work
@@ -61,7 +61,11 @@ class TrainingRun:
         self._stragglers = Stragglers()
         self.timer = PhaseTimer(world.device, on_phase=self._watchdog.phase_begins)
         self.checkpoints = CheckpointManager(
-            recipe.checkpoint_dir, world=world, config=recipe.checkpoint, timeout_seconds=recipe.parallel.timeout
+            recipe.checkpoint_dir,
+            world=world,
+            config=recipe.checkpoint,
+            timeout_seconds=recipe.parallel.timeout,
+            stage=recipe.run_dir / ".stage",
         )
         self._open = ExitStack()  # what is given back when the run ends
         self._stop_request = StopRequest(speaks=world.is_main)
@@ -97,7 +101,8 @@ class TrainingRun:
             self._open.enter_context(lock)
         if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
             self.checkpoints.check_writable()
-        notes = [*self.recipe.notes(), *self.recipe.remarks()]
+        self._fingerprints, told = take_fingerprints(self.recipe, stream.dataset, self.world)
+        notes = [*self.recipe.notes(), *self.recipe.remarks(), *told]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
@@ -221,6 +226,7 @@ class TrainingRun:
             "extra": {name: state.state_dict() for name, state in self._counted()},
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
+            "fingerprints": self._fingerprints,
             "resumed_from": self._resumed_from,
             "class_names": getattr(self._model.config, "class_names", None),
         }
@@ -276,7 +282,9 @@ class TrainingRun:
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
-        state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
+        state, changes = read_run_state(
+            self.recipe, self.checkpoints, path, named=named, fingerprints=self._fingerprints
+        )
         require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         self.checkpoints.load(path, **trained)
@@ -287,8 +295,9 @@ class TrainingRun:
                 raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
             counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
-        self._resumed_from = os.path.realpath(path) if named else state.get("resumed_from")
-        return [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
+        self._resumed_from = canonical(self.recipe.checkpoint.resume) if named else state.get("resumed_from")
+        place = self.recipe.checkpoint.resume if named else self.checkpoints.place_of(path)
+        return [f"resumed from {place}", *(f"changed since then: {line}" for line in changes)]
 
     def _counted(self) -> list[tuple[str, Any]]:
         """Those of the extra states that have counters besides their tensors."""

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from grpo.checkpoint import folders
+from grpo.checkpoint.storage import LocalFolder
 from grpo.config import Checkpoint, UserError
 from grpo.parallel import distributed
 from tests.checkpoint.training import Extra, managed, same, save, start, train, whole_state
@@ -113,7 +114,7 @@ def test_only_complete_folders_count(world, tmp_path):
         cut_short(tmp_path / "step-000003" / SHARD)
         (tmp_path / "step-000005").mkdir()
         (tmp_path / "step-latest").mkdir()
-        shutil.copytree(tmp_path / "step-000001", folders.partial_folder(tmp_path, 6))
+        shutil.copytree(tmp_path / "step-000001", tmp_path / folders.partial_name(6))
         with pytest.raises(UserError, match="step-000003 cannot be read"):
             manager.load(tmp_path / "step-000003", model=training[0], optimizer=training[1])
         lines = []
@@ -202,7 +203,7 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(world, tmp_path):
         for step in (1, 2):
             save(manager, training, step)
     cut_short(tmp_path / "step-000002" / SHARD)
-    folders.remove_old(tmp_path, Checkpoint(keep_last=1), newest=tmp_path / "step-000002")
+    LocalFolder(tmp_path).remove_old(Checkpoint(keep_last=1), newest="step-000002")
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
 
 
