@@ -5,9 +5,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
+
 from grpo.checkpoint import folders
 from grpo.checkpoint.storage import LocalFolder, Storage, occupied
-from grpo.config import TransientError, UserError, import_extra, is_url
+from grpo.config import TransientError, UserError, is_url
 from grpo.formats import MANIFEST_NAME
 
 
@@ -29,7 +31,6 @@ class ObjectStore(Storage):
         super().__init__(stage)
         self._url, scheme = url.rstrip("/"), url.partition("://")[0]
         self._known: dict[str, dict[str, int]] = {}
-        fsspec = import_extra("fsspec", extra="s3", wanted_by=f"{scheme}://")
         options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
         try:
             with _told(self._url):

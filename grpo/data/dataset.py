@@ -57,7 +57,8 @@ class ImageDataset(Dataset):
         """
         files, labels = hashlib.sha256(), hashlib.sha256(self.class_ids.tobytes())
         for index in range(len(self)):
-            files.update(f"{self.describe(index)}\0".encode("utf-8", "surrogateescape"))
+            name = self.describe(index).removeprefix(self.data.path or "")
+            files.update(f"{name}\0".encode("utf-8", "surrogateescape"))
         labels.update("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         split, side = self.data.split, self.data.image_size
         return {"files": files.hexdigest(), "labels": labels.hexdigest(), "split": split, "image_size": side}

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grpo.config import UserError
+from grpo.config import TransientError, UserError
 from grpo.formats.manifest import check_files
 from grpo.formats.shards import read_tensors, shard_files, write_shards
 
@@ -165,7 +165,9 @@ def save_weights(
         with contextlib.suppress(OSError):
             unfinished.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"{path} could not be written: {reason}; free space there or give another place") from error
+        raise TransientError(
+            f"{path} could not be written: {reason}; free space there or give another place"
+        ) from error
 
 
 def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grpo.checkpoint import CheckpointManager, ExtraState
-from grpo.config import TrainingRecipe, UserError
+from grpo.config import TrainingRecipe, UserError, is_url
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
 from grpo.models import save_weights
@@ -101,6 +101,7 @@ class TrainingRun:
             self._open.enter_context(lock)
         if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
             self.checkpoints.check_writable()
+            self._lock_checkpoints()
         self._fingerprints, told = take_fingerprints(self.recipe, stream.dataset, self.world)
         notes = [*self.recipe.notes(), *self.recipe.remarks(), *told]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
@@ -120,6 +121,12 @@ class TrainingRun:
             self.observer.message(note)
         self._watchdog.start(until=self._open)
 
+    def _lock_checkpoints(self) -> None:
+        """Keep other runs out of a folder of checkpoints that is not inside this run's, which is locked already."""
+        place = self.recipe.checkpoint_dir
+        if self.world.is_main and not is_url(place) and Path(place).parent != self.recipe.run_dir:
+            self._open.enter_context(lock_folder(Path(place), wait_seconds=self.recipe.parallel.timeout / 2))
+
     def steps(self) -> Iterator[int]:
         """The steps still to be done, counted from 1."""
         total = self.recipe.training.steps
@@ -128,6 +135,8 @@ class TrainingRun:
                 f"nothing to do: {self.recipe.run_dir} is at step {self._first_step} of {total}; raise training.steps "
                 "to go on, or give another metrics.run_dir to start anew"
             )
+            if self._exports:  # what ended the start before may have been the writing of just that
+                self._export()
         device_peaks(self.world.device)  # it may take a moment
         self.timer.read()  # do not count the set-up
         for step in range(self._first_step + 1, total + 1):
@@ -182,9 +191,14 @@ class TrainingRun:
         if stopping:
             self.checkpoints.wait()
             self._stop(step, problem)
-        if last and config.save_final and not config.sharded:
+        if last and self._exports:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
+
+    @property
+    def _exports(self) -> bool:
+        """Whether the run ends with its weights in files of their own."""
+        return self.recipe.checkpoint.save_final and not self.recipe.checkpoint.sharded
 
     def _export(self) -> None:
         """Write the weights under names that do not change with the number of steps, for the next job."""
