@@ -13,7 +13,7 @@ import torch
 
 from grpo.checkpoint import folders
 from grpo.checkpoint.storage import LocalFolder
-from grpo.config import Checkpoint, UserError
+from grpo.config import Checkpoint, TransientError, UserError
 from grpo.parallel import distributed
 from tests.checkpoint.training import Extra, managed, same, save, start, train, whole_state
 from tests.parallel.torchrun import ROOT, run_two_ranks
@@ -225,6 +225,27 @@ def test_an_existing_checkpoint_is_not_overwritten(world, tmp_path):
         with pytest.raises(UserError, match="exists and is not overwritten"):
             save(manager, training, 1)
     assert {file: file.read_bytes() for file in (tmp_path / "step-000001").iterdir()} == before
+
+
+def test_too_little_space_is_told_before_anything_is_written(world, tmp_path, monkeypatch):
+    training = start(world)
+    with managed(tmp_path, world, sharded=False, safetensors=True) as manager:
+        save(manager, training, 1)
+        weights = sum(tensor.numel() * 4 for tensor in training[0].parameters())
+        needed = sum(file.stat().st_size for file in (tmp_path / "step-000001").iterdir())
+        assert 5 * weights <= needed < 5.5 * weights  # with both moments, and both files of all weights
+
+        def usage(place):
+            assert place == tmp_path
+            return shutil._ntuple_diskusage(0, 0, free)
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        free = 5 * weights - 4
+        with pytest.raises(TransientError, match=r"step 2 .*GiB are free in .* and it takes about .*GiB; free space"):
+            save(manager, training, 2)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+        free = needed
+        save(manager, training, 2)
 
 
 @pytest.mark.parametrize("async_save", [False, True])
