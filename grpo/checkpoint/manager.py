@@ -127,7 +127,7 @@ class CheckpointManager:
         """Find out now, not at the first checkpoint, that rank 0 can write nothing: a UserError. Collective."""
         if (problem := self._on_main(self.storage.write_probe)) is not None:
             remedy = "make it writable, or choose another checkpoint.dir or metrics.run_dir"
-            raise UserError(f"checkpoints cannot be written to {self.storage}: {problem}; {remedy}")
+            raise type(problem)(f"checkpoints cannot be written to {self.storage}: {problem}; {remedy}")
 
     def resume_point(
         self, tell: Callable[[str], None] = lambda line: None, *, after: int = -1, wait_seconds: float = 10.0

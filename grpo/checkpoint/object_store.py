@@ -53,14 +53,14 @@ class ObjectStore(Storage):
         with _told(self._url, passes=(FileNotFoundError,)):
             return self._fs.cat_file(self._key(name, file))
 
-    def write_probe(self) -> str | None:
+    def write_probe(self) -> UserError | None:
         probe = f"{self._root}/.probe"
         try:
             with _told(self._url):
                 self._fs.pipe_file(probe, b"x")
                 self._fs.rm_file(probe)
         except UserError as error:
-            return str(error)
+            return error
         return None
 
     def begin(self, step: int) -> None:

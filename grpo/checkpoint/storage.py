@@ -1,5 +1,6 @@
 """Where checkpoints are kept: a folder that all hosts see, or object storage behind a folder on each host."""
 
+import errno
 import math
 import os
 import shutil
@@ -8,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from grpo.checkpoint import folders
-from grpo.config import Checkpoint, UserError
+from grpo.config import Checkpoint, TransientError, UserError
 from grpo.formats import MANIFEST_NAME, RUN_STATE_NAME, FileSum, parse_manifest
 
 
@@ -45,7 +46,7 @@ class Storage(ABC):
         """A small file of a checkpoint. Raises an OSError."""
 
     @abstractmethod
-    def write_probe(self) -> str | None:
+    def write_probe(self) -> UserError | None:
         """Why nothing can be written there, which is made if need be; None if something can."""
 
     @abstractmethod
@@ -155,14 +156,15 @@ class LocalFolder(Storage):
     def read(self, name: str, file: str) -> bytes:
         return (self.local / name / file).read_bytes()
 
-    def write_probe(self) -> str | None:
+    def write_probe(self) -> UserError | None:
         probe = self.local / f".probe-{os.getpid()}"
         try:
             self.local.mkdir(parents=True, exist_ok=True)
             folders.write_synced(probe, "x")
             probe.unlink()
         except OSError as error:
-            return error.strerror or str(error)
+            kind = TransientError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+            return kind(error.strerror or str(error))
         return None
 
     def begin(self, step: int) -> None:
