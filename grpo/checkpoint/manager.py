@@ -1,6 +1,7 @@
 """Save and resume a training run."""
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -36,6 +37,8 @@ from grpo.formats import (
     write_shards,
 )
 from grpo.parallel import World, broadcast_object
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -89,13 +92,8 @@ class CheckpointManager:
         self.wait()
         tensors = training_tensors(model, optimizer, extra)
         self._together(step, lambda: self.world.is_main and self._begin(step, tensors))
-        about = {
-            "format": CHECKPOINT_FORMAT,
-            "step": step,
-            "world_size": self.world.size,
-            "torch": torch.__version__,
-            "score": score,
-        }
+        about = {"format": CHECKPOINT_FORMAT, "step": step, "world_size": self.world.size}
+        about |= {"torch": torch.__version__, "score": score}
         config = getattr(model, "config", None)
         about["config"] = None if config is None else saved_config(config)
         shared = step, json.dumps(about | {"run": run_state}, indent=1), config
@@ -190,7 +188,11 @@ class CheckpointManager:
         return self._examine(LocalFolder(path.parent), path.name)
 
     def _examine(self, storage: Storage, name: str) -> str | None:
-        problem, sums = self._on_main(lambda: storage.inventory(name))
+        """The same of a checkpoint in any storage, which is brought to every host."""
+        if storage.is_remote:
+            problem, sums = self._on_main(lambda: storage.inventory(name))
+        else:
+            problem, sums = self._agreed(storage, name)
         if problem is not None:
             return problem
         self._fetch(storage, name, sums)
@@ -209,6 +211,15 @@ class CheckpointManager:
                 )
         told = ", ".join(f"{file} {reason}" for file, reason in sorted((opinions or [{}])[0].items()))
         return f"{storage}/{name} is damaged: {told}" if told else None
+
+    def _agreed(self, storage: Storage, name: str) -> tuple[str | None, dict[str, FileSum]]:
+        """The inventory that every rank has taken."""
+        opinions = self._gather(storage.inventory(name))
+        for rank, opinion in enumerate(opinions):
+            if opinion != opinions[0]:
+                told = next(problem for problem in (opinion[0], opinions[0][0], "another manifest") if problem)
+                raise TransientError(f"rank {rank} and rank 0 do not see the same files ({told}); nothing was changed")
+        return opinions[0]
 
     def _fetch(self, storage: Storage, name: str, sums: Mapping[str, FileSum]) -> None:
         """Bring a checkpoint to every host's stage."""
@@ -266,6 +277,8 @@ class CheckpointManager:
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         weights = sum(size for name, size in sizes.items() if name.startswith("model."))
         needed = sum(sizes.values()) + weights * len(_consolidated(self.config))
+        if self.storage.is_remote and not _consolidated(self.config):  # this host's shards only
+            needed = needed * self.world.local_size // self.world.size
         if (free := shutil.disk_usage(place).free) < needed:
             self.storage.discard(step)
             has = f"{free / 2**30:.2f} GiB are free in {place} and it takes about {needed / 2**30:.2f} GiB"
@@ -306,7 +319,10 @@ class CheckpointManager:
             sums |= share
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
         storage.publish(step)
-        storage.remove_old(config, newest=name)
+        try:
+            storage.remove_old(config, newest=name)
+        except (OSError, UserError) as error:  # the new one is whole; what cannot go stays
+            logger.warning("old checkpoints in %s could not be removed: %s", storage, error)
 
     def _together(self, step: int, work: Callable[[], Any]) -> list[Any]:
         """Do this rank's part; the results of all ranks. If one fails, all raise its reason, what was written goes."""

@@ -90,18 +90,22 @@ class Storage(ABC):
         return self.local / folders.partial_name(step)
 
     def inventory(self, name: str) -> tuple[str | None, dict[str, FileSum]]:
-        """Why this is not a whole checkpoint, None if each of its files is there in full length; and those files."""
+        """Why this is not a whole checkpoint, None if each of its files is there in full length; and those files.
+
+        Raises a TransientError where nothing can be said, because it cannot be looked at now.
+        """
         path = f"{self}/{name}"
         try:
-            sums = parse_manifest(self.read(name, MANIFEST_NAME), f"{path}/{MANIFEST_NAME}")
-            found = self.sizes(name)
-        except UserError as error:
-            return str(error), {}
-        except FileNotFoundError as error:
+            text, found = self.read(name, MANIFEST_NAME), self.sizes(name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             reason = f"{MANIFEST_NAME}: {error.strerror or 'No such file'}"
             return f"{path} is not a whole checkpoint of a run: {reason}; take another checkpoint", {}
         except OSError as error:
-            return f"{path} cannot be read: {error.strerror}", {}
+            raise TransientError(f"{path} cannot be read: {error.strerror}; nothing was changed") from error
+        try:
+            sums = parse_manifest(text, f"{path}/{MANIFEST_NAME}")
+        except UserError as error:
+            return str(error), {}
         missing = {name for name, known in sums.items() if found.get(name) != known.size}
         missing |= folders.REQUIRED - sums.keys()
         return f"{path} is incomplete: {', '.join(sorted(missing))} missing or cut short" if missing else None, sums
@@ -171,7 +175,7 @@ class LocalFolder(Storage):
         if (self.local / folders.step_name(step)).exists():
             raise UserError(occupied(self, step))
         for leftover in self.local.glob(".step-*"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
         self.partial(step).mkdir(parents=True)
 
     def publish(self, step: int) -> None:
@@ -183,11 +187,11 @@ class LocalFolder(Storage):
     def delete(self, name: str) -> None:
         doomed = self.local / f".{name}.removed"
         (self.local / name).rename(doomed)  # at once, so that a half-deleted folder never looks like a checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(doomed)
 
     def rename(self, name: str, other: str) -> None:
         if (self.local / other).exists():
-            shutil.rmtree(self.local / other)
+            _remove(self.local / other)
         (self.local / name).rename(self.local / other)
 
     def prepare(self) -> None:
@@ -201,6 +205,14 @@ class LocalFolder(Storage):
 
     def fetch(self, name: str, sums: Collection[str]) -> None:
         """Nothing."""
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link, whatever it leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def occupied(storage: Storage, step: int) -> str:

@@ -207,6 +207,44 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(world, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
 
 
+def test_an_old_checkpoint_that_is_a_link_does_not_end_saving(world, tmp_path):
+    """The link goes, what it leads to stays."""
+    training, folder, elsewhere = start(world), tmp_path / "run", tmp_path / "archive"
+    with managed(folder, world, keep_last=1) as manager:
+        save(manager, training, 1)
+        (folder / "step-000001").rename(elsewhere)
+        (folder / "step-000001").symlink_to(elsewhere)
+        for step in (2, 3):
+            save(manager, training, step)
+    assert {path.name for path in folder.iterdir()} == {"step-000003"}
+    assert (elsewhere / "manifest.json").exists()
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_condemned(world, tmp_path, monkeypatch):
+    def unreadable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with managed(tmp_path, world) as manager:
+        save(manager, start(world), 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", unreadable)
+            with pytest.raises(TransientError, match="step-000001 cannot be read: .*nothing was changed"):
+                manager.resume_point()
+        assert manager.resume_point() == tmp_path / "step-000001"
+
+
+def test_old_ones_that_cannot_be_removed_do_not_end_saving(world, tmp_path, monkeypatch, caplog):
+    def refuse(storage, name):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(LocalFolder, "delete", refuse)
+    with managed(tmp_path, world, keep_last=1) as manager:
+        for step in (1, 2):
+            save(manager, start(world), step)
+        assert manager.resume_point() == tmp_path / "step-000002"
+    assert "could not be removed" in caplog.text
+
+
 def test_weights_in_one_file_of_either_format(world, tmp_path):
     model, optimizer = start(world)
     with managed(tmp_path, world, sharded=False, safetensors=True) as manager:
