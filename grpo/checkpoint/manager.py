@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
 from grpo.checkpoint.object_store import open_storage
+from grpo.checkpoint.space import consolidated_files, require_space
 from grpo.checkpoint.state import ExtraState, load_tensors, training_tensors
 from grpo.checkpoint.storage import LocalFolder, Storage
 from grpo.config import Checkpoint, TransientError, UserError, is_url
 from grpo.formats import (
     CHECKPOINT_FORMAT,
-    CONSOLIDATED,
     MANIFEST_NAME,
     FileSum,
     ShardReader,
@@ -271,18 +271,11 @@ class CheckpointManager:
     def _begin(self, step: int, tensors: Mapping[str, Any]) -> None:
         """Look for the space that the checkpoint will take, before anything is written, and make its folder."""
         self.storage.begin(step)
-        place = self.storage.local
-        while not place.exists():
-            place = place.parent
-        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-        weights = sum(size for name, size in sizes.items() if name.startswith("model."))
-        needed = sum(sizes.values()) + weights * len(_consolidated(self.config))
-        if self.storage.is_remote and not _consolidated(self.config):  # this host's shards only
-            needed = needed * self.world.local_size // self.world.size
-        if (free := shutil.disk_usage(place).free) < needed:
+        try:
+            require_space(self.storage, tensors, config=self.config, world=self.world)
+        except TransientError:
             self.storage.discard(step)
-            has = f"{free / 2**30:.2f} GiB are free in {place} and it takes about {needed / 2**30:.2f} GiB"
-            raise TransientError(f"{has}; free space there or choose another checkpoint.dir")
+            raise
 
     def _write_share(self, step: int, tensors: dict[str, Any]) -> dict[str, FileSum]:
         """Write this rank's files; their checksums."""
@@ -295,7 +288,7 @@ class CheckpointManager:
     def _publish(self, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""
         config, storage, partial = self.config, self.storage, self.storage.partial(step)
-        consolidated = _consolidated(config)
+        consolidated = consolidated_files(config)
         if consolidated:
             storage.complete(step, [name for share in shares for name in share])
         weights = read_tensors(partial, prefix="model.") if consolidated else {}
@@ -347,12 +340,6 @@ class CheckpointManager:
 
     def _on_main(self, find: Callable[[], Any]) -> Any:
         return broadcast_object(find() if self.world.is_main else None)
-
-
-def _consolidated(config: Checkpoint) -> list[str]:
-    """The files with all weights in one that the recipe wants in a checkpoint."""
-    wanted = {CONSOLIDATED: not config.sharded, "consolidated.safetensors": config.safetensors}
-    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 def _reason(error: BaseException) -> str:

@@ -156,6 +156,20 @@ def test_an_upload_that_fails_leaves_no_checkpoint(world, tmp_path, place, monke
         assert folders.step_of(manager.resume_point()) == 2
 
 
+def test_a_store_that_does_not_answer_condemns_nothing(world, tmp_path, place, monkeypatch):
+    def fail(*arguments, **options):
+        raise ConnectionError("the store is gone")
+
+    with managed(place, world, stage=tmp_path) as manager:
+        save(manager, start(world), 1)
+        for name in ("cat_file", "get_file", "find"):
+            with monkeypatch.context() as patch:
+                patch.setattr(manager.storage._fs, name, fail)
+                with pytest.raises(TransientError, match="the store is gone"):
+                    manager.resume_point()
+        assert folders.step_of(manager.resume_point()) == 1
+
+
 def test_errors_of_s3_are_one_line(world, tmp_path, s3, monkeypatch):
     with managed("s3://no-such-bucket/run", world, stage=tmp_path) as manager:
         with pytest.raises(UserError, match=r"cannot be written to s3://no-such-bucket/run: .*bucket") as error:
