@@ -1,6 +1,7 @@
 """A data set written by Hugging Face's `save_to_disk`."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ class SavedDataset(ImageDataset):
     Images are decoded here and not by `datasets`, so that a damaged one can be named and skipped.
     """
 
-    def __init__(self, *, data: Data) -> None:
-        self._folder = Path(data.path)
-        rows = _load_split(data)
-        self._column = _first_column(rows, IMAGE_COLUMNS, "an image", data)
+    def __init__(self, *, data: Data, rows: datasets.Dataset | None = None, folder: Path | None = None) -> None:
+        self._folder = folder or Path(data.path)
+        rows = rows or _load_split(data)
+        self._column = first_column(rows.column_names, IMAGE_COLUMNS, "an image", data)
         self._rows = _undecoded(rows.select_columns([self._column]), self._column, data)
-        label_column = _first_column(rows, LABEL_COLUMNS, "a label", data)
+        label_column = first_column(rows.column_names, LABEL_COLUMNS, "a label", data)
         class_names = getattr(rows.features[label_column], "names", [])  # a ClassLabel has them
         super().__init__(_read_labels(rows, label_column, data), class_names, data=data)
+
+    def identify(self) -> Iterable[bytes]:
+        files = [Path(file["filename"]) for file in self._rows.cache_files]
+        return (f"{file.name} {file.stat().st_size}".encode() for file in files)
 
     def open(self, index: int) -> Image.Image:
         encoded, path = self._stored(index)
@@ -68,11 +73,12 @@ def _load_split(data: Data) -> datasets.Dataset:
     return saved
 
 
-def _first_column(rows: datasets.Dataset, names: tuple[str, ...], what: str, data: Data) -> str:
-    if found := [name for name in names if name in rows.column_names]:
+def first_column(columns: list[str], names: tuple[str, ...], what: str, data: Data, *, where: str = "") -> str:
+    """The first of `names` that is a column. Raises a UserError if none is."""
+    if found := [name for name in names if name in columns]:
         return found[0]
     raise UserError(
-        f"data.path {data.path} has the columns {rows.column_names}; {what} is looked for in "
+        f"{where or f'data.path {data.path}'} has the columns {columns}; {what} is looked for in "
         f"{' or '.join(repr(name) for name in names)}: rename a column"
     )
 
