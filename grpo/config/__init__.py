@@ -32,3 +32,4 @@ from grpo.config.sections import (
     Training,
 )
 from grpo.config.types import Section
+from grpo.config.user_files import read_text, reading, reason, require_regular, writing

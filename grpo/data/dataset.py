@@ -1,7 +1,6 @@
 """What every source of images has in common."""
 
 import logging
-import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,16 +9,13 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from grpo.config import Data, UserError
+from grpo.config import Data, UserError, reason
 from grpo.data.images import center_crop, to_pixels, to_rgb
 from grpo.models import ClassCondition, Condition, normalize
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = Data.model_fields["split"].default
-
-# What Pillow's decoders raise on damaged files; a missing file is an OSError too.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 class UnreadableImage(UserError):
@@ -48,7 +44,7 @@ class ImageDataset(Dataset):
         self.unreadable: set[int] = set()
 
     def open(self, index: int) -> Image.Image:
-        """The image as stored, any mode and size; errors of the decoder pass through."""
+        """The image as stored, any mode and size, by `read_image`, whose errors pass through."""
         raise NotImplementedError
 
     def describe(self, index: int) -> str:
@@ -64,9 +60,8 @@ class ImageDataset(Dataset):
             return to_rgb(self.open(int(index)))
         except UnidentifiedImageError as error:  # its text holds a memory address
             raise UnreadableImage(f"{self.describe(index)} is not an image file that can be read") from error
-        except _DECODING_ERRORS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImage(f"{self.describe(index)} cannot be read: {reason}") from error
+        except (OSError, ValueError) as error:
+            raise UnreadableImage(f"{self.describe(index)} cannot be read: {reason(error)}") from error
 
     def pixels(self, index: int) -> Tensor:
         """Cropped image, [3, S, S] uint8. Raises `UnreadableImage`."""

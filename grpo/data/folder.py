@@ -15,10 +15,25 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 
 def image_files(folder: str | Path) -> list[str]:
-    """The files anywhere under a folder that are named as images are, in the order of folders, then of files."""
-    walk = sorted(os.walk(folder, followlinks=True))
-    names = [os.path.join(root, name) for root, _, files in walk for name in sorted(files)]
-    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    """The files anywhere under a folder that are named as images are, in the order of folders, then of files.
+
+    Links to folders are followed, after all folders that are there themselves; no folder is looked at twice.
+    """
+    found: list[tuple[str, str]] = []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [os.fspath(folder)], []
+    while folders or links:
+        path = folders.pop() if folders else links.pop(0)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                found.append((path, entry.name))
+    return [os.path.join(*names) for names in sorted(found)]
 
 
 class ImageFiles(ImageDataset):

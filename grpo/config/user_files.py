@@ -1,0 +1,81 @@
+"""The boundary to a user's files: what goes wrong in reading or writing one is told in a line that names it."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from grpo.config.errors import UserError
+
+LARGEST_TEXT = 2**26
+"""Bytes of a text file that is read at once: beyond, it is no list of names and no table of settings."""
+
+_LONGEST_REASON = 200
+
+
+def reason(error: BaseException) -> str:
+    """An error in a few words of one line; texts out of a hostile file cannot steer the terminal."""
+    match error:
+        case OSError(strerror=str(words)):
+            pass
+        case UnicodeDecodeError():
+            words = f"byte {error.start} is not UTF-8 text"
+        case RecursionError():
+            words = "it is nested too deeply"
+        case MemoryError():
+            words = "it does not fit into memory"
+        case KeyError(args=[name, *_]):
+            words = f"{name} is missing"
+        case _:
+            words = " ".join(str(error).split()) or type(error).__name__
+    words = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words)
+    return words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}..."
+
+
+@contextmanager
+def reading(thing: object, *, wanted: str = "", remedy: str = "") -> Iterator[None]:
+    """Any error of the block is one of `thing`, which the block reads and does nothing else with: a UserError.
+
+    Args:
+        thing: what is read as the user knows it: a path, if need be after its key.
+        wanted: what it should have been, as in "it cannot be read as ...".
+        remedy: what to do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # decoders of formats raise all kinds
+        line = f"{thing} cannot be read{wanted and f' as {wanted}'}: {reason(error)}"
+        raise UserError(f"{line}{remedy and f'; {remedy}'}") from error
+
+
+@contextmanager
+def writing(thing: object, *, remedy: str = "free space there or give another place") -> Iterator[None]:
+    """Any error of the block in which `thing` is written and nothing else is done is a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{thing} cannot be written: {reason(error)}; {remedy}") from error
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Raise an OSError unless `path` is a file, or a link to one: a pipe has no end, a device may have none."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(None, "it is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(None, "it is a pipe or a device, not a file")
+
+
+def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST_TEXT) -> str:
+    """A text file in UTF-8, with or without a byte order mark. Raises an OSError or ValueError, for `reading`."""
+    require_regular(path)
+    with Path(path).open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it has more than {largest} bytes")
+    return content.decode("utf-8-sig")
