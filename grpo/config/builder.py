@@ -18,7 +18,7 @@ from grpo.config.keys import Key, section_keys
 from grpo.config.recipe import Recipe
 from grpo.config.recipes import RECIPES, GRPORecipe, job_named
 from grpo.config.rewards import REFERENCE_REWARD, RewardTable, reward_class
-from grpo.config.types import LARGEST_INT, LARGEST_SEED, Section
+from grpo.config.types import UNNAMED_LIMITS, Section
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
@@ -299,8 +299,8 @@ def _broken_limit(error: ValidationError) -> str:
     broken = error.errors()[0]
     if broken["type"] == "string_too_short":
         return ", but not empty"
-    limit = broken.get("ctx", {}).get("le")
-    return f" and <= {limit}" if limit in (LARGEST_INT, LARGEST_SEED) else ""
+    bounds = {sign: broken.get("ctx", {}).get(name) for sign, name in (("<=", "le"), (">=", "ge"))}
+    return next((f" and {sign} {limit}" for sign, limit in bounds.items() if limit in UNNAMED_LIMITS), "")
 
 
 def _free_value(text: str) -> Any:

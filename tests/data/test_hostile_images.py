@@ -139,14 +139,13 @@ NOTES = ["", "[]", "null", "{}", "{", '{"_data_files": 3}', "[" * 100_000, '"\\u
 def test_malformed_notes_of_a_saved_dataset(name, text, saved_dataset, section):
     path = saved_dataset({"image": [b"x"], "label": [0]})
     (path / name if name == "dataset_dict.json" else path / "train" / name).write_text(text)
-    try:
+    if name == "dataset_info.json" and text in ("{}", '{"_data_files": 3}'):  # the table itself says what it has
+        assert len(build_dataset(section(path), num_classes=1)) == 1
+        return
+    with pytest.raises(UserError) as caught:
         build_dataset(section(path), num_classes=1)
-    except UserError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
-    else:
-        assert name == "dataset_info.json"
-        assert "features" not in text  # the table itself says what it has
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_files_of_a_saved_dataset_are_in_its_folder(saved_dataset, section, tmp_path):
@@ -165,5 +164,5 @@ def test_a_cut_arrow_file(saved_dataset, section):
     whole = file.read_bytes()
     for length in (0, 3, 100, len(whole) - 700):
         file.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="data.path"):
+        with pytest.raises(UserError, match=r"data\.path"):
             build_dataset(section(path), num_classes=1)
