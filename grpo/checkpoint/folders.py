@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,7 @@ def set_aside(path: Path) -> str:
     """Rename a damaged checkpoint, so that its step can be written anew; an older one of the name goes. Says so."""
     aside = path.with_name(f"{path.name}.damaged")
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
+        _remove(aside)
         path.rename(aside)
     except OSError as error:
         return f"it could not be renamed ({error.strerror}), looking for the one before"
@@ -102,7 +102,7 @@ def start_partial(folder: Path, step: int) -> None:
         remedy = "resume from it, remove it, or choose another checkpoint.dir"
         raise UserError(f"{final} exists and is not overwritten: {remedy}")
     for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     partial_folder(folder, step).mkdir(parents=True)
 
 
@@ -154,7 +154,16 @@ def remove_old(folder: Path, config: Checkpoint, *, newest: Path) -> None:
         if path not in {*others[: config.keep_last - 1], *ranked[: config.keep_best]}:
             doomed = path.with_name(f".{path.name}.removed")
             path.rename(doomed)  # at once, so that a half-deleted folder never looks like a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)
+            with suppress(OSError):
+                _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or the link to one and not what it leads to; nothing where nothing is."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def score_of(path: Path) -> float | None:

@@ -101,7 +101,7 @@ class RecipeBuilder(Generic[RecipeT]):
         recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
             self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.[\w-]+)+", problem))
-        for line in recipe.missing_files() if needs_files else ():
+        for line in (*recipe.missing_files(), *recipe.overwritten_inputs()) if needs_files else ():
             self._report_combination(line, [line.partition(":")[0]])
         if self._problems:
             raise UserError(self._problems)

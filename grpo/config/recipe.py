@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Parallel, Training
-from grpo.config.types import Section
+from grpo.config.types import Section, Wanted, Written, same_file
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
@@ -24,6 +24,12 @@ ORDER = (
 
 
 DATA_IN_FILES = ("imagenet", "huggingface", "folder")
+
+
+EXPORT_NAME = "model.safetensors"
+AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
+RUN_FILES = (EXPORT_NAME, AVERAGE_NAME)
+"""What a run leaves in its folder for the next job."""
 
 
 class Recipe(BaseModel):
@@ -53,6 +59,32 @@ class Recipe(BaseModel):
         """A line for each file or folder that the job needs and that is not there, beginning with `section.key`."""
         for name in self.sections():
             yield from (f"{name}.{line}" for line in getattr(self, name).missing_files())
+
+    def overwritten_inputs(self) -> Iterator[str]:
+        """A line for each file or folder that the job would both read and write, beginning with the key that writes."""
+        sections = self._values_by_key()
+        inputs = [(key, path) for key, path, kinds in sections if Wanted in kinds]
+        outputs = [(key, path) for key, path, kinds in sections if Written in kinds]
+        for key, path in [*outputs, *self.written_files()]:
+            for read_key, read_path in inputs:
+                if same_file(path, read_path):
+                    yield f"{key}: {path} would be written over what {read_key} names; give another path"
+
+    def written_files(self) -> Iterator[tuple[str, Path]]:
+        """Keys and paths of what the job writes under names of its own, where there may be something of the user's."""
+        yield from ()
+
+    def _values_by_key(self) -> list[tuple[str, str, set[type]]]:
+        """Full names of the keys that name a path, the path, and the types of the key's metadata."""
+        sections = {name: getattr(self, name) for name in self.sections()}
+        tables = getattr(sections.get("reward"), "active", {})
+        sections |= {f"reward.{name}": table for name, table in tables.items()}
+        return [
+            (f"{title}.{key}", value, {type(item) for item in field.metadata})
+            for title, section in sections.items()
+            for key, field in type(section).model_fields.items()
+            if isinstance(value := getattr(section, key), str)
+        ]
 
     def notes(self) -> list[str]:
         """One line for each setting that has no effect next to the others."""
@@ -124,6 +156,9 @@ class TrainingRecipe(Recipe):
             (not self.metrics.wandb, wandb, "metrics.wandb is off"),
             (self.job != "train", "training.dropout_mode training.epochs_per_rollout", "only `train` has rollouts"),
         ]
+
+    def written_files(self) -> Iterator[tuple[str, Path]]:
+        yield from (("metrics.run_dir", self.run_dir / name) for name in RUN_FILES)
 
     @property
     def run_dir(self) -> Path:

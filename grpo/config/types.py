@@ -1,5 +1,6 @@
 """The types of keys, and the base of all sections."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,16 @@ class Section(BaseModel):
 
 class FreeSection(Section):
     """Base of the sections whose every key a resumed run may change."""
+
+
+def same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one file or folder, which need not be there, over links of any kind."""
+    try:
+        if os.path.realpath(one) == os.path.realpath(other):
+            return True
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one is not there, or no path
+        return False
 
 
 def exists(path: str) -> bool:

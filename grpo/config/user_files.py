@@ -34,12 +34,11 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def reading(thing: object, *, wanted: str = "", remedy: str = "") -> Iterator[None]:
-    """Any error of the block is one of `thing`, which the block reads and does nothing else with: a UserError.
+def reading(problem: str, *, remedy: str = "") -> Iterator[None]:
+    """Any error of the block, which reads something of a user's and does nothing else, is that thing's: a UserError.
 
     Args:
-        thing: what is read as the user knows it: a path, if need be after its key.
-        wanted: what it should have been, as in "it cannot be read as ...".
+        problem: what to say of it before the reason: the thing as the user knows it, and what it is not.
         remedy: what to do.
     """
     try:
@@ -47,19 +46,14 @@ def reading(thing: object, *, wanted: str = "", remedy: str = "") -> Iterator[No
     except UserError:
         raise
     except Exception as error:  # decoders of formats raise all kinds
-        line = f"{thing} cannot be read{wanted and f' as {wanted}'}: {reason(error)}"
-        raise UserError(f"{line}{remedy and f'; {remedy}'}") from error
+        raise UserError(f"{problem}: {reason(error)}{remedy and f'; {remedy}'}") from error
 
 
 @contextmanager
 def writing(thing: object, *, remedy: str = "free space there or give another place") -> Iterator[None]:
-    """Any error of the block in which `thing` is written and nothing else is done is a UserError that names it."""
-    try:
+    """The same for the block that writes `thing`; what it has begun it removes itself."""
+    with reading(f"{thing} cannot be written", remedy=remedy):
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{thing} cannot be written: {reason(error)}; {remedy}") from error
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,6 @@
 """Images in: data sets, the centre crop, the resumable stream and the cache of codes."""
 
-from grpo.data.build import build_dataset
+from grpo.data.build import LARGEST_LABEL, build_dataset
 from grpo.data.code_cache import CodeCache
 from grpo.data.dataset import ImageDataset, UnreadableImage
 from grpo.data.folder import ImageFiles, image_files

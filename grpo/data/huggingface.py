@@ -55,7 +55,7 @@ class SavedDataset(ImageDataset):
 def _load_split(data: Data) -> datasets.Dataset:
     """The split, of which nothing is used before its files were checked: Arrow's own readers trust what they map."""
     folder, where = Path(data.path), f"data.path {data.path}"
-    with reading(where, wanted="a saved Hugging Face dataset"):
+    with reading(f"{where} cannot be read as a saved Hugging Face dataset"):
         if (folder / "dataset_dict.json").exists():
             splits = json.loads(read_text(folder / "dataset_dict.json"))["splits"]
             if data.split not in splits:
