@@ -19,9 +19,11 @@ from grpo.config.recipe import Recipe
 from grpo.config.recipes import RECIPES, GRPORecipe, job_named
 from grpo.config.rewards import REFERENCE_REWARD, RewardTable, reward_class
 from grpo.config.types import UNNAMED_LIMITS, Section
+from grpo.config.user_files import printable, reason
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
+DEEPEST = 20  # tables and lists in each other in a recipe
 Flag = tuple[str, str | None]  # --name, and the text after it if there is one
 
 
@@ -54,8 +56,9 @@ class RecipeBuilder(Generic[RecipeT]):
         self._origin, self._folder = origin, folder
         try:
             file = tomli.loads(text)
-        except (ValueError, RecursionError) as error:  # numbers and nestings beyond Python's limits among them
-            self.give_up(f"{origin}: is not valid TOML: {error}")
+            _require_shallow(file)
+        except (ValueError, RecursionError, MemoryError) as error:  # numbers and nestings beyond Python's limits too
+            self.give_up(f"{origin}: is not valid TOML: {reason(error)}")
             return
         own_job = self._recipe_class.job
         given = file.pop("job", own_job)
@@ -294,6 +297,16 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(f"{text}; set it by {flag} or in the recipe file")
 
 
+def _require_shallow(values: Any) -> None:
+    """Raise a RecursionError for nesting that no key has; dotted names nest without an end in the parser."""
+    level = [values]
+    for _ in range(DEEPEST):
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+        level = [value for value in level if isinstance(value, dict | list)]
+    if level:
+        raise RecursionError
+
+
 def _broken_limit(error: ValidationError) -> str:
     """A limit that the description of a key does not name: the size of whole numbers, and that text is not empty."""
     broken = error.errors()[0]
@@ -306,10 +319,12 @@ def _broken_limit(error: ValidationError) -> str:
 def _free_value(text: str) -> Any:
     """What a flag gives to a table of free keys: a TOML value, or else text."""
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        value = tomli.loads(f"value = {text}")["value"]
+        _require_shallow([value])
     except (ValueError, RecursionError):
         return text
+    return value
 
 
 def _quoted(value: object) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)
+    return printable(json.dumps(value, default=str, ensure_ascii=False))

@@ -125,7 +125,7 @@ class Output(Section):
     """PNG file with all images in one grid."""
     grid_columns: Size = 8
     """Images in one row of the grid."""
-    folder: Annotated[str | None, Written()] = None
+    folder: Annotated[str | None, Written(folder=True)] = None
     """Folder of one PNG file an image."""
     npz: Annotated[str | None, Written()] = None
     """File with `arr_0` [N, H, W, 3] uint8 and `arr_1` [N] int64, the class ids."""

@@ -5,6 +5,7 @@ line for all that it finds, so that a user mends a recipe once. The line names e
 `section.key`; the loader tells by them where the mistake was made.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -62,29 +63,26 @@ class Recipe(BaseModel):
 
     def overwritten_inputs(self) -> Iterator[str]:
         """A line for each file or folder that the job would both read and write, beginning with the key that writes."""
-        sections = self._values_by_key()
-        inputs = [(key, path) for key, path, kinds in sections if Wanted in kinds]
-        outputs = [(key, path) for key, path, kinds in sections if Written in kinds]
-        for key, path in [*outputs, *self.written_files()]:
+        named = list(self._named_paths())
+        inputs = [(key, path) for key, path, kind in named if isinstance(kind, Wanted)]
+        outputs = [(key, path, kind.folder) for key, path, kind in named if isinstance(kind, Written)]
+        for key, path, is_folder in [*outputs, *((key, path, False) for key, path in self.written_files())]:
             for read_key, read_path in inputs:
-                if same_file(path, read_path):
+                if same_file(path, read_path) and os.path.isdir(path) == is_folder:
                     yield f"{key}: {path} would be written over what {read_key} names; give another path"
 
     def written_files(self) -> Iterator[tuple[str, Path]]:
         """Keys and paths of what the job writes under names of its own, where there may be something of the user's."""
         yield from ()
 
-    def _values_by_key(self) -> list[tuple[str, str, set[type]]]:
-        """Full names of the keys that name a path, the path, and the types of the key's metadata."""
+    def _named_paths(self) -> Iterator[tuple[str, str, Wanted | Written]]:
+        """Full names of the keys that name what is read or written, with their paths."""
         sections = {name: getattr(self, name) for name in self.sections()}
         tables = getattr(sections.get("reward"), "active", {})
-        sections |= {f"reward.{name}": table for name, table in tables.items()}
-        return [
-            (f"{title}.{key}", value, {type(item) for item in field.metadata})
-            for title, section in sections.items()
-            for key, field in type(section).model_fields.items()
-            if isinstance(value := getattr(section, key), str)
-        ]
+        for title, section in (sections | {f"reward.{name}": table for name, table in tables.items()}).items():
+            for key, field in type(section).model_fields.items():
+                kinds = [item for item in field.metadata if isinstance(item, Wanted | Written)]
+                yield from ((f"{title}.{key}", path, kind) for kind in kinds if (path := getattr(section, key)))
 
     def notes(self) -> list[str]:
         """One line for each setting that has no effect next to the others."""

@@ -209,7 +209,7 @@ class Checkpoint(FreeSection):
 
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
-    dir: Annotated[str, Written()] = "checkpoints"
+    dir: Annotated[str, Written(folder=True)] = "checkpoints"
     """Folder of the checkpoints. The default is inside the run's folder; any other value is a path of its own."""
     sharded: bool = False
     """Write shards only; otherwise also `consolidated.pth`, the weights in one file that LlamaGen loads."""
@@ -234,7 +234,7 @@ class Checkpoint(FreeSection):
 class Metrics(FreeSection):
     """What a run writes down and shows."""
 
-    run_dir: Annotated[str | None, Written()] = None
+    run_dir: Annotated[str | None, Written(folder=True)] = None
     """The run's folder; None is runs/<name of the recipe file>."""
     interval: PositiveInt = 10
     """Steps between lines of the log and of Weights & Biases; metrics.jsonl has every step."""

@@ -64,8 +64,11 @@ ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_spl
 ClassNames = Annotated[Literal["all"] | list[str], BeforeValidator(_texts)]
 
 
+@dataclass(frozen=True)
 class Written:
-    """Metadata of a key that names a file or folder which a job writes."""
+    """Metadata of a key that names a file, or a folder, which a job writes."""
+
+    folder: bool = False
 
 
 class MayChange:

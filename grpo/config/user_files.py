@@ -1,5 +1,6 @@
 """The boundary to a user's files: what goes wrong in reading or writing one is told in a line that names it."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ from grpo.config.errors import UserError
 LARGEST_TEXT = 2**26
 """Bytes of a text file that is read at once: beyond, it is no list of names and no table of settings."""
 
-_LONGEST_REASON = 200
+_LONGEST = 300
 
 
 def reason(error: BaseException) -> str:
-    """An error in a few words of one line; texts out of a hostile file cannot steer the terminal."""
+    """An error in a few words of one line."""
     match error:
         case OSError(strerror=str(words)):
             pass
@@ -29,8 +30,13 @@ def reason(error: BaseException) -> str:
             words = f"{name} is missing"
         case _:
             words = " ".join(str(error).split()) or type(error).__name__
-    words = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words)
-    return words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}..."
+    return printable(words)
+
+
+def printable(text: str) -> str:
+    """A text for a message: in one line, not too long, with nothing in it that could steer the terminal."""
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 @contextmanager
@@ -60,9 +66,9 @@ def require_regular(path: str | os.PathLike[str]) -> None:
     """Raise an OSError unless `path` is a file, or a link to one: a pipe has no end, a device may have none."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(None, "it is a folder, not a file")
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
-        raise OSError(None, "it is a pipe or a device, not a file")
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
 
 
 def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST_TEXT) -> str:

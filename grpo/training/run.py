@@ -18,7 +18,15 @@ from grpo.estimate import Work, device_peaks, throughput
 from grpo.formats import require_finite
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
-from grpo.parallel import MetricSums, World, build_mesh, full_state_dict, gather_numbers, set_matmul_precision
+from grpo.parallel import (
+    MetricSums,
+    World,
+    build_mesh,
+    full_state_dict,
+    gather_numbers,
+    require_backend,
+    set_matmul_precision,
+)
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.resume import find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
@@ -52,6 +60,7 @@ class TrainingRun:
 
     def __init__(self, recipe: TrainingRecipe, world: World, *, title: str) -> None:
         self.recipe, self.world, self.title = recipe, world, title
+        require_backend(recipe.training.kernels, world.device, key="training.kernels")
         set_matmul_precision(recipe.training.mixed_precision)
         self.mesh = build_mesh(recipe.parallel, world)
         # A collective that waits for a rank in vain ends first, and says more.

@@ -38,7 +38,7 @@ HOSTILE = {
     "pixels, more than": lambda path: path.write_bytes(png(12_000, 12_000)),
     "is not an image file": lambda path: path.write_bytes(EPS),
     "a pipe or a device": fifo,
-    "it is a folder": lambda path: path.mkdir(),
+    "Is a directory": lambda path: path.mkdir(),
     "pipe or a device, not a file": lambda path: path.symlink_to("/dev/zero"),
     "pixels. exceeds limit": lambda path: path.write_bytes(png(2**17, 2**17)),
 }
