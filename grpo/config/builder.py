@@ -19,7 +19,7 @@ from grpo.config.recipe import Recipe
 from grpo.config.recipes import RECIPES, GRPORecipe, job_named
 from grpo.config.rewards import REFERENCE_REWARD, RewardTable, reward_class
 from grpo.config.types import UNNAMED_LIMITS, Section
-from grpo.config.user_files import printable, reason
+from grpo.config.user_files import reason, shorten
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
@@ -327,4 +327,4 @@ def _free_value(text: str) -> Any:
 
 
 def _quoted(value: object) -> str:
-    return printable(json.dumps(value, default=str, ensure_ascii=False))
+    return shorten(json.dumps(value, default=str, ensure_ascii=False))

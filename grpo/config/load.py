@@ -13,7 +13,7 @@ from grpo.config.builder import Flag, RecipeBuilder, RecipeT
 from grpo.config.errors import UserError
 from grpo.config.help import help_text
 from grpo.config.recipes import job_named
-from grpo.config.user_files import printable, read_text, reason
+from grpo.config.user_files import read_text, reason, shorten
 
 SHIPPED_RECIPES = Path(__file__).parents[1] / "train_configs"
 """The recipes that come with the project."""
@@ -57,7 +57,7 @@ def load_recipe(
         except UnicodeDecodeError as error:
             builder.give_up(f"{config}: is not a text file: {error}")
         except (OSError, ValueError, MemoryError) as error:
-            builder.give_up(f"--config {printable(config)}: cannot be read: {reason(error)}{_hint(config)}")
+            builder.give_up(f"--config {shorten(config)}: cannot be read: {reason(error)}{_hint(config)}")
     return builder.build(flags, run_name=Path(config).stem if config else recipe_class.job, needs_files=needs_files)
 
 

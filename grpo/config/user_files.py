@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from grpo.config.errors import UserError
+from grpo.config.errors import UserError, printable
 
 LARGEST_TEXT = 2**26
 """Bytes of a text file that is read at once: beyond, it is no list of names and no table of settings."""
@@ -30,12 +30,12 @@ def reason(error: BaseException) -> str:
             words = f"{name} is missing"
         case _:
             words = " ".join(str(error).split()) or type(error).__name__
-    return printable(words)
+    return shorten(words)
 
 
-def printable(text: str) -> str:
-    """A text for a message: in one line, not too long, with nothing in it that could steer the terminal."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+def shorten(text: str) -> str:
+    """As much of a text as fits into a message."""
+    text = printable(text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
