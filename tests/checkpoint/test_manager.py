@@ -206,6 +206,23 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(world, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
 
 
+def test_links_among_the_checkpoints_go_and_what_they_lead_to_stays(world, tmp_path):
+    """A user may have moved an old checkpoint to another disk, and left a link."""
+    training, elsewhere, folder = start(world), tmp_path / "elsewhere", tmp_path / "checkpoints"
+    elsewhere.mkdir()
+    (tmp_path / "leftover").mkdir()
+    with managed(folder, world, keep_last=1) as manager:
+        save(manager, training, 1)
+        (folder / "step-000001").rename(elsewhere / "step-000001")
+        (folder / "step-000001").symlink_to(elsewhere / "step-000001")
+        (folder / ".step-000000.partial").symlink_to(tmp_path / "leftover")
+        for step in (2, 3):
+            save(manager, training, step)
+    assert [path.name for path in folder.iterdir()] == ["step-000003"]
+    assert (elsewhere / "step-000001" / "manifest.json").exists()
+    assert (tmp_path / "leftover").exists()
+
+
 def test_weights_in_one_file_of_either_format(world, tmp_path):
     model, optimizer = start(world)
     with managed(tmp_path, world, sharded=False, safetensors=True) as manager:
