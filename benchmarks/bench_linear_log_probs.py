@@ -15,6 +15,7 @@ from harness import DEVICE, Case, Result, Target, compiled, main, peers
 ON_GPU = DEVICE.type == "cuda"
 N, V, DTYPE = (65536, 16384, torch.bfloat16) if ON_GPU else (1024, 16384, torch.float32)
 WIDTHS = (1536, 768, 3200) if ON_GPU else (256,)
+MICRO_BATCH = 4608 if ON_GPU else 64  # rows of the published recipe's: 8 contexts of 576 codes; their logits are kept
 
 
 def eager(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
@@ -90,27 +91,31 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 if hasattr(torch.nn.functional, "linear_cross_entropy"):
                     ops["torch_chunked"] = torch_chunked()
             yield from cases_of(ops, hidden, weight, tokens[:, :M].contiguous())
+            if WIDTHS[0] == D and M == 8:
+                few = hidden[:MICRO_BATCH], weight, tokens[:MICRO_BATCH]
+                yield list(cases_of({side: op for side, op in ops.items() if side != "compile"}, *few))[1]
 
 
 def cases_of(ops: dict, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Iterator[Case]:
     """Forward alone, and with both gradients."""
-    D, M = hidden.shape[1], tokens.shape[1]
+    (rows, D), M = hidden.shape, tokens.shape[1]
 
     def errors():
-        rows = slice(0, 64)
-        truth = (hidden[rows].double() @ weight.double().t()).log_softmax(-1).gather(1, tokens[rows])
+        some = slice(0, 64)
+        truth = (hidden[some].double() @ weight.double().t()).log_softmax(-1).gather(1, tokens[some])
         sides = ("ours", "with entropy", "eager")
-        return {side: (ops[side](hidden[rows], weight, tokens[rows]) - truth).abs().max().item() for side in sides}
+        return {side: (ops[side](hidden[some], weight, tokens[some]) - truth).abs().max().item() for side in sides}
 
-    sizes = {"N": N, "V": V, "D": D, "M": M, "dtype": str(DTYPE)}
+    sizes = {"N": rows, "V": V, "D": D, "M": M, "dtype": str(DTYPE)}
     forward = {side: (lambda op=op: op(hidden, weight, tokens)) for side, op in ops.items()}
     forward["matrix product"] = products(hidden, weight, 1)
-    yield Case(f"D={D} forward M={M}", sizes, forward, errors, flop=2 * N * V * D)
+    few = f" N={rows}" * (rows < N)
+    yield Case(f"D={D} forward M={M}{few}", sizes, forward, errors, flop=2 * rows * V * D)
     both = {side: with_gradients(op, (hidden, weight), tokens) for side, op in ops.items()}
     both["matrix products"] = products(hidden, weight, 3)
-    gradients = (N + V) * D * hidden.element_size()
-    name = f"D={D} forward + backward M={M}"
-    yield Case(name, sizes, both, errors, flop=6 * N * V * D, output_bytes=gradients)
+    gradients = (rows + V) * D * hidden.element_size()
+    name = f"D={D} forward + backward M={M}{few}"
+    yield Case(name, sizes, both, errors, flop=6 * rows * V * D, output_bytes=gradients)
 
 
 FORWARD, BOTH = "D=1536 forward M={}", "D=1536 forward + backward M={}"
@@ -127,12 +132,19 @@ def times(case: str, M: int, side: str, other: str):
     return lambda r: r[case.format(M)].ratio(side, other)
 
 
-TARGETS = [  # at N=65536, D=1536; the trainer's variant is the one with the entropy
-    Target("forward, time of a product", times(FORWARD, 8, "ours", "matrix product"), 1.35, True, "1.5-1.9"),
-    Target("forward with entropy", times(FORWARD, 8, "with entropy", "matrix product"), 1.35, True, "1.5-1.9"),
-    Target("both, time of three products", times(BOTH, 8, "ours", "matrix products"), 1.4, True, "1.7-1.85"),
-    Target("both with entropy", times(BOTH, 8, "with entropy", "matrix products"), 1.4, True, "1.7-1.85"),
-    Target("both, scratch as share of fp32 logits", scratch, 0.05, True),
+TARGETS = [  # at N=65536, D=1536; the trainer's variant is the one with the entropy; all logits are computed twice
+    Target("forward, time of a product", times(FORWARD, 8, "ours", "matrix product"), 1.35, True, "1.32-1.36"),
+    Target("forward with entropy", times(FORWARD, 8, "with entropy", "matrix product"), 1.35, True, "1.32-1.36"),
+    Target("both, time of three products", times(BOTH, 8, "ours", "matrix products"), 1.4, True, "1.62-1.68"),
+    Target("both with entropy", times(BOTH, 8, "with entropy", "matrix products"), 1.4, True, "1.62-1.68"),
+    Target(
+        "both, micro-batch of the trainer",
+        times(f"{BOTH} N=4608", 8, "with entropy", "matrix products"),
+        1.4,
+        True,
+        "1.3",
+    ),
+    Target("both, scratch as share of fp32 logits", scratch, 0.05, True, "0.11"),
     *(Target(f"forward, speed of {peer}", times(FORWARD, 1, peer, "ours"), 1) for peer in PEERS),
     *(Target(f"forward + backward, speed of {peer}", times(BOTH, 1, peer, "ours"), 1) for peer in PEERS),
 ]

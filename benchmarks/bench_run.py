@@ -5,10 +5,12 @@ python benchmarks/bench_run.py --json out.json --sweep             # and three m
 python benchmarks/bench_run.py --preset vapi-xxl-384 --json out.json   # one H200
 
 The published run of the reference trainer (VA-π, arXiv 2512.19680: GPT-XXL, 384 px, 102,400 completions) took 25
-minutes on eight A100s. The preset runs its settings on one device with random weights and random images, which cost
-what real ones cost: 128 images and 1,024 completions a step, 100 steps. The reference algorithm's step is measured on
-a few images (`--reference-images`) with the same models and scaled up, since a whole one would take minutes. Its memory
-is that of those few images; both sides' is the peak above the loaded models, and holds an optimizer's state.
+minutes on eight A100s. The preset runs its settings on one device (dropout in the update, squared error and LPIPS) with
+random weights and random images, which cost what real ones cost: 128 images and 1,024 completions a step, 100 steps.
+The reference algorithm's step is measured on a few images (`--reference-images`, 0 for none) with the same models and
+scaled up, since a whole one would take minutes; it has no dropout and no LPIPS. Its memory is that of those few images;
+both sides' is the peak above the loaded models, and holds an optimizer's state. Of a run that is cut off the steps'
+metrics are in the folder RESULTS-run beside `--json RESULTS.json`.
 """
 
 import argparse
@@ -30,12 +32,13 @@ import reference_algorithm
 from grpo.config import GRPORecipe, load_recipe
 from grpo.jobs.train_grpo import train
 from grpo.models import ClassCondition, VQModel, build_tokenizer, generator_sizes, get_family, tokenizer_sizes
+from grpo.models.lpips import VGGStages
 from grpo.observe import read_metrics
 from grpo.parallel import compute_dtype, distributed
 from harness import peak_bytes
 
 SYNTHETIC = (
-    "--data.name synthetic --data.path none --model.checkpoint none --tokenizer.checkpoint none "
+    "--data.name synthetic --data.path none --tokenizer.checkpoint none "
     "--checkpoint.save_final false --checkpoint.interval 0 --metrics.image_interval 0 --metrics.interval 1"
 )
 
@@ -60,8 +63,7 @@ PRESETS = {
         "published/vapi_xxl_384",
         "--rollout.batch_size 128 --training.batch_size 1024 --training.micro_batch_size 8 "
         "--data.num_workers 4 --data.cache_codes false --activation_checkpoint.mode none --compile.enabled true "
-        "--reward.batch_size 64 "
-        "--training.dropout_mode eval",  # a shared forward; the published run has dropout in the update
+        "--reward.batch_size 64",
         100,
     ),
 }
@@ -112,14 +114,15 @@ def merged(parts: Iterable[dict]) -> dict:
 def measure(preset: Preset, flags: Sequence[str], options: argparse.Namespace) -> Iterator[dict]:
     """A preset with changes: what is known after ours, and after the reference. A side that raises is told."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(preset, flags, options.steps + 1, Path(folder, "run"))
+        run_dir = options.json.with_name(f"{options.json.stem}-run") if options.json else Path(folder, "run")
+        recipe = recipe_of(preset, flags, options.steps + 1, run_dir, Path(folder))
         if not torch.cuda.is_available():  # the memory of libraries that are used for the first time is not the step's
-            run_recipe(recipe_of(preset, flags, 1, Path(folder, "warm-up")))
+            run_recipe(recipe_of(preset, flags, 1, Path(folder, "warm-up"), Path(folder)))
+        runs = {"ours": lambda: our_steps(recipe)}
+        if options.reference_images:
+            runs["reference"] = lambda: reference_step(recipe, images=options.reference_images)
         sides, failed = {}, {}
-        for side, run in (
-            ("ours", lambda: our_steps(recipe)),
-            ("reference", lambda: reference_step(recipe, images=options.reference_images)),
-        ):
+        for side, run in runs.items():
             try:
                 sides[side] = run()
             except Exception as error:
@@ -164,22 +167,45 @@ def summary(recipe: GRPORecipe, preset: Preset, sides: dict, failed: dict, optio
     return result
 
 
-def recipe_of(preset: Preset, flags: Sequence[str], steps: int, run_dir: Path) -> GRPORecipe:
-    """The preset's recipe with changes."""
-    pairs = [*SYNTHETIC.split(), *preset.flags.split(), *flags]
+def recipe_of(preset: Preset, flags: Sequence[str], steps: int, run_dir: Path, folder: Path) -> GRPORecipe:
+    """The preset's recipe with changes, and with random weights in `folder`."""
+    pairs = [*SYNTHETIC.split(), *preset.flags.split(), *flags, "--model.checkpoint", "none"]
     pairs += ["--training.steps", str(steps), "--metrics.run_dir", str(run_dir)]
     latest = dict(zip(pairs[::2], pairs[1::2], strict=True))  # a flag may not be given twice
-    rest = [text for pair in latest.items() for text in pair]
-    return load_recipe(GRPORecipe, ["--config", preset.recipe, *rest])
+
+    def load() -> GRPORecipe:
+        rest = [text for pair in latest.items() for text in pair]
+        return load_recipe(GRPORecipe, ["--config", preset.recipe, *rest])
+
+    latest |= random_weights(load(), folder)
+    return load()
+
+
+def random_weights(recipe: GRPORecipe, folder: Path) -> dict[str, str]:
+    """Flags of weights that are written to `folder`, in the layouts of the published ones.
+
+    The generator is drawn on the device: a CPU, where the job would draw it, takes half a minute for GPT-XXL.
+    """
+    generator, vgg16 = folder / "generator.pt", folder / "vgg16.pth"
+    if not generator.exists():
+        torch.manual_seed(0)
+        with DEVICE:
+            model = get_family(recipe.model.name).build(sizes_of(recipe))
+        spread_logits(model)
+        torch.save({"model": model.bfloat16().state_dict()}, generator)
+        torch.save(VGGStages().state_dict(), vgg16)
+    backbone = {"--reward.lpips.backbone": str(vgg16)} if "lpips" in recipe.reward.active else {}
+    return {"--model.checkpoint": str(generator), **backbone}
 
 
 def profile(preset: Preset, flags: Sequence[str], out: Path) -> None:
     """A warm-up and a step under the profiler: its table goes to `out`, its trace, some hundred megabytes, does not."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(preset, [*flags, "--debug.profile", "2"], 2, Path(folder))
+        run_dir = Path(folder, "run")
+        recipe = recipe_of(preset, [*flags, "--debug.profile", "2"], 2, run_dir, Path(folder))
         run_recipe(recipe)
-        (table,) = Path(folder).glob("trace-*.txt")
+        (table,) = run_dir.glob("trace-*.txt")
         shutil.copy(table, out / f"step-{recipe.model.name}.txt")
         print(table.read_text())
 
@@ -211,6 +237,7 @@ def our_steps(recipe: GRPORecipe) -> dict:
         "seconds": phases.pop("step"),
         "phases": phases,
         "shares": {name: value for name, value in medians.items() if name.startswith(("mfu", "bandwidth"))},
+        "whole_peak_bytes": peak,
         "peak_bytes": peak - sum(parameter.numel() * 4 for model in models for parameter in model.parameters()),
     }
 

@@ -17,7 +17,7 @@ for argument in "$@"; do
   esac
 done
 # Their needs are named too: --no-deps keeps torch and its gigabytes out.
-wanted="pydantic==2.14.3 annotated-types typing-inspection typing-extensions tomli==2.5.0 tomli-w==1.2.0 torchdata==0.11.0"
+wanted="pydantic==2.14.3 annotated-types typing-inspection typing-extensions tomli==2.5.0 tomli-w==1.2.0 torchdata==0.11.0 lpips==0.1.4"
 if [ -n "$peers" ]; then
   wanted+=" liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 einops"
 fi

@@ -14,7 +14,8 @@
 # Each part is planned for two minutes or less, quickstart for five. After every step of a part OUT_FOLDER/results.tgz
 # holds all that is there so far: logs, JSON files, plots, and summary.txt with one line a step. Wheels in .whl
 # (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
-# ROLLOUT="--batches 8" is given to the part of that name.
+# TESTS="FILE..." makes smoke run these tests alone, KERNELS="NAME..." kernels these benchmarks. BENCH (of each of them),
+# ROLLOUT, RUN and TUNE are further arguments, such as ROLLOUT="--batches 8".
 # SMALL=1 is a rehearsal on a CPU of everything but the speed: small sizes, the kernels in Triton's interpreter, six times
 # the time. SITE=FOLDER is put on the path there in place of the wheels.
 set -u -o pipefail
@@ -23,13 +24,15 @@ out=$(mkdir -p "${1:?folder for the results}" && cd "$1" && pwd)
 shift
 python=${PYTHON:-python3}
 work=$(mktemp -d)/results
-stamp=$(date +%F)
+stamp=$(date +%F-%H%M)
 mkdir -p "$work"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
 run_preset=vapi-xxl-384 rollout_preset=xxl-384 processes=8 compile=true patience=1
 profiled="--rollout.batch_size 16 --training.batch_size 128"  # two parts of a step: a profiler is slow
+run_flags=
 if [ -n "${SMALL:-}" ]; then
   run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=6 profiled=
+  run_flags="--reward.lpips.weight 1 --model.dropout 0.1 --training.dropout_mode train"  # as the published run has them
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 fi
 last_second=$((SECONDS + patience * ${SECONDS_IN_ALL:-540}))
@@ -72,32 +75,43 @@ debug_recipe() { # name, flags
 smoke() {
   nvidia-smi > "$work/nvidia-smi.txt" 2>&1
   "$python" -m pip list > "$work/pip-list.txt" 2>/dev/null
-  # Both recipes, one after the other, beside the tests.
-  (
-    debug_recipe debug-teacher-forced --compile.enabled "$compile"
-    debug_recipe debug-autoregressive --rollout.mode autoregressive --rollout.cfg_scale 2 \
-      --reward.reconstruction.weight 0 --reward.jpeg_size.weight 1
-  ) > "$work/debug-recipes.txt" 2>&1 &
+  if [ -z "${TESTS:-}" ]; then # both recipes, one after the other, beside the tests
+    (
+      debug_recipe debug-teacher-forced --compile.enabled "$compile"
+      debug_recipe debug-autoregressive --rollout.mode autoregressive --rollout.cfg_scale 2 \
+        --reward.reconstruction.weight 0 --reward.jpeg_size.weight 1
+    ) > "$work/debug-recipes.txt" 2>&1 &
+  fi
+  # shellcheck disable=SC2086
   step kernel-tests 85 "$python" -m pytest -q -W ignore -n "$processes" --timeout $((patience * 80)) \
-    -o "python_functions=test_* check_*" tests/kernels/test_on_gpu.py tests/rollout/test_on_gpu.py \
-    tests/kernels/triton_checks/check_*.py
+    --junitxml "$work/kernel-tests.xml" -o "python_functions=test_* check_*" \
+    ${TESTS:-tests/kernels/test_kernels_on_gpu.py tests/rollout/test_sampling_on_gpu.py \
+    tests/kernels/triton_checks/check_*.py}
   wait
-  grep -h "^==" "$work/debug-recipes.txt"
-  for name in debug-teacher-forced debug-autoregressive; do tail -n 3 "$work/$name.log"; done
+  if [ -z "${TESTS:-}" ]; then
+    grep -h "^==" "$work/debug-recipes.txt"
+    for name in debug-teacher-forced debug-autoregressive; do tail -n 3 "$work/$name.log"; done
+  fi
   pack
 }
 
 kernels() {
-  bench sampling 60 --seconds 2 --deadline $((patience * 45))
-  bench loss 40 --seconds 2
-  bench linear_log_probs 90 --seconds 2 --deadline $((patience * 60))
-  bench token_log_probs 70 --seconds 2 --deadline $((patience * 50))
-  grep -h -E "^(pass|MISS|none) " "$work"/bench-*.log | tee -a "$work/summary.txt"
+  local name
+  for name in ${KERNELS:-token_log_probs linear_log_probs sampling loss}; do
+    # shellcheck disable=SC2086
+    bench "$name" 75 --seconds 1 --deadline $((patience * 55)) ${BENCH:-}
+  done
 }
 
-tune() { step tune 120 "$python" -m grpo.kernels.tune --out "$work/$stamp-block_sizes.json"; }
+tune() {
+  # shellcheck disable=SC2086
+  step tune 120 "$python" -m grpo.kernels.tune --out "$work/$stamp-block_sizes.json" ${TUNE:-}
+}
 
-run() { bench run 180 --preset "$run_preset" --steps 2; }
+run() {
+  # shellcheck disable=SC2086
+  bench run 180 --preset "$run_preset" --steps 2 $run_flags ${RUN:-}
+}
 
 rollout() { bench rollout 120 --preset "$rollout_preset" --repeats 2 ${ROLLOUT:-}; }
 
@@ -111,7 +125,7 @@ profile() {
   fi
 }
 
-quickstart() { step quickstart 320 "$python" -m grpo quickstart --run-dir "$work/quickstart"; trim quickstart; }
+quickstart() { step quickstart "${QUICKSTART_SECONDS:-320}" "$python" -m grpo quickstart --run-dir "$work/quickstart"; trim quickstart; }
 
 trim() { # what a run's folder holds beside its results
   find "$work/$1" -type d -name checkpoints -prune -exec rm -rf {} +
@@ -133,6 +147,8 @@ for part in "$@"; do
     *) echo "$part: unknown part" ;;
   esac
 done
+grep -h -E "^(pass|MISS|none) " "$work"/bench-*.log 2> /dev/null | tee -a "$work/summary.txt"
+"$python" benchmarks/gpu_results.py --checks "$work" "$work/$stamp-gpu-checks.json"
 pack
 echo "==== all in $out/results.tgz"
 cat "$work/summary.txt"

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import importlib.util
 import json
+import re
 import statistics
 import sys
 import time
@@ -103,15 +104,20 @@ def main(description: str, cases: Callable[[argparse.Namespace], Iterator[Case]]
     parser.add_argument("--seconds", type=float, default=60.0, help="of a case's measured runs, about, at most")
     parser.add_argument("--deadline", type=float, default=3600.0, help="seconds after which no case is begun")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile's side")
+    parser.add_argument("--cases", default="", help="only cases whose name has this regular expression")
+    parser.add_argument("--without", nargs="+", default=(), help="sides to leave out")
     options = parser.parse_args()
     torch.manual_seed(0)
     begin, results, left_out = time.monotonic(), [], []
     rates = device_rates()
     print(", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()), flush=True)
     for case in cases(options):
+        if not re.search(options.cases, case.name):
+            continue
         if time.monotonic() - begin > options.deadline:
             left_out.append(case.name)
             continue
+        case.sides = {side: run for side, run in case.sides.items() if side not in options.without}
         results.append(measure(case, rates, repeats=options.repeats, seconds=options.seconds))
         show(results[-1])
         if options.json:

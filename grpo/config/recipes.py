@@ -98,6 +98,8 @@ class GRPORecipe(GeneratorRecipe):
         for name, table in self.reward.active.items():
             if rollout.num_generations == 1 and table.normalise == "group":
                 yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
+            if table.normalise == "batch" and objective.advantage == "gdpo" and not table.separate:
+                yield f'reward.{name}.normalise = "batch" contradicts objective.advantage = "gdpo": by group'
         if not self.reward.active:
             yield "no reward is on: give a table [reward.NAME] a weight other than 0"
         if rollout.mode == "autoregressive":

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grpo.config import GRPORecipe, Parallel, PretrainRecipe, Rewards, Schedule, Training
-from grpo.kernels import CHUNK_ELEMENTS
+from grpo.kernels import CHUNK_ELEMENTS, KEPT_ELEMENTS
 from grpo.models import VQModel, generator_sizes, get_family, tokenizer_sizes
 from grpo.parallel import compute_dtype, mixed_precision_policy, reshards_after_forward
 from grpo.rewards.networks import MEMORY_SHARE as DECODING_SHARE
@@ -103,6 +103,7 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
         schedule = recipe.schedule(ranks=ranks)
     sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
     rows = sequences * sizes.block_size
+    logits = rows * sizes.vocab_size
     policy = sharded_bytes(model, mesh=mesh, parallel=recipe.parallel, training=training, accumulates=micro_batches > 1)
     lasting = {
         "weights": policy.parameters,
@@ -119,14 +120,16 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
         "gathered weights": policy.gathered,
         "reduction": policy.reduction,
         "activations": family.costs.activation_bytes(sizes, rows, dtype=dtype, mode=recipe.activation_checkpoint.mode),
-        "logits": FP32 * min(rows * sizes.vocab_size, CHUNK_ELEMENTS["cuda"])
-        + family.costs.projection_bytes(sizes, rows, dtype=dtype),
+        "logits": FP32 * min(logits, CHUNK_ELEMENTS["cuda"])
+        + family.costs.projection_bytes(sizes, rows, dtype=dtype)
+        + dtype.itemsize * logits * (logits <= KEPT_ELEMENTS["cuda"]),  # their gradient lies beside them
     }
     if not schedule:
         return RecipeMemory(lasting, {"update": update})
     lasting["tokenizer and rewards"] += _reward_networks(recipe.reward, tokenizer)
     # Where rollout and update share a forward, what it keeps waits through the phases between.
-    waiting = {name: update[name] for name in ("gathered weights", "activations") if schedule.trains_sampling_forward}
+    waits = ("gathered weights", "activations", *(("logits",) if logits <= KEPT_ELEMENTS["cuda"] else ()))
+    waiting = {name: update[name] for name in waits if schedule.trains_sampling_forward}
     free = memory - sum(lasting.values()) - sum(waiting.values())
     room = {"free": free, "kept": int(recipe.rollout.keep_memory * memory)}
     phases = _phases_before_update(recipe, schedule, model, tokenizer, policy, waiting=waiting, **room)
@@ -170,7 +173,7 @@ def _phases_before_update(
     if rollout.mode == "teacher_forced":
         encoded = bytes_per_image(tokenizer.config, sizes.block_size, dtype=torch.float32) * schedule.images_per_part
         logits = FP32 * min(schedule.images_per_part * sizes.block_size * sizes.vocab_size, CHUNK_ELEMENTS["cuda"])
-        sampling = {**(waiting or {"gathered weights": policy.gathered}), "logits": logits}
+        sampling = {"logits": logits, **(waiting or {"gathered weights": policy.gathered})}
         return {"encode": {"encoding": encoded}, "rollout": sampling, "reward": reward}
     dtype, guided = compute_dtype(recipe.training.mixed_precision), rollout.cfg_scale != 1
     row = bytes_per_sequence(model, dtype=dtype, guided=guided)

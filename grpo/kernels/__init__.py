@@ -25,6 +25,6 @@ from grpo.kernels.few_rows import MAX_ROWS, linear_add, norm_linear, sums_of_squ
 from grpo.kernels.log_probs import linear_token_log_probs, token_log_probs
 from grpo.kernels.norm_and_gate import add_rms_norm, silu_mul
 from grpo.kernels.philox import RandomStream, philox_uniform
-from grpo.kernels.projection import CHUNK_ELEMENTS, project_logits
+from grpo.kernels.projection import CHUNK_ELEMENTS, KEPT_ELEMENTS, project_logits
 from grpo.kernels.ratio_loss import clipped_ratio_loss
 from grpo.kernels.sampling import Sample, sample_tokens

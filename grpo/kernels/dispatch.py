@@ -39,6 +39,11 @@ def use_triton(impl: str, *, op: str, device: torch.device, obstacle: str | None
     return obstacle is None
 
 
+def has_ex2() -> bool:
+    """Whether kernels may use the instruction ex2 of NVIDIA's GPUs; the interpreter and other GPUs have none."""
+    return torch.cuda.is_available() and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+
+
 def overlap_options(device: torch.device) -> dict[str, bool]:
     """Launch options of kernels of a sampling step: `OVERLAP`, and what Triton needs for it.
 

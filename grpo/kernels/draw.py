@@ -1,7 +1,7 @@
 """Draws from a projection of hidden states, with their differentiable log-probs; the settings of a draw as one value.
 
 The gradient needs the logits again. Where they come from is chosen once, by `_keeps_logits`: they are kept from the
-forward pass (three matrix products in all) or computed again (four, and no memory).
+forward pass (three matrix products in all) or computed again in chunks (four).
 """
 
 from dataclasses import asdict, dataclass
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.kernels.log_probs import linear_token_log_probs
-from grpo.kernels.projection import LogitChunks, project_logits, projection_chunks
+from grpo.kernels.log_probs import chunk_kind_of, linear_token_log_probs
+from grpo.kernels.projection import KEPT_ELEMENTS, project_logits, projection_chunks
 from grpo.kernels.row_math import ScoredRows
 from grpo.kernels.sampling import Sample, sample_tokens
 
-_KEPT_ELEMENTS = {"cpu": 1 << 24}  # see `_keeps_logits`
+_KEPT_ELEMENTS = {"cpu": 1 << 24, **KEPT_ELEMENTS}  # see `_keeps_logits`
 
 
 class ScoredSample(NamedTuple):
@@ -92,9 +92,8 @@ def sample_and_score(
 ) -> ScoredSample:  # fmt: skip
     """`sample_tokens` of softmax(hidden @ weight.T / temperature) and `linear_token_log_probs` of what it draws.
 
-    The logits of a chunk are computed once for both. The backward pass computes them again, as that of
-    `linear_token_log_probs` does; on a CPU and while all of them fit into 64 MB, it takes those of the forward pass,
-    which it uses up.
+    The logits of a chunk are computed once for both. The backward pass takes those of the forward pass, and uses them
+    up, where they fit into 64 MB on a CPU or are one chunk on a GPU; else it computes them again.
 
     `hidden` is [N, D], `weight` [V, D]; `targets` [N] int64 are given tokens to be scored as well. For `row_ids` [N]
     int64 and the settings see `sample_tokens`.
@@ -110,7 +109,7 @@ class _SampleAndScore(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, row_ids, num_samples, draw):
-        ctx.draw, ctx.kept = draw, [] if _keeps_logits(hidden, weight, draw.impl) else None
+        ctx.draw, ctx.kept = draw, [] if _keeps_logits(hidden, weight) else None
         parts = []
         for rows in projection_chunks(hidden, weight):
             logits = project_logits(hidden[rows], weight)
@@ -135,24 +134,24 @@ class _SampleAndScore(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # the first backward pass uses them up
         if kept is None:
             gradients = torch.ops.grpo.linear_token_log_probs_backward(
-                *scored[3:], hidden, weight, *scored[:3], temperature, *needs, ctx.draw.impl
+                *scored[3:], hidden, weight, *scored[:3], None, temperature, *needs, ctx.draw.impl
             )
         else:
-            chunks = LogitChunks(hidden, weight, temperature, needs)
-            for rows, logits in kept:
-                chunks.backward(rows, logits if temperature == 1 else logits.div_(temperature), scored)
+            chunks = chunk_kind_of(hidden, weight, ctx.draw.impl)(hidden, weight, temperature, needs)
+            with torch.cuda.device_of(hidden):
+                for rows, logits in kept:
+                    chunks.backward(rows, chunks.tempered(logits), scored)
             gradients = chunks.gradients()
         return *gradients, None, None, None, None
 
 
-def _keeps_logits(hidden: Tensor, weight: Tensor, impl: str) -> bool:
+def _keeps_logits(hidden: Tensor, weight: Tensor) -> bool:
     """The one place that decides whether logits outlive the forward pass.
 
-    A CPU keeps 64 MB at most: another product costs it more than reading them. A GPU keeps none: [N, V] is what it has
-    no memory for, and at V = 16384 its product is about as cheap as the traffic. The Triton kernels where they are
-    interpreted stand for a GPU.
+    A CPU keeps 64 MB at most: another product costs it more than reading them. A GPU keeps one chunk, which its
+    backward pass would hold anyway: more of [N, V] is what it has no memory for.
     """
-    return impl != "triton" and len(hidden) * len(weight) <= _KEPT_ELEMENTS.get(hidden.device.type, 0)
+    return len(hidden) * len(weight) <= _KEPT_ELEMENTS.get(hidden.device.type, 0)
 
 
 def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

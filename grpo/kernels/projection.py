@@ -8,8 +8,13 @@ from torch import Tensor
 from grpo.kernels.dispatch import accumulation_dtype
 from grpo.kernels.row_math import ScoredRows, row_chunks, score_rows, score_rows_backward
 
-# Logits held at once, by device type. A chunk too small re-reads the weight too often, one too large leaves the cache.
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
+# Logits held at once, by device type. On a CPU a larger chunk leaves the cache. On a GPU each chunk reads and writes
+# the fp32 weight gradient once more, and products need whole waves of tiles: for the gradient of 5632 rows of D = 1536
+# they are two, of tiles of 128 x 256 on 132 processors. With V = 16384 that is 369 MB.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 5632 << 14}
+# Logits that `linear_token_log_probs` keeps for its backward pass, by device type: those of one chunk, which the
+# backward pass would hold anyway. It saves one product of four.
+KEPT_ELEMENTS = {"cuda": CHUNK_ELEMENTS["cuda"]}
 
 
 @torch.no_grad()
@@ -37,6 +42,11 @@ def mixed_products(operand: Tensor) -> bool:
     return operand.dtype.itemsize == 2 and operand.is_cuda and torch.version.hip is None
 
 
+def keeps_logits(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the logits of these rows are kept between the passes of `linear_token_log_probs`."""
+    return 0 < len(hidden) * len(weight) <= KEPT_ELEMENTS.get(hidden.device.type, 0)
+
+
 def projection_chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """The rows of each chunk of logits."""
     elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
@@ -52,6 +62,7 @@ class LogitChunks:
 
     widens = True  # takes the operands to the type of the sums
     score = staticmethod(score_rows)
+    """Fills log-probs, lse and entropy from scores [n, V], which are used up."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, temperature: float, needs: Sequence[bool] = (False, False)
@@ -75,6 +86,10 @@ class LogitChunks:
         """Fills scores [n, V]."""
         torch.addmm(scores, hidden, self.weight.t(), beta=0, alpha=1 / self.temperature, out=scores)
 
+    def tempered(self, logits: Tensor) -> Tensor:
+        """Scores from logits, which are used up."""
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
+
     def backward(self, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
         """Adds these rows' part of the gradients. `scores` [n, V] are used up; `scored` are all N rows."""
         score_rows_backward(scores, scored.rows(rows), self.temperature)
@@ -82,6 +97,17 @@ class LogitChunks:
             torch.mm(scores, self.weight, out=self.grad_hidden[rows])
         if self.needs_weight:
             self.grad_weight.addmm_(scores.t(), self.hidden[rows])
+
+    def score_kept(self, outputs: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        """The scores [N, V] of all rows in one piece, kept, after `score`."""
+        scores = self.hidden.new_empty(len(self.hidden), len(self.weight), dtype=self.dtype)
+        self.product(self.hidden, scores)
+        self.score(scores.clone(), tokens, *outputs)
+        return scores
+
+    def backward_kept(self, scores: Tensor, scored: ScoredRows) -> None:
+        """`backward` of all rows, from scores that stay as they are."""
+        self.backward(slice(None), scores.clone(), scored)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of hidden and weight, in their types; an empty tensor for what is not needed."""

@@ -6,8 +6,11 @@ merges the splits in order and adds the logits of the tokens. Splits depend on V
 other row.
 
 Backward, and the other forward passes: chunks of rows. The library's matrix product writes fp32 logits, the row kernels
-of `triton_log_probs.py` read log-probs off them and turn them in place into gradients, which two more products use.
+of `triton_log_probs.py` read log-probs off them and turn them in place into gradients, which two more products use. One
+chunk alone is kept between the passes.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,9 +19,10 @@ from torch import Tensor
 
 from grpo.kernels import triton_log_probs
 from grpo.kernels.block_sizes import block_sizes
+from grpo.kernels.dispatch import has_ex2
 from grpo.kernels.projection import LogitChunks, mixed_products, wide_product
 from grpo.kernels.row_math import ScoredRows, new_outputs
-from grpo.kernels.triton_log_probs import absorb_tile
+from grpo.kernels.triton_log_probs import LN_2, LOG2_E, absorb_tile
 
 _SPLIT = 2048
 
@@ -28,7 +32,7 @@ def split_kernel(
     hidden_ptr, weight_ptr, peak_ptr, total_ptr, moment_ptr,
     N, stride_hidden, stride_weight, inverse_temperature,
     V: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
-    TILE_N: tl.constexpr, TILE_V: tl.constexpr, TILE_D: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_V: tl.constexpr, TILE_D: tl.constexpr, WITH_ENTROPY: tl.constexpr, EX2: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     split = tl.program_id(1)
@@ -40,16 +44,18 @@ def split_kernel(
     for tile in range(0, SPLIT, TILE_V):
         columns = split * SPLIT + tile + tl.arange(0, TILE_V)
         weight_rows = weight_ptr + columns.to(tl.int64)[None, :] * stride_weight
-        scores = tl.zeros((TILE_N, TILE_V), tl.float32)
+        logits = tl.zeros((TILE_N, TILE_V), tl.float32)
         for start in range(0, D, TILE_D):
             feature = start + features
             hidden_mask = (rows[:, None] < N) & (feature[None, :] < D)
             weight_mask = (columns[None, :] < V) & (feature[:, None] < D)
             hidden = tl.load(hidden_rows + feature[None, :], mask=hidden_mask, other=0.0)
             weight = tl.load(weight_rows + feature[:, None], mask=weight_mask, other=0.0)
-            scores = tl.dot(hidden, weight, scores)
-        scores = tl.where(columns[None, :] < V, scores * inverse_temperature, float("-inf"))
-        peak, total, moment = absorb_tile(scores, peak, total, moment, 1, WITH_ENTROPY)
+            logits = tl.dot(hidden, weight, logits)
+        logits = tl.where(columns[None, :] < V, logits, float("-inf"))
+        peak, total, moment = absorb_tile(
+            logits, inverse_temperature * LOG2_E, peak, total, moment, 1, WITH_ENTROPY, EX2
+        )
     partial = split.to(tl.int64) * N + rows
     tl.store(peak_ptr + partial, peak, mask=rows < N)
     tl.store(total_ptr + partial, total, mask=rows < N)
@@ -69,17 +75,17 @@ def merge_kernel(
     partial = splits.to(tl.int64) * N + row
     peaks = tl.load(peak_ptr + partial, mask=splits < SPLITS, other=-3.4e38)
     peak = tl.max(peaks, axis=0)
-    shrink = tl.exp(peaks - peak)
+    shrink = tl.exp2(peaks - peak)
     totals = tl.load(total_ptr + partial, mask=splits < SPLITS, other=0.0)
     total = tl.sum(totals * shrink, axis=0)
-    lse = peak + tl.log(total)
-    tl.store(lse_ptr + row, lse)
+    log_total = tl.log(total)
+    tl.store(lse_ptr + row, peak * LN_2 + log_total)
     if WITH_ENTROPY:
         moments = tl.load(moment_ptr + partial, mask=splits < SPLITS, other=0.0)
         # Not 0 * -inf where a split holds nothing but -inf.
         moved = tl.where(totals > 0, totals * (peaks - peak), 0.0)
         moment = tl.sum(shrink * (moments + moved), axis=0)
-        tl.store(entropy_ptr + row, tl.log(total) - moment / total)
+        tl.store(entropy_ptr + row, log_total - LN_2 * (moment / total))
 
     m = tl.arange(0, TILE_M)
     tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=0)
@@ -92,8 +98,9 @@ def merge_kernel(
         chosen = tl.load(weight_rows + feature[None, :], mask=inside[:, None] & (feature[None, :] < D), other=0.0)
         products += hidden[None, :] * chosen.to(tl.float32)
     # A token out of range has no log-prob, and reads nothing.
-    scores = tl.where(inside, tl.sum(products, axis=1) * inverse_temperature, float("nan"))
-    tl.store(log_probs_ptr + row * M + m, scores - lse, mask=m < M)
+    chosen = tl.where(inside, tl.sum(products, axis=1), float("nan"))
+    relative = chosen * (inverse_temperature * LOG2_E) - peak
+    tl.store(log_probs_ptr + row * M + m, relative * LN_2 - log_total, mask=m < M)
 
 
 def launch_forward(
@@ -125,9 +132,15 @@ class TritonLogitChunks(LogitChunks):
     def score(self, scores: Tensor, tokens: Tensor, log_probs: Tensor, lse: Tensor, entropy: Tensor) -> None:
         triton_log_probs.launch_forward(scores, tokens, self.temperature, log_probs, lse, entropy)
 
+    def tempered(self, logits: Tensor) -> Tensor:
+        return logits
+
     def backward(self, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
         # The gradient takes the place of the logits, in the type of the products that follow.
-        gradient = scores.view(self.hidden.dtype)[:, : self.weight.shape[0]]
+        self.backward_into(scores.view(self.hidden.dtype)[:, : self.weight.shape[0]], rows, scores, scored)
+
+    def backward_into(self, gradient: Tensor, rows: slice, scores: Tensor, scored: ScoredRows) -> None:
+        """`backward` with the place of the gradient [n, V] given."""
         triton_log_probs.launch_backward(scores, scored.rows(rows), self.temperature, gradient)
         if self.needs_hidden:
             torch.mm(gradient, self.weight, out=self.grad_hidden[rows])
@@ -137,6 +150,15 @@ class TritonLogitChunks(LogitChunks):
         elif self.needs_weight:
             self.grad_weight.addmm_(gradient.t().float(), self.hidden[rows].float())
 
+    def score_kept(self, outputs: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        scores = wide_product(self.hidden, self.weight.t())
+        self.score(scores, tokens, *outputs)  # leaves them as they are
+        return scores
+
+    def backward_kept(self, scores: Tensor, scored: ScoredRows) -> None:
+        gradient = torch.empty_like(scores, dtype=self.hidden.dtype)
+        self.backward_into(gradient, slice(None), scores, scored)
+
 
 def split_options(V: int, D: int, with_entropy: bool) -> dict:
     """Compile-time options of `split_kernel`, as the launcher and the compile tests use them."""
@@ -145,7 +167,7 @@ def split_options(V: int, D: int, with_entropy: bool) -> dict:
     tiles["TILE_D"] = min(sizes["TILE_D"], max(16, triton.next_power_of_2(D)))
     stages = 2 if torch.version.hip else sizes["num_stages"]
     launch = {"num_warps": sizes["num_warps"], "num_stages": stages, "enable_fp_fusion": True}
-    return {"V": V, "D": D, "SPLIT": _SPLIT, "WITH_ENTROPY": with_entropy, **tiles, **launch}
+    return {"V": V, "D": D, "SPLIT": _SPLIT, "WITH_ENTROPY": with_entropy, "EX2": has_ex2(), **tiles, **launch}
 
 
 def merge_options(V: int, D: int, M: int, with_entropy: bool) -> dict:

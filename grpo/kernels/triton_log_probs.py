@@ -5,24 +5,36 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.block_sizes import block_sizes
+from grpo.kernels.dispatch import has_ex2
 from grpo.kernels.row_math import ScoredRows
+
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_LOG_ZERO = tl.constexpr(-1e4)  # stands in for log 0: 0 times it is 0, where 0 times -inf would be NaN
 
 
 @triton.jit
-def absorb_tile(scores, peak, total, moment, AXIS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
-    """One more tile of scores along `AXIS` taken into the online softmax of a row or of several.
+def power_of_two(x, EX2: tl.constexpr):
+    """2 ** x in fp32; with EX2 by the bare instruction of NVIDIA's GPUs, where results below 2 ** -126 are 0."""
+    if EX2:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
 
-    `peak` is the largest score so far, `total` the sum of the weights exp(score - peak), `moment` that of weight *
-    (score - peak), which the entropy needs.
+
+@triton.jit
+def absorb_tile(logits, scale, peak, total, moment, AXIS: tl.constexpr, WITH_ENTROPY: tl.constexpr, EX2: tl.constexpr):
+    """One more tile along `AXIS` taken into the online softmax of a row or of several, of the scores logits * scale.
+
+    Scores are in units of ln 2, so that a weight is a power of two. `peak` is the largest score so far, `total` the sum
+    of the weights 2 ** (score - peak), `moment` that of weight * (score - peak), which the entropy needs.
     """
-    new_peak = tl.maximum(peak, tl.max(scores, axis=AXIS))
-    relative = scores - tl.expand_dims(new_peak, AXIS)
-    weights = tl.exp(relative)
-    shrink = tl.exp(peak - new_peak)
+    new_peak = tl.maximum(peak, tl.max(logits, axis=AXIS) * scale)
+    relative = logits * scale - tl.expand_dims(new_peak, AXIS)  # one operation
+    weights = power_of_two(relative, EX2)
+    shrink = power_of_two(peak - new_peak, EX2)
     if WITH_ENTROPY:
         moved = tl.where(total > 0, total * (peak - new_peak), 0.0)  # not 0 * -inf before the first tile
         moment = shrink * (moment + moved)
-        moment += tl.sum(tl.where(weights > 0, weights * relative, 0.0), axis=AXIS)
+        moment += tl.sum(weights * tl.maximum(relative, _LOG_ZERO), axis=AXIS)
     total = total * shrink + tl.sum(weights, axis=AXIS)
     return new_peak, total, moment
 
@@ -32,6 +44,7 @@ def forward_kernel(
     logits_ptr, tokens_ptr, log_probs_ptr, lse_ptr, entropy_ptr,
     stride_row, inverse_temperature,
     V: tl.constexpr, M: tl.constexpr, TILE_M: tl.constexpr, TILE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    EX2: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
@@ -40,30 +53,31 @@ def forward_kernel(
     peak = tl.full((), -3.4e38, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     moment = tl.full((), 0.0, tl.float32)
+    scale = inverse_temperature * LOG2_E
     for start in range(0, V, TILE):
         logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
-        peak, total, moment = absorb_tile(logits * inverse_temperature, peak, total, moment, 0, WITH_ENTROPY)
-    lse = peak + tl.log(total)
-    tl.store(lse_ptr + row, lse)
+        peak, total, moment = absorb_tile(logits, scale, peak, total, moment, 0, WITH_ENTROPY, EX2)
+    log_total = tl.log(total)
+    tl.store(lse_ptr + row, peak * LN_2 + log_total)
     if WITH_ENTROPY:
-        tl.store(entropy_ptr + row, tl.log(total) - moment / total)
+        tl.store(entropy_ptr + row, log_total - LN_2 * (moment / total))
     m = tl.arange(0, TILE_M)
     tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=0)
     # A token out of range has no log-prob, and reads nothing.
     inside = (tokens >= 0) & (tokens < V)
-    chosen = tl.load(row_ptr + tokens, mask=inside, other=float("nan")).to(tl.float32) * inverse_temperature
-    tl.store(log_probs_ptr + row * M + m, chosen - lse, mask=m < M)
+    chosen = tl.load(row_ptr + tokens, mask=inside, other=float("nan")).to(tl.float32)
+    # Relative to the peak, so that the log-prob of a certain token is 0 and not a rounding error above it.
+    tl.store(log_probs_ptr + row * M + m, (chosen * scale - peak) * LN_2 - log_total, mask=m < M)
 
 
 @triton.jit
-def _row_gradient(logits, lse, entropy, grad_sum, grad_entropy, inverse_temperature, WITH_ENTROPY: tl.constexpr):
-    """d loss / d logits but for the tokens' own terms; derivatives as in `row_math.py`."""
-    log_p = logits * inverse_temperature - lse
-    p = tl.exp(log_p)
-    slope = grad_sum
+def _row_gradient(logits, scale, lse, level, slope, WITH_ENTROPY: tl.constexpr, EX2: tl.constexpr):
+    """d loss / d logits but for the tokens' own terms: p (level + slope log2 p); derivatives as in `row_math.py`."""
+    log2_p = logits * scale - lse
+    p = power_of_two(log2_p, EX2)
     if WITH_ENTROPY:
-        slope += tl.where(p > 0, grad_entropy * (log_p + entropy), 0.0)
-    return -(p * slope) * inverse_temperature
+        return p * (level + slope * tl.maximum(log2_p, _LOG_ZERO))
+    return p * level
 
 
 @triton.jit
@@ -71,6 +85,7 @@ def backward_kernel(
     grad_log_probs_ptr, grad_entropy_ptr, logits_ptr, tokens_ptr, lse_ptr, entropy_ptr, grad_logits_ptr,
     stride_row, stride_grad_row, inverse_temperature,
     V: tl.constexpr, M: tl.constexpr, TILE_M: tl.constexpr, TILE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    EX2: tl.constexpr,
 ):  # fmt: skip
     """`grad_logits` may lie over `logits`, with elements of the same size or half of it and rows at the same addresses.
 
@@ -79,24 +94,27 @@ def backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     grad_row_ptr = grad_logits_ptr + row * stride_grad_row
-    lse = tl.load(lse_ptr + row)
-    entropy, grad_entropy = lse, lse
-    if WITH_ENTROPY:
-        entropy = tl.load(entropy_ptr + row)
-        grad_entropy = tl.load(grad_entropy_ptr + row)
+    scale = inverse_temperature * LOG2_E
+    lse = tl.load(lse_ptr + row) * LOG2_E
     m = tl.arange(0, TILE_M)
     tokens = tl.load(tokens_ptr + row * M + m, mask=m < M, other=-1)
     inside = (tokens >= 0) & (tokens < V)
     grads = tl.load(grad_log_probs_ptr + row * M + m, mask=m < M, other=0.0)
     grads = tl.where(inside | (m >= M), grads, float("nan"))  # a token out of range spoils its row, visibly
-    grad_sum = tl.sum(grads, axis=0)
+    level = -tl.sum(grads, axis=0)
+    slope = level
+    if WITH_ENTROPY:
+        grad_entropy = tl.load(grad_entropy_ptr + row)
+        level -= grad_entropy * tl.load(entropy_ptr + row)
+        slope = -grad_entropy * LN_2 * inverse_temperature
+    level *= inverse_temperature
     chosen = tl.load(row_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
 
     columns = tl.arange(0, TILE)
     for start in range(0, V, TILE):
         mask = start + columns < V
         logits = tl.load(row_ptr + start + columns, mask=mask, other=float("-inf")).to(tl.float32)
-        gradient = _row_gradient(logits, lse, entropy, grad_sum, grad_entropy, inverse_temperature, WITH_ENTROPY)
+        gradient = _row_gradient(logits, scale, lse, level, slope, WITH_ENTROPY, EX2)
         tl.debug_barrier()
         tl.store(grad_row_ptr + start + columns, gradient.to(grad_logits_ptr.dtype.element_ty), mask=mask)
 
@@ -104,7 +122,7 @@ def backward_kernel(
     # is stored twice, with the same value.
     same = tokens[:, None] == tokens[None, :]
     own = tl.sum(tl.where(same, grads[None, :], 0.0), axis=1) * inverse_temperature
-    own += _row_gradient(chosen, lse, entropy, grad_sum, grad_entropy, inverse_temperature, WITH_ENTROPY)
+    own += _row_gradient(chosen, scale, lse, level, slope, WITH_ENTROPY, EX2)
     tl.debug_barrier()
     tl.store(grad_row_ptr + tokens, own.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
@@ -135,4 +153,4 @@ def kernel_options(op: str, V: int, M: int, with_entropy: bool) -> dict:
     sizes = block_sizes(op, V)
     tiles = {"TILE": min(triton.next_power_of_2(V), sizes["TILE"]), "TILE_M": max(1, triton.next_power_of_2(M))}
     launch = {"num_warps": sizes["num_warps"], "enable_fp_fusion": True}
-    return {"V": V, "M": M, "WITH_ENTROPY": with_entropy, **tiles, **launch}
+    return {"V": V, "M": M, "WITH_ENTROPY": with_entropy, "EX2": has_ex2(), **tiles, **launch}

@@ -10,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.block_sizes import block_sizes
+from grpo.kernels.dispatch import has_ex2
 from grpo.kernels.philox import BLOCK
 from grpo.kernels.sampling_reference import new_sample
+from grpo.kernels.triton_log_probs import LOG2_E, power_of_two
 
 _BLOCK = tl.constexpr(BLOCK)
 _GROUPS = tl.constexpr(BLOCK // 4)
@@ -32,7 +34,8 @@ def _from_key(key):
 
 @triton.jit
 def _total(tile):
-    return tl.sum(tl.sum(tile, axis=1), axis=0)
+    """Sum of a whole tile. In one reduction: two nested ones exchange lanes for every row of the tile."""
+    return tl.sum(tile, axis=None)
 
 
 @triton.jit
@@ -65,13 +68,21 @@ def _gumbel(bits):
 
 
 @triton.jit
-def _mass(scores, keep, peak):
+def _exp(x, EX2: tl.constexpr):
+    """exp(x), as Triton computes it but for results below 2 ** -126, which are 0 with EX2."""
+    if EX2:
+        return power_of_two(x * LOG2_E, EX2)
+    return tl.exp(x)
+
+
+@triton.jit
+def _mass(scores, keep, peak, EX2: tl.constexpr):
     """exp(scores - peak) where `keep`, else 0.
 
     Selecting before the exponential keeps the compiler from hoisting it out of a loop, and the row from being held in
     registers twice.
     """
-    return tl.exp(tl.where(keep, scores, float("-inf")) - peak)
+    return _exp(tl.where(keep, scores, float("-inf")) - peak, EX2)
 
 
 @triton.jit
@@ -88,13 +99,13 @@ def _top_k_threshold(scores, peak, k):
 
 
 @triton.jit
-def _top_p_threshold(scores, peak, low, limit):
+def _top_p_threshold(scores, peak, low, limit, EX2: tl.constexpr):
     """Smallest t >= low with at most `limit` of mass above t."""
     low = _order_key(low)
     high = _order_key(peak)
     while low < high:
         middle = low + ((high - low).to(tl.uint32, bitcast=True) >> 1).to(tl.int32, bitcast=True)
-        above = _total(_mass(scores, scores > _from_key(middle), peak))
+        above = _total(_mass(scores, scores > _from_key(middle), peak, EX2))
         high = tl.where(above <= limit, middle, high)
         low = tl.where(above <= limit, low, middle + 1)
     return _from_key(low)
@@ -114,18 +125,20 @@ def _last_tie(scores, columns, threshold, room, V):
 
 
 @triton.jit
-def _truncation(scores, columns, peak, top_k, top_p, V, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr):
+def _truncation(
+    scores, columns, peak, top_k, top_p, V, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, EX2: tl.constexpr
+):
     """(threshold, last_tie): kept are the scores above the threshold, and those equal to it up to column last_tie."""
     threshold = peak * 0 + float("-inf")
     last_tie = tl.full((), V, tl.int32)
     if HAS_TOP_K:
         threshold = _top_k_threshold(scores, peak, top_k)
     if HAS_TOP_P:
-        limit = top_p * _total(_mass(scores, scores >= threshold, peak))
-        threshold = _top_p_threshold(scores, peak, threshold, limit)
-        above = _total(_mass(scores, scores > threshold, peak))
+        limit = top_p * _total(_mass(scores, scores >= threshold, peak, EX2))
+        threshold = _top_p_threshold(scores, peak, threshold, limit, EX2)
+        above = _total(_mass(scores, scores > threshold, peak, EX2))
         ties = _count(scores == threshold)
-        each = tl.exp(threshold - peak)
+        each = _exp(threshold - peak, EX2)
         room = tl.where(each > 0, tl.minimum(tl.floor((limit - above) / each) + 1, ties.to(tl.float32)), ties)
         room = tl.maximum(room.to(tl.int32), 1)
         if room < ties:
@@ -139,9 +152,9 @@ def _draw_flat(scores, columns, kept, noise_ptr, tokens_ptr, V: tl.constexpr, NU
     for sample in range(NUM_SAMPLES):
         noise = tl.load(noise_ptr + sample * V + columns, mask=columns < V, other=0.0)
         noisy = tl.where(kept & (columns < V), scores + noise, float("-inf"))
-        best = tl.max(tl.max(noisy, axis=1), axis=0)
+        best = tl.max(noisy, axis=None)
         first = tl.where((noisy == best) & (columns < V), columns, V)
-        tl.store(tokens_ptr + sample, tl.min(tl.min(first, axis=1), axis=0).to(tl.int64))
+        tl.store(tokens_ptr + sample, tl.min(first, axis=None).to(tl.int64))
 
 
 @triton.jit
@@ -214,7 +227,7 @@ def sample_kernel(
     stride_row, temperature, top_k, top_p,
     V: tl.constexpr, NUM_SAMPLES: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_SAMPLES: tl.constexpr,
     TILE_GROUPS: tl.constexpr, HEAT: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
-    HAS_NOISE: tl.constexpr,
+    HAS_NOISE: tl.constexpr, EX2: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
@@ -222,19 +235,19 @@ def sample_kernel(
     scores = _temper(tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")), temperature, HEAT)
     flagged = _count(scores < float("inf")) < TILE_BLOCKS * _BLOCK
     scores = _drawable(scores)
-    peak = tl.max(tl.max(scores, axis=1), axis=0)
+    peak = tl.max(scores, axis=None)
     empty = peak == float("-inf")
     least_first = tl.where(empty, 0.0, float("-inf"))  # a row without any finite score draws its first column
     scores = tl.where(columns == 0, tl.maximum(scores, least_first), scores)
     peak = tl.maximum(peak, least_first)
     flag = tl.where(flagged | empty, float("nan"), 0.0)
 
-    mass = tl.sum(tl.exp(scores - peak), axis=1)
+    mass = tl.sum(_exp(scores - peak, EX2), axis=1)
     total = tl.sum(mass, axis=0)
-    threshold, last_tie = _truncation(scores, columns, peak, top_k, top_p, V, HAS_TOP_K, HAS_TOP_P)
+    threshold, last_tie = _truncation(scores, columns, peak, top_k, top_p, V, HAS_TOP_K, HAS_TOP_P, EX2)
     kept = (scores > threshold) | ((scores == threshold) & (columns <= last_tie))
     if HAS_TOP_K or HAS_TOP_P:
-        mass = tl.sum(_mass(scores, kept, peak), axis=1)
+        mass = tl.sum(_mass(scores, kept, peak, EX2), axis=1)
     kept_total = tl.sum(mass, axis=0)
     tl.store(kept_mass_ptr + row, kept_total / total + flag)
 
@@ -289,7 +302,7 @@ def kernel_options(V: int, num_samples: int, temperature: float, top_k: int, top
     num_blocks, power = triton.cdiv(V, BLOCK), triton.next_power_of_2
     tiles = {"TILE_BLOCKS": power(num_blocks), "TILE_SAMPLES": min(power(num_samples), _MOST_AT_ONCE)}
     tiles["TILE_GROUPS"] = power(triton.cdiv(num_blocks, 4))
-    flags = {"HEAT": temperature != 1, "HAS_TOP_K": top_k > 0, "HAS_TOP_P": top_p < 1}
+    flags = {"HEAT": temperature != 1, "HAS_TOP_K": top_k > 0, "HAS_TOP_P": top_p < 1, "EX2": has_ex2()}
     sizes = block_sizes("sample_truncated" if top_k > 0 or top_p < 1 else "sample", V)
     # Without fusion: the reference rounds after every operation.
     return {"NUM_SAMPLES": num_samples, **tiles, **flags, **sizes, "enable_fp_fusion": False}

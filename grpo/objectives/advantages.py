@@ -5,8 +5,9 @@ The one definition, for K rewards r_k of B groups of G completions with weights 
 1. z_k is r_k, standardised first where its table says `normalise`: (r - mean) / (std + eps) over the completions of its
    group, or over all of all ranks.
 2. S is the sum of w_k z_k over the rewards that are not `separate`, and A(S) its advantage by `objective.advantage`.
-   `gdpo` is z_k by group throughout, and A(S) = S (GDPO, arXiv 2601.05242).
-3. Every separate reward adds w_k times an advantage of its own: A(r_k), or z_k where it is standardised.
+   `gdpo` is z_k by group, and A(S) = S (GDPO, arXiv 2601.05242).
+3. Every separate reward adds w_k times an advantage of its own: A(r_k), or z_k where it is standardised (0 in a group
+   without spread, wherever the group lies in the batch).
 
 NaN says that a reward abstains. Mean and std are of those that have an opinion; who has none is moved by nothing, who
 has none in all rewards of a sum has advantage 0, and so has a group with fewer than two opinions. Any other non-finite

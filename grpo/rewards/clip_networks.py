@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from grpo.config import UserError, import_extra
 from grpo.models import to_uint8
 from grpo.rewards.base import RewardContext
 from grpo.rewards.published_weights import load_strictly, read_published
+from grpo.rewards.resizing import resize_as_pillow
 from grpo.rewards.words import TextFeatures
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,9 +45,7 @@ def quantised(cosines: Tensor) -> Tensor:
 def clip_pixels(images: Tensor, size: int, resize: Resize = "crop") -> Tensor:
     """Images [n, 3, H, W] in [-1, 1] as a CLIP network takes them, [n, 3, size, size] fp32.
 
-    - "crop", CLIP's own: the shorter side to `size`, bicubic with antialias, the middle cut out. As Pillow does it, one
-      side is resized after the other and both results have 8 bits. Pillow's fixed point differs by a level of 255 (from
-      384 pixels in 1 of 5,000 numbers, from 256 in 1 of 500, there rarely by two).
+    - "crop", CLIP's own: the shorter side to `size`, bicubic with antialias as Pillow does it, the middle cut out.
     - "squash": both sides to `size`, bilinear without antialias, never rounded.
     """
     if resize == "squash":
@@ -56,9 +54,7 @@ def clip_pixels(images: Tensor, size: int, resize: Resize = "crop") -> Tensor:
     else:
         pixels = to_uint8(images).float()
         height, width = (size * side // min(pixels.shape[-2:]) for side in pixels.shape[-2:])
-        for shape in ([pixels.shape[-2], width], [height, width]):
-            pixels = TF.resize(pixels, shape, InterpolationMode.BICUBIC, antialias=True).round().clamp(0, 255)
-        pixels = TF.center_crop(pixels, [size, size]) / 255
+        pixels = TF.center_crop(resize_as_pillow(pixels, height, width), [size, size]) / 255
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels - mean) / std
 

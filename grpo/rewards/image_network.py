@@ -6,6 +6,7 @@ library is imported only for a network of its own.
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 
 from grpo.config import RewardTable, UserError, import_extra
 from grpo.config.types import PositiveInt, Wanted
-from grpo.models import load_classifier
+from grpo.models import load_classifier, to_uint8
 from grpo.rewards.base import RewardContext
 from grpo.rewards.published_weights import load_strictly, read_published
+from grpo.rewards.resizing import resize_as_pillow
 
 Output = Literal["features", "logits"]
 OWN = "classifier"
@@ -67,7 +69,7 @@ class NetworkTable(RewardTable):
         keys = Preprocessing._fields
         if None not in (getattr(self, key) for key in keys):
             return self
-        own = _find(self.net).preprocessing()._asdict()
+        own = _find(self.net).preprocessing(self.checkpoint)._asdict()
         return self.model_copy(update={key: own[key] for key in keys if getattr(self, key) is None})
 
 
@@ -83,7 +85,7 @@ class ImageNetwork:
 
     def __init__(self, settings: NetworkTable, context: RewardContext, *, output: Output) -> None:
         library = _find(settings.net)
-        own = library.preprocessing()
+        own = library.preprocessing(settings.checkpoint)
         given = {key: getattr(settings, key) for key in own._fields if getattr(settings, key) is not None}
         self._how, self._antialias = own._replace(**given), settings.antialias
         built = library.build(settings.checkpoint, output)
@@ -104,7 +106,10 @@ class ImageNetwork:
         if resize is not None and images.shape[-2:] != (resize, resize):
             shorter = min(images.shape[-2:])
             size = [round(side * resize / shorter) for side in images.shape[-2:]]
-            images = F.interpolate(images, size=size, mode=interpolation, antialias=self._antialias)
+            if interpolation == "bicubic" and self._antialias:
+                images = resize_as_pillow(to_uint8(images * 2 - 1).float(), *size) / 255
+            else:
+                images = F.interpolate(images, size=size, mode=interpolation, antialias=self._antialias)
         if crop is not None:
             top, left = (round((side - crop) / 2) for side in images.shape[-2:])
             images = F.pad(images, (max(-left, 0),) * 2 + (max(-top, 0),) * 2)
@@ -122,7 +127,7 @@ class _Built(NamedTuple):
 class _Library(NamedTuple):
     """What is known of a network before it is built."""
 
-    preprocessing: Callable[[], Preprocessing]
+    preprocessing: Callable[[str], Preprocessing]  # of the weights in a file of that name
     build: Callable[[str, Output], _Built]  # from weights
 
 
@@ -130,7 +135,7 @@ def _find(net: str) -> _Library:
     library, _, name = net.partition(":")
     if net == OWN:
         neutral = Preprocessing(None, None, "bilinear", [0.5] * 3, [0.5] * 3)  # images of any size, in [-1, 1]
-        return _Library(lambda: neutral, _own)
+        return _Library(lambda checkpoint: neutral, _own)
     if library == "torchvision" and name:
         return _torchvision(name)
     if library == "timm" and name:
@@ -151,8 +156,10 @@ def _torchvision(name: str) -> _Library:
     if name not in models.list_models(module=models):
         raise UserError(f"net: torchvision has no classification network {name}")
 
-    def preprocessing() -> Preprocessing:
-        own = models.get_model_weights(name).DEFAULT.transforms()
+    def preprocessing(checkpoint: str) -> Preprocessing:
+        published = models.get_model_weights(name)
+        of_file = [weights for weights in published if Path(weights.url).name == Path(checkpoint).name]
+        own = (of_file or [published.DEFAULT])[0].transforms()
         return Preprocessing(own.resize_size[0], own.crop_size[0], own.interpolation.value, own.mean, own.std)
 
     def build(checkpoint: str, output: Output) -> _Built:
@@ -177,7 +184,7 @@ def _timm(name: str) -> _Library:
     if not timm.is_model(name):
         raise UserError(f"net: timm has no network {name}")
 
-    def preprocessing() -> Preprocessing:
+    def preprocessing(checkpoint: str) -> Preprocessing:
         published = timm.get_pretrained_cfg(name)
         config = timm.data.resolve_data_config(pretrained_cfg=published.to_dict() if published else {})
         crop = config["input_size"][-1]

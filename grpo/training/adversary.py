@@ -44,7 +44,9 @@ class Adversary:
         self.discriminator = made.to(world.device).train()
         self.optimizer = GuardedOptimizer(
             self.discriminator,
-            recipe.optimizer.model_copy(update={"lr": self.config.lr or recipe.optimizer.lr}),
+            recipe.optimizer.model_copy(
+                update={"lr": recipe.optimizer.lr if self.config.lr is None else self.config.lr}
+            ),
             total_steps=max(1, self.training.steps - self.config.start + 1),
             max_skipped_steps=self.training.max_skipped_steps,
             scaler=grad_scaler(self.training.mixed_precision, world.device),

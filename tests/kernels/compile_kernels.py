@@ -92,6 +92,8 @@ def kernels():
 
 def compile_kernel(kernel, types: str, options: dict, target: GPUTarget):
     """The compiled kernel. Pointers and 64-bit strides are taken as multiples of 16, as at production shapes."""
+    if "EX2" in options:
+        options = {**options, "EX2": target.backend == "cuda"}
     if "OVERLAP" in kernel.arg_names:  # as `overlap_options` on such a device
         overlaps = target.backend == "cuda" and target.arch >= 90
         options = {**options, "OVERLAP": overlaps, **({"launch_pdl": True} if overlaps else {})}

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from grpo.kernels import clipped_ratio_loss, linear_token_log_probs, row_math, token_log_probs
-from grpo.kernels.projection import CHUNK_ELEMENTS
+from grpo.kernels.projection import CHUNK_ELEMENTS, KEPT_ELEMENTS, LogitChunks
 
 N, V, D, M = 5, 40, 4, 3
 
@@ -33,7 +33,14 @@ def chunk_rows(request, monkeypatch):
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", request.param * V)
 
 
-@pytest.mark.usefixtures("chunk_rows")
+@pytest.fixture(params=[False, True], ids=["computed again", "kept"])
+def way(request, monkeypatch):
+    """Where the backward pass of the projection has its logits from."""
+    if request.param:
+        monkeypatch.setitem(KEPT_ELEMENTS, "cpu", 1 << 24)
+
+
+@pytest.mark.usefixtures("chunk_rows", "way")
 def test_values_and_gradients():
     temperature = 0.7
     hidden, weight, tokens = inputs()
@@ -51,6 +58,7 @@ def test_values_and_gradients():
         )
 
 
+@pytest.mark.usefixtures("way")
 def test_an_error_no_larger_than_that_of_torch():
     """fp32 and half precision beside the fp64 truth: products and sums stay in fp32."""
     generator = torch.Generator().manual_seed(1)
@@ -85,14 +93,30 @@ def test_strided_rows_and_columns_of_minus_infinity():
     assert token_log_probs(logits, tokens)[0, 0] == -torch.inf
 
 
+def test_kept_logits_serve_more_than_one_backward_pass(monkeypatch):
+    products = []
+    monkeypatch.setattr(
+        LogitChunks, "product", lambda chunks, *a, f=LogitChunks.product: (products.append(1), f(chunks, *a))
+    )
+    monkeypatch.setitem(KEPT_ELEMENTS, "cpu", N * V)
+    hidden, weight, tokens = inputs()
+    loss = linear_token_log_probs(hidden, weight, tokens, temperature=0.7).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), first, rtol=0, atol=0)
+    assert len(products) == 1
+    with torch.no_grad():  # nothing is kept for nobody
+        assert not torch.ops.grpo.linear_token_log_probs(hidden, weight, tokens, 1.0, False, False, "auto")[3].numel()
+
+
+@pytest.mark.usefixtures("way")
 def test_a_frozen_head_gets_no_gradient_and_no_rows_no_error():
     hidden, weight, tokens = inputs()
     linear_token_log_probs(hidden, weight.detach(), tokens).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
     _, grad_weight = torch.ops.grpo.linear_token_log_probs_backward(
-        torch.ones(N, M).double(), None, hidden, weight, tokens, torch.zeros(N).double(), torch.empty(0), 1.0,
-        True, False, "auto",
+        torch.ones(N, M).double(), None, hidden, weight, tokens, torch.zeros(N).double(), torch.empty(0), None,
+        1.0, True, False, "auto",
     )  # fmt: skip
     assert grad_weight.numel() == 0
     nothing = linear_token_log_probs(hidden[:0], weight, tokens[:0])
@@ -105,7 +129,8 @@ def test_are_ops():
     hidden, weight, tokens = inputs(torch.float32)
     logits = (hidden @ weight.T).detach().requires_grad_()
     opcheck(torch.ops.grpo.token_log_probs.default, (logits, tokens, 0.7, True, "auto"))
-    opcheck(torch.ops.grpo.linear_token_log_probs.default, (hidden, weight, tokens, 0.7, True, "auto"))
+    for keep in (False, True):
+        opcheck(torch.ops.grpo.linear_token_log_probs.default, (hidden, weight, tokens, 0.7, True, keep, "auto"))
 
     def loss(hidden, weight):
         log_p, entropy = linear_token_log_probs(hidden, weight, tokens, return_entropy=True)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from grpo.config import UserError
-from grpo.models import ClassCondition, Classifier, ClassifierConfig, save_weights
+from grpo.data import to_image
+from grpo.models import ClassCondition, Classifier, ClassifierConfig, save_weights, to_uint8
 from grpo.rewards import DecodedBatch
 from grpo.rewards.class_log_prob import ClassLogProb
 from grpo.rewards.feature_distance import FeatureDistance
@@ -64,21 +65,22 @@ def test_inception_is_that_of_the_published_weights(weights, context):
     assert found.shape == (1, 2048)
 
 
-@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_vit.r160_in1k"])
-def test_timm(name, weights, context):
-    """The transform of timm on floats, in place of files: resize, crop, normalise."""
+@pytest.mark.parametrize(("name", "share"), [("test_resnet.r160_in1k", 1.0), ("test_vit.r160_in1k", 0.03)])
+def test_timm(name, share, weights, context):
+    """timm's transform of pictures; bilinear is not rounded here, bicubic differs little, by levels."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     network = timm.create_model(name, pretrained=False).eval()
-    steps = timm.data.create_transform(**timm.data.resolve_model_data_config(network)).transforms
-    seen = (IMAGES + 1) / 2
-    for step in steps:
-        if "ToTensor" not in type(step).__name__:
-            seen = step(seen)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    images = torch.where(torch.rand_like(IMAGES) < 0.3, IMAGES.sign(), IMAGES)  # overshoots
+    picture = torch.stack([transform(to_image(image)) for image in to_uint8(images)])
     with torch.no_grad():
         settings = table(f"timm:{name}", weights(network))
         found = ImageNetwork(settings, context, output="logits")
-        torch.testing.assert_close(found.preprocess(IMAGES), seen, rtol=1e-5, atol=1e-5)
+        levels = (found.preprocess(images) - picture).abs() * found._std * 255
+        assert levels.max() < 2.01
+        assert (levels > 0.01).float().mean() <= share
+        seen = found.preprocess(IMAGES)
         torch.testing.assert_close(found(IMAGES), network(seen), rtol=1e-5, atol=1e-5)
         features = ImageNetwork(settings, context, output="features")(IMAGES)
         expected = network.forward_head(network.forward_features(seen), pre_logits=True)

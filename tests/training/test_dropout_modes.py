@@ -74,6 +74,15 @@ def test_the_ratio_of_an_untouched_policy_is_one_and_its_kl_zero(model, step, pa
     assert metrics["clip_fraction"] == metrics["kl"] == 0.0
 
 
+def test_a_rollout_that_is_passed_through_again_has_the_same_masks(model):
+    gradients, metrics = run(model, reference=deepcopy(model), step=G, epochs=2, passes=TRAIN)
+    assert metrics["ratio"] == 1.0
+    first, again = gradients[: len(gradients) // 2], gradients[len(gradients) // 2 :]
+    assert all(
+        torch.equal(a, b) for ours, theirs in zip(first, again, strict=True) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
 def test_without_the_masks_the_ratio_would_measure_dropout(model):
     """What the reference trainer compares: log-probs with dropout to those of the rollout, without."""
     update = make_update(model, micro_batch=B, objective=OBJECTIVE, passes=TRAIN)

@@ -13,11 +13,11 @@ DTYPES = [torch.float32] + [torch.float16] * torch.cuda.is_available()
 CASES = [  # heads of 24, 12 and 48
     ({"n_head": 2}, {}),
     ({"n_head": 4, "n_kv_head": 2}, {"cfg_scale": 1.7}),
-    ({"n_head": 1}, {"cfg_scale": 2.0, "cfg_interval": 3}),
+    ({"n_head": 1}, {"cfg_scale": 2.0, "cfg_interval": 1}),
 ]
 
 
-def build(dtype=torch.float32, block_size=9, **heads):
+def build(dtype=torch.float32, block_size=4, **heads):
     """2 layers x 48; the output layer is made peaked so that codes matter."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(dim=48, n_layer=2, vocab_size=40, block_size=block_size, num_classes=5, **heads)).eval()
@@ -42,9 +42,9 @@ def check_codes_equal_the_plain_models(heads, settings, dtype):
     torch.testing.assert_close(fused.log_probs, plain.log_probs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("copies", "few_rows"), [(False, 0), (True, 0), (False, 2)])
+@pytest.mark.parametrize(("copies", "few_rows"), [(True, 0), (False, 2)])
 def check_hidden_states_over_several_splits(copies, few_rows, monkeypatch):
-    """Heads of 48 are split every 128 rows. By the library's products, with and without a copy, and by ours."""
+    """Heads of 48 are split every 128 rows. By the library's products, with a copy of the weights, and by ours."""
     monkeypatch.setattr(FusedGPT, "few_rows", few_rows)
     model = build(block_size=256, n_head=1)
     condition, tokens = ClassCondition(torch.arange(2, device=DEVICE)), torch.arange(512, device=DEVICE) % 37
@@ -54,7 +54,7 @@ def check_hidden_states_over_several_splits(copies, few_rows, monkeypatch):
     rows = {0: fused.prefill(condition, cache)}
     # Keys and values of the rows between, from the plain model.
     for position in range(1, 256):
-        forward = fused if position in (1, 127, 128, 200, 255) else model
+        forward = fused if position in (1, 127, 128, 255) else model
         rows[position] = forward.extend(tokens[:, position - 1], torch.tensor(position, device=DEVICE), cache)
     for position, row in rows.items():
         torch.testing.assert_close(row, expected[:, position], rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from grpo.kernels import (
     triton_linear_log_probs,
     triton_log_probs,
 )
-from grpo.kernels.projection import CHUNK_ELEMENTS
+from grpo.kernels.projection import CHUNK_ELEMENTS, KEPT_ELEMENTS
 from grpo.kernels.row_math import ScoredRows, new_outputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,6 +68,13 @@ def check_strided_rows_ties_and_minus_infinity():
     assert token_log_probs(logits[::2, :300], tokens, impl="triton")[1, 1] == -torch.inf
 
 
+@pytest.fixture(params=[0, 1 << 24], ids=["computed again", "kept"])
+def way(request, monkeypatch):
+    """Where the backward pass of the projection has its logits from."""
+    monkeypatch.setitem(KEPT_ELEMENTS, DEVICE, request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("N", "V", "D", "M", "entropy"), [(5, 300, 40, 3, False), (5, 300, 40, 3, True), (130, 2100, 32, 2, True)]
@@ -78,6 +85,7 @@ def check_projection(N, V, D, M, dtype, entropy):
     assert_as_good_as_torch(linear_token_log_probs, inputs, tokens_of(N, M, V), entropy)
 
 
+@pytest.mark.usefixtures("way")
 def check_projection_in_chunks_and_with_a_frozen_head(monkeypatch):
     monkeypatch.setitem(CHUNK_ELEMENTS, DEVICE, 2 * 300)
     hidden, weight, tokens = random(5, 40), random(300, 40, seed=1), tokens_of(5, 2, 300)

@@ -7,8 +7,15 @@ import pytest
 import torch
 
 from grpo.kernels import clipped_ratio_loss, linear_token_log_probs, sample_tokens, token_log_probs
+from grpo.kernels.projection import KEPT_ELEMENTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=[0, 1 << 27], ids=["computed again", "kept"])
+def way(request, monkeypatch):
+    """Where the backward pass of the projection has its logits from."""
+    monkeypatch.setitem(KEPT_ELEMENTS, "cuda", request.param)
 
 
 def projection(dtype=torch.bfloat16, N=4100, V=16384, D=768, M=8):
@@ -18,6 +25,7 @@ def projection(dtype=torch.bfloat16, N=4100, V=16384, D=768, M=8):
     return hidden, weight, torch.randint(0, V, (N, M), generator=generator, device="cuda")
 
 
+@pytest.mark.usefixtures("way")
 def test_the_same_bits_from_run_to_run():
     hidden, weight, tokens = projection()
     runs = []
@@ -32,6 +40,7 @@ def test_the_same_bits_from_run_to_run():
         assert torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("D", [768, 1536])  # tiles in registers; chunks by the library
 def test_bf16_projection_is_as_good_as_torch(D):
     hidden, weight, tokens = projection(N=300, D=D)
