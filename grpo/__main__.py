@@ -19,6 +19,7 @@ JOBS = {
     "pretrain": "pretrain",
     "tokenizer": "train_tokenizer",
     "classifier": "train_classifier",
+    "encode": "encode",
     "generate": "generate",
     "evaluate": "evaluate",
     "convert": "convert",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from grpo.config import PretrainRecipe, load_recipe
-from grpo.data import CodeCache, ImageBatch, build_dataset
+from grpo.data import ImageBatch, build_codes, build_dataset
 from grpo.kernels import Dropout, linear_token_log_probs
 from grpo.models import build_tokenizer, learned_classes
 from grpo.parallel import World, distributed
@@ -34,8 +34,11 @@ def train(recipe: PretrainRecipe, world: World) -> None:
     with TrainingRun(recipe, world, title="Pre-training") as run:
         learned = learned_classes(recipe.model)
         dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
-        tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
-        encode = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
+        tokenizer = None
+        if recipe.needs_tokenizer or recipe.tokenizer.checkpoint is not None:
+            tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
+        length = (recipe.data.image_size // recipe.tokenizer.downsample_size) ** 2
+        encode = build_codes(dataset, tokenizer, length=length, augmented=True, images=False)
         start = {"checkpoint": recipe.model.checkpoint, "class_names": dataset.class_names}
         model = build_generator(recipe, **start, mesh=run.mesh, world=world)
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from grpo.config import GRPORecipe, Schedule, load_recipe
-from grpo.data import CodeCache, ImageBatch, ImageStream, build_dataset, build_stream, sample_images
+from grpo.data import ImageBatch, ImageStream, build_codes, build_dataset, build_stream, sample_images
 from grpo.estimate import Work, grpo_work
 from grpo.models import build_tokenizer, learned_classes
 from grpo.objectives import credit
@@ -84,10 +84,11 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     schedule = recipe.schedule(ranks=world.size)
     learned = learned_classes(recipe.model)
     dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
+    tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
+    length = (recipe.data.image_size // recipe.tokenizer.downsample_size) ** 2
+    codes = build_codes(dataset, tokenizer, length=length, augmented=False, images=recipe.reads_images)
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
     stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)
-    tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
-    codes = CodeCache(tokenizer, num_images=len(dataset), enabled=recipe.data.cache_codes).codes
     generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
     follows = objective.reference == "ema"  # the reference is the moving average of the policy
 
@@ -128,7 +129,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         credit=partial(credit, group_size=schedule.group_size, objective=objective),
         update=update,
         work=grpo_work(recipe, policy.config, schedule),
-        shows_real=recipe.rollout.mode == "teacher_forced",
+        shows_real=recipe.rollout.mode == "teacher_forced" and dataset.reads_images,
     )
 
 

@@ -3,12 +3,14 @@
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import Field
 
 from grpo.config.types import (
     LARGEST_COUNT,
     LARGEST_IMAGE,
     LARGEST_INT,
     ClassIds,
+    CropRanges,
     GuidanceScale,
     ImageCount,
     ImageSize,
@@ -74,6 +76,23 @@ class Adversary(Section):
     """Learning rate of its own AdamW; None is optimizer.lr, and all else is as in the section [optimizer]."""
     checkpoint: Annotated[str | None, Wanted("a discriminator, as tokenizer training saves it")] = None
     """Weights to start from, as in reward.patchgan.checkpoint; None starts from random weights."""
+
+
+class Encode(Section):
+    """Codes of a data set, on disk."""
+
+    output: str | None = None
+    """Folder for the codes: a new one, or one that the same job has begun."""
+    augmentation: Literal["none", "flip", "ten_crop"] = "none"
+    """Views of each image that are encoded. none: the image; flip: and its mirror image; ten_crop: corners and centre
+    of a larger one and of its mirror image, for pre-training. A pre-training run draws one of them each time."""
+    crop_ranges: CropRanges = Field(default_factory=lambda: [1.1])
+    """Sides of the larger images of ten_crop, over data.image_size; each gives ten views. LlamaGen's are 1.1 and
+    1.05."""
+    batch_size: PositiveInt = 64
+    """Views that are encoded together on each rank."""
+    shard_size: PositiveInt = 1024
+    """Images in one file. A rank that is killed loses the one it was at."""
 
 
 class Classifier(Section):

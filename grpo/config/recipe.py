@@ -18,13 +18,13 @@ from grpo.config.types import Section, Wanted, Written, same_file
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
-    "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile",
+    "encode", "evaluation", "rollout", "reward", "objective", "optimizer", "training", "parallel", "compile",
     "activation_checkpoint", "checkpoint", "metrics", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
 
-DATA_IN_FILES = ("imagenet", "huggingface", "folder")
+DATA_IN_FILES = ("imagenet", "huggingface", "folder", "webdataset", "parquet", "stream", "codes")
 
 
 EXPORT_NAME = "model.safetensors"
@@ -125,8 +125,8 @@ class TrainingRecipe(Recipe):
 
     def problems(self) -> Iterator[str]:
         yield from data_problems(self.data)
-        if self.data.name == "classes":
-            yield from (f'data.name = "classes" has no images: {use}' for use in self.image_uses())
+        if not self.data.has_images:
+            yield from (f'data.name = "{self.data.name}" has no images: {use}' for use in self.image_uses())
         if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
             yield 'parallel.reshard_after_forward = "always" needs parallel.data_parallel = "fsdp", not "sdp"'
 
@@ -143,11 +143,14 @@ class TrainingRecipe(Recipe):
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
         best = "checkpoint.best_metric checkpoint.best_is"
-        images = "data.path data.split data.class_map data.num_workers data.cache_codes data.max_bad_images"
-        no_images = self.data.name == "classes"
+        files = "data.path data.split data.class_map data.num_workers data.cache_codes data.codes data.index_cache"
+        only_classes = self.data.name == "classes"
         return [
-            (no_images, images, 'data.name = "classes" has no images'),
-            (not no_images, "data.classes", 'data.name is not "classes"'),
+            (only_classes, f"{files} data.max_bad_images", 'data.name = "classes" has no images'),
+            (self.data.name == "codes", "data.split data.codes", 'data.name = "codes": data.path holds the codes'),
+            (self.data.has_codes, "data.cache_codes", "the codes are on disk"),
+            (not self.data.may_be_stream, "data.shuffle_window", "only rows of a stream are shuffled in windows"),
+            (not only_classes, "data.classes", 'data.name is not "classes"'),
             (self.optimizer.schedule == "one_cycle", "optimizer.warmup_steps", "one_cycle has its own warm-up"),
             (not self.checkpoint.keep_last, "checkpoint.keep_best", "checkpoint.keep_last = 0 keeps all"),
             (not self.checkpoint.keep_best, best, "checkpoint.keep_best is 0"),
@@ -176,7 +179,11 @@ def required(name: str, section: Section, *keys: str) -> Iterator[str]:
 
 
 def data_problems(data: Data) -> Iterator[str]:
-    """A data set in files needs a path."""
+    """A data set in files needs a path; the rows of a stream have no numbers by which codes could be kept."""
+    if data.may_be_stream:
+        where = f"data.name = {data.name}" if data.name == "stream" else f"data.path = {data.path}, which is a stream"
+        keys = [key for key, is_on in (("data.codes", data.codes), ("data.cache_codes", data.cache_codes)) if is_on]
+        yield from (f"{key} needs a data set whose images can be read in any order, not {where}" for key in keys)
     if data.path is None and data.name in DATA_IN_FILES:
         yield f'data.path is required with data.name = "{data.name}"'
 

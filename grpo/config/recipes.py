@@ -6,7 +6,16 @@ from typing import Self
 from pydantic import Field
 
 from grpo.config.errors import UserError
-from grpo.config.job_sections import Adversary, Classifier, Convert, Evaluation, Output, Sampling, TokenizerLoss
+from grpo.config.job_sections import (
+    Adversary,
+    Classifier,
+    Convert,
+    Encode,
+    Evaluation,
+    Output,
+    Sampling,
+    TokenizerLoss,
+)
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
@@ -26,8 +35,13 @@ class GeneratorRecipe(TrainingRecipe):
         yield from super().problems()
         yield from _model_problems(self.model)
         yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
-        if self.tokenizer.checkpoint is None and self.data.name != "synthetic":
+        if self.tokenizer.checkpoint is None and self.data.name != "synthetic" and self.needs_tokenizer:
             yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether anything is encoded or decoded."""
+        return True
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         reason = "all classes of random weights are new (model.checkpoint is none)"
@@ -38,6 +52,14 @@ class PretrainRecipe(GeneratorRecipe):
     """Next-token training of the generator on the codes of real images."""
 
     job = "pretrain"
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        return not self.data.has_codes
+
+    def image_uses(self) -> Iterator[str]:
+        if not self.data.has_codes:
+            yield from super().image_uses()
 
 
 DROPOUT_REMARK = (
@@ -100,6 +122,10 @@ class GRPORecipe(GeneratorRecipe):
                 yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
             if table.normalise == "batch" and objective.advantage == "gdpo" and not table.separate:
                 yield f'reward.{name}.normalise = "batch" contradicts objective.advantage = "gdpo": by group'
+        if self.data.may_be_stream:
+            for name, table in self.reward.active.items():
+                uses = (f"reward.{name}.{use}" for use in table.image_uses())
+                yield from (f"{use} (images of a stream cannot be picked)" for use in uses)
         if not self.reward.active:
             yield "no reward is on: give a table [reward.NAME] a weight other than 0"
         if rollout.mode == "autoregressive":
@@ -120,13 +146,20 @@ class GRPORecipe(GeneratorRecipe):
 
     def image_uses(self) -> Iterator[str]:
         if self.rollout.mode == "teacher_forced":
-            yield 'rollout.mode must be "autoregressive": a teacher-forced context is the codes of a real image'
+            if not self.data.has_codes:
+                yield 'rollout.mode must be "autoregressive": a teacher-forced context is the codes of a real image'
             for name in self._rewards_needing("real_images"):
                 yield f"reward.{name}.weight must be 0: it compares with the real image"
-        if self.objective.aux_ce_weight:
+        if self.objective.aux_ce_weight and not self.data.has_codes:
             yield "objective.aux_ce_weight must be 0: it is the cross-entropy on the codes of real images"
         for name, table in self.reward.active.items():
             yield from (f"reward.{name}.{use}" for use in table.image_uses())
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether a step needs images besides their codes; a function of the user's may ask for them."""
+        is_function = any(table.kind == "python" for table in self.reward.active.values())
+        return is_function or bool(self._rewards_needing("real_images"))
 
     def _rewards_needing(self, need: str) -> list[str]:
         return [name for name, table in self.reward.active.items() if need in reward_class(table.kind).needs]
@@ -197,6 +230,7 @@ class TokenizerRecipe(TrainingRecipe):
             (not adversary.weight, others, "adversary.weight is 0"),
             (late, "adversary.weight", f"adversary.start = {adversary.start} is after the last step"),
             (True, "data.class_map", "a tokenizer is trained without classes"),
+            (True, "data.codes data.cache_codes", "a tokenizer is trained on images"),
         ]
 
 
@@ -206,6 +240,38 @@ class ClassifierRecipe(TrainingRecipe):
     job = "classifier"
 
     classifier: Classifier = Classifier()
+
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        return [*super()._idle_keys(), (True, "data.codes data.cache_codes", "a classifier is trained on images")]
+
+
+class EncodeRecipe(Recipe):
+    """Codes of a whole data set, encoded once."""
+
+    job = "encode"
+
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    encode: Encode = Encode()
+    parallel: Parallel = Parallel()
+
+    def problems(self) -> Iterator[str]:
+        yield from required("encode", self.encode, "output")
+        yield from data_problems(self.data)
+        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        if not self.data.has_images:
+            yield f'data.name = "{self.data.name}" has no images to encode'
+        if self.data.may_be_stream:
+            yield "data.path must be of files here, of a stream's rows the number is not known"
+        if self.tokenizer.checkpoint is None and self.data.name != "synthetic":
+            yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
+
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        only_crops = self.encode.augmentation != "ten_crop"
+        return [
+            (only_crops, "encode.crop_ranges", f'encode.augmentation is "{self.encode.augmentation}"'),
+            (True, "data.class_map data.classes data.codes data.cache_codes", "images are encoded as they are"),
+        ]
 
 
 class DrawingRecipe(Recipe):
@@ -255,8 +321,8 @@ class EvaluateRecipe(DrawingRecipe):
             yield from super().problems()
         if evaluation.reference is None:
             yield from (f"{problem} unless evaluation.reference is set" for problem in data_problems(data))
-            if data.name == "classes":
-                yield 'data.name = "classes" has no images: set evaluation.reference'
+            if not data.has_images or data.may_be_stream:
+                yield f'data.name = "{data.name}" has no images with numbers: set evaluation.reference'
             if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
                 key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
                 yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
@@ -274,6 +340,7 @@ class EvaluateRecipe(DrawingRecipe):
         return [
             (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
             (True, "data.classes", "reference images have classes of their own"),
+            (True, "data.codes data.cache_codes", "reference images are looked at, not encoded"),
         ]
 
 
@@ -288,7 +355,16 @@ class ConvertRecipe(Recipe):
         return required("convert", self.convert, "input", "output")
 
 
-_ALL = (GRPORecipe, PretrainRecipe, TokenizerRecipe, ClassifierRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe)
+_ALL = (
+    GRPORecipe,
+    PretrainRecipe,
+    TokenizerRecipe,
+    ClassifierRecipe,
+    EncodeRecipe,
+    GenerateRecipe,
+    EvaluateRecipe,
+    ConvertRecipe,
+)
 RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 """Recipe class of each job."""
 

@@ -81,32 +81,61 @@ class Tokenizer(Section):
 class Data(Section):
     """The images."""
 
-    name: Literal["imagenet", "huggingface", "folder", "classes", "digits", "synthetic"] = "imagenet"
-    """imagenet: a saved Hugging Face dataset or a folder of class folders, whichever `path` is; huggingface and folder
-    insist on one of them; classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along;
-    synthetic: random images, to try the machinery."""
-    path: Annotated[str | None, Wanted("the folder of the data set")] = None
-    """Folder of the data set (`datasets.save_to_disk` or one folder a class). Required with imagenet, huggingface and
-    folder."""
+    name: Literal[
+        "imagenet", "huggingface", "folder", "webdataset", "parquet", "stream", "codes", "classes", "digits",
+        "synthetic",
+    ] = "imagenet"  # fmt: skip
+    """imagenet: whichever of the next four `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
+    webdataset: tar files; parquet: Parquet files. stream: such files read from front to back,
+    here or behind an address (hf://, https://). codes: what `grpo encode`, or LlamaGen, has written, without images;
+    classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along; synthetic: random images, to
+    try the machinery."""
+    path: Annotated[str | None, Wanted("the data set")] = None
+    """Folder of the data set; tar and Parquet files also as a file or a pattern, `a-{000..123}.tar`. Required but with
+    classes, digits and synthetic."""
     class_map: Annotated[str | None, Wanted("which class each class of the data is")] = None
     """File that says which class of the model each class of the data is, by id or by name: .json, .toml, or lines of
     two columns. None compares names."""
     classes: ClassNames = "all"
     """The classes to draw with the name classes: all of the model, or a list of class ids or names."""
     split: str = "train"
-    """Split to read: a key of the saved dataset, a subfolder, or a part of the digits (train, its halves train_a and
-    train_b, validation, test, heldout, all)."""
+    """Split to read: a key of the saved dataset, a subfolder, a word in the names of tar or Parquet files, or a part
+    of the digits (train, its halves train_a and train_b, validation, test, heldout, all)."""
     image_size: ImageSize = 256
     """Side of the square centre crop, pixels."""
+    codes: Annotated[str | None, Wanted("the codes that `grpo encode` wrote")] = None
+    """Folder of the images' codes, as `grpo encode` writes it: nothing is encoded any more, and images are read only
+    where something besides their codes is needed. It must be of the same images and tokenizer."""
     num_workers: Annotated[int, Ge(0), Le(LARGEST_WORKERS), MayChange] = 8
     """Loader processes of each rank."""
     cache_codes: Annotated[bool, MayChange] = False
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
+    shuffle_window: PositiveInt = 2048
+    """Rows of a stream that are kept in memory and shuffled among themselves; files are shuffled besides."""
+    index_cache: Annotated[str, MayChange] = "auto"
+    """Where what a scan of the data set finds is kept for the next start: auto is `.grpo-cache` beside the data if that
+    can be written, else in the user's cache folder; none; or a folder."""
     max_bad_images: Annotated[NonNegativeInt, MayChange] = 100
     """Unreadable images to name, count and skip before the run is stopped."""
 
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images in this data set."""
+        return self.name not in ("classes", "codes")
+
+    @property
+    def may_be_stream(self) -> bool:
+        """Whether rows are read from front to back only."""
+        return self.name == "stream" or (self.name == "imagenet" and "://" in (self.path or ""))
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the codes are on disk."""
+        return self.name == "codes" or self.codes is not None
+
     def missing_files(self) -> Iterator[str]:
-        if self.name not in ("digits", "synthetic"):  # which read no folder
+        is_pattern = self.path is not None and any(sign in self.path for sign in ("://", "{", "*", "?", "["))
+        if self.name not in ("digits", "synthetic") and not is_pattern:  # which read no folder
             yield from super().missing_files()
 
 

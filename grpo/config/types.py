@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat
 
 LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
@@ -61,6 +61,7 @@ def _texts(value: object) -> object:
 
 
 ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_split_flag_text)]
+CropRanges = Annotated[list[Annotated[FiniteFloat, Ge(1), Le(16)]], BeforeValidator(_split_flag_text), Len(1)]
 ClassNames = Annotated[Literal["all"] | list[str], BeforeValidator(_texts)]
 
 

@@ -1,5 +1,6 @@
 """From the recipe's section to a checked data set."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from grpo.config import Data, UserError
 from grpo.data.builtin import Digits, Synthetic
 from grpo.data.class_ids import find_class_ids, implied_classes, read_class_map
 from grpo.data.class_list import ClassList
+from grpo.data.code_list import CodeList
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import ImageFolder
+from grpo.data.webdataset import TarDataset
 from grpo.models import numbered
 
 LARGEST_LABEL = 2**24
@@ -28,18 +31,20 @@ def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str]
             id would be a guess (`find_class_ids`).
     """
     dataset = _open(data, num_classes=num_classes or 10, learned=learned)
-    if len(dataset) == 0:
+    dataset.num_classes = num_classes
+    if len(dataset) == 0 and not dataset.is_stream:
         raise UserError(f"data.path {data.path} has no images in split {data.split!r}")
-    if dataset.class_ids.max() >= LARGEST_LABEL:
+    if dataset.class_ids.max(initial=-1) >= LARGEST_LABEL:
         index = int(dataset.class_ids.argmax())
         raise UserError(f"{dataset.describe(index)} has label {dataset.class_ids[index]}: no data set has such a class")
     if num_classes is None:
-        num_classes = max(len(dataset.class_names), int(dataset.class_ids.max()) + 1)
+        num_classes = max(len(dataset.class_names), int(dataset.class_ids.max(initial=-1)) + 1)
         dataset.class_names += numbered(num_classes)[len(dataset.class_names) :]
         return dataset
-    if dataset.has_images:
+    if data.name != "classes":
         _match_classes(dataset, num_classes=num_classes, learned=learned)
-        _require_new_classes(dataset, num_classes=num_classes, learned=learned)
+        if len(dataset):  # a stream's numbers are not known before they come
+            _require_new_classes(dataset, num_classes=num_classes, learned=learned)
     if len(outside := np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))):
         others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
         raise UserError(
@@ -54,6 +59,8 @@ def _match_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence
     """Class ids and names of the data set become the model's."""
     data, labels, names = dataset.data, dataset.class_ids, dataset.class_names
     if data.class_map is not None and not names:
+        if dataset.is_stream:
+            raise UserError(f"data.class_map needs names of classes, and data.path {data.path} has none")
         names = list(numbered(int(labels.max()) + 1))
     learned = learned or implied_classes(names, num_classes=num_classes)
     titles = [*learned, *numbered(num_classes)[len(learned) :]]
@@ -96,20 +103,51 @@ def _open(data: Data, *, num_classes: int, learned: Sequence[str]) -> ImageDatas
         return Synthetic(data=data, num_classes=num_classes)
     if data.path is None:
         raise UserError(f"data.path is missing: data.name = {data.name!r} reads a folder")
-    folder = Path(data.path)
-    if not folder.is_dir():
-        state = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"data.path {data.path} {state}: give the folder of the data set")
-    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-    if data.name == "huggingface" and not saved:
+    if data.name == "codes":
+        return CodeList(data=data)
+    if data.name == "stream" or (data.name == "imagenet" and "://" in data.path):
+        from grpo.data.streamed import StreamedDataset  # here, for `datasets` takes seconds
+
+        return StreamedDataset(data=data)
+    kind = _kind_at(Path(data.path), data)
+    if data.name not in ("imagenet", kind):
         raise UserError(
-            f"data.path {data.path} was not written by save_to_disk (no dataset_dict.json or state.json): "
-            "set data.name to folder if it holds class folders"
+            f"data.path {data.path} {_KINDS[kind]}; data.name = {data.name} is for what {_KINDS[data.name]}: set "
+            f"data.name to {kind}, or correct data.path"
         )
-    if data.name == "folder" and saved:
-        raise UserError(f"data.path {data.path} is a saved Hugging Face dataset: set data.name to huggingface")
-    if not saved:
+    if kind == "folder":
         return ImageFolder(data=data)
-    from grpo.data.huggingface import SavedDataset  # here, for `datasets` takes seconds
+    if kind == "webdataset":
+        return TarDataset(data=data)
+    if kind == "parquet":
+        from grpo.data.parquet import ParquetDataset
+
+        return ParquetDataset(data=data)
+    from grpo.data.huggingface import SavedDataset
 
     return SavedDataset(data=data)
+
+
+_KINDS = {
+    "huggingface": "was written by save_to_disk (it has dataset_dict.json or state.json)",
+    "webdataset": "is or holds tar files",
+    "parquet": "is or holds Parquet files",
+    "folder": "holds folders of images",
+}
+
+
+def _kind_at(path: Path, data: Data) -> str:
+    """Which kind of data set in files is at `path`. Raises a UserError where there is nothing."""
+    suffixes = {".tar": "webdataset", ".parquet": "parquet"}
+    if not path.is_dir():
+        if path.suffix in suffixes:  # a file, or a pattern of files
+            return suffixes[path.suffix]
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"data.path {path} {state}: give the folder of the data set, or its tar or Parquet files")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return "huggingface"
+    folder = path / data.split if (path / data.split).is_dir() else path
+    with os.scandir(folder) as entries:
+        found = {"/" if entry.is_dir() else Path(entry.name).suffix for entry in entries if entry.name[0] != "."}
+    kinds = [kind for suffix, kind in suffixes.items() if suffix in found and ("/" not in found or kind == data.name)]
+    return kinds[0] if kinds else "folder"

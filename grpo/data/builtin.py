@@ -1,6 +1,7 @@
 """Data sets that need no files of the user's: the digits that ship with the project, and random images."""
 
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,9 @@ class Digits(ImageDataset):
         self._images = np.pad(images[self._chosen], ((0, 0), (DIGIT_PADDING,) * 2, (DIGIT_PADDING,) * 2))
         super().__init__(labels[self._chosen], [str(digit) for digit in range(NUM_DIGITS)], data=data)
 
+    def identify(self) -> Iterable[bytes]:
+        return b"digits", self._images.tobytes()
+
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self._images[index])
 
@@ -54,6 +58,9 @@ class Synthetic(ImageDataset):
         self._seed = zlib.crc32(data.split.encode())
         class_ids = np.arange(max(1024, num_classes)) % num_classes
         super().__init__(class_ids, [str(class_id) for class_id in range(num_classes)], data=data)
+
+    def identify(self) -> Iterable[bytes]:
+        return b"synthetic", str(self._seed).encode()
 
     def open(self, index: int) -> Image.Image:
         colors = np.random.default_rng((self._seed, index)).integers(0, 256, (4, 4, 3), dtype=np.uint8)

@@ -1,10 +1,67 @@
-"""Codes of images that a frozen tokenizer has already encoded."""
+"""Codes of a batch of images: from disk, from memory, or by the tokenizer."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from grpo.data.stream import ImageBatch
-from grpo.models import VQModel
+from grpo.config import UserError
+from grpo.data.batch import ImageBatch
+from grpo.data.code_files import CodeFolder, differences
+from grpo.data.code_reader import CodeReader
+from grpo.data.dataset import ImageDataset
+from grpo.models import VQModel, weights_sha256
+
+
+def build_codes(
+    dataset: ImageDataset, tokenizer: VQModel | None, *, length: int, augmented: bool, images: bool
+) -> Callable[[ImageBatch], Tensor]:
+    """How to get the codes [B, T] int64 of a batch of this data set, on the batch's device.
+
+    Codes on disk (data.codes, or a data set of codes alone) travel with the batch, so the data set hands them out from
+    here on, and images only where they are wanted besides. Otherwise the tokenizer encodes, each image once where
+    data.cache_codes is on.
+
+    Args:
+        tokenizer: what codes on disk must have been made by; None only where there are such codes.
+        length: T.
+        augmented: whether crops and mirror images, where they were encoded, may stand for the image.
+        images: whether the batch is to have images besides its codes.
+
+    Raises:
+        UserError: the codes on disk are of other images, labels, sizes or weights.
+    """
+    data = dataset.data
+    if data.codes is not None:
+        dataset.codes = CodeFolder(data.codes)
+    codes = dataset.codes
+    if codes is None:
+        return CodeCache(tokenizer, num_images=len(dataset), enabled=data.cache_codes).codes
+    _check(codes, dataset, tokenizer, length)
+    if not augmented:
+        codes.only_plain()
+    dataset.reads_images = dataset.has_images and images
+    return lambda batch: batch.codes
+
+
+def _check(codes: CodeReader, dataset: ImageDataset, tokenizer: VQModel | None, length: int) -> None:
+    """That codes on disk are what the recipe takes them for."""
+    if isinstance(codes, CodeFolder):
+        wanted = dataset.fingerprint if dataset.has_images else {"image_size": dataset.data.image_size}
+        if tokenizer is not None:
+            wanted = {**wanted, "tokenizer": weights_sha256(tokenizer)}
+        if different := differences(codes.about["fingerprint"], wanted):
+            raise UserError(
+                f"{codes} holds codes of something else: {', '.join(different)} differ; encode the data set again "
+                "into another folder, or bring back what has changed"
+            )
+    if codes.length != length:
+        raise UserError(
+            f"{codes} has {codes.length} codes an image, and data.image_size and tokenizer.downsample_size ask for "
+            f"{length}: correct them or encode again"
+        )
+    if tokenizer is not None:
+        codes.codebook_size = tokenizer.config.codebook_size
 
 
 class CodeCache:

@@ -1,7 +1,10 @@
 """What every source of images has in common."""
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,31 +20,88 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = Data.model_fields["split"].default
 
+NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
+
 
 class UnreadableImage(UserError):
     """One image that is missing or damaged."""
 
 
+def decoded(read: Callable[[], Image.Image], name: Callable[[], str]) -> Image.Image:
+    """The image that `read` gives, in RGB. Raises `UnreadableImage`, which names it."""
+    try:
+        return to_rgb(read())
+    except UnidentifiedImageError as error:  # its text holds a memory address
+        raise UnreadableImage(f"{name()} is not an image file that can be read") from error
+    except (OSError, ValueError) as error:  # all that `read_image` raises
+        raise UnreadableImage(f"{name()} cannot be read: {reason(error)}") from error
+
+
+class Codes(Protocol):
+    """Codes of a data set's images on disk, a `CodeReader`."""
+
+    def draw(self, index: int, sample_id: int, seed: int) -> np.ndarray:
+        """Codes [T] of an image as that sample of a run sees it. Raises `UnreadableImage`."""
+
+
+def sha256(*parts: bytes) -> str:
+    """SHA-256 over the parts and where each of them ends."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
 class ImageDataset(Dataset):
     """Images with class ids, each image the same on every read (no augmentation).
 
-    A subclass says how to `open` an image and how to `describe` it in messages.
+    A subclass says how to `open` an image, how to `describe` it in messages, and by what to `identify` all of them.
 
     Attributes:
-        has_images: whether there are images at all; a subclass without has conditions only, and empty `pixels`.
+        has_images: whether there are images at all; a subclass without has conditions or codes, and empty `pixels`.
+        is_stream: whether images come one after the other and have no numbers; then there are no `pixels` by index.
+        num_classes: of the model, where it is known.
+        reads_images: whether batches need them; where codes are enough no image is opened, and batches have empty ones.
+        codes: the images' codes where they are on disk, or None.
         class_ids: [N] int64 (numpy), the class of each image; as the source numbers them, then, from `build_dataset`
             on, as the model does.
         class_names: names of the classes, by class id; `build_dataset` adds numbers where the source has no names.
+        source_names: of the classes as the source numbers and names them; empty where it has no names.
         unreadable: indices of the unreadable images met so far by this process's stream.
     """
 
     has_images = True
+    is_stream = False
 
     def __init__(self, class_ids: np.ndarray, class_names: list[str], *, data: Data) -> None:
         self.data = data
         self.class_ids = np.asarray(class_ids, dtype=np.int64)
-        self.class_names = list(class_names)
+        self.class_names, self.source_names = list(class_names), tuple(class_names)
         self.unreadable: set[int] = set()
+        self.num_classes: int | None = None
+        self.reads_images = self.has_images
+        self.codes: Codes | None = None
+        self._labels = sha256(self.class_ids.tobytes(), "\0".join(self.class_names).encode("utf-8", "surrogateescape"))
+
+    def identify(self) -> Iterable[bytes]:
+        """Bytes that are others where the images are others or in another order: names and sizes of files."""
+        raise NotImplementedError
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What tells this data set from others, part by part, for what depends on it: codes, checkpoints.
+
+        files: SHA-256 over the names, relative to the data set's folder, and sizes of the files. labels: over the
+        labels and class names of the source, before they become a model's. split and image_size as in the recipe.
+        """
+        files = sha256(*self.identify())
+        return {
+            "files": files,
+            "labels": self._labels,
+            "split": self.data.split,
+            "image_size": self.data.image_size,
+        }
 
     def open(self, index: int) -> Image.Image:
         """The image as stored, any mode and size, by `read_image`, whose errors pass through."""
@@ -56,15 +116,12 @@ class ImageDataset(Dataset):
 
     def whole(self, index: int) -> Image.Image:
         """The image as stored, in RGB. Raises `UnreadableImage`."""
-        try:
-            return to_rgb(self.open(int(index)))
-        except UnidentifiedImageError as error:  # its text holds a memory address
-            raise UnreadableImage(f"{self.describe(index)} is not an image file that can be read") from error
-        except (OSError, ValueError) as error:
-            raise UnreadableImage(f"{self.describe(index)} cannot be read: {reason(error)}") from error
+        return decoded(lambda: self.open(int(index)), lambda: self.describe(index))
 
     def pixels(self, index: int) -> Tensor:
-        """Cropped image, [3, S, S] uint8. Raises `UnreadableImage`."""
+        """Cropped image, [3, S, S] uint8; empty, [3, 0, 0], where there are none. Raises `UnreadableImage`."""
+        if not self.has_images:
+            return NO_PIXELS
         return to_pixels(center_crop(self.whole(index), self.data.image_size))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,18 @@ class SavedDataset(ImageDataset):
     Images are decoded here and not by `datasets`, so that a damaged one can be named and skipped.
     """
 
-    def __init__(self, *, data: Data) -> None:
-        self._folder = Path(data.path)
-        rows = _load_split(data)
-        self._column = _first_column(rows, IMAGE_COLUMNS, "an image", data)
+    def __init__(self, *, data: Data, rows: datasets.Dataset | None = None, folder: Path | None = None) -> None:
+        self._folder = folder or Path(data.path)
+        rows = rows or _load_split(data)
+        self._column = first_column(rows.column_names, IMAGE_COLUMNS, "an image", data)
         self._rows = _undecoded(rows.select_columns([self._column]), self._column, data)
-        label_column = _first_column(rows, LABEL_COLUMNS, "a label", data)
+        label_column = first_column(rows.column_names, LABEL_COLUMNS, "a label", data)
         class_names = getattr(rows.features[label_column], "names", [])  # a ClassLabel has them
         super().__init__(_read_labels(rows, label_column, data), class_names, data=data)
+
+    def identify(self) -> Iterable[bytes]:
+        files = [Path(file["filename"]) for file in self._rows.cache_files]
+        return (f"{file.name} {file.stat().st_size}".encode() for file in files)
 
     def open(self, index: int) -> Image.Image:
         encoded, path = self._stored(index)
@@ -75,21 +80,28 @@ def _load_split(data: Data) -> datasets.Dataset:
 
 
 def check_arrow(file: Path) -> None:
-    """Raise an error if a table in Arrow's stream format is damaged: offsets in it may point to any memory.
+    """Raise an error if a table in either of Arrow's formats is damaged: offsets in it may point to any memory.
 
     The bytes of images are not looked at: 2 ms for 100,000 rows.
     """
     require_regular(file)
-    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
-        for batch in stream:
+    with pyarrow.memory_map(str(file)) as source:
+        if source.read(6) == b"ARROW1":
+            whole = pyarrow.ipc.open_file(source)
+            batches = (whole.get_batch(number) for number in range(whole.num_record_batches))
+        else:
+            source.seek(0)
+            batches = pyarrow.ipc.open_stream(source)
+        for batch in batches:
             batch.validate(full=True)
 
 
-def _first_column(rows: datasets.Dataset, names: tuple[str, ...], what: str, data: Data) -> str:
-    if found := [name for name in names if name in rows.column_names]:
+def first_column(columns: list[str], names: tuple[str, ...], what: str, data: Data, *, where: str = "") -> str:
+    """The first of `names` that is a column. Raises a UserError if none is."""
+    if found := [name for name in names if name in columns]:
         return found[0]
     raise UserError(
-        f"data.path {data.path} has the columns {rows.column_names}; {what} is looked for in "
+        f"{where or f'data.path {data.path}'} has the columns {columns}; {what} is looked for in "
         f"{' or '.join(repr(name) for name in names)}: rename a column"
     )
 

@@ -6,11 +6,8 @@ from a count of consumed samples goes on exactly, on any number of ranks and wor
 """
 
 import itertools
-import os
-import signal
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,45 +18,11 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from grpo.config import UserError
-from grpo.data.dataset import ImageDataset, UnreadableImage
-from grpo.models import Condition, normalize
+from grpo.data.batch import ImageBatch
+from grpo.data.dataset import NO_PIXELS, ImageDataset, UnreadableImage
+from grpo.data.worker import init_worker, worker_count
+from grpo.models import normalize
 from grpo.parallel import World
-
-
-class ImageBatch(NamedTuple):
-    """Images of one step on this rank.
-
-    images      [B, 3, H, W] fp32 in [-1, 1]; empty, with H = W = 0, where the data set has conditions only
-    condition   B rows, what a generator would be asked for to draw them
-    sample_ids  [B] int64, running numbers over the whole run and all ranks: row ids of counter-based randomness
-    indices     [B] int64, places in the data set, or None: keys of `CodeCache`
-    captions    B texts, what was asked for in words: the class names
-    """
-
-    images: Tensor
-    condition: Condition
-    sample_ids: Tensor
-    indices: Tensor | None = None
-    captions: Sequence[str] = ()
-
-    @property
-    def rows(self) -> int:
-        """B."""
-        return len(self.sample_ids)
-
-    def to(self, device: torch.device | str) -> "ImageBatch":
-        """The same batch on another device, except for `indices`: the host reads them, and must not wait for a GPU."""
-        return ImageBatch(*(field.to(device) for field in self[:3]), *self[3:])
-
-    def select(self, rows: slice) -> "ImageBatch":
-        """Some of the images."""
-        indices = None if self.indices is None else self.indices[rows]
-        condition = self.condition.select(rows)
-        return ImageBatch(self.images[rows], condition, self.sample_ids[rows], indices, self.captions[rows])
-
-    def parts(self, size: int) -> list["ImageBatch"]:
-        """The batch in parts of at most `size` images."""
-        return [self.select(slice(start, start + size)) for start in range(0, self.rows, size)]
 
 
 class _Fetched(NamedTuple):
@@ -68,6 +31,7 @@ class _Fetched(NamedTuple):
     pixels: Tensor | None  # [B, 3, S, S] uint8, a quarter of the traffic of fp32; None on failure
     indices: list[int]  # [B]
     unreadable: list[tuple[int, str]]  # met for the first time by this worker
+    codes: Tensor | None = None  # [B, T] int64
     failure: UserError | None = None
 
 
@@ -84,12 +48,13 @@ class _Samples(Dataset):
         try:
             samples = [self._read(sample_id) for sample_id in sample_ids]
         except UserError as error:
-            return _Fetched(None, [], list(self._unreadable.items())[known:], error)
-        indices, pixels = zip(*samples, strict=True)
-        return _Fetched(torch.stack(pixels), list(indices), list(self._unreadable.items())[known:])
+            return _Fetched(None, [], list(self._unreadable.items())[known:], failure=error)
+        indices, pixels, codes = zip(*samples, strict=True)
+        codes = None if self.dataset.codes is None else torch.from_numpy(np.stack(codes))
+        return _Fetched(torch.stack(pixels), list(indices), list(self._unreadable.items())[known:], codes)
 
-    def _read(self, sample_id: int) -> tuple[int, Tensor]:
-        """Index and pixels of the sample, or of the next readable image of its epoch's order, around."""
+    def _read(self, sample_id: int) -> tuple[int, Tensor, np.ndarray | None]:
+        """Index, pixels and codes of the sample, or of the next readable image of its epoch's order, around."""
         length = len(self.dataset)
         epoch, place = divmod(sample_id, length)
         if epoch != self._epoch:
@@ -100,32 +65,14 @@ class _Samples(Dataset):
             if index in self._unreadable:
                 continue
             try:
-                return index, self.dataset.pixels(index)
+                codes = self.dataset.codes and self.dataset.codes.draw(index, sample_id, self.seed)
+                return index, self.dataset.pixels(index) if self.dataset.reads_images else NO_PIXELS, codes
             except UnreadableImage as error:
                 self._unreadable[index] = str(error)
                 if len(self._unreadable) > self.dataset.data.max_bad_images:
                     raise
         reason = next(reversed(self._unreadable.values()))
         raise UserError(f"none of the {length} images of the data set can be read; the last: {reason}")
-
-
-def _init_worker(worker_id: int) -> None:
-    """Let only the parent end this worker.
-
-    Ctrl-C, and the signals by which torchrun or a cluster asks a run to stop, reach the whole process group. A rank
-    that still has to finish its step needs its workers for that.
-    """
-    parent = os.getppid()
-
-    def end_when_parent_says() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_when_parent_says, daemon=True).start()
 
 
 @dataclass(eq=False)
@@ -163,6 +110,7 @@ class ImageStream(Iterator[ImageBatch]):
             sample_ids=torch.arange(first, first + size),
             indices=torch.tensor(fetched.indices),
             captions=self.dataset.captions(condition),
+            codes=fetched.codes,
         )
 
     def _fetch(self, batches: Iterator[range]) -> Iterator[_Fetched]:
@@ -173,7 +121,7 @@ class ImageStream(Iterator[ImageBatch]):
                 sampler=batches,
                 batch_size=None,  # for the loader a batch is one item
                 num_workers=self.num_workers,
-                worker_init_fn=_init_worker,
+                worker_init_fn=init_worker,
                 generator=torch.Generator(),  # the global one would shift the run's randomness
             )
             return iter(loader)
@@ -212,10 +160,14 @@ def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_worke
             f"a batch of {batch_size} images cannot be shared by {world.size} ranks: make it a multiple of "
             f"{world.size} ({keys}) or start fewer ranks"
         )
+    if dataset.is_stream:
+        from grpo.data.row_stream import RowStream
+
+        return RowStream(dataset, batch_size, seed, num_workers, world)
     if dataset.has_images and len(dataset) < batch_size:
         raise UserError(
             f"the data set has {len(dataset)} images, fewer than one batch of {batch_size}: lower the batch size "
             f"({keys}) or add images"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ImageStream(dataset, batch_size, seed, min(num_workers, cores) if dataset.has_images else 0, world)
+    workers = worker_count(num_workers) if dataset.reads_images or dataset.codes else 0
+    return ImageStream(dataset, batch_size, seed, workers, world)

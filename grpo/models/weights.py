@@ -1,5 +1,6 @@
 """Models from published weights: strict, with the sizes checked and explained in terms of the recipe."""
 
+import hashlib
 import json
 import os
 import re
@@ -78,6 +79,16 @@ def build_tokenizer(section: Tokenizer, *, device: torch.device, seed: int = 0) 
         torch.manual_seed(seed)
         model = VQModel(sizes)
     return model.to(device).eval().requires_grad_(False)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the weights, by name, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _gpt_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:

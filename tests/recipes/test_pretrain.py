@@ -86,3 +86,23 @@ def test_class_dropout_trains_the_unconditional_slot(run_here, tiny, tmp_path):
         tables.append(read_weights(run_dir / "model.safetensors")["cls_embedding.embedding_table.weight"])
     changed = (tables[0] != tables[1]).any(dim=1)  # from the second step on: the output projection starts at zero
     assert changed.tolist() == [False] * 10 + [True]
+
+
+def test_run_on_a_stream_goes_on_exactly(run_here, tiny, tmp_path):
+    """In the middle of a window of the third file."""
+    import datasets
+    from PIL import Image
+
+    (tmp_path / "data").mkdir()
+    for file in range(4):
+        colors = [(60 * file, 20 * row, 0) for row in range(6)]
+        rows = {"image": [Image.new("RGB", (32, 32), color) for color in colors], "label": [0, 1, 2, 3, 4, 5]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{file}.parquet")
+    at = tiny.index("digits")
+    flags = [*tiny[:at], "stream", "--data.path", tmp_path / "data", "--data.shuffle_window", 5, *tiny[at + 1 :]]
+    flags += ["--training.batch_size", 4]
+    whole = run_here("pretrain", *flags, "--training.steps", 8, "--metrics.run_dir", tmp_path / "whole")
+    run_here("pretrain", *flags, "--training.steps", 4, "--metrics.run_dir", tmp_path / "broken")
+    resumed = run_here("pretrain", *flags, "--training.steps", 8, "--metrics.run_dir", tmp_path / "broken")
+    assert plain(resumed) == plain(whole)

@@ -1,0 +1,51 @@
+"""What every source of codes on disk has in common."""
+
+import numpy as np
+
+from grpo.config import UserError
+from grpo.data.dataset import UnreadableImage
+
+
+class CodeReader:
+    """A variants of the codes of each image of a data set; indices are the data set's.
+
+    A subclass says how to read a `row`, and has
+
+        labels: [N] int64, as the source numbers its classes, whose names are `class_names`, if it has names.
+        variants, length: A and T.
+        plain_first: whether the first variant is the image as it is, not a crop or its mirror image.
+    """
+
+    labels: np.ndarray
+    class_names: list[str]
+    variants: int
+    length: int
+    plain_first: bool
+    codebook_size: int | None = None
+    _drawn: int | None = None
+
+    def row(self, index: int, variant: int) -> np.ndarray:
+        """Codes [T] of any integer type. Raises `UnreadableImage`."""
+        raise NotImplementedError
+
+    def only_plain(self) -> None:
+        """Draw the image as it is from now on. Raises a UserError where it was not encoded."""
+        if not self.plain_first:
+            raise UserError(
+                f"{self} holds codes of {self.variants} crops, and none of the images as they are, which this job "
+                "needs: encode them with encode.augmentation none or flip"
+            )
+        self._drawn = 1
+
+    def draw(self, index: int, sample_id: int, seed: int) -> np.ndarray:
+        """Codes [T] int64 of one variant, all equally likely: a function of the seed and the sample's number.
+
+        Raises `UnreadableImage`.
+        """
+        count, variant = self._drawn or self.variants, 0
+        if count > 1:
+            variant = int(np.random.default_rng((seed, sample_id, 1)).integers(count))
+        codes = self.row(index, variant).astype(np.int64)
+        if codes.min() < 0 or (self.codebook_size is not None and codes.max() >= self.codebook_size):
+            raise UnreadableImage(f"codes of image {index} of {self} are not all in 0..{self.codebook_size - 1}")
+        return codes
