@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import UserError
-from grpo.formats import read_weights
+from grpo.formats import read_weights, require_finite
 from grpo.models.weights import read_sizes
 
 KEY = "discriminator"  # of a checkpoint of tokenizer training
@@ -67,6 +67,7 @@ def load_discriminator(path: str | os.PathLike[str], config: DiscriminatorConfig
         UserError: there are no such weights, or they are not exactly those of such a discriminator.
     """
     weights = read_weights(path, key=KEY)
+    require_finite(path, weights)
     own = read_sizes(path, DiscriminatorConfig, what="a discriminator")
     config = config or own or DiscriminatorConfig()
     with torch.device("meta"):
