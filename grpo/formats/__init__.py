@@ -14,6 +14,7 @@ from grpo.formats.weight_files import (
     Layout,
     read_config,
     read_weights,
+    require_finite,
     save_weights,
     saved_config,
     saved_fields,

@@ -120,7 +120,27 @@ def _read_pickle(path: Path, *, bare: bool, key: str | None = None) -> dict[str,
         form = "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
         form = form if key is None else f"a state dict under the key {key}"
         raise UserError(f"{path}: this checkpoint does not hold {form}")
+    for name, tensor in content.items():
+        _require_plain(path, name, tensor)
     return dict(content)
+
+
+def _require_plain(path: Path, name: object, tensor: Tensor) -> None:
+    """Raise a UserError for what a pickle may hold beside tensors of numbers that are all there."""
+    if not isinstance(name, str):
+        raise UserError(f"{path}: this checkpoint has a tensor by the name {name!r}, which is no text")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+        kind = "quantized" if tensor.is_quantized else f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+        raise UserError(f"{path}: {name} is {kind.replace('torch.', '')}; save it as a dense tensor of real numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: damaged, {name} has more elements than are stored")
+
+
+def require_finite(path: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a UserError if a tensor has a number that is NaN or infinite; integers have none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinite numbers; take weights from before they diverged")
 
 
 def save_weights(
