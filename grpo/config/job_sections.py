@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Gt, Le
 from pydantic import Field
 
 from grpo.config.types import (
     ClassIds,
     CropRanges,
+    DiscriminatorLayers,
+    DiscriminatorWidth,
     GuidanceScale,
     KernelBackend,
     MinusOneOrMore,

@@ -14,9 +14,7 @@ LARGEST_SEED = 2**63 - 1
 PositiveInt = Annotated[int, Gt(0), Le(LARGEST_INT)]
 NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_INT)]
 DiscriminatorLayers = Annotated[int, Gt(0), Le(10)]  # that halve the image
-DiscriminatorWidth = Annotated[
-    int, Gt(0), Le(1024)
-]  # of the first layer; later ones have up to 8 times as many channels
+DiscriminatorWidth = Annotated[int, Gt(0), Le(1024)]  # channels of the first layer
 NetworkSide = Annotated[int, Gt(0), Le(4096)]  # pixels: what a network that looks at images may be given
 MinusOneOrMore = Annotated[int, Ge(-1), Le(LARGEST_INT)]
 Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]

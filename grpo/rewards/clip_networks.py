@@ -105,7 +105,7 @@ class TransformersCLIP(nn.Module):
             raise UserError(f"{file} is not that of a CLIP: no JSON object with a model_type") from error
         if kind != "clip":
             raise UserError(f"{file} is not that of a CLIP: it is of a {kind}")
-        with sizes_of(file, what="the sizes of a CLIP"):
+        with sizes_of(file, what="a CLIP"):
             self.model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(config))
         self.images = _TransformersImages(self.model)
         self.size, self.width = self.model.config.vision_config.image_size, self.model.config.projection_dim

@@ -31,13 +31,16 @@ def sizes_of(path: str | Path, *, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        lacks = isinstance(error, KeyError) and error.args
-        reason = f"it has no {error.args[0]}" if lacks else " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} does not hold {what}: its sizes do not fit together ({reason})") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        problem = f"{reason} is missing" if isinstance(error, KeyError) else f"its sizes do not fit together ({reason})"
+        raise UserError(f"{path} does not hold {what}: {problem}") from error
 
 
 def load_strictly(network: nn.Module, weights: dict[str, Tensor], path: str | Path, *, what: str) -> None:
-    """Weights into the network, every name once. Raises a UserError where names or shapes differ, or a number is not finite."""
+    """Weights into the network, every name once.
+
+    Raises a UserError: names or shapes differ, or a number is not finite.
+    """
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
