@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Le
 from pydantic import Field
 
 from grpo.config.types import (
@@ -11,6 +11,8 @@ from grpo.config.types import (
     LARGEST_INT,
     ClassIds,
     CropRanges,
+    DiscriminatorLayers,
+    DiscriminatorWidth,
     GuidanceScale,
     ImageCount,
     ImageSize,
@@ -68,9 +70,9 @@ class Adversary(Section):
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     """hinge: it learns by hinges around 1 and -1; vanilla: by cross-entropy. Under both the tokenizer raises its mean
     logit; non_saturating: cross-entropy too, and the tokenizer raises its log p(real)."""
-    dim: Size = 64
+    dim: DiscriminatorWidth = 64
     """Channels of its first layer."""
-    num_layers: Annotated[int, Gt(0), Le(10)] = 3
+    num_layers: DiscriminatorLayers = 3
     """Its layers that halve the image."""
     lr: LearningRate | None = None
     """Learning rate of its own AdamW; None is optimizer.lr, and all else is as in the section [optimizer]."""

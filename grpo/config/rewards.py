@@ -85,6 +85,10 @@ class RewardTable(Section):
         """A line for each key that would have to be otherwise with a data set without images, beginning with it."""
         yield from ()
 
+    def size_problems(self, *, image_size: int, completions: int) -> Iterator[str]:
+        """What is wrong with images of this side, or with so many completions a step, a line each."""
+        yield from ()
+
 
 class Rewards(Section):
     """The weighted sum of rewards of one completion; each reward is a table of its own, [reward.NAME]."""

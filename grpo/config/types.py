@@ -26,6 +26,9 @@ UNNAMED_LIMITS = (
 
 PositiveInt = Annotated[int, Gt(0), Le(LARGEST_INT)]
 NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_INT)]
+DiscriminatorLayers = Annotated[int, Gt(0), Le(10)]  # that halve the image
+DiscriminatorWidth = Annotated[int, Gt(0), Le(1024)]  # channels of the first layer
+NetworkSide = Annotated[int, Gt(0), Le(4096)]  # pixels: what a network that looks at images may be given
 MinusOneOrMore = Annotated[int, Ge(-1), Le(LARGEST_INT)]
 Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
 Size = Annotated[int, Gt(0), Le(LARGEST_SIZE)]

@@ -44,7 +44,10 @@ class Gaussian(NamedTuple):
 
 
 class LeaveOneOutFID(PopulationReward):
-    """See the head of this file; the memory is part of the checkpoints."""
+    """How much farther the policy's images would be from the real ones without this completion, by a network.
+
+    The formulas are at the head of this file. The memory is part of the checkpoints.
+    """
 
     class Settings(NetworkTable):
         """What each completion does to the FID in the features of a network; several tables take several networks."""
@@ -69,6 +72,11 @@ class LeaveOneOutFID(PopulationReward):
         def image_uses(self) -> Iterator[str]:
             if self.reference is None:
                 yield "reference is required: there are no real images to measure"
+
+        def size_problems(self, *, image_size: int, completions: int) -> Iterator[str]:
+            if completions < 2:
+                keys = "rollout.batch_size or rollout.num_generations"
+                yield f"a distance without one completion needs at least 2 of them in a step: raise {keys}"
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.network = ImageNetwork(settings.resolved(), context, output="features")
