@@ -41,7 +41,7 @@ def find_checkpoint(
             )
         return own, False
     named = Path(os.path.realpath(resume))
-    is_own = str(named.parent) == os.path.realpath(recipe.checkpoint_dir)
+    is_own = str(named.parent) == os.path.realpath(checkpoints.folder)
     newer = checkpoints.resume_point(tell, after=step_of(named) if is_own else -1)
     if newer is None:
         if (problem := checkpoints.damage(named)) is not None:
