@@ -20,12 +20,12 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 import torch
-from annotated_types import Ge, Le
-from pydantic import Field, field_validator
+from annotated_types import Ge, Gt, Le
+from pydantic import Field, FiniteFloat, field_validator
 from torch import Tensor
 
 from grpo.config import RewardTable, UserError
-from grpo.config.types import Fraction, PositiveFloat, PositiveInt
+from grpo.config.types import Fraction, PositiveInt
 from grpo.models import to_uint8
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_ANSWER = 2**24  # bytes
 LONGEST_PAUSE = 30.0  # seconds between two tries
+Seconds = Annotated[FiniteFloat, Gt(0), Le(86400)]  # what a thread can wait for has a limit
 
 
 class HTTPScorer(Reward):
@@ -45,11 +46,11 @@ class HTTPScorer(Reward):
         """Where it answers, such as http://127.0.0.1:8000/score."""
         arguments: dict[str, Any] = Field(default_factory=dict)
         """Sent along with every request."""
-        timeout: PositiveFloat = 60.0
+        timeout: Seconds = 60.0
         """Seconds for a request, from the connection to the last byte of the answer."""
         retries: Annotated[int, Ge(0), Le(100)] = 3
         """Tries after the first has failed; the pause before each is twice as long as the one before."""
-        retry_seconds: PositiveFloat = 0.5
+        retry_seconds: Seconds = 0.5
         """The first of these pauses."""
         max_failures: Fraction = 0.5
         """Share of a step's completions, over all ranks, that may be without an answer."""
@@ -60,7 +61,7 @@ class HTTPScorer(Reward):
         @classmethod
         def _check_url(cls, url: str) -> str:
             if problem := _problem_of(url):
-                raise ValueError(f"{problem}, not {ascii(url)}")
+                raise ValueError(f"{problem}, not {url!a}")
             return url
 
         @field_validator("arguments")
@@ -144,11 +145,11 @@ def _post(url: str, body: bytes, *, seconds: float) -> bytes:
                 content = bytearray()
                 while len(content) < LONGEST_ANSWER and time.monotonic() < deadline:
                     part = response.read1(LONGEST_ANSWER - len(content))
+                    content += part
+                    if not part and response.length:  # what is left of the Content-Length
+                        raise HTTPException(f"the answer ended {response.length} bytes early")
                     if not part:
                         break
-                    content += part
-                if missing := response.length:  # of what its Content-Length has promised
-                    raise HTTPException(f"the answer ended {missing} bytes early")
             done.append(bytes(content))
         except Exception as error:  # whatever it is, it is raised where the answer is awaited
             done.append(error)
