@@ -142,8 +142,6 @@ def _unmasked(returned: Any) -> Any:
     """What torch can take of it: masked entries of numpy are NaN, and no array is reversed."""
     if isinstance(returned, np.ma.MaskedArray) and returned.dtype.kind in "biuf":
         return returned.astype(np.float64).filled(np.nan)
-    if isinstance(returned, list | tuple):
-        return [float("nan") if number is np.ma.masked else number for number in returned]
     return returned.copy() if isinstance(returned, np.ndarray) else returned
 
 

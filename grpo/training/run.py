@@ -245,9 +245,9 @@ class TrainingRun:
 
     def _idle(self, causes: tuple[str, ...]) -> str | None:
         """That no optimizer step since the start was taken, if so; `causes` are the rewards that were not finite."""
-        steps, skipped = (self._optimizer.steps, self._optimizer.skipped)
-        done = steps - self._counted_before[0]
-        if not done or skipped - self._counted_before[1] < done:
+        steps_before, skipped_before = self._counted_before
+        done = self._optimizer.steps - steps_before
+        if not done or self._optimizer.skipped - skipped_before < done:
             return None
         named = f" ({', '.join(causes)})" if causes else ""
         return f"nothing was learned: all {done} optimizer steps had a non-finite reward, loss or gradient{named}"
