@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics
+from grpo.restarts import MISTAKE, is_pointless, note_mistake
 
 JOBS = {
     "train": "train_grpo",
@@ -55,6 +56,8 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
             _show(help_text(RECIPES[name], topics) if name in RECIPES else _documentation(name))
         except UserError as error:
             _refuse(str(error))
+    if is_pointless():
+        os._exit(MISTAKE)
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible:  # a KeyboardInterrupt in the middle of an import ends in a long traceback, or is swallowed
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -83,8 +86,10 @@ def _show(text: str) -> NoReturn:
 
 
 def _refuse(line: str) -> NoReturn:
-    print(line, file=sys.stderr)
-    sys.exit(2)
+    if not is_pointless():
+        print(line, file=sys.stderr)
+    note_mistake()
+    sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":
