@@ -5,6 +5,7 @@
 
 import ast
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -57,9 +58,18 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
             _refuse(str(error))
     if is_pointless():
         os._exit(MISTAKE)
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:  # a KeyboardInterrupt in the middle of an import ends in a long traceback, or is swallowed
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from grpo.parallel import run_main  # torch
 
-    run_main(lambda _: import_module(f"grpo.jobs.{JOBS[name]}").main(arguments))
+    def main(_: Sequence[str]) -> None:
+        job = import_module(f"grpo.jobs.{JOBS[name]}")
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        job.main(arguments)
+
+    run_main(main)
 
 
 def _documentation(job: str) -> str:

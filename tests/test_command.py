@@ -55,6 +55,30 @@ def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
     assert (done.stderr if arguments == ["trian"] else done.stdout).strip()
 
 
+def test_help_of_one_kind_of_reward() -> None:
+    done = run("-m", "grpo", "train", "--help", "reward.jpeg_size")
+    titles = [line.partition("]")[0] for line in done.stdout.splitlines() if line.startswith("[")]
+    assert titles == ["[reward.jpeg_size"], done.stderr
+    assert "--reward.jpeg_size.weight" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["torch", "grpo.rewards"])
+def test_an_interrupt_during_imports_is_quiet(module: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "from grpo.__main__ import run_job\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "run_job('train', ['--config', 'debug'])\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_importing_the_package_needs_nothing_heavy() -> None:
     code = f"import sys, grpo, grpo.config; assert not {{*sys.modules}} & {{*{HEAVY!r}}}"
     assert run("-c", code).returncode == 0

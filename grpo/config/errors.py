@@ -38,7 +38,10 @@ def printable(text: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """What a mistyped word probably meant, or else all that there is."""
+    known = list(known)
     nearest = difflib.get_close_matches(word, known, n=1)
+    if not nearest and len(word) > 2:  # a part of a name, such as recon
+        nearest = [name for name in known if word.lower() in name or name in word.lower()]
     return f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
 
 

@@ -61,9 +61,9 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
             if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and lost_contact):
                 print(_LOST_CONTACT.format(rank=environment_rank()), file=sys.stderr)
             code = 1
-    with suppress(OSError):  # nobody may be reading any more
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody may be reading any more, or a user's code has closed it
+            stream.flush()
     if code == 0:
         sys.exit(0)
     os._exit(code)  # a regular exit would join writer threads that wait for ranks which are gone

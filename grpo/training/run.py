@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -26,6 +26,7 @@ from grpo.parallel import (
     require_backend,
     set_matmul_precision,
 )
+from grpo.rewards import Seen
 from grpo.training.fingerprints import take_fingerprints
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.resume import canonical, find_checkpoint, read_run_state, require_classes
@@ -35,7 +36,7 @@ from grpo.training.stragglers import Stragglers, own_work
 from grpo.training.watchdog import Watchdog
 
 NO_WORK = Work()
-Watch = Callable[[Mapping[str, float]], tuple[Sequence[str], str | None]]
+Watch = Callable[[Mapping[str, float]], Seen]
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
 
@@ -61,19 +62,22 @@ class TrainingRun:
     def __init__(self, recipe: TrainingRecipe, world: World, *, title: str) -> None:
         self.recipe, self.world, self.title = recipe, world, title
         require_backend(recipe.training.kernels, world.device, key="training.kernels")
+        # Of now: a user's code may go to another folder later.
+        self.run_dir, place = recipe.run_dir.absolute(), recipe.checkpoint_dir
+        self.checkpoint_dir = place if is_url(place) else str(Path(place).absolute())
         set_matmul_precision(recipe.training.mixed_precision)
         self.mesh = build_mesh(recipe.parallel, world)
         # A collective that waits for a rank in vain ends first, and says more.
-        seconds, beat = recipe.parallel.timeout + 5.0, recipe.run_dir / "heartbeat.json" if world.is_main else None
+        seconds, beat = recipe.parallel.timeout + 5.0, self.run_dir / "heartbeat.json" if world.is_main else None
         self._watchdog = Watchdog(seconds, rank=world.rank, heartbeat=beat)
         self._stragglers = Stragglers()
         self.timer = PhaseTimer(world.device, on_phase=self._watchdog.phase_begins)
         self.checkpoints = CheckpointManager(
-            recipe.checkpoint_dir,
+            self.checkpoint_dir,
             world=world,
             config=recipe.checkpoint,
             timeout_seconds=recipe.parallel.timeout,
-            stage=recipe.run_dir / ".stage",
+            stage=self.run_dir / ".stage",
         )
         self._open = ExitStack()  # what is given back when the run ends
         self._stop_request = StopRequest(speaks=world.is_main)
@@ -105,7 +109,7 @@ class TrainingRun:
         self._extra = dict(extra or {}) | ({} if optimizer.average is None else {"ema": optimizer.average})
         self._stop_request.listen(until=self._open)
         if self.world.is_main:  # what the others do with checkpoints waits for what the main rank finds
-            lock = lock_folder(self.recipe.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
+            lock = lock_folder(self.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
             self._open.enter_context(lock)
         if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
             self.checkpoints.check_writable()
@@ -115,8 +119,9 @@ class TrainingRun:
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
+        self._counted_before = optimizer.steps, optimizer.skipped
         observer = RunObserver(
-            self.recipe.run_dir,
+            self.run_dir,
             self.recipe.metrics,
             total_steps=self.recipe.training.steps,
             recipe_text=self.recipe.to_toml(),
@@ -131,8 +136,8 @@ class TrainingRun:
 
     def _lock_checkpoints(self) -> None:
         """Keep other runs out of a folder of checkpoints that is not inside this run's, which is locked already."""
-        place = self.recipe.checkpoint_dir
-        if self.world.is_main and not is_url(place) and Path(place).parent != self.recipe.run_dir:
+        place = self.checkpoint_dir
+        if self.world.is_main and not is_url(place) and Path(place).parent != self.run_dir:
             self._open.enter_context(lock_folder(Path(place), wait_seconds=self.recipe.parallel.timeout / 2))
 
     def steps(self) -> Iterator[int]:
@@ -162,7 +167,7 @@ class TrainingRun:
         images: int,
         codes: int = 0,
         work: Work = NO_WORK,
-        watch: Watch = lambda metrics: ([], None),
+        watch: Watch = lambda metrics: Seen([]),
     ) -> None:
         """Write a step down, and a checkpoint when it is due.
 
@@ -174,8 +179,8 @@ class TrainingRun:
                 rank must come to the same verdict, so it looks at no time for that.
 
         Raises:
-            UserError: too many optimizer steps in a row were skipped, or `watch` stops the run; there is a checkpoint
-                of this step.
+            UserError: too many optimizer steps in a row were skipped, or all of them, or `watch` stops the run; there
+                is a checkpoint of this step.
         """
         metrics, times = sums.means(), self.timer.read()
         rates = throughput(times, images=images, codes=codes, work=work, device=self.world.device)
@@ -184,12 +189,13 @@ class TrainingRun:
         vote, slowest = int(votes.max()), self._stragglers.look(own_seconds)
         values = {**metrics, **rates, **times, **slowest.metrics}
         self.observer.log(step, values)
-        notes, problem = watch(values)
-        for note in (*notes, *slowest.warnings):
+        seen = watch(values)
+        for note in (*seen.notes, *slowest.warnings):
             self.observer.message(f"step {step}: {note}")
-        self._note_skipped(step, metrics)
+        self._note_skipped(step, metrics, seen.not_finite)
         self._note_best(metrics)
         config, last = self.recipe.checkpoint, step == self.recipe.training.steps
+        problem = seen.problem or (self._idle(seen.not_finite) or seen.if_last if last else None)
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
         stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
@@ -218,8 +224,8 @@ class TrainingRun:
     def _write_weights(self, name: str) -> None:
         weights = full_state_dict(self._model)
         if self.world.is_main:
-            require_finite(f"{self.recipe.run_dir / name} is not written", weights)
-            save_weights(self.recipe.run_dir / name, weights, config=self._model.config)
+            require_finite(f"{self.run_dir / name} is not written", weights)
+            save_weights(self.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
@@ -267,14 +273,24 @@ class TrainingRun:
             self.checkpoints.close()
         self._open.__exit__(kind, *error)
 
-    def _note_skipped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Say that an optimizer step was skipped and what was not finite."""
+    def _idle(self, causes: tuple[str, ...]) -> str | None:
+        """That no optimizer step since the start was taken, if so; `causes` are the rewards that were not finite."""
+        steps_before, skipped_before = self._counted_before
+        done = self._optimizer.steps - steps_before
+        if not done or self._optimizer.skipped - skipped_before < done:
+            return None
+        named = f" ({', '.join(causes)})" if causes else ""
+        return f"nothing was learned: all {done} optimizer steps had a non-finite reward, loss or gradient{named}"
+
+    def _note_skipped(self, step: int, metrics: Mapping[str, float], causes: tuple[str, ...]) -> None:
+        """Say that an optimizer step was skipped and what was not finite; `causes` are rewards."""
         if self._optimizer.skipped == self._skipped_before:
             return
         seen = (name for name in ("reward_mean", "loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0)))
         self.observer.message(
             f"step {step}: {next(seen, 'a gradient')} is not finite, the optimizer step was skipped "
             f"({self._optimizer.skipped} so far, {self._optimizer.skipped_in_a_row} in a row)"
+            + (f": {', '.join(causes)}" if causes else "")
         )
 
     def _note_best(self, metrics: Mapping[str, float]) -> None:
@@ -295,7 +311,7 @@ class TrainingRun:
             return
         with torch.profiler.profile() as profiler:
             yield
-        path = self.recipe.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
+        path = self.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
         profiler.export_chrome_trace(str(path))
         order = "self_cuda_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"

@@ -137,6 +137,10 @@ def test_all_mistakes_of_tables_are_reported_with_the_others(recipe_file) -> Non
             "--reward.reconstruction.wight: unknown flag; did you mean --reward.reconstruction.weight?",
         ),
         (
+            ["--reward.recon.weight", "1"],
+            '--reward.recon.weight: reward.recon: unknown kind of reward "recon"; did you mean reconstruction?',
+        ),
+        (
             ["--reward.reconstruction_weight", "1"],
             "--reward.reconstruction_weight: unknown flag; did you mean --reward.reconstruction.weight?",
         ),

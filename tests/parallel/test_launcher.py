@@ -40,6 +40,12 @@ def test_quiet_ends(monkeypatch, capfd, error, code):
     assert capfd.readouterr() == ("", "")
 
 
+def test_streams_that_a_users_code_has_closed(monkeypatch):
+    with open(os.devnull, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+    assert exit_code(monkeypatch, None) == 0
+
+
 def test_user_error_is_plain_lines(monkeypatch, capfd):
     assert exit_code(monkeypatch, UserError(["one", "two"])) == 2
     assert capfd.readouterr().err == "one\ntwo\n"
