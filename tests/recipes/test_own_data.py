@@ -139,12 +139,22 @@ def test_new_classes_beside_imagenets_embeddings_alone(place, monkeypatch, tmp_p
     assert all(torch.equal(after[name], before[name]) for name in before if name != TABLE)
 
 
-def test_new_classes_that_do_not_add_up(place, monkeypatch):
+def test_new_classes_that_do_not_add_up(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     with pytest.raises(UserError, match=r"the weights have 1000 classes; .* must be 4 .* or 1004"):
         load_gpt("pretrained/c2i_B_256.pt", SIZES(num_classes=1000), new_classes=4)
     with pytest.raises(UserError, match=r"'circle', 'cross', 'square', 'star' are no classes of the model"):
         run(TUNE, "--model.num_classes", "1000", "--model.new_classes", "0")
+    with pytest.raises(UserError, match=r"images of 4 new classes, and model\.new_classes = 5"):
+        run(TUNE, "--model.num_classes", "5", "--model.new_classes", "5", "--metrics.run_dir", "runs/untrained")
+    copytree("my_images/train", tmp_path / "images")
+    (tmp_path / "images/circle").rename(tmp_path / "images/zirkel")
+    with pytest.raises(UserError, match=r"'zirkel' is no class of the model.* let `grpo pretrain` add them"):
+        run(f"grpo train --config own_classes/grpo --data.path {tmp_path}/images --metrics.run_dir runs/unknown")
+    for file in (tmp_path / "images/zirkel").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"images of 3 new classes, none of 'zirkel'"):
+        run(TUNE, "--data.path", str(tmp_path / "images"), "--metrics.run_dir", "runs/empty")
     with pytest.raises(UserError, match=r"the weights have num_classes 4, the recipe wants 5"):
         run("grpo train --config own_classes/grpo --metrics.run_dir runs/five", "--model.num_classes", "5")
 
