@@ -82,7 +82,7 @@ def test_scripts_give_the_same_help() -> None:
         (["convert", "--convert.inputs", "a"], "--convert.inputs: unknown flag; did you mean --convert.input?"),
         (
             ["recipes", "own_classes/pretrian"],
-            "is no shipped recipe; did you mean the shipped recipe own_classes/pretrain?",
+            "did you mean the shipped recipe own_classes/pretrain?",
         ),
         (["recipes", "a", "b"], "recipes takes one name"),
         (["train", "--config", "quickstart/pretrain"], "is a recipe of `grpo pretrain`, not of `grpo train`"),
