@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics, shipped_recipe
+from grpo.restarts import MISTAKE, is_pointless, note_mistake
 
 JOBS = {
     "train": "train_grpo",
@@ -62,6 +63,8 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
             _show(help_text(RECIPES[name], topics) if name in RECIPES else _documentation(name))
         except UserError as error:
             _refuse(str(error))
+    if is_pointless():
+        os._exit(MISTAKE)
     from grpo.parallel import run_main  # torch
 
     run_main(lambda _: import_module(f"grpo.jobs.{JOBS[name]}").main(arguments))
@@ -92,8 +95,10 @@ def _show(text: str) -> NoReturn:
 
 
 def _refuse(line: str) -> NoReturn:
-    print(line, file=sys.stderr)
-    sys.exit(2)
+    if not is_pointless():
+        print(line, file=sys.stderr)
+    note_mistake()
+    sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Recipes: typed sections from TOML and flags. Only this package knows of TOML and of the command line."""
 
-from grpo.config.errors import UserError, did_you_mean, import_extra
+from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra
 from grpo.config.help import help_text
 from grpo.config.job_sections import Classifier, Convert, Encode, Evaluation, Output, Sampling, TokenizerLoss
 from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml, shipped_recipe
@@ -32,4 +32,4 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
-from grpo.config.types import Section
+from grpo.config.types import Section, is_url

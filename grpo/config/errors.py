@@ -21,6 +21,13 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class TransientError(UserError):
+    """One that may be gone at the next start without anybody's doing: no room, no connection, a folder not mounted.
+
+    A launcher that restarts is then let do so; after any other `UserError` a restart ends at once.
+    """
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """What a mistyped word probably meant, or else all that there is."""
     nearest = difflib.get_close_matches(word, known, n=1)

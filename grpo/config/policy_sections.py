@@ -113,9 +113,9 @@ class Objective(Section):
     token_dropout: ProperFraction = 0.5
     """That share."""
 
-    def missing_files(self) -> Iterator[str]:
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
         if self.kl_estimator != "none":
-            yield from super().missing_files()
+            yield from super().files()
 
     @property
     def clip_low(self) -> float:

@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Parallel, Training
-from grpo.config.types import Section
+from grpo.config.types import Section, is_url
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
@@ -128,16 +128,32 @@ class TrainingRecipe(Recipe):
             (self.job != "train", "training.dropout_mode training.epochs_per_rollout", "only `train` has rollouts"),
         ]
 
+    def files_of_every_start(self) -> dict[str, str]:
+        """`section.key` -> the file or folder there, of those that the run reads again whenever it is started.
+
+        Not those that it only began with, and has changed since; nor the images and their codes, of which the data set
+        knows more.
+        """
+        files = {f"{name}.{key}": path for name in self.sections() for key, path, _ in getattr(self, name).files()}
+        others = {"data.path", "data.codes", *self._beginnings()}
+        return {key: path for key, path in files.items() if key not in others}
+
+    def _beginnings(self) -> set[str]:
+        """Keys of weights that the run trains further, which a checkpoint replaces."""
+        return set()
+
     @property
     def run_dir(self) -> Path:
         """The run's folder: `metrics.run_dir`, which `load_recipe` sets to runs/<name of the recipe file>."""
         return Path(self.metrics.run_dir or f"runs/{self.job}")
 
     @property
-    def checkpoint_dir(self) -> Path:
-        """Folder of the checkpoints: inside the run's folder unless `checkpoint.dir` was moved."""
-        moved = self.checkpoint.dir.rstrip("/") != Checkpoint().dir
-        return Path(self.checkpoint.dir) if moved else self.run_dir / self.checkpoint.dir
+    def checkpoint_dir(self) -> str:
+        """Folder of the checkpoints, a path or a URL: inside the run's folder unless `checkpoint.dir` was moved."""
+        place = self.checkpoint.dir.rstrip("/")
+        if is_url(place):
+            return place
+        return str(Path(place or "/") if place != Checkpoint().dir else self.run_dir / place)
 
 
 def required(name: str, section: Section, *keys: str) -> Iterator[str]:

@@ -31,6 +31,9 @@ class GeneratorRecipe(TrainingRecipe):
     compile: Compile = Compile()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
 
+    def _beginnings(self) -> set[str]:
+        return {"model.checkpoint"}
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from _model_problems(self.model)
@@ -94,6 +97,9 @@ class GRPORecipe(GeneratorRecipe):
         if objective.kl_estimator != "none" and objective.reference == "start":
             named.add(objective.reference_checkpoint)
         return {name or self.model.checkpoint for name in named}
+
+    def _beginnings(self) -> set[str]:
+        return set() if self.model.checkpoint in self.frozen_generators() else super()._beginnings()
 
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
@@ -208,6 +214,9 @@ class TokenizerRecipe(TrainingRecipe):
     tokenizer_loss: TokenizerLoss = TokenizerLoss()
     adversary: Adversary = Adversary()
     compile: Compile = Compile()
+
+    def _beginnings(self) -> set[str]:
+        return {"tokenizer.checkpoint", "adversary.checkpoint"}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, FiniteFloat, SerializeAsAny, model_validator
 
 from grpo.config.errors import UserError, did_you_mean
-from grpo.config.types import MayChange, NonNegativeInt, Normalise, Section
+from grpo.config.types import MayChange, NonNegativeInt, Normalise, Section, Wanted
 
 REWARD_KINDS: dict[str, str] = {
     "reconstruction": "grpo.rewards.reconstruction:Reconstruction",
@@ -109,9 +109,9 @@ class Rewards(Section):
                 tables[name] = reward_class(table["kind"]).Settings.model_validate(table)
         return {**values, **tables}
 
-    def missing_files(self) -> Iterator[str]:
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
         for name, table in self.active.items():
-            yield from (f"{name}.{line}" for line in table.missing_files())
+            yield from ((f"{name}.{key}", path, wanted) for key, path, wanted in table.files())
 
     @property
     def tables(self) -> dict[str, RewardTable]:

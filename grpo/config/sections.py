@@ -132,10 +132,13 @@ class Data(Section):
         """Whether the codes are on disk."""
         return self.name == "codes" or self.codes is not None
 
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
+        if self.name not in ("digits", "synthetic"):  # which read no folder
+            yield from super().files()
+
     def missing_files(self) -> Iterator[str]:
         is_pattern = self.path is not None and any(sign in self.path for sign in ("://", "{", "*", "?", "["))
-        if self.name not in ("digits", "synthetic") and not is_pattern:  # which read no folder
-            yield from super().missing_files()
+        yield from (line for line in super().missing_files() if not (is_pattern and line.startswith("path:")))
 
 
 class Optimizer(Section):
@@ -238,13 +241,14 @@ class Checkpoint(FreeSection):
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
     dir: str = "checkpoints"
-    """Folder of the checkpoints. The default is inside the run's folder; any other value is a path of its own."""
+    """Folder of the checkpoints. The default is inside the run's folder; any other value is a path of its own, or the
+    URL of a folder in object storage that fsspec knows, such as s3://bucket/run."""
     sharded: bool = False
     """Write shards only; otherwise also `consolidated.pth`, the weights in one file that LlamaGen loads."""
     safetensors: bool = False
     """Write `consolidated.safetensors` too, the weights in one file that everyone can read without risk."""
     resume: str = "auto"
-    """auto: the newest complete checkpoint of this run, if any; none: start anew; or the path of a checkpoint."""
+    """auto: the newest complete checkpoint of this run, if any; none: start anew; or path or URL of a checkpoint."""
     keep_last: NonNegativeInt = 0
     """Checkpoints to keep, the newest ones; 0 keeps all."""
     keep_best: NonNegativeInt = 0

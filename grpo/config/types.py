@@ -1,5 +1,6 @@
 """The types of keys, and the base of all sections."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,17 +71,26 @@ class Section(BaseModel):
         is_free = issubclass(cls, FreeSection)
         return {name for name, field in cls.model_fields.items() if is_free or MayChange in field.metadata}
 
-    def missing_files(self) -> Iterator[str]:
-        """A line for each file or folder that this section names and that is not there; it begins with the key."""
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
+        """Key, path and what is wanted there, of each file or folder that this section names and that is read."""
         for key, field in type(self).model_fields.items():
             path = getattr(self, key)
-            for wanted in (item for item in field.metadata if isinstance(item, Wanted)):
-                if path is not None and not exists(path):
-                    yield f"{key}: {path} does not exist; wanted: {wanted.what}"
+            yield from ((key, path, item) for item in field.metadata if isinstance(item, Wanted) and path is not None)
+
+    def missing_files(self) -> Iterator[str]:
+        """A line for each of `files` that is not there; it begins with the key."""
+        for key, path, wanted in self.files():
+            if not exists(path):
+                yield f"{key}: {path} does not exist; wanted: {wanted.what}"
 
 
 class FreeSection(Section):
     """Base of the sections whose every key a resumed run may change."""
+
+
+def is_url(place: str) -> bool:
+    """Whether this is an address such as s3://bucket/folder, and no path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place) is not None
 
 
 def exists(path: str) -> bool:

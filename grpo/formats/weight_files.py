@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grpo.config import UserError
+from grpo.config import TransientError, UserError
 from grpo.formats.manifest import check_files
 from grpo.formats.shards import read_tensors, shard_files, write_shards
 
@@ -31,6 +31,7 @@ _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "saf
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
 RUN_STATE_NAME = "run_state.json"  # of a checkpoint folder
+CHECKPOINT_FORMAT = 1  # in it, under "format"; another number where an older reader would misread what is there
 _CONFIG = "config"  # in the metadata of a .safetensors file, and in RUN_STATE_NAME
 
 
@@ -77,7 +78,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         if in_folder.is_file():
             check_files(path, [RUN_STATE_NAME])
-            config = json.loads(in_folder.read_text(encoding="utf-8")).get(_CONFIG)
+            state = json.loads(in_folder.read_text(encoding="utf-8"))
+            config = state.get(_CONFIG)
+            check_format(state, in_folder)
         elif path.suffix == ".safetensors" and path.is_file():
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_CONFIG)
@@ -90,6 +93,15 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not isinstance(config, dict | None):
         raise UserError(f"{path}: the sizes in this file are damaged")
     return config
+
+
+def check_format(state: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
+    """Raise a UserError if a checkpoint's run_state.json, read from `file`, is of another format than ours."""
+    if (found := state.get("format")) != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{file}: the checkpoint has format {found}, this version of the project reads {CHECKPOINT_FORMAT}: use "
+            "the version that wrote it, there `grpo convert` makes a .safetensors file that every version reads"
+        )
 
 
 def saved_fields(config: Any) -> list[str]:
@@ -153,7 +165,9 @@ def save_weights(
         with contextlib.suppress(OSError):
             unfinished.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"{path} could not be written: {reason}; free space there or give another place") from error
+        raise TransientError(
+            f"{path} could not be written: {reason}; free space there or give another place"
+        ) from error
 
 
 def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
-OVERLAP = True  # see `overlap_options`
+OVERLAP = False  # see `overlap_options`: on an H200 a step of sampling took 3.18 ms with it, 2.47 ms without
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 

@@ -1,7 +1,6 @@
 """What every training job has: a folder, an observer, checkpoints and a step counter."""
 
 import math
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,14 +11,15 @@ import torch
 from torch import nn
 
 from grpo.checkpoint import CheckpointManager, ExtraState
-from grpo.config import TrainingRecipe, UserError
+from grpo.config import TrainingRecipe, UserError, is_url
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import MetricSums, World, build_mesh, full_state_dict, gather_numbers, set_matmul_precision
+from grpo.training.fingerprints import take_fingerprints
 from grpo.training.optimizer import GuardedOptimizer
-from grpo.training.resume import find_checkpoint, read_run_state, require_classes
+from grpo.training.resume import canonical, find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
 from grpo.training.stragglers import Stragglers, own_work
@@ -61,7 +61,11 @@ class TrainingRun:
         self._stragglers = Stragglers()
         self.timer = PhaseTimer(world.device, on_phase=self._watchdog.phase_begins)
         self.checkpoints = CheckpointManager(
-            recipe.checkpoint_dir, world=world, config=recipe.checkpoint, timeout_seconds=recipe.parallel.timeout
+            recipe.checkpoint_dir,
+            world=world,
+            config=recipe.checkpoint,
+            timeout_seconds=recipe.parallel.timeout,
+            stage=recipe.run_dir / ".stage",
         )
         self._open = ExitStack()  # what is given back when the run ends
         self._stop_request = StopRequest(speaks=world.is_main)
@@ -97,7 +101,9 @@ class TrainingRun:
             self._open.enter_context(lock)
         if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
             self.checkpoints.check_writable()
-        notes = [*self.recipe.notes(), *self.recipe.remarks()]
+            self._lock_checkpoints()
+        self._fingerprints, told = take_fingerprints(self.recipe, stream.dataset, self.world)
+        notes = [*self.recipe.notes(), *self.recipe.remarks(), *told]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
@@ -115,6 +121,12 @@ class TrainingRun:
             self.observer.message(note)
         self._watchdog.start(until=self._open)
 
+    def _lock_checkpoints(self) -> None:
+        """Keep other runs out of a folder of checkpoints that is not inside this run's, which is locked already."""
+        place = self.recipe.checkpoint_dir
+        if self.world.is_main and not is_url(place) and Path(place).parent != self.recipe.run_dir:
+            self._open.enter_context(lock_folder(Path(place), wait_seconds=self.recipe.parallel.timeout / 2))
+
     def steps(self) -> Iterator[int]:
         """The steps still to be done, counted from 1."""
         total = self.recipe.training.steps
@@ -123,6 +135,8 @@ class TrainingRun:
                 f"nothing to do: {self.recipe.run_dir} is at step {self._first_step} of {total}; raise training.steps "
                 "to go on, or give another metrics.run_dir to start anew"
             )
+            if self._exports:  # what ended the start before may have been the writing of just that
+                self._export()
         device_peaks(self.world.device)  # it may take a moment
         self.timer.read()  # do not count the set-up
         for step in range(self._first_step + 1, total + 1):
@@ -177,9 +191,14 @@ class TrainingRun:
         if stopping:
             self.checkpoints.wait()
             self._stop(step, problem)
-        if last and config.save_final and not config.sharded:
+        if last and self._exports:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
+
+    @property
+    def _exports(self) -> bool:
+        """Whether the run ends with its weights in files of their own."""
+        return self.recipe.checkpoint.save_final and not self.recipe.checkpoint.sharded
 
     def _export(self) -> None:
         """Write the weights under names that do not change with the number of steps, for the next job."""
@@ -221,6 +240,7 @@ class TrainingRun:
             "extra": {name: state.state_dict() for name, state in self._counted()},
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
+            "fingerprints": self._fingerprints,
             "resumed_from": self._resumed_from,
             "class_names": getattr(self._model.config, "class_names", None),
         }
@@ -276,7 +296,9 @@ class TrainingRun:
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
-        state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
+        state, changes = read_run_state(
+            self.recipe, self.checkpoints, path, named=named, fingerprints=self._fingerprints
+        )
         require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         self.checkpoints.load(path, **trained)
@@ -287,8 +309,9 @@ class TrainingRun:
                 raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
             counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
-        self._resumed_from = os.path.realpath(path) if named else state.get("resumed_from")
-        return [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
+        self._resumed_from = canonical(self.recipe.checkpoint.resume) if named else state.get("resumed_from")
+        place = self.recipe.checkpoint.resume if named else self.checkpoints.place_of(path)
+        return [f"resumed from {place}", *(f"changed since then: {line}" for line in changes)]
 
     def _counted(self) -> list[tuple[str, Any]]:
         """Those of the extra states that have counters besides their tensors."""
