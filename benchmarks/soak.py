@@ -3,7 +3,8 @@
 python benchmarks/soak.py --minutes 60 --seed 0 --json benchmarks/results/soak.json
 python benchmarks/soak.py --minutes 60 --kinds kill_rank --faults 20      # 20 restarts by torchrun alone
 
-The disturbed run gets SIGKILL, SIGSTOP, SIGTERM, damaged checkpoints and a full disk at random moments; torchrun starts
+The disturbed run gets SIGKILL, SIGSTOP, SIGTERM, damaged checkpoints, hangs, a folder that a rank does not see and full
+disks, also at its end, at random moments; torchrun starts
 its ranks again, and where the launcher itself has ended, this script starts it with the same command. When the time is
 over the run is asked to stop, and a second run of as many steps is done undisturbed. All losses, gradient norms and
 rewards of both are then compared as bits, and so are weights and optimizer state. The second run comes on top of the
@@ -58,6 +59,7 @@ class Soak:
         self.job, self.options = job, options
         self.random = random.Random(options.seed)
         self.faults: list[Fault] = []
+        self.lost_ends = 0
         self._bag: list[str] = []
         self.begun = time.monotonic()
 
@@ -65,7 +67,7 @@ class Soak:
         """Faults until the time is over or there were enough of them."""
         deadline = self.begun + 60 * self.options.minutes
         self.job.launch()
-        self.job.wait_for_progress(after_starts=0, seconds=RECOVERY_SECONDS)
+        self.job.wait_for_checkpoint(seconds=RECOVERY_SECONDS)
         while time.monotonic() < deadline and len(self.faults) < self.options.faults:
             time.sleep(min(self.random.uniform(0, 2 * self.options.gap), max(0.0, deadline - time.monotonic())))
             if time.monotonic() < deadline:
@@ -85,6 +87,8 @@ class Soak:
         self.faults.append(fault)
         begun = time.monotonic()
         getattr(self, kind)()
+        if kind == "full_disk_at_end":  # which has made starts of its own
+            starts, step = len(self.job.starts()), self.job.step()
         if self.options.early and self.random.random() < self.options.early:
             self.job.wait_for_new_ranks(seconds=60)
             time.sleep(self.random.uniform(0, 5))
@@ -135,9 +139,36 @@ class Soak:
         """No file of the run may grow any more, until its ranks have been started again."""
         self.job.limit_file_size(self.random)
 
+    def hang(self) -> None:
+        """All ranks hang in their own work, so that no collective notices: each one's watchdog ends it."""
+        with self.job.open_door("hang"):
+            self.job.wait_for_new_ranks(seconds=120)
+
+    def no_mount(self) -> None:
+        """After a restart one rank sees no checkpoints: the start ends and touches nothing; then it sees them again."""
+        with self.job.open_door("no-mount-1"):
+            self.job.kill_rank(self.random)
+            self.job.wait_for_output("do not see the same folder", seconds=120)
+
+    def requeue(self) -> None:
+        """The machines go away, and a queue starts the same command again elsewhere."""
+        self.job.kill_everything()
+
+    def full_disk_at_end(self) -> None:
+        """The run comes to its end while no file may grow; the last checkpoint must be there when torchrun is done."""
+        self.job.stop()
+        last, starts = self.job.checkpoint_step() + self.random.randint(1, 15), len(self.job.starts())
+        with self.job.open_door("hang"):  # so that the limit is there before the end
+            self.job.launch(steps=last)
+            self.job.wait_for_start(after_starts=starts, seconds=RECOVERY_SECONDS)
+            self.job.limit_file_size(self.random)
+        if self.job.wait_for_end(seconds=RECOVERY_SECONDS) != 0 or self.job.checkpoint_step() != last:
+            print(f"the run up to step {last} has ended without its last checkpoint", flush=True)
+            self.lost_ends += 1
+
 
 KINDS = ("kill_rank", "kill_in_save", "kill_data_worker", "stop_rank", "terminate", "kill_launcher", "corrupt",
-         "full_disk")  # fmt: skip
+         "full_disk", "hang", "no_mount", "requeue", "full_disk_at_end")  # fmt: skip
 
 
 def main() -> None:
@@ -169,7 +200,7 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "faults"}, indent=1))
-    good = all(comparison.values()) and result["not_recovered"] == 0
+    good = all(comparison.values()) and result["not_recovered"] == soak.lost_ends == 0
     if good and not options.keep:
         shutil.rmtree(folder)
     else:
@@ -187,6 +218,7 @@ def _summary(soak: Soak) -> dict[str, object]:
         "launches": soak.job.launches,
         "restarted_by_torchrun_alone": sum(not fault.relaunched for fault in recovered),
         "not_recovered": len(soak.faults) - len(recovered),
+        "ends_without_last_checkpoint": soak.lost_ends,
         "steps_lost": {"total": sum(lost), "most": max(lost, default=0)},
         "steps_lost_after_sigterm": sum(fault.steps_lost for fault in recovered if fault.kind == "terminate"),
         "recovery_seconds": {

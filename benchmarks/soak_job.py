@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
@@ -20,7 +22,7 @@ from grpo.formats import read_tensors
 from grpo.observe import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = "recipes/train_grpo.py"
+SCRIPT = "benchmarks/soak_recipe.py"
 RANKS = 2
 COMPARED = ("loss", "grad_norm", "reward_mean", "reward_std", "entropy", "surrogate")
 
@@ -46,8 +48,8 @@ class Job:
     """
 
     def __init__(self, run_dir: Path, *, seed: int, interval: int, steps: int = 1_000_000) -> None:
-        self.run_dir, self.checkpoints = run_dir, run_dir / "checkpoints"
-        self.launches = 0
+        self.run_dir, self.checkpoints, self.doors = run_dir, run_dir / "checkpoints", run_dir.with_suffix(".doors")
+        self.launches = self.requeues = 0
         self._process: subprocess.Popen | None = None
         flags = {"metrics.run_dir": run_dir, "training.steps": steps, "training.seed": seed, "data.num_workers": 1,
                  "checkpoint.interval": interval, "checkpoint.keep_last": 3, "parallel.timeout": 20,
@@ -56,13 +58,18 @@ class Job:
                          "--max-restarts=100000", SCRIPT, "--config", "debug"]  # fmt: skip
         self._command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
-    def launch(self) -> None:
-        """Start torchrun; what it prints goes to a file beside the run's folder."""
+    def launch(self, *, steps: int | None = None) -> None:
+        """Start torchrun, on request only up to a step; what it prints goes to a file beside the run's folder."""
         self.launches += 1
-        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.doors.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "SOAK_DOORS": str(self.doors)}
+        if self.requeues:
+            environment["SLURM_RESTART_COUNT"] = str(self.requeues)
+        command = list(self._command)
+        if steps is not None:
+            command[command.index("--training.steps") + 1] = str(steps)
         self._process = subprocess.Popen(
-            self._command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         threading.Thread(target=self._copy_output, args=(self._process.stdout,), daemon=True).start()
 
@@ -91,9 +98,11 @@ class Job:
             self._process.wait()
 
     def starts(self) -> list[int]:
-        """The step from which each start of the ranks so far has gone on."""
-        path = self.run_dir / "log.txt"
-        return [int(step) for step in re.findall(r": from step (\d+) to", path.read_text())] if path.exists() else []
+        """The step from which each start of the ranks so far has gone on; what was before the first checkpoint lies
+        aside."""
+        logs = sorted((self.run_dir / "previous").glob("*/log.txt"), key=lambda path: int(path.parent.name))
+        text = "".join(path.read_text() for path in (*logs, self.run_dir / "log.txt") if path.exists())
+        return [int(step) for step in re.findall(r": from step (\d+) to", text)]
 
     def step(self) -> int:
         """The last step in metrics.jsonl."""
@@ -123,6 +132,18 @@ class Job:
                 return Progress(starts[-1], highest, relaunched)
             time.sleep(0.1)
         return Progress(None, highest, relaunched)
+
+    def wait_for_start(self, *, after_starts: int, seconds: float) -> None:
+        """Wait until the ranks have begun to train once more."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and len(self.starts()) <= after_starts:
+            time.sleep(0.05)
+
+    def wait_for_checkpoint(self, *, seconds: float) -> None:
+        """Wait until there is one."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.checkpoint_step():
+            time.sleep(0.1)
 
     def wait_for_new_ranks(self, *, seconds: float) -> None:
         """Wait until all ranks are other processes than now, or the launcher has ended."""
@@ -162,6 +183,41 @@ class Job:
 
     def _wait_for_launcher(self) -> None:
         self._process.wait(120)
+
+    def kill_everything(self) -> None:
+        """As if the machines were gone: the launcher and its ranks end at once, and a queue starts the run again."""
+        for process in (self._process.pid, *self.ranks()):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self._wait_for_launcher()
+        self.requeues += 1
+
+    @contextmanager
+    def open_door(self, name: str) -> Iterator[None]:
+        """Let `soak_recipe.py` do what the door is for, for the duration of the block."""
+        (self.doors / name).touch()
+        try:
+            yield
+        finally:
+            (self.doors / name).unlink()
+
+    def wait_for_output(self, text: str, *, seconds: float) -> None:
+        """Wait until the launcher or a rank has said something that it had not said before."""
+        output, deadline = self.run_dir.with_suffix(".output.txt"), time.monotonic() + seconds
+        before = output.stat().st_size
+        while time.monotonic() < deadline:
+            with output.open("rb") as file:
+                file.seek(before)
+                if text.encode() in file.read():
+                    return
+            time.sleep(0.1)
+
+    def wait_for_end(self, *, seconds: float) -> int | None:
+        """The launcher's exit code, None if it does not end."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
     def corrupt_newest(self, chance: random.Random) -> None:
         """Flip a bit of a random file of the newest checkpoint, cut it short, or remove it."""

@@ -5,6 +5,7 @@
 
 import ast
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics
+from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics, shipped_recipe
+from grpo.restarts import MISTAKE, is_pointless, note_mistake
 
 JOBS = {
     "train": "train_grpo",
@@ -30,15 +32,23 @@ JOBS = {
 }
 """Word of the command -> module of `grpo.jobs`, the folder recipes/ of a checkout."""
 
+RECIPES_HELP = "grpo recipes lists the shipped recipes, grpo recipes NAME prints one, to copy and change."
+
 
 def main() -> NoReturn:
     """The console script `grpo`."""
     job, *arguments = sys.argv[1:] or ["--help"]
     if job in ("--help", "-h"):
         lines = [f"  {name:<12}{_documentation(name).splitlines()[0]}" for name in JOBS]
-        _show("\n".join(["usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job."]))
+        _show(
+            "\n".join(
+                ["usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job.", RECIPES_HELP]
+            )
+        )
+    if job == "recipes":
+        _show_recipes(arguments)
     if job not in JOBS:
-        _refuse(f"{job}: unknown job; {did_you_mean(job, JOBS)}")
+        _refuse(f"{job}: unknown job; {did_you_mean(job, [*JOBS, 'recipes'])}")
     run_job(job, arguments)
 
 
@@ -56,9 +66,31 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
             _show(help_text(RECIPES[name], topics) if name in RECIPES else _documentation(name))
         except UserError as error:
             _refuse(str(error))
+    if is_pointless():
+        os._exit(MISTAKE)
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:  # a KeyboardInterrupt in the middle of an import ends in a long traceback, or is swallowed
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from grpo.parallel import run_main  # torch
 
-    run_main(lambda _: import_module(f"grpo.jobs.{JOBS[name]}").main(arguments))
+    def main(_: Sequence[str]) -> None:
+        job = import_module(f"grpo.jobs.{JOBS[name]}")
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        job.main(arguments)
+
+    run_main(main)
+
+
+def _show_recipes(arguments: Sequence[str]) -> NoReturn:
+    if help_topics(arguments) is not None:
+        _show(RECIPES_HELP)
+    if len(arguments) > 1:
+        _refuse(f"recipes takes one name, got {len(arguments)}")
+    try:
+        _show(shipped_recipe(*arguments))
+    except UserError as error:
+        _refuse(str(error))
 
 
 def _documentation(job: str) -> str:
@@ -75,8 +107,10 @@ def _show(text: str) -> NoReturn:
 
 
 def _refuse(line: str) -> NoReturn:
-    print(line, file=sys.stderr)
-    sys.exit(2)
+    if not is_pointless():
+        print(line, file=sys.stderr)
+    note_mistake()
+    sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_help_lists_every_job_with_a_line() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([job, "--help"] for job in JOBS), ["train", "--help", "objective", "data"], ["trian"]],
+    [["--help"], *([job, "--help"] for job in JOBS), ["train", "--help", "objective", "data"], ["recipes"], ["trian"]],
     ids=" ".join,
 )
 def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
@@ -55,9 +55,40 @@ def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
     assert (done.stderr if arguments == ["trian"] else done.stdout).strip()
 
 
+def test_help_of_one_kind_of_reward() -> None:
+    done = run("-m", "grpo", "train", "--help", "reward.jpeg_size")
+    titles = [line.partition("]")[0] for line in done.stdout.splitlines() if line.startswith("[")]
+    assert titles == ["[reward.jpeg_size"], done.stderr
+    assert "--reward.jpeg_size.weight" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["torch", "grpo.rewards"])
+def test_an_interrupt_during_imports_is_quiet(module: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "from grpo.__main__ import run_job\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "run_job('train', ['--config', 'debug'])\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_importing_the_package_needs_nothing_heavy() -> None:
     code = f"import sys, grpo, grpo.config; assert not {{*sys.modules}} & {{*{HEAVY!r}}}"
     assert run("-c", code).returncode == 0
+
+
+def test_shipped_recipes_are_listed_and_printed() -> None:
+    names = run("-m", "grpo", "recipes").stdout.split()
+    assert {"c2i_b_256", "own_classes/pretrain", "published/vapi_xxl_384"} <= {*names}
+    printed = run("-m", "grpo", "recipes", "own_classes/pretrain").stdout
+    assert printed == (ROOT / "train_configs/own_classes/pretrain.toml").read_text(encoding="utf-8")
 
 
 def test_scripts_give_the_same_help() -> None:
@@ -73,6 +104,11 @@ def test_scripts_give_the_same_help() -> None:
         (["xyz"], "xyz: unknown job; there are train, pretrain, "),
         (["train", "--help", "optimiser"], "--help optimiser: no section of this job; did you mean optimizer"),
         (["convert", "--convert.inputs", "a"], "--convert.inputs: unknown flag; did you mean --convert.input?"),
+        (
+            ["recipes", "own_classes/pretrian"],
+            "did you mean the shipped recipe own_classes/pretrain?",
+        ),
+        (["recipes", "a", "b"], "recipes takes one name"),
         (["train", "--config", "quickstart/pretrain"], "is a recipe of `grpo pretrain`, not of `grpo train`"),
     ],
 )

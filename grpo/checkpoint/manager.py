@@ -1,6 +1,8 @@
 """Save and resume a training run."""
 
 import json
+import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +18,13 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
+from grpo.checkpoint.object_store import open_storage
+from grpo.checkpoint.space import consolidated_files, require_space
 from grpo.checkpoint.state import ExtraState, load_tensors, training_tensors
-from grpo.config import Checkpoint, UserError
+from grpo.checkpoint.storage import LocalFolder, Storage
+from grpo.config import Checkpoint, TransientError, UserError, is_url
 from grpo.formats import (
+    CHECKPOINT_FORMAT,
     MANIFEST_NAME,
     FileSum,
     ShardReader,
@@ -32,6 +38,8 @@ from grpo.formats import (
 )
 from grpo.parallel import World, broadcast_object
 
+logger = logging.getLogger(__name__)
+
 
 class CheckpointManager:
     """The checkpoints of one run: `<folder>/step-000100/` and so on. Every rank makes the same calls together.
@@ -41,11 +49,23 @@ class CheckpointManager:
     Background writing has its own process group, so that training may go on with its collectives meanwhile; one
     checkpoint is written at a time.
 
-    `folder` is created with the first checkpoint; `timeout_seconds` is how long a rank waits for another one's part.
+    `folder` is a path, created with the first checkpoint, or an fsspec URL such as s3://bucket/run; then files pass
+    through `stage`, a folder of its own on each host, and `manifest.json`, written last, makes a checkpoint whole.
+    `timeout_seconds` is how long a rank waits for another one's part.
     """
 
-    def __init__(self, folder: str | Path, *, world: World, config: Checkpoint, timeout_seconds: int) -> None:
-        self.folder, self.world, self.config = Path(folder), world, config
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        world: World,
+        config: Checkpoint,
+        timeout_seconds: int,
+        stage: str | Path = ".stage",
+    ) -> None:
+        self.world, self.config = world, config
+        self._stage = Path(stage) / os.environ.get("GROUP_RANK", "0")  # hosts may share the folder that it is in
+        self.storage = open_storage(folder, stage=self._stage)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -70,12 +90,13 @@ class CheckpointManager:
         Raises a UserError: there is one of this step, or it (in the background, the one before) could not be written.
         """
         self.wait()
-        self._together(step, lambda: self.world.is_main and folders.start_partial(self.folder, step))
-        about = {"step": step, "world_size": self.world.size, "torch": torch.__version__, "score": score}
+        tensors = training_tensors(model, optimizer, extra)
+        self._together(step, lambda: self.world.is_main and self._begin(step, tensors))
+        about = {"format": CHECKPOINT_FORMAT, "step": step, "world_size": self.world.size}
+        about |= {"torch": torch.__version__, "score": score}
         config = getattr(model, "config", None)
         about["config"] = None if config is None else saved_config(config)
         shared = step, json.dumps(about | {"run": run_state}, indent=1), config
-        tensors = training_tensors(model, optimizer, extra)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
             self._pending = self._executor.submit(self._write, *shared, DefaultStager(options).stage(tensors))
@@ -92,6 +113,8 @@ class CheckpointManager:
         """Finish what is being written and free the background writer."""
         self.wait()
         self._executor.shutdown()
+        if self.storage.is_remote and self.world.local_rank == 0:
+            shutil.rmtree(self._stage, ignore_errors=True)
         dist.destroy_process_group(self._group)
 
     def failed(self) -> bool:
@@ -100,9 +123,9 @@ class CheckpointManager:
 
     def check_writable(self) -> None:
         """Find out now, not at the first checkpoint, that rank 0 can write nothing: a UserError. Collective."""
-        if (problem := self._on_main(lambda: folders.write_probe(self.folder))) is not None:
+        if (problem := self._on_main(self.storage.write_probe)) is not None:
             remedy = "make it writable, or choose another checkpoint.dir or metrics.run_dir"
-            raise UserError(f"checkpoints cannot be written to {self.folder}: {problem}; {remedy}")
+            raise type(problem)(f"checkpoints cannot be written to {self.storage}: {problem}; {remedy}")
 
     def resume_point(
         self, tell: Callable[[str], None] = lambda line: None, *, after: int = -1, wait_seconds: float = 10.0
@@ -111,31 +134,47 @@ class CheckpointManager:
 
         Every file is read and compared with its checksum, each rank reading its share. A folder that fails is renamed
         to `step-000100.damaged`, so that the run can write that step anew; `tell` gets a line about it, on every rank.
+        From object storage it is brought to every host, where it lies until it is loaded.
 
         Raises a UserError, and touches nothing, where ranks do not see the same: a folder is condemned by all or none.
         `wait_seconds` is how long network file systems may take until they do.
         """
         self.wait()
-        for path in self._seen_by_all(wait_seconds):
-            if folders.step_of(path) <= after:
+        for name in self._seen_by_all(wait_seconds):
+            if folders.step_of(name) <= after:
                 break
-            if (problem := self.damage(path)) is None:
-                return path
-            tell(f"{problem}; {self._on_main(lambda path=path: folders.set_aside(path))}")
+            if (problem := self._examine(self.storage, name)) is None:
+                return self.storage.local / name
+            tell(f"{problem}; {self._on_main(lambda name=name: self.storage.set_aside(name))}")
         return None
 
-    def _seen_by_all(self, wait_seconds: float) -> list[Path]:
-        """The checkpoint folders, newest first, which every rank has to find."""
+    def named(self, place: str | Path) -> Path:
+        """A checkpoint by its path or URL, for every rank to read. Collective.
+
+        Raises a UserError: not one that is whole and undamaged.
+        """
+        folder, _, name = str(place).rstrip("/").rpartition("/")
+        storage = open_storage(folder or "/", stage=self._stage) if is_url(str(place)) else LocalFolder(Path(folder))
+        if (problem := self._examine(storage, name)) is not None:
+            raise UserError(f"checkpoint.resume: {problem}")
+        return storage.local / name
+
+    def place_of(self, path: Path) -> str:
+        """Where a checkpoint that `resume_point` has found is kept: the path itself, or the URL of its origin."""
+        return f"{self.storage}/{path.name}"
+
+    def _seen_by_all(self, wait_seconds: float) -> list[str]:
+        """The checkpoints' names, newest first, which every rank has to find."""
         deadline = time.monotonic() + wait_seconds
         while True:
-            listings = self._gather([path.name for path in folders.by_step(self.folder)])
+            listings = self._gather(self.storage.listing())
             blind = [rank for rank, names in enumerate(listings) if names != listings[0]]
             if not blind:
-                return [self.folder / name for name in listings[0]]
+                return listings[0]
             if self._on_main(lambda: time.monotonic() >= deadline):
                 found = f"{len(listings[0])} checkpoints, rank {blind[0]} {len(listings[blind[0]])} other ones"
-                raise UserError(
-                    f"the ranks do not see the same folder {self.folder}: rank 0 finds {found}. Mount it on every "
+                raise TransientError(
+                    f"the ranks do not see the same folder {self.storage}: rank 0 finds {found}. Mount it on every "
                     "host; nothing was changed"
                 )
             time.sleep(0.5)
@@ -146,22 +185,56 @@ class CheckpointManager:
         Raises a UserError where some ranks find fault and others do not.
         """
         path = Path(path)
-        problem, sums = self._on_main(lambda: folders.inventory(path))
+        return self._examine(LocalFolder(path.parent), path.name)
+
+    def _examine(self, storage: Storage, name: str) -> str | None:
+        """The same of a checkpoint in any storage, which is brought to every host."""
+        if storage.is_remote:
+            problem, sums = self._on_main(lambda: storage.inventory(name))
+        else:
+            problem, sums = self._agreed(storage, name)
         if problem is not None:
             return problem
-        share = folders.faults(path, sums, part=self.world.rank, parts=self.world.size)
-        suspects = {name: sums[name] for found in self._gather(share) for name in found}
+        self._fetch(storage, name, sums)
+        path, world = storage.local / name, self.world
+        part, parts = (world.local_rank, world.local_size) if storage.is_remote else (world.rank, world.size)
+        share = folders.faults(path, sums, part=part, parts=parts)
+        suspects = {file: sums[file] for found in self._gather(share) for file in found}
         opinions = self._gather(folders.faults(path, suspects)) if suspects else []
-        for name in suspects:
-            content = [rank for rank, found in enumerate(opinions) if name not in found]
+        for file in suspects:
+            content = [rank for rank, found in enumerate(opinions) if file not in found]
             if content:
-                rank, found = next((rank, found) for rank, found in enumerate(opinions) if name in found)
-                raise UserError(
-                    f"{path / name} {found[name]} on rank {rank}, and is as it was written on rank {content[0]}: see "
+                rank, found = next((rank, found) for rank, found in enumerate(opinions) if file in found)
+                raise TransientError(
+                    f"{path / file} {found[file]} on rank {rank}, and is as it was written on rank {content[0]}: see "
                     "to it that all hosts see the same files; nothing was changed"
                 )
-        told = ", ".join(f"{name} {reason}" for name, reason in sorted((opinions or [{}])[0].items()))
-        return f"{path} is damaged: {told}" if told else None
+        told = ", ".join(f"{file} {reason}" for file, reason in sorted((opinions or [{}])[0].items()))
+        return f"{storage}/{name} is damaged: {told}" if told else None
+
+    def _agreed(self, storage: Storage, name: str) -> tuple[str | None, dict[str, FileSum]]:
+        """The inventory that every rank has taken."""
+        opinions = self._gather(storage.inventory(name))
+        for rank, opinion in enumerate(opinions):
+            if opinion != opinions[0]:
+                told = next(problem for problem in (opinion[0], opinions[0][0], "another manifest") if problem)
+                raise TransientError(f"rank {rank} and rank 0 do not see the same files ({told}); nothing was changed")
+        return opinions[0]
+
+    def _fetch(self, storage: Storage, name: str, sums: Mapping[str, FileSum]) -> None:
+        """Bring a checkpoint to every host's stage."""
+        if not storage.is_remote:
+            return
+        problem = None
+        if self.world.local_rank == 0:
+            try:
+                storage.fetch(name, sums)
+            except OSError as error:
+                problem = TransientError(f"{storage}/{name} could not be brought to {storage.local}: {error.strerror}")
+            except UserError as error:
+                problem = error
+        if problems := [problem for problem in self._gather(problem) if problem is not None]:
+            raise problems[0]
 
     def read_run_state(self, path: str | Path) -> dict[str, Any]:
         """The `run_state` of a checkpoint. Raises a UserError if this is no checkpoint folder, or a damaged one."""
@@ -181,23 +254,43 @@ class CheckpointManager:
         """
         folders.read_run_file(path)
         load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
+        self._gather(None)
+        if Path(path).parent == self._stage and self.world.local_rank == 0:
+            shutil.rmtree(path)
 
     def _write(self, step: int, run_text: str, sizes: Any, tensors: dict[str, Any]) -> None:
         """Write a checkpoint together; `sizes` are the model's config, for weights in one file."""
-        partial = folders.partial_folder(self.folder, step)
-        shares = self._together(step, lambda: self._write_share(partial, tensors))
-        self._together(step, lambda: self.world.is_main and self._publish(partial, step, run_text, sizes, shares))
+        stages = self.storage.is_remote and self.world.local_rank == 0
+        if self.storage.is_remote:
+            self._together(step, lambda: stages and self.storage.prepare())
+        shares = self._together(step, lambda: self._write_share(step, tensors))
+        self._together(step, lambda: self.world.is_main and self._publish(step, run_text, sizes, shares))
+        if stages:
+            shutil.rmtree(self.storage.partial(step), ignore_errors=True)
 
-    def _write_share(self, partial: Path, tensors: dict[str, Any]) -> dict[str, FileSum]:
+    def _begin(self, step: int, tensors: Mapping[str, Any]) -> None:
+        """Look for the space that the checkpoint will take, before anything is written, and make its folder."""
+        self.storage.begin(step)
+        try:
+            require_space(self.storage, tensors, config=self.config, world=self.world)
+        except TransientError:
+            self.storage.discard(step)
+            raise
+
+    def _write_share(self, step: int, tensors: dict[str, Any]) -> dict[str, FileSum]:
         """Write this rank's files; their checksums."""
+        partial = self.storage.partial(step)
         write_shards(partial, tensors, group=self._group)
-        return file_sums(rank_shards(partial, self.world.rank))
+        sums = file_sums(rank_shards(partial, self.world.rank))
+        self.storage.upload(step, sums)
+        return sums
 
-    def _publish(self, partial: Path, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
+    def _publish(self, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""
-        config = self.config
-        wanted = {"consolidated.pth": not config.sharded, "consolidated.safetensors": config.safetensors}
-        consolidated = [name for name, is_wanted in wanted.items() if is_wanted]
+        config, storage, partial = self.config, self.storage, self.storage.partial(step)
+        consolidated = consolidated_files(config)
+        if consolidated:
+            storage.complete(step, [name for share in shares for name in share])
         weights = read_tensors(partial, prefix="model.") if consolidated else {}
         for name in consolidated:
             save_weights(partial / name, weights, config=sizes)
@@ -210,14 +303,19 @@ class CheckpointManager:
         for name, text in texts.items():
             folders.write_synced(partial / name, text)
         sums = file_sums([partial / name for name in (*consolidated, *texts)])
+        storage.upload(step, sums)
+        name = folders.step_name(step)
+        found = storage.sizes(name if storage.is_remote else partial.name)
         for rank, share in enumerate(shares):
-            if any(not (partial / name).is_file() for name in share):
-                raise UserError(f"rank {rank} has written elsewhere: mount {self.folder} on every host")
+            if any(found.get(name) != known.size for name, known in share.items()):
+                raise TransientError(f"rank {rank} has written elsewhere: mount {storage} on every host")
             sums |= share
         folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
-        final = folders.step_folder(self.folder, step)
-        folders.publish(partial, final)
-        folders.remove_old(self.folder, config, newest=final)
+        storage.publish(step)
+        try:
+            storage.remove_old(config, newest=name)
+        except (OSError, UserError) as error:  # the new one is whole; what cannot go stays
+            logger.warning("old checkpoints in %s could not be removed: %s", storage, error)
 
     def _together(self, step: int, work: Callable[[], Any]) -> list[Any]:
         """Do this rank's part; the results of all ranks. If one fails, all raise its reason, what was written goes."""
@@ -229,10 +327,10 @@ class CheckpointManager:
         outcomes = self._gather((problem, result))
         for rank, (problem, _) in enumerate(outcomes):
             if problem is not None:
-                if self.world.is_main:
-                    shutil.rmtree(folders.partial_folder(self.folder, step), ignore_errors=True)
-                where = f"could not be written to {self.folder} (rank {rank})"
-                raise UserError(f"The checkpoint of step {step} {where}: {problem}.")
+                if self.world.is_main or (self.storage.is_remote and self.world.local_rank == 0):
+                    self.storage.discard(step)
+                where = f"could not be written to {self.storage} (rank {rank})"
+                raise TransientError(f"The checkpoint of step {step} {where}: {problem}.")
         return [result for _, result in outcomes]
 
     def _gather(self, value: Any) -> list[Any]:

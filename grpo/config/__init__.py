@@ -1,6 +1,6 @@
 """Recipes: typed sections from TOML and flags. Only this package knows of TOML and of the command line."""
 
-from grpo.config.errors import UserError, did_you_mean, import_extra
+from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra
 from grpo.config.help import help_text
 from grpo.config.job_sections import (
     Classifier,
@@ -14,9 +14,16 @@ from grpo.config.job_sections import (
     Sampling,
     TokenizerLoss,
 )
-from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml
+from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml, shipped_recipe
 from grpo.config.policy_sections import Objective, Rollout
-from grpo.config.recipe import Recipe, TrainingRecipe, changes_that_matter, differences
+from grpo.config.recipe import (
+    AVERAGE_NAME,
+    EXPORT_NAME,
+    Recipe,
+    TrainingRecipe,
+    changes_that_matter,
+    differences,
+)
 from grpo.config.recipes import (
     ClassifierRecipe,
     ConvertRecipe,
@@ -45,4 +52,5 @@ from grpo.config.sections import (
     Training,
 )
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
-from grpo.config.types import Section
+from grpo.config.types import Section, exists, is_url
+from grpo.config.user_files import read_text, reading, reason, require_regular, writing

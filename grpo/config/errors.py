@@ -17,13 +17,31 @@ class UserError(Exception):
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [printable(line) for line in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
+
+
+class TransientError(UserError):
+    """One that may be gone at the next start without anybody's doing: no room, no connection, a folder not mounted.
+
+    A launcher that restarts is then let do so; after any other `UserError` a restart ends at once.
+    """
+
+
+def printable(text: str) -> str:
+    """A text in one line, with nothing in it that could steer the terminal: names of files may come from anyone."""
+    if text.isprintable():
+        return text
+    text = text.replace("\n", " ")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """What a mistyped word probably meant, or else all that there is."""
+    known = list(known)
     nearest = difflib.get_close_matches(word, known, n=1)
+    if not nearest and len(word) > 2:  # a part of a name, such as recon
+        nearest = [name for name in known if word.lower() in name or name in word.lower()]
     return f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
 
 

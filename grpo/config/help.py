@@ -20,15 +20,17 @@ def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
 
     Args:
         topics: sections to show; none are all of them. Only where `reward` is asked for are the rewards imported,
-            to tell the keys of each kind.
+            to tell the keys of each kind, or `reward.KIND`, to tell those of one.
 
     Raises:
         UserError: there is no such section.
     """
     sections = recipe_class.sections()
+    kinds = reward_kinds() if topics and "reward" in sections else {}
+    titles = [*sections, *(f"reward.{kind}" for kind in kinds)]
     for topic in topics:
-        if topic not in sections:
-            raise UserError(f"--help {topic}: no section of this job; {did_you_mean(topic, sections)}")
+        if topic not in titles:
+            raise UserError(f"--help {topic}: no section of this job; {did_you_mean(topic, titles)}")
     lines = [
         recipe_class.__doc__,
         "",
@@ -36,8 +38,14 @@ def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
         "A flag overrides the recipe file, the file overrides the default. --help SECTION shows that section only.",
     ]
     is_grpo = recipe_class is GRPORecipe
-    shown = {name: sections[name] for name in topics or sections}
-    for title, meaning, keys in _parts(shown, reward_kinds() if topics else ()):
+    wanted = topics or sections
+    shown = {
+        name: section for name, section in sections.items() if name in {title.partition(".")[0] for title in wanted}
+    }
+    kinds = [kind for kind in kinds if {"reward", f"reward.{kind}"} & {*wanted}]
+    for title, meaning, keys in _parts(shown, kinds):
+        if title == "reward" and title not in wanted:
+            continue
         lines += ["", f"[{title}] {meaning}", *_described(keys, with_reference=is_grpo)]
         if title == "reward" and not topics:
             lines += [f"  --reward.NAME.key  (kinds: {', '.join(reward_kinds())}; --help reward tells their keys)"]

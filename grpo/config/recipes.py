@@ -33,6 +33,9 @@ class GeneratorRecipe(TrainingRecipe):
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     judge: Judge = Judge()
 
+    def _beginnings(self) -> set[str]:
+        return {"model.checkpoint"}
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from _model_problems(self.model)
@@ -104,6 +107,9 @@ class GRPORecipe(GeneratorRecipe):
             named.add(objective.reference_checkpoint)
         return {name or self.model.checkpoint for name in named}
 
+    def _beginnings(self) -> set[str]:
+        return set() if self.model.checkpoint in self.frozen_generators() else super()._beginnings()
+
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
         training = self.training.model_copy(update={"batch_size": self.training.batch_size or drawn})
@@ -127,6 +133,9 @@ class GRPORecipe(GeneratorRecipe):
         if objective.entropy_target is not None and objective.entropy_weight <= 0:
             yield "objective.entropy_target needs objective.entropy_weight above 0, where the weight starts"
         for name, table in self.reward.active.items():
+            drawn = rollout.batch_size * rollout.num_generations
+            for problem in table.size_problems(image_size=self.data.image_size, completions=drawn):
+                yield f"reward.{name}: {problem}"
             if rollout.num_generations == 1 and table.normalise == "group":
                 yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
             if table.normalise == "batch" and objective.advantage == "gdpo" and not table.separate:
@@ -217,6 +226,9 @@ class TokenizerRecipe(TrainingRecipe):
     tokenizer_loss: TokenizerLoss = TokenizerLoss()
     adversary: Adversary = Adversary()
     compile: Compile = Compile()
+
+    def _beginnings(self) -> set[str]:
+        return {"tokenizer.checkpoint", "adversary.checkpoint"}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -13,6 +13,9 @@ class DistillRecipe(GeneratorRecipe):
 
     distill: Distill = Distill()
 
+    def _beginnings(self) -> set[str]:
+        return super()._beginnings() if self.distill.teacher_checkpoint else set()  # else it stays the teacher
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from _tuned_problems(self)
@@ -32,6 +35,10 @@ class FinetuneRecipe(PretrainRecipe):
     job = "finetune"
 
     finetune: Finetune = Finetune()
+
+    def _beginnings(self) -> set[str]:
+        is_reference = self.finetune.loss == "cca" and self.finetune.reference_checkpoint is None
+        return set() if is_reference else super()._beginnings()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

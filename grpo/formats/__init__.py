@@ -6,14 +6,19 @@ from grpo.formats.manifest import (
     check_files,
     file_sums,
     manifest_text,
+    parse_manifest,
     read_manifest,
 )
 from grpo.formats.shards import ShardReader, load_shards, rank_shards, read_tensors, shard_files, write_shards
 from grpo.formats.weight_files import (
+    CHECKPOINT_FORMAT,
+    CONSOLIDATED,
     RUN_STATE_NAME,
     Layout,
+    check_format,
     read_config,
     read_weights,
+    require_finite,
     save_weights,
     saved_config,
     saved_fields,

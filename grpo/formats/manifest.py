@@ -34,14 +34,19 @@ def manifest_text(sums: Mapping[str, FileSum]) -> str:
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
     """The files of a checkpoint. Raises a UserError for no manifest, a damaged one, or one that leaves the folder."""
-    path = folder / MANIFEST_NAME
     try:
-        entries = json.loads(path.read_text())
-        sums = {name: FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
+        return parse_manifest((folder / MANIFEST_NAME).read_bytes(), f"{folder}/{MANIFEST_NAME}")
     except OSError as error:
         problem = f"{MANIFEST_NAME}: {error.strerror}; take another checkpoint"
         raise UserError(f"{folder} is not a whole checkpoint of a run: {problem}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+
+
+def parse_manifest(text: bytes, path: str) -> dict[str, FileSum]:
+    """The same of a manifest's contents, wherever they come from; `path` is for the messages."""
+    try:
+        entries = json.loads(text)
+        sums = {name: FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): take another checkpoint") from error
     for name in sums:
         if name in ("", ".", "..") or Path(name).name != name:

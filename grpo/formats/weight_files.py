@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grpo.config import UserError
+from grpo.config import TransientError, UserError, reading
 from grpo.formats.manifest import check_files
 from grpo.formats.shards import read_tensors, shard_files, write_shards
 
@@ -31,6 +32,7 @@ _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "saf
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
 RUN_STATE_NAME = "run_state.json"  # of a checkpoint folder
+CHECKPOINT_FORMAT = 1  # in it, under "format"; another number where an older reader would misread what is there
 _CONFIG = "config"  # in the metadata of a .safetensors file, and in RUN_STATE_NAME
 
 
@@ -60,10 +62,8 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str |
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the weights")
     if path.suffix == ".safetensors":
-        try:
+        with reading(f"{path}: not a readable .safetensors file"):
             return safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
     return _read_pickle(path, bare=bare, key=key)
 
 
@@ -77,7 +77,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         if in_folder.is_file():
             check_files(path, [RUN_STATE_NAME])
-            config = json.loads(in_folder.read_text(encoding="utf-8")).get(_CONFIG)
+            state = json.loads(in_folder.read_text(encoding="utf-8"))
+            config = state.get(_CONFIG)
+            check_format(state, in_folder)
         elif path.suffix == ".safetensors" and path.is_file():
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_CONFIG)
@@ -90,6 +92,15 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not isinstance(config, dict | None):
         raise UserError(f"{path}: the sizes in this file are damaged")
     return config
+
+
+def check_format(state: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
+    """Raise a UserError if a checkpoint's run_state.json, read from `file`, is of another format than ours."""
+    if (found := state.get("format")) != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{file}: the checkpoint has format {found}, this version of the project reads {CHECKPOINT_FORMAT}: use "
+            "the version that wrote it, there `grpo convert` makes a .safetensors file that every version reads"
+        )
 
 
 def saved_fields(config: Any) -> list[str]:
@@ -120,7 +131,29 @@ def _read_pickle(path: Path, *, bare: bool, key: str | None = None) -> dict[str,
         form = "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
         form = form if key is None else f"a state dict under the key {key}"
         raise UserError(f"{path}: this checkpoint does not hold {form}")
+    for name, tensor in content.items():
+        _require_plain(path, name, tensor)
     return dict(content)
+
+
+def _require_plain(path: Path, name: object, tensor: Tensor) -> None:
+    """Raise a UserError for what a pickle may hold beside tensors of numbers that are all there."""
+    if not isinstance(name, str):
+        raise UserError(f"{path}: this checkpoint has a tensor by the name {name!r}, which is no text")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+        kind = "quantized" if tensor.is_quantized else f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+        raise UserError(f"{path}: {name} is {kind.replace('torch.', '')}; save it as a dense tensor of real numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: damaged, {name} has more elements than are stored")
+
+
+def require_finite(path: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a UserError if a tensor has a number that is NaN or infinite; integers have none."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.sum().isfinite():  # ten times as fast as to look at each
+            continue
+        if not tensor.isfinite().all():  # else the sum alone was beyond the dtype
+            raise UserError(f"{path}: {name} holds NaN or infinite numbers; take weights from before they diverged")
 
 
 def save_weights(
@@ -153,7 +186,16 @@ def save_weights(
         with contextlib.suppress(OSError):
             unfinished.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"{path} could not be written: {reason}; free space there or give another place") from error
+        raise TransientError(
+            f"{path} could not be written: {reason}; free space there or give another place"
+        ) from error
+
+
+def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with a copy of each tensor that shares its memory with another one, which safetensors refuses."""
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    shared = {name for name, tensor in tensors.items() if uses[tensor.untyped_storage().data_ptr()] > 1}
+    return {name: tensor.clone() if name in shared else tensor for name, tensor in tensors.items()}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: Any) -> None:
@@ -164,7 +206,7 @@ def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: An
         metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
         path.touch()
         mode = path.stat().st_mode  # the library makes a file that its owner alone can read
-        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        safetensors.torch.save_file(_untied(tensors), path, metadata=metadata)
         path.chmod(mode)
     elif layout == "llamagen":
         torch.save({"model": tensors}, path)

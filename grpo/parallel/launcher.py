@@ -13,8 +13,9 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from grpo.config import UserError
+from grpo.config import TransientError, UserError
 from grpo.parallel.distributed import environment_rank, run_store
+from grpo.restarts import MISTAKE, is_pointless, note_mistake
 
 _REPORTED = "error-reported"
 _PRINTED = "error-printed"
@@ -33,7 +34,10 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
     Exit codes: 0 done; 2 a user's mistake, or memory or disk space that ran out, told in plain lines by exactly one
     rank; 130 interrupted; 143 stopped by SIGTERM, with a checkpoint; 1 anything else, with its traceback. A process
     that fails leaves at once, without waiting for other ranks: they see its connections close, or torchrun ends them.
+    Where torchrun starts them again after a mistake that no restart mends, they end with 2 and say nothing.
     """
+    if is_pointless():
+        os._exit(MISTAKE)
     try:
         main(sys.argv[1:])
         code = 0
@@ -42,8 +46,10 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except UserError as error:
+        if not isinstance(error, TransientError):
+            note_mistake()
         _report(error.problems)
-        code = 2
+        code = MISTAKE
     except BaseException as error:  # failures of torch.distributed.checkpoint are no `Exception`
         code = 2
         if advice := _advice(error):
@@ -55,9 +61,9 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
             if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and lost_contact):
                 print(_LOST_CONTACT.format(rank=environment_rank()), file=sys.stderr)
             code = 1
-    with suppress(OSError):  # nobody may be reading any more
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody may be reading any more, or a user's code has closed it
+            stream.flush()
     if code == 0:
         sys.exit(0)
     os._exit(code)  # a regular exit would join writer threads that wait for ranks which are gone

@@ -96,18 +96,20 @@ class PythonFunction(Reward):
         offered = {name: OFFERED[name](batch, self.context.class_names) for name in self.wanted}
         try:
             returned = self.function(images, **offered, **self.arguments)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
             raise  # the launcher has advice
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # even one that is no `Exception` is the function's
             raise UserError(_tell(error, self.file, f"{self.name} raised ", place=self.place)) from error
         found = type(returned).__name__
         try:
-            # a copy, because torch takes no array that is reversed
-            scores = torch.as_tensor(returned.copy() if isinstance(returned, np.ndarray) else returned).detach()
+            scores = torch.as_tensor(_unmasked(returned)).detach()
             found = f"{list(scores.shape)} of {str(scores.dtype).removeprefix('torch.')}"
             if scores.shape != (len(images),) or scores.is_complex():
                 raise ValueError
             found += f" on {scores.device}"
+            if scores.layout != torch.strided:
+                found += f" in the layout {scores.layout}"
+                raise ValueError
             return scores.to(self.context.device, torch.float32)
         except Exception as error:  # of many types, for as many things that are no numbers
             text = f"{self.place}: {self.name} must return {len(images)} numbers, one an image, not {found}"
@@ -127,11 +129,20 @@ def _load(file: str, source: bytes) -> ModuleType:
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # scoring scripts like to switch it off for good
             exec(compile(source, file, "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         del sys.modules[name]
         hint = "; modules beside the file are not found by themselves" if isinstance(error, ImportError) else ""
         raise UserError(f"function: {_tell(error, file)}{hint}") from error
     return module
+
+
+def _unmasked(returned: Any) -> Any:
+    """What torch can take of it: masked entries of numpy are NaN, and no array is reversed."""
+    if isinstance(returned, np.ma.MaskedArray) and returned.dtype.kind in "biuf":
+        return returned.astype(np.float64).filled(np.nan)
+    return returned.copy() if isinstance(returned, np.ndarray) else returned
 
 
 def _tell(error: BaseException, file: str, what: str = "", *, place: str | None = None) -> str:
@@ -139,5 +150,6 @@ def _tell(error: BaseException, file: str, what: str = "", *, place: str | None 
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
         lines.append(error.lineno)
-    text = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = f"{type(error).__name__}: {said}".removesuffix(": ")
     return f"{f'{file}:{lines[-1]}' if lines else place or file}: {what}{text}"

@@ -1,7 +1,7 @@
 """Decode completions and score them by all rewards."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -77,7 +77,7 @@ class RewardSum:
             for start, batch in self._batches(flat, numbers, *asked, group=group, timer=timer):
                 for name, term in self.terms.items():
                     is_population = isinstance(term.reward, PopulationReward)
-                    with timer(f"reward/{name}"):
+                    with timer(f"reward/{name}"), _named(name):
                         found[name].append(term.reward.features(batch) if is_population else term.reward(batch).float())
                 if start < show * group:
                     shown.append(batch.images[: show * group - start].float())
@@ -127,7 +127,7 @@ class RewardSum:
         """A reward's numbers [N] fp32 from what was found, NaN only where it abstains."""
         reward = self.terms[name].reward
         if isinstance(reward, PopulationReward):
-            with timer(f"reward/{name}"):
+            with timer(f"reward/{name}"), _named(name):
                 found = reward.score(found).float()
         return found if reward.may_abstain else found.masked_fill(found.isnan(), float("inf"))
 
@@ -137,6 +137,15 @@ class RewardSum:
         others = components.nanmean(dim=2, keepdim=True).masked_fill(absent.all(dim=2, keepdim=True), 0.0)
         weights = components.new_tensor([term.weight for term in self.terms.values()])
         return torch.einsum("kbg,k->bg", torch.where(absent, others, components), weights)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Every mistake that a reward tells begins with its table."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError([f"reward.{name}: {problem}" for problem in error.problems]) from error
 
 
 def build_rewards(
@@ -165,10 +174,11 @@ def build_rewards(
     terms, problems = {}, []
     for name, table in config.active.items():
         try:
-            reward = reward_class(table.kind)(table, context)
+            with _named(name):
+                reward = reward_class(table.kind)(table, context)
             terms[name] = Term(reward, table.weight, table.normalise, table.separate)
         except UserError as error:
-            problems += [f"reward.{name}: {problem}" for problem in error.problems]
+            problems += error.problems
     if problems:
         raise UserError(problems)
     if compile.enabled:

@@ -1,5 +1,6 @@
-"""Looks at the metrics of each step for rewards that keep silent or hold up the run."""
+"""Looks at the metrics of each step for rewards that keep silent, are not finite or hold up the run."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,6 +15,8 @@ class Seen(NamedTuple):
 
     notes: list[str]  # to be told, each once in a run
     problem: str | None = None  # why the run must stop
+    if_last: str | None = None  # why the run has failed if it ends with this step
+    not_finite: tuple[str, ...] = ()  # the rewards of which this step has such a number, and where they are
 
 
 class RewardWatch:
@@ -23,11 +26,22 @@ class RewardWatch:
         self._terms, self._steps = terms, 0
         self._bad_in_a_row: Counter[str] = Counter()
         self._told: set[str] = set()
+        self._silent = dict.fromkeys(terms)  # who has had no opinion in any step
 
     def __call__(self, metrics: Mapping[str, float]) -> Seen:
         """What is to be told of this step."""
         self._steps += 1
         notes = [note for name in self._terms if (note := self._slow(name, metrics)) is not None]
+        for name in [name for name in self._silent if metrics.get(f"reward/{name}_abstained", 0.0) < 1.0]:
+            del self._silent[name]
+        silent = ", ".join(_named(name, self._terms[name]) for name in self._silent)
+        if_last = f"{silent}: had no opinion (NaN) in any step" if silent else None
+        means = {name: metrics.get(f"reward/{name}_mean", 0.0) for name in self._terms}
+        not_finite = tuple(_named(name, self._terms[name]) for name, mean in means.items() if not math.isfinite(mean))
+        return self._abstaining(metrics, notes)._replace(if_last=if_last, not_finite=not_finite)
+
+    def _abstaining(self, metrics: Mapping[str, float], notes: list[str]) -> Seen:
+        """These notes, and what is to be told of rewards that abstain too often."""
         for name, term in self._terms.items():
             abstained, reward = metrics.get(f"reward/{name}_abstained", 0.0), term.reward
             if abstained < 1.0 and abstained <= reward.most_abstained:

@@ -1,12 +1,14 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from grpo.checkpoint import CheckpointManager, step_of
-from grpo.config import TrainingRecipe, UserError, changes_that_matter, recipe_from_toml
+from grpo.config import TrainingRecipe, UserError, changes_that_matter, is_url, recipe_from_toml
 from grpo.parallel import all_reduce_max, broadcast_object
+from grpo.training.fingerprints import changed_since, same_contents
 
 
 def find_checkpoint(
@@ -40,19 +42,22 @@ def find_checkpoint(
                 "overwrite; give another metrics.run_dir or checkpoint.dir, or remove them"
             )
         return own, False
-    named = Path(os.path.realpath(resume))
-    is_own = str(named.parent) == os.path.realpath(recipe.checkpoint_dir)
+    named = canonical(resume)
+    is_own = named.rpartition("/")[0] == canonical(recipe.checkpoint_dir)
     newer = checkpoints.resume_point(tell, after=step_of(named) if is_own else -1)
     if newer is None:
-        if (problem := checkpoints.damage(named)) is not None:
-            raise UserError(f"checkpoint.resume: {problem}")
-        return named, True
-    if broadcast_object(_origin(checkpoints, newer)) == str(named):
+        return checkpoints.named(named), True
+    if broadcast_object(_origin(checkpoints, newer)) == named:
         return newer, False
     raise UserError(
         f"checkpoint.resume = {resume}: {recipe.checkpoint_dir} already holds {newer.name}, which did not go on from "
         "it and would be overwritten; give another metrics.run_dir, or checkpoint.resume = auto to go on from there"
     )
+
+
+def canonical(place: str) -> str:
+    """One text for one place, however it is written: an absolute path without links, or a URL."""
+    return place.rstrip("/") if is_url(place) else os.path.realpath(place)
 
 
 def _restarts() -> int:
@@ -68,11 +73,17 @@ def _origin(checkpoints: CheckpointManager, path: Path) -> str | None:
 
 
 def read_run_state(
-    recipe: TrainingRecipe, checkpoints: CheckpointManager, path: Path, *, named: bool
+    recipe: TrainingRecipe,
+    checkpoints: CheckpointManager,
+    path: Path,
+    *,
+    named: bool,
+    fingerprints: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict, list[str]]:
     """The state of the run in a checkpoint, and how the recipe has changed since in ways that matter.
 
-    Who has `named` the checkpoint accepts the changes.
+    So have the data set, or files that it reads, where their `fingerprints` are others. Who has `named` the checkpoint
+    accepts the changes.
 
     Raises:
         UserError: the checkpoint is of another run, of a recipe that differs, or not one of a training run.
@@ -86,20 +97,22 @@ def read_run_state(
             raise ValueError("a count below 0")
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: run_state.json is not that of a training run: take another checkpoint") from error
-    inside = recipe.checkpoint_dir.parent == recipe.run_dir
+    inside = Path(recipe.checkpoint_dir).parent == recipe.run_dir
     if not named and not inside and run_dir != str(recipe.run_dir):
         raise UserError(
             f"{recipe.checkpoint_dir} holds checkpoints of the run {run_dir}: give this run another checkpoint.dir, "
             f"or go on from it with checkpoint.resume = {path}"
         )
-    changes = changes_that_matter(before, recipe)
+    moved = {key if key != "data" else "data.path" for key in same_contents(state.get("fingerprints"), fingerprints)}
+    changes = [line for line in changes_that_matter(before, recipe) if line.partition(":")[0] not in moved]
+    changes += changed_since(state.get("fingerprints"), fingerprints)
     if before.training.steps != recipe.training.steps and recipe.optimizer.schedule != "constant":
         steps = f"training.steps: {before.training.steps} -> {recipe.training.steps}"
         changes.append(f"{steps}, and with it the learning rate of optimizer.schedule = {recipe.optimizer.schedule}")
     if changes and not named:
         problem = (
-            f"{path} was written by a recipe that differs ({len(changes)} keys); change them back, give another "
-            "metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:"
+            f"{path} was written by a run whose recipe, data or files differ ({len(changes)} keys); change them back, "
+            "give another metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:"
         )
         raise UserError([problem, *changes])
     return state, changes

@@ -1,9 +1,8 @@
 """What every training job has: a folder, an observer, checkpoints and a step counter."""
 
 import math
-import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -12,24 +11,33 @@ import torch
 from torch import nn
 
 from grpo.checkpoint import CheckpointManager, ExtraState
-from grpo.config import TrainingRecipe, UserError
+from grpo.config import AVERAGE_NAME, EXPORT_NAME, TrainingRecipe, UserError, is_url
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
+from grpo.formats import require_finite
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
-from grpo.parallel import MetricSums, World, build_mesh, full_state_dict, gather_numbers, set_matmul_precision
+from grpo.parallel import (
+    MetricSums,
+    World,
+    build_mesh,
+    full_state_dict,
+    gather_numbers,
+    require_backend,
+    set_matmul_precision,
+)
+from grpo.rewards import Seen
+from grpo.training.fingerprints import take_fingerprints
 from grpo.training.judge import RunJudge, Verdict
 from grpo.training.optimizer import GuardedOptimizer
-from grpo.training.resume import find_checkpoint, read_run_state, require_classes
+from grpo.training.resume import canonical, find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.stop_request import StopRequest
 from grpo.training.stragglers import Stragglers, own_work
 from grpo.training.watchdog import Watchdog
 
-EXPORT_NAME = "model.safetensors"
-AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
 NO_WORK = Work()
-Watch = Callable[[Mapping[str, float]], tuple[Sequence[str], str | None]]
+Watch = Callable[[Mapping[str, float]], Seen]
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
 
 
@@ -54,15 +62,23 @@ class TrainingRun:
 
     def __init__(self, recipe: TrainingRecipe, world: World, *, title: str) -> None:
         self.recipe, self.world, self.title = recipe, world, title
+        require_backend(recipe.training.kernels, world.device, key="training.kernels")
+        # Of now: a user's code may go to another folder later.
+        self.run_dir, place = recipe.run_dir.absolute(), recipe.checkpoint_dir
+        self.checkpoint_dir = place if is_url(place) else str(Path(place).absolute())
         set_matmul_precision(recipe.training.mixed_precision)
         self.mesh = build_mesh(recipe.parallel, world)
         # A collective that waits for a rank in vain ends first, and says more.
-        seconds, beat = recipe.parallel.timeout + 5.0, recipe.run_dir / "heartbeat.json" if world.is_main else None
+        seconds, beat = recipe.parallel.timeout + 5.0, self.run_dir / "heartbeat.json" if world.is_main else None
         self._watchdog = Watchdog(seconds, rank=world.rank, heartbeat=beat)
         self._stragglers = Stragglers()
         self.timer = PhaseTimer(world.device, on_phase=self._watchdog.phase_begins)
         self.checkpoints = CheckpointManager(
-            recipe.checkpoint_dir, world=world, config=recipe.checkpoint, timeout_seconds=recipe.parallel.timeout
+            self.checkpoint_dir,
+            world=world,
+            config=recipe.checkpoint,
+            timeout_seconds=recipe.parallel.timeout,
+            stage=self.run_dir / ".stage",
         )
         self._open = ExitStack()  # what is given back when the run ends
         self._stop_request = StopRequest(speaks=world.is_main)
@@ -97,16 +113,19 @@ class TrainingRun:
         self._extra |= {} if judge is None else {"judge": judge}
         self._stop_request.listen(until=self._open)
         if self.world.is_main:  # what the others do with checkpoints waits for what the main rank finds
-            lock = lock_folder(self.recipe.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
+            lock = lock_folder(self.run_dir, wait_seconds=self.recipe.parallel.timeout / 2)
             self._open.enter_context(lock)
         if self.recipe.checkpoint.interval or self.recipe.checkpoint.save_final:
             self.checkpoints.check_writable()
-        notes = [*self.recipe.notes(), *self.recipe.remarks()]
+            self._lock_checkpoints()
+        self._fingerprints, told = take_fingerprints(self.recipe, stream.dataset, self.world)
+        notes = [*self.recipe.notes(), *self.recipe.remarks(), *told]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
+        self._counted_before = optimizer.steps, optimizer.skipped
         observer = RunObserver(
-            self.recipe.run_dir,
+            self.run_dir,
             self.recipe.metrics,
             total_steps=self.recipe.training.steps,
             recipe_text=self.recipe.to_toml(),
@@ -126,6 +145,12 @@ class TrainingRun:
             words = ", ".join(f"{name} {value:.4g}" for name, value in judged.items())
             self.observer.message(f"before the first step: {words}")
 
+    def _lock_checkpoints(self) -> None:
+        """Keep other runs out of a folder of checkpoints that is not inside this run's, which is locked already."""
+        place = self.checkpoint_dir
+        if self.world.is_main and not is_url(place) and Path(place).parent != self.run_dir:
+            self._open.enter_context(lock_folder(Path(place), wait_seconds=self.recipe.parallel.timeout / 2))
+
     def steps(self) -> Iterator[int]:
         """The steps still to be done, counted from 1."""
         total = self.recipe.training.steps
@@ -134,6 +159,8 @@ class TrainingRun:
                 f"nothing to do: {self.recipe.run_dir} is at step {self._first_step} of {total}; raise training.steps "
                 "to go on, or give another metrics.run_dir to start anew"
             )
+            if self._exports:  # what ended the start before may have been the writing of just that
+                self._export()
         device_peaks(self.world.device)  # it may take a moment
         self.timer.read()  # do not count the set-up
         for step in range(self._first_step + 1, total + 1):
@@ -151,7 +178,7 @@ class TrainingRun:
         images: int,
         codes: int = 0,
         work: Work = NO_WORK,
-        watch: Watch = lambda metrics: ([], None),
+        watch: Watch = lambda metrics: Seen([]),
     ) -> None:
         """Write a step down, and a checkpoint when it is due.
 
@@ -163,8 +190,8 @@ class TrainingRun:
                 rank must come to the same verdict, so it looks at no time for that.
 
         Raises:
-            UserError: too many optimizer steps in a row were skipped, or `watch` stops the run; there is a checkpoint
-                of this step.
+            UserError: too many optimizer steps in a row were skipped, or all of them, or `watch` stops the run; there
+                is a checkpoint of this step.
         """
         metrics, last = sums.means(), step == self.recipe.training.steps
         is_due = self._judge is not None and self._judge.due(step, last=last)
@@ -179,13 +206,13 @@ class TrainingRun:
         judged |= {"judge/time_share": self._judge.time_share} if is_due else {}
         values = {**metrics, **judged, **rates, **times, **slowest.metrics}
         self.observer.log(step, values)
-        notes, problem = watch(values)
-        problem = problem or verdict.problem
-        for note in (*notes, *verdict.notes, *slowest.warnings):
+        seen = watch(values)
+        for note in (*seen.notes, *verdict.notes, *slowest.warnings):
             self.observer.message(f"step {step}: {note}")
-        self._note_skipped(step, metrics)
+        self._note_skipped(step, metrics, seen.not_finite)
         self._note_best({**metrics, **judged})
         config = self.recipe.checkpoint
+        problem = seen.problem or verdict.problem or (self._idle(seen.not_finite) or seen.if_last if last else None)
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
         stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
@@ -195,7 +222,7 @@ class TrainingRun:
         if stopping:
             self.checkpoints.wait()
             self._stop(step, problem)
-        if last and config.save_final and not config.sharded:
+        if last and self._exports:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
 
@@ -212,6 +239,11 @@ class TrainingRun:
         self._judge.note(metrics.get("reward_mean"), times["seconds/step"])
         return self._judge.record(times["seconds/judge"]) if is_due else Verdict([])
 
+    @property
+    def _exports(self) -> bool:
+        """Whether the run ends with its weights in files of their own."""
+        return self.recipe.checkpoint.save_final and not self.recipe.checkpoint.sharded
+
     def _export(self) -> None:
         """Write the weights under names that do not change with the number of steps, for the next job."""
         self._write_weights(EXPORT_NAME)
@@ -222,7 +254,8 @@ class TrainingRun:
     def _write_weights(self, name: str) -> None:
         weights = full_state_dict(self._model)
         if self.world.is_main:
-            save_weights(self.recipe.run_dir / name, weights, config=self._model.config)
+            require_finite(f"{self.run_dir / name} is not written", weights)
+            save_weights(self.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
@@ -252,6 +285,7 @@ class TrainingRun:
             "extra": {name: state.state_dict() for name, state in self._counted()},
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
+            "fingerprints": self._fingerprints,
             "resumed_from": self._resumed_from,
             "class_names": getattr(self._model.config, "class_names", None),
         }
@@ -269,14 +303,24 @@ class TrainingRun:
             self.checkpoints.close()
         self._open.__exit__(kind, *error)
 
-    def _note_skipped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Say that an optimizer step was skipped and what was not finite."""
+    def _idle(self, causes: tuple[str, ...]) -> str | None:
+        """That no optimizer step since the start was taken, if so; `causes` are the rewards that were not finite."""
+        steps_before, skipped_before = self._counted_before
+        done = self._optimizer.steps - steps_before
+        if not done or self._optimizer.skipped - skipped_before < done:
+            return None
+        named = f" ({', '.join(causes)})" if causes else ""
+        return f"nothing was learned: all {done} optimizer steps had a non-finite reward, loss or gradient{named}"
+
+    def _note_skipped(self, step: int, metrics: Mapping[str, float], causes: tuple[str, ...]) -> None:
+        """Say that an optimizer step was skipped and what was not finite; `causes` are rewards."""
         if self._optimizer.skipped == self._skipped_before:
             return
         seen = (name for name in ("reward_mean", "loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0)))
         self.observer.message(
             f"step {step}: {next(seen, 'a gradient')} is not finite, the optimizer step was skipped "
             f"({self._optimizer.skipped} so far, {self._optimizer.skipped_in_a_row} in a row)"
+            + (f": {', '.join(causes)}" if causes else "")
         )
 
     def _note_best(self, metrics: Mapping[str, float]) -> None:
@@ -299,7 +343,7 @@ class TrainingRun:
             return
         with torch.profiler.profile() as profiler:
             yield
-        path = self.recipe.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
+        path = self.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
         profiler.export_chrome_trace(str(path))
         order = "self_cuda_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
@@ -309,7 +353,9 @@ class TrainingRun:
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
-        state, changes = read_run_state(self.recipe, self.checkpoints, path, named=named)
+        state, changes = read_run_state(
+            self.recipe, self.checkpoints, path, named=named, fingerprints=self._fingerprints
+        )
         require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         self.checkpoints.load(path, **trained)
@@ -320,8 +366,9 @@ class TrainingRun:
                 raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
             counted.load_state_dict(state["extra"][name])
         self._first_step = state["step"]
-        self._resumed_from = os.path.realpath(path) if named else state.get("resumed_from")
-        return [f"resumed from {path}", *(f"changed since then: {line}" for line in changes)]
+        self._resumed_from = canonical(self.recipe.checkpoint.resume) if named else state.get("resumed_from")
+        place = self.recipe.checkpoint.resume if named else self.checkpoints.place_of(path)
+        return [f"resumed from {place}", *(f"changed since then: {line}" for line in changes)]
 
     def _counted(self) -> list[tuple[str, Any]]:
         """Those of the extra states that have counters besides their tensors."""

@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 from typing import IO
 
-from grpo.config import UserError
+from grpo.config import TransientError, UserError
 
 
-def lock_folder(run_dir: Path, *, wait_seconds: float) -> IO[str]:
-    """Make a run's folder and keep others from writing into it, until the returned file is closed or the process ends.
+def lock_folder(folder: Path, *, wait_seconds: float) -> IO[str]:
+    """Make a folder of a run and keep others from writing into it, until the returned file is closed or the process
+    ends.
 
     Ranks that outlive a killed launcher finish their step and write a checkpoint: the next start waits for them. Locks
     are POSIX record locks, which data workers do not inherit and network file systems know.
@@ -19,16 +20,16 @@ def lock_folder(run_dir: Path, *, wait_seconds: float) -> IO[str]:
         UserError: after so many seconds another process holds it still, or the folder cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+")
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
     except OSError as error:
-        raise UserError(f"cannot write to the run's folder {run_dir}: {error.strerror}; set metrics.run_dir") from error
+        raise UserError(f"cannot write to the run's folder {folder}: {error.strerror}; set metrics.run_dir") from error
     deadline = time.monotonic() + wait_seconds
     while not _taken(file):
         if time.monotonic() >= deadline:
             file.seek(0)
-            raise UserError(
-                f"{run_dir} is being written by another run ({file.read().strip() or 'unknown'}): end that one, or "
+            raise TransientError(
+                f"{folder} is being written by another run ({file.read().strip() or 'unknown'}): end that one, or "
                 "give this one another metrics.run_dir"
             )
         time.sleep(0.2)

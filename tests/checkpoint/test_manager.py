@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 from grpo.checkpoint import folders
-from grpo.config import Checkpoint, UserError
+from grpo.checkpoint.storage import LocalFolder
+from grpo.config import Checkpoint, TransientError, UserError
 from grpo.parallel import distributed
 from tests.checkpoint.training import Extra, managed, same, save, start, train, whole_state
 from tests.parallel.torchrun import ROOT, run_two_ranks
@@ -113,7 +114,7 @@ def test_only_complete_folders_count(world, tmp_path):
         cut_short(tmp_path / "step-000003" / SHARD)
         (tmp_path / "step-000005").mkdir()
         (tmp_path / "step-latest").mkdir()
-        shutil.copytree(tmp_path / "step-000001", folders.partial_folder(tmp_path, 6))
+        shutil.copytree(tmp_path / "step-000001", tmp_path / folders.partial_name(6))
         with pytest.raises(UserError, match="step-000003 cannot be read"):
             manager.load(tmp_path / "step-000003", model=training[0], optimizer=training[1])
         lines = []
@@ -202,8 +203,46 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(world, tmp_path):
         for step in (1, 2):
             save(manager, training, step)
     cut_short(tmp_path / "step-000002" / SHARD)
-    folders.remove_old(tmp_path, Checkpoint(keep_last=1), newest=tmp_path / "step-000002")
+    LocalFolder(tmp_path).remove_old(Checkpoint(keep_last=1), newest="step-000002")
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002"}
+
+
+def test_an_old_checkpoint_that_is_a_link_does_not_end_saving(world, tmp_path):
+    """The link goes, what it leads to stays."""
+    training, folder, elsewhere = start(world), tmp_path / "run", tmp_path / "archive"
+    with managed(folder, world, keep_last=1) as manager:
+        save(manager, training, 1)
+        (folder / "step-000001").rename(elsewhere)
+        (folder / "step-000001").symlink_to(elsewhere)
+        for step in (2, 3):
+            save(manager, training, step)
+    assert {path.name for path in folder.iterdir()} == {"step-000003"}
+    assert (elsewhere / "manifest.json").exists()
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_condemned(world, tmp_path, monkeypatch):
+    def unreadable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with managed(tmp_path, world) as manager:
+        save(manager, start(world), 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", unreadable)
+            with pytest.raises(TransientError, match=r"step-000001 cannot be read: .*nothing was changed"):
+                manager.resume_point()
+        assert manager.resume_point() == tmp_path / "step-000001"
+
+
+def test_old_ones_that_cannot_be_removed_do_not_end_saving(world, tmp_path, monkeypatch, caplog):
+    def refuse(storage, name):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(LocalFolder, "delete", refuse)
+    with managed(tmp_path, world, keep_last=1) as manager:
+        for step in (1, 2):
+            save(manager, start(world), step)
+        assert manager.resume_point() == tmp_path / "step-000002"
+    assert "could not be removed" in caplog.text
 
 
 def test_weights_in_one_file_of_either_format(world, tmp_path):
@@ -224,6 +263,27 @@ def test_an_existing_checkpoint_is_not_overwritten(world, tmp_path):
         with pytest.raises(UserError, match="exists and is not overwritten"):
             save(manager, training, 1)
     assert {file: file.read_bytes() for file in (tmp_path / "step-000001").iterdir()} == before
+
+
+def test_too_little_space_is_told_before_anything_is_written(world, tmp_path, monkeypatch):
+    training = start(world)
+    with managed(tmp_path, world, sharded=False, safetensors=True) as manager:
+        save(manager, training, 1)
+        weights = sum(tensor.numel() * 4 for tensor in training[0].parameters())
+        needed = sum(file.stat().st_size for file in (tmp_path / "step-000001").iterdir())
+        assert 5 * weights <= needed < 5.5 * weights  # with both moments, and both files of all weights
+
+        def usage(place):
+            assert place == tmp_path
+            return shutil._ntuple_diskusage(0, 0, free)
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        free = 5 * weights - 4
+        with pytest.raises(TransientError, match=r"step 2 .*GiB are free in .* and it takes about .*GiB; free space"):
+            save(manager, training, 2)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+        free = needed
+        save(manager, training, 2)
 
 
 @pytest.mark.parametrize("async_save", [False, True])

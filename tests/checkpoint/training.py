@@ -80,9 +80,9 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @contextmanager
-def managed(folder: Path, world: World, **config):
+def managed(folder: str | Path, world: World, *, stage: Path = Path(".stage"), **config):
     """A checkpoint manager; shards only, all kept and written at once unless `config` says otherwise."""
     config = Checkpoint(**{"sharded": True, "async_save": False, **config})
-    manager = CheckpointManager(folder, world=world, config=config, timeout_seconds=60)
+    manager = CheckpointManager(folder, world=world, config=config, timeout_seconds=60, stage=stage)
     yield manager
     manager.close()

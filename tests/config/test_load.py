@@ -209,10 +209,10 @@ def test_run_folder_has_the_name_of_the_file(recipe_file) -> None:
     path = recipe_file('[data]\nname = "synthetic"\n')
     recipe = load_recipe(GRPORecipe, ["--config", path])
     assert recipe.metrics.run_dir == "runs/experiment"
-    assert recipe.checkpoint_dir == Path("runs/experiment/checkpoints")
+    assert recipe.checkpoint_dir == "runs/experiment/checkpoints"
     assert load_recipe(GRPORecipe, MINIMAL).run_dir == Path("runs/train")
     moved = load_recipe(GRPORecipe, ["--config", path, "--metrics.run_dir", "there", "--ckpt-dir", "out"])
-    assert (moved.run_dir, moved.checkpoint_dir) == (Path("there"), Path("out"))
+    assert (moved.run_dir, moved.checkpoint_dir) == (Path("there"), "out")
 
 
 def test_help_lists_every_key_and_flag(capsys: pytest.CaptureFixture) -> None:

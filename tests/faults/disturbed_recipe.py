@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     build = train_grpo.build
 
     def disturbed_build(recipe: GRPORecipe, run: TrainingRun) -> train_grpo.Job:
-        return disturb(build(recipe, run), recipe.checkpoint_dir, faults, trace)
+        return disturb(build(recipe, run), Path(recipe.checkpoint_dir), faults, trace)
 
     train_grpo.build = disturbed_build
     train_grpo.main(arguments[1:])

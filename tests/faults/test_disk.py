@@ -44,8 +44,9 @@ def test_full_disk(tmp_path, quiet):
         assert [text[: len(line)] for text in result.stderr.splitlines()].count(line) == 1
         assert "free space there or choose another checkpoint.dir" in result.stderr
         assert 'disturbed_recipe.py", line' not in result.stderr  # no traceback of ours
+        assert "GiB are free in" in result.stderr  # before anything was written
         names = {path.name for path in (disk / "checkpoints").iterdir()}
-        assert names == {"step-000003", "step-000006"}
+        assert names == {"step-000003", "step-000006", ".lock"}
 
         subprocess.run(["mount", "-o", f"remount,size={10 * size}", disk], check=True)
         result = run(folder, *where)

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from grpo.config import UserError
+from grpo.config import TransientError, UserError
 from grpo.parallel import distributed, launcher, run_main
 from tests.parallel.torchrun import run_two_ranks
 
@@ -40,6 +40,12 @@ def test_quiet_ends(monkeypatch, capfd, error, code):
     assert capfd.readouterr() == ("", "")
 
 
+def test_streams_that_a_users_code_has_closed(monkeypatch):
+    with open(os.devnull, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+    assert exit_code(monkeypatch, None) == 0
+
+
 def test_user_error_is_plain_lines(monkeypatch, capfd):
     assert exit_code(monkeypatch, UserError(["one", "two"])) == 2
     assert capfd.readouterr().err == "one\ntwo\n"
@@ -68,6 +74,35 @@ def test_out_of_memory_is_one_line_of_advice(monkeypatch, capfd, error):
     assert end == ""
 
 
+@pytest.fixture
+def torchrun_folder(monkeypatch, tmp_path):
+    """The folder of one torchrun's ranks on this host; this process is one of them."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "run_abc/attempt_0/0/error.json"))
+    (tmp_path / "run_abc/attempt_0/0").mkdir(parents=True)
+    return tmp_path / "run_abc"
+
+
+def test_a_restart_after_a_mistake_says_nothing(monkeypatch, capfd, torchrun_folder):
+    assert exit_code(monkeypatch, UserError("one")) == 2
+    assert capfd.readouterr().err == "one\n"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(torchrun_folder / "attempt_1/0/error.json"))
+    assert exit_code(monkeypatch, AssertionError("is not run")) == 2
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(torchrun_folder.with_name("run_def") / "attempt_0/0/error.json"))
+    assert exit_code(monkeypatch, UserError("another torchrun")) == 2
+    assert capfd.readouterr().err == "another torchrun\n"
+
+
+@pytest.mark.parametrize(
+    "error", [TransientError("no room"), MemoryError(), OSError(28, "No space left"), ValueError()]
+)
+def test_a_restart_after_anything_else_tries_again(monkeypatch, capfd, torchrun_folder, error):
+    exit_code(monkeypatch, error)
+    capfd.readouterr()
+    assert exit_code(monkeypatch, None) == 0
+
+
 def test_a_fault_keeps_its_traceback(monkeypatch, capfd):
     assert exit_code(monkeypatch, ZeroDivisionError("here")) == 1
     assert "Traceback" in (text := capfd.readouterr().err)
@@ -84,7 +119,7 @@ def test_alone_is_a_group_of_one(monkeypatch):
 
 
 def test_error_of_one_rank_is_told_once_and_nobody_hangs():
-    result = run_two_ranks("tests/parallel/failing.py", "rank 1 alone")
+    result = run_two_ranks("tests/parallel/failing.py", "rank 1 alone", restarts=2)  # which end at once
     assert result.returncode == 1
     assert result.stderr.count("first line\nsecond line\n") == 1
     assert "grpo/parallel/launcher.py" not in result.stderr  # no traceback but torchrun's own

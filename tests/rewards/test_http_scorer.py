@@ -4,6 +4,7 @@ import io
 import json
 import re
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.config import UserError
+from grpo.config import GRPORecipe, UserError, load_recipe
 from grpo.models import ClassCondition
 from grpo.rewards import DecodedBatch
 from grpo.rewards.http_scorer import HTTPScorer
@@ -44,7 +45,8 @@ def serve(monkeypatch):
                 status, text = answer(len(got), got[-1])
                 self.send_response(status)
                 self.end_headers()
-                self.wfile.write(text.encode())
+                for part in [text] if isinstance(text, str) else text:
+                    self.wfile.write(part.encode())
 
             def log_message(self, *_):
                 pass
@@ -108,10 +110,30 @@ def test_nobody_there_and_a_time_out(serve, batch):
     waiting.set()
 
 
+def test_an_answer_has_one_deadline_however_it_drips(serve, batch):
+    def drip():
+        for _ in range(40):
+            time.sleep(0.1)
+            yield " "
+        yield '{"scores": [1, 2, 3]}'
+
+    url, _ = serve(lambda number, arrays: (200, drip()))
+    start = time.monotonic()
+    assert build(url, retries=0, timeout=0.5)(batch).isnan().all()
+    assert time.monotonic() - start < 3
+
+
 @pytest.mark.parametrize(
     ("status", "text", "told"),
     [
         (404, "", "has refused the request: 404 Not Found"),
+        (302, "", "redirects to nowhere: set url"),
+        (200, '{"scores": [1' + "0" * 400 + ", 2, 3]}", "must answer with a JSON object with scores"),
+        (200, '{"scores": {"1": 0, "2": 0, "3": 0}}', "must answer with a JSON object with scores"),
+        (200, '{"scores": "123"}', "must answer with a JSON object with scores"),
+        (200, '{"scores": [1, "2", 3]}', "must answer with a JSON object with scores"),
+        (200, '{"scores": [1, true, 3]}', "must answer with a JSON object with scores"),
+        (200, '{"scores": [1, NaN, 3]}', "must answer with a JSON object with scores"),
         (200, "no JSON", "must answer with a JSON object with scores"),
         (200, "[1, 2, 3]", "must answer with a JSON object with scores"),
         (200, '{"scores": [1, "a", 3]}', "must answer with a JSON object with scores"),
@@ -125,10 +147,45 @@ def test_a_wrong_answer_stops_the_run(serve, batch, status, text, told):
         build(url)(batch)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "file:///etc/passwd", "http://"])
-def test_other_addresses_are_refused(url):
-    with pytest.raises(UserError, match=r"^url: must begin with http"):
-        build(url)
+def load(**values):
+    flags = ["--data.name", "synthetic", "--reward.judge.kind", "http"]
+    return load_recipe(GRPORecipe, flags + [word for key, value in values.items() for word in (f"--{key}", value)])
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("127.0.0.1:8000", "must begin with http"),
+        ("file:///etc/passwd", "must begin with http"),
+        ("http://", "must begin with http"),
+        ("http://[::1", "must be an address"),
+        ("http://h:abc/", "must be an address"),
+        ("http://h:99999/", "must be an address"),
+        ("http://h:0/", "must name a server and a port"),
+        ("http://.../", "must name a server and a port"),
+        (f"http://{'h' * 300}/", "must name a server and a port"),
+        ("http://user:pw@h/", "must have no user"),
+        ("http://h/a b", "must be of ASCII"),
+        ("http://h/\N{LATIN SMALL LETTER E WITH ACUTE}", "must be of ASCII"),
+        ("http://h/\x01", "must be of ASCII"),
+    ],
+)
+def test_other_addresses_are_refused_with_the_recipe(url, told):
+    with pytest.raises(UserError, match=rf"reward\.judge\.url: {told}") as caught:
+        load(**{"reward.judge.url": url})
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:80/x", "https://my-host_2.example.org./a%20b?c=d", "HTTP://h"])
+def test_addresses_that_are_right(url):
+    (table,) = load(**{"reward.judge.url": url}).reward.active.values()
+    assert table.url == url
+
+
+@pytest.mark.parametrize("value", ["2020-01-01", "nan", "[1, inf]"])
+def test_arguments_that_are_no_json_are_refused_with_the_recipe(value):
+    with pytest.raises(UserError, match=r"reward\.judge\.arguments: when cannot be sent as JSON: "):
+        load(**{"reward.judge.url": "http://h", "reward.judge.arguments.when": value})
 
 
 def test_limits_of_failures():

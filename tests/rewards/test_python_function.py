@@ -105,6 +105,7 @@ def f(images, class_ids, real_images, tokens):
         "(0, float('nan'), 2.5)",
         "np.array([2.5, np.nan, 0])[::-1]",
         "np.array([0, np.nan, 2.5], dtype=np.float16)",
+        "np.ma.masked_array([0, 7, 2.5], mask=[False, True, False])",
         "torch.tensor([0, float('nan'), 2.5], dtype=torch.float64)",
         "torch.tensor([0, float('nan'), 2.5]).bfloat16().requires_grad_()",
         "[torch.tensor(0.0), torch.tensor(float('nan')), np.float32(2.5)]",
@@ -129,6 +130,7 @@ def test_numbers_of_many_kinds(build, batch, expression):
         ("{'reward': 1.0}", "dict"),
         ("(x for x in images)", "generator"),
         ("torch.empty(3, device='meta')", "[3] of float32 on meta"),
+        ("images.mean(dim=(1, 2, 3)).to_sparse()", "[3] of float32 on cpu in the layout torch.sparse_coo"),
     ],
 )
 def test_other_returns_stop_the_run(build, batch, expression, found):
@@ -138,7 +140,15 @@ def test_other_returns_stop_the_run(build, batch, expression, found):
         reward(batch)
 
 
-@pytest.mark.parametrize("raised", ["ValueError('too dark')", "SystemExit('too dark')"])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "ValueError('too dark')",
+        "SystemExit('too dark')",
+        "BaseException('too dark')",
+        "ValueError('\\n too dark\\nby far')",
+    ],
+)
 def test_an_error_stops_the_run_with_its_line(build, batch, raised):
     reward = build(f"def helper():\n    raise {raised}\n\ndef f(images):\n    return helper()")
     text = rf"my_rewards\.py:2: f raised {raised.partition('(')[0]}: too dark$"
@@ -232,6 +242,14 @@ def test_a_failure_names_the_table(tokenizer, write):
     arguments = {"class_names": [], "device": torch.device("cpu"), "compile": Compile()}
     with pytest.raises(UserError, match=r"^reward\.sharp: function: .*my_rewards\.py has no function sharpness$"):
         build_rewards(Rewards(**tables), tokenizer, **arguments)
+
+
+def test_a_wrong_return_names_the_table(tokenizer, write):
+    arguments = {"class_names": [], "device": torch.device("cpu"), "compile": Compile()}
+    reward = build_rewards(Rewards(sharp=settings(write("def f(images): return 1"))), tokenizer, **arguments)
+    tokens = torch.zeros(2, 3, 16, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"^reward\.sharp: .*my_rewards\.py:1: f must return 6 numbers"):
+        reward(tokens, ClassCondition(torch.tensor([1, 0])), torch.zeros(2, 3, 16, 16))
 
 
 def example(first_line):

@@ -11,7 +11,7 @@ import torch
 from grpo.config import Compile, Rewards, UserError
 from grpo.data import to_image
 from grpo.models import ClassCondition, Classifier, ClassifierConfig, load_classifier, save_weights, to_uint8
-from grpo.rewards import DecodedBatch, PopulationReward, Reward, RewardSum, RewardWatch, Term, build_rewards
+from grpo.rewards import DecodedBatch, PopulationReward, Reward, RewardSum, RewardWatch, Seen, Term, build_rewards
 from grpo.rewards.class_log_prob import ClassLogProb
 from grpo.rewards.embedding_cosine import EmbeddingCosine
 from grpo.rewards.jpeg_size import JPEGSize
@@ -220,15 +220,29 @@ def test_a_reward_that_keeps_silent_stops_the_run():
     shy = Fixed([], may_abstain=True)
     shy.place, shy.bad_steps, shy.most_abstained = "my_rewards.py:3", 3, 0.5
     watch = RewardWatch({"shy": Term(shy), "sure": Term(Fixed([], may_abstain=False))})
-    assert watch(step(shy=0.5)) == ([], None)
+    assert watch(step(shy=0.5)) == Seen([])
     told = "reward.shy: my_rewards.py:3: no opinion (NaN) of 75% of the completions of a step"
-    assert watch(step(shy=0.75)) == ([f"{told}; the run stops after 3 such steps in a row"], None)
-    assert watch(step(shy=0.75)) == watch(step(shy=0.1)) == ([], None)  # told once, and begun anew
+    assert watch(step(shy=0.75)) == Seen([f"{told}; the run stops after 3 such steps in a row"])
+    assert watch(step(shy=0.75)) == watch(step(shy=0.1)) == Seen([])  # told once, and begun anew
     assert [watch(step(shy=0.75)).problem for _ in range(3)] == [
         None,
         None,
         f"{told}, 3 steps in a row; mend it, or set its weight to 0",
     ]
+
+
+def test_a_reward_that_never_spoke_is_told_if_the_run_ends():
+    shy = Fixed([], may_abstain=True)
+    shy.place = "my_rewards.py:3"
+    watch = RewardWatch({"shy": Term(shy), "sure": Term(Fixed([], may_abstain=False))})
+    assert [watch(step(shy=share)).if_last for share in (1.0, 1.0, 0.9, 1.0)] == [
+        "reward.shy: my_rewards.py:3: had no opinion (NaN) in any step"
+    ] * 2 + [None] * 2
+
+
+def test_a_reward_that_is_not_finite_is_named():
+    watch = RewardWatch({"shy": Term(Fixed([], may_abstain=True)), "sure": Term(Fixed([], may_abstain=False))})
+    assert watch(step() | {"reward/shy_mean": float("inf"), "reward/sure_mean": 1.0}).not_finite == ("reward.shy",)
 
 
 def test_a_slow_function_is_told_once():

@@ -90,7 +90,7 @@ def test_a_recipe_that_differs_is_refused_with_the_differences(tmp_path):
     run(tmp_path, "--training.steps", 3)
     with pytest.raises(UserError) as error:
         run(tmp_path, "--optimizer.lr", "1e-4", "--objective.clip_range", "0.1", "--metrics.interval", "7")
-    assert "differs (2 keys)" in error.value.problems[0]
+    assert "differ (2 keys)" in error.value.problems[0]
     assert [line.split()[0] for line in error.value.problems[1:]] == ["objective.clip_range:", "optimizer.lr:"]
     assert starts(tmp_path) == [0]
 
@@ -163,7 +163,7 @@ def test_a_reward_file_that_changed_is_a_difference_that_naming_the_checkpoint_a
     flags = ["--reward.mine.kind", "python", "--reward.mine.function", f"{file}:mine"]
     run(tmp_path / "run", *flags, "--training.steps", 3)
     file.write_text(file.read_text() + "# a word more\n")
-    with pytest.raises(UserError, match=r"differs \(1 keys\)") as error:
+    with pytest.raises(UserError, match=r"differ \(1 keys\)") as error:
         run(tmp_path / "run", *flags, "--training.steps", 4)
     assert error.value.problems[1].startswith("reward.mine.sha256: ")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
@@ -213,7 +213,7 @@ def test_a_falling_rate_does_not_jump_back(tmp_path):
     """With more steps the cosine of a finished run would begin anew at a high rate."""
     cosine = ["--optimizer.schedule", "cosine"]
     run(tmp_path, *cosine, "--training.steps", 3)
-    with pytest.raises(UserError, match="recipe that differs") as error:
+    with pytest.raises(UserError, match="recipe, data or files differ") as error:
         run(tmp_path, *cosine, "--training.steps", 6)
     assert error.value.problems[1].startswith("training.steps: 3 -> 6, and with it the learning rate")
     run(tmp_path, *cosine, "--training.steps", 6, "--checkpoint.resume", tmp_path / "checkpoints/step-000003")
@@ -226,6 +226,9 @@ def test_the_last_checkpoint_comes_before_the_weights_in_one_file(tmp_path):
     with pytest.raises(UserError, match=r"model\.safetensors could not be written"):
         run(tmp_path, "--training.steps", 3)
     assert (tmp_path / "checkpoints/step-000003/manifest.json").exists()
+    run(tmp_path, "--training.steps", 3)
+    assert starts(tmp_path) == [0, 3]
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_weights_of_the_users_in_the_runs_folder_are_moved_aside(tmp_path):
