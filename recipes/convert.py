@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.config import ConvertRecipe, UserError, load_recipe
-from grpo.formats import read_config, read_weights, save_weights
+from grpo.evaluation import make_writable
+from grpo.formats import read_config, read_weights, require_finite, save_weights
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,10 +21,9 @@ def main(arguments: Sequence[str]) -> None:
     convert = load_recipe(ConvertRecipe, arguments, needs_files=True).convert
     if Path(convert.output).exists():
         raise UserError(f"convert.output: {convert.output} exists and is not overwritten; give another name")
+    make_writable(convert.output, key="convert.output")
     weights, sizes = read_weights(convert.input), read_config(convert.input)
-    try:
-        save_weights(convert.output, weights, layout=convert.format, config=sizes)
-    except OSError as error:
-        raise UserError(f"convert.output: {convert.output} cannot be written: {error.strerror}") from error
+    require_finite(convert.input, weights)
+    save_weights(convert.output, weights, layout=convert.format, config=sizes)
     parameters = sum(tensor.numel() for tensor in weights.values())
     print(f"{convert.output}: {len(weights)} tensors, {parameters:,} numbers")

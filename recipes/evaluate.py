@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("evaluate")
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import EvaluateRecipe, load_recipe
+from grpo.config import EvaluateRecipe, load_recipe, writing
 from grpo.data import build_dataset
 from grpo.environment import environment
 from grpo.evaluation import (
@@ -33,7 +34,7 @@ from grpo.evaluation import (
     open_images,
 )
 from grpo.jobs.generate import drawn_images
-from grpo.observe import progress
+from grpo.observe import progress, write_atomically
 from grpo.parallel import World, distributed
 
 
@@ -68,8 +69,13 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     for name, values in metrics.items():
         print(name, *(f"  {metric:<20} {value:.6g}" for metric, value in values.items()), sep="\n")
     if config.json_path is not None:
-        result = {"metrics": metrics, **describe(recipe, images, reference), "processes": world.size}
-        Path(config.json_path).write_text(json.dumps(result, indent=2) + "\n")
+        finite = {  # JSON has no NaN
+            name: {metric: value if math.isfinite(value) else None for metric, value in values.items()}
+            for name, values in metrics.items()
+        }
+        result = {"metrics": finite, **describe(recipe, images, reference), "processes": world.size}
+        with writing(f"evaluation.json_path {config.json_path}"):
+            write_atomically(Path(config.json_path), json.dumps(result, indent=2, allow_nan=False) + "\n")
         print(f"written to {config.json_path}")
 
 

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from grpo.config import EvaluateRecipe, GenerateRecipe, Output, UserError, load_recipe
-from grpo.evaluation import DrawnImages, NpzWriter, batches_in_order, classes_in_turn, make_writable, save_pngs
+from grpo.evaluation import (
+    DrawnImages,
+    NpzWriter,
+    batches_in_order,
+    classes_in_turn,
+    make_writable,
+    save_image,
+    save_pngs,
+)
 from grpo.models import Condition
 from grpo.observe import image_grid, progress
 from grpo.parallel import World, barrier, distributed
@@ -55,7 +63,7 @@ def draw_images(recipe: GenerateRecipe, world: World) -> None:
                 kept.append(pixels)
     if world.is_main:
         if output.grid is not None:
-            image_grid(torch.cat(kept), columns=output.grid_columns).save(output.grid)
+            save_image(image_grid(torch.cat(kept), columns=output.grid_columns), output.grid)
         written = [path for path in (output.grid, output.folder, output.npz) if path is not None]
         print(f"{output.num_images} images: {', '.join(written)}")
 

@@ -42,7 +42,9 @@ def train(recipe: TokenizerRecipe, world: World) -> None:
     config = recipe.tokenizer_loss
     distance = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
     with TrainingRun(recipe, world, title="Tokenizer") as run:
-        lpips = load_lpips(config.perceptual_backbone).to(world.device) if config.perceptual_weight else None
+        lpips = None
+        if config.perceptual_weight:
+            lpips = load_lpips(config.perceptual_backbone, key="tokenizer_loss.perceptual_backbone").to(world.device)
         dataset = build_dataset(recipe.data, num_classes=None)
         tokenizer = build_trainable_tokenizer(recipe, mesh=run.mesh, world=world).train()
         optimizer = build_optimizer(tokenizer, recipe, world)

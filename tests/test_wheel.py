@@ -75,7 +75,7 @@ def test_a_reward_of_ones_own(installed: Path, tmp_path: Path) -> None:
     program, *flags = command.split()
     assert program == "grpo"
     run(installed, tmp_path, sys.executable, "-m", "grpo", *flags, "--training.steps", "1")
-    assert '"reward/dark_mean"' in (tmp_path / "runs" / "debug" / "metrics.jsonl").read_text()
+    assert '"reward/dark_mean"' in (tmp_path / "runs" / "dark" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.faults

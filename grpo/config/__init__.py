@@ -5,7 +5,14 @@ from grpo.config.help import help_text
 from grpo.config.job_sections import Classifier, Convert, Encode, Evaluation, Output, Sampling, TokenizerLoss
 from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml
 from grpo.config.policy_sections import Objective, Rollout
-from grpo.config.recipe import Recipe, TrainingRecipe, changes_that_matter, differences
+from grpo.config.recipe import (
+    AVERAGE_NAME,
+    EXPORT_NAME,
+    Recipe,
+    TrainingRecipe,
+    changes_that_matter,
+    differences,
+)
 from grpo.config.recipes import (
     RECIPES,
     ClassifierRecipe,
@@ -32,4 +39,5 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
-from grpo.config.types import Section, is_url
+from grpo.config.types import Section, exists, is_url
+from grpo.config.user_files import read_text, reading, reason, require_regular, writing

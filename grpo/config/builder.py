@@ -18,10 +18,12 @@ from grpo.config.keys import Key, section_keys
 from grpo.config.recipe import Recipe
 from grpo.config.recipes import RECIPES, GRPORecipe, job_named
 from grpo.config.rewards import REFERENCE_REWARD, RewardTable, reward_class
-from grpo.config.types import LARGEST_INT, LARGEST_SEED, Section
+from grpo.config.types import UNNAMED_LIMITS, Section
+from grpo.config.user_files import reason, shorten
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
+DEEPEST = 20  # tables and lists in each other in a recipe
 Flag = tuple[str, str | None]  # --name, and the text after it if there is one
 
 
@@ -54,8 +56,9 @@ class RecipeBuilder(Generic[RecipeT]):
         self._origin, self._folder = origin, folder
         try:
             file = tomli.loads(text)
-        except (ValueError, RecursionError) as error:  # numbers and nestings beyond Python's limits among them
-            self.give_up(f"{origin}: is not valid TOML: {error}")
+            _require_shallow(file)
+        except (ValueError, RecursionError, MemoryError) as error:  # numbers and nestings beyond Python's limits too
+            self.give_up(f"{origin}: is not valid TOML: {reason(error)}")
             return
         own_job = self._recipe_class.job
         given = file.pop("job", own_job)
@@ -101,7 +104,7 @@ class RecipeBuilder(Generic[RecipeT]):
         recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
             self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.[\w-]+)+", problem))
-        for line in recipe.missing_files() if needs_files else ():
+        for line in (*recipe.missing_files(), *recipe.overwritten_inputs()) if needs_files else ():
             self._report_combination(line, [line.partition(":")[0]])
         if self._problems:
             raise UserError(self._problems)
@@ -294,22 +297,34 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(f"{text}; set it by {flag} or in the recipe file")
 
 
+def _require_shallow(values: Any) -> None:
+    """Raise a RecursionError for nesting that no key has; dotted names nest without an end in the parser."""
+    level = [values]
+    for _ in range(DEEPEST):
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+        level = [value for value in level if isinstance(value, dict | list)]
+    if level:
+        raise RecursionError
+
+
 def _broken_limit(error: ValidationError) -> str:
     """A limit that the description of a key does not name: the size of whole numbers, and that text is not empty."""
     broken = error.errors()[0]
     if broken["type"] == "string_too_short":
         return ", but not empty"
-    limit = broken.get("ctx", {}).get("le")
-    return f" and <= {limit}" if limit in (LARGEST_INT, LARGEST_SEED) else ""
+    bounds = {sign: broken.get("ctx", {}).get(name) for sign, name in (("<=", "le"), (">=", "ge"))}
+    return next((f" and {sign} {limit}" for sign, limit in bounds.items() if limit in UNNAMED_LIMITS), "")
 
 
 def _free_value(text: str) -> Any:
     """What a flag gives to a table of free keys: a TOML value, or else text."""
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        value = tomli.loads(f"value = {text}")["value"]
+        _require_shallow([value])
     except (ValueError, RecursionError):
         return text
+    return value
 
 
 def _quoted(value: object) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)
+    return shorten(json.dumps(value, default=str, ensure_ascii=False))

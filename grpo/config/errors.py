@@ -17,7 +17,7 @@ class UserError(Exception):
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [printable(line) for line in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
 
@@ -26,6 +26,14 @@ class TransientError(UserError):
 
     A launcher that restarts is then let do so; after any other `UserError` a restart ends at once.
     """
+
+
+def printable(text: str) -> str:
+    """A text in one line, with nothing in it that could steer the terminal: names of files may come from anyone."""
+    if text.isprintable():
+        return text
+    text = text.replace("\n", " ")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -2,14 +2,22 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Le
 from pydantic import Field
 
 from grpo.config.types import (
+    LARGEST_COUNT,
+    LARGEST_IMAGE,
+    LARGEST_INT,
     ClassIds,
     CropRanges,
+    DiscriminatorLayers,
+    DiscriminatorWidth,
     GuidanceScale,
+    ImageCount,
+    ImageSize,
     KernelBackend,
+    LearningRate,
     MinusOneOrMore,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,9 +26,11 @@ from grpo.config.types import (
     ProperFraction,
     Section,
     Seed,
+    Size,
     Temperature,
     TopP,
     Wanted,
+    Written,
 )
 
 
@@ -60,11 +70,11 @@ class Adversary(Section):
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     """hinge: it learns by hinges around 1 and -1; vanilla: by cross-entropy. Under both the tokenizer raises its mean
     logit; non_saturating: cross-entropy too, and the tokenizer raises its log p(real)."""
-    dim: PositiveInt = 64
+    dim: DiscriminatorWidth = 64
     """Channels of its first layer."""
-    num_layers: Annotated[int, Gt(0), Le(10)] = 3
+    num_layers: DiscriminatorLayers = 3
     """Its layers that halve the image."""
-    lr: NonNegativeFloat | None = None
+    lr: LearningRate | None = None
     """Learning rate of its own AdamW; None is optimizer.lr, and all else is as in the section [optimizer]."""
     checkpoint: Annotated[str | None, Wanted("a discriminator, as tokenizer training saves it")] = None
     """Weights to start from, as in reward.patchgan.checkpoint; None starts from random weights."""
@@ -90,11 +100,11 @@ class Encode(Section):
 class Classifier(Section):
     """A small convolutional classifier: a reward, or the judge of an evaluation."""
 
-    width: PositiveInt = 32
+    width: Size = 32
     """Channels of the first stage, a multiple of 8."""
-    num_classes: PositiveInt = 10
+    num_classes: Size = 10
     """Number of classes."""
-    shift: NonNegativeInt = 0
+    shift: Annotated[int, Ge(0), Le(LARGEST_IMAGE)] = 0
     """Training images are shifted at random by up to this many pixels each way, so that fewer of them suffice."""
 
 
@@ -103,9 +113,9 @@ class Sampling(Section):
 
     class_ids: ClassIds = "all"
     """Classes to draw, taken in turn until the number of images is reached: "all" or a list of class ids."""
-    image_size: PositiveInt = 256
+    image_size: ImageSize = 256
     """Side of the images that the generator was trained on, pixels."""
-    resize_to: PositiveInt | None = None
+    resize_to: ImageSize | None = None
     """Side to which drawn images are resized (bicubic, antialiased), pixels; none keeps them."""
     temperature: Temperature = 1.0
     """Divides the logits."""
@@ -130,15 +140,15 @@ class Sampling(Section):
 class Output(Section):
     """Where drawn images go; at least one of grid, folder and npz."""
 
-    num_images: PositiveInt = 64
+    num_images: ImageCount = 64
     """Images to draw in all."""
-    grid: str | None = None
+    grid: Annotated[str | None, Written()] = None
     """PNG file with all images in one grid."""
-    grid_columns: PositiveInt = 8
+    grid_columns: Size = 8
     """Images in one row of the grid."""
-    folder: str | None = None
+    folder: Annotated[str | None, Written(folder=True)] = None
     """Folder of one PNG file an image."""
-    npz: str | None = None
+    npz: Annotated[str | None, Written()] = None
     """File with `arr_0` [N, H, W, 3] uint8 and `arr_1` [N] int64, the class ids."""
 
 
@@ -155,19 +165,19 @@ class Evaluation(Section):
     """Inception v3 weights of the published FID, for features and inception score; nothing is downloaded."""
     reward_checkpoint: Annotated[str | None, Wanted("weights of a classifier")] = None
     """Classifier that rewarded the run: its mean log p(class | image) is reported as the reward."""
-    num_images: PositiveInt = 50_000
+    num_images: ImageCount = 50_000
     """Images to draw, or at most to take from `images`."""
-    num_reference_images: NonNegativeInt = 0
+    num_reference_images: Annotated[int, Ge(0), Le(LARGEST_COUNT)] = 0
     """Reference images to take at most; 0 takes all."""
     batch_size: PositiveInt = 64
     """Images whose features are computed together on each rank."""
-    nearest_k: PositiveInt = 3
+    nearest_k: Size = 3
     """Neighbours that define the manifold of precision and recall."""
-    kid_subset_size: PositiveInt = 1000
+    kid_subset_size: Annotated[int, Ge(2), Le(LARGEST_INT)] = 1000
     """Images in each random subset of KID."""
-    kid_subsets: PositiveInt = 100
+    kid_subsets: Size = 100
     """Number of those subsets."""
-    json_path: str | None = None
+    json_path: Annotated[str | None, Written()] = None
     """File for the results with their settings; none prints them only."""
 
 
@@ -176,7 +186,7 @@ class Convert(Section):
 
     input: Annotated[str | None, Wanted("weights in any layout")] = None
     """Weights to read: a LlamaGen file, .safetensors, or a checkpoint folder."""
-    output: str | None = None
+    output: Annotated[str | None, Written()] = None
     """File or folder to write; it must not exist."""
     format: Literal["auto", "llamagen", "safetensors", "distributed"] = "auto"
     """Layout to write. auto goes by the output's name: .safetensors, .pt or .pth (llamagen), a folder (distributed)."""

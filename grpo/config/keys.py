@@ -10,12 +10,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from grpo.config.types import LARGEST_INT, LARGEST_SEED, Section
+from grpo.config.types import UNNAMED_LIMITS, Section
 
 SCALARS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none", Any: "anything"
 }  # fmt: skip
-UNNAMED_BOUNDS = (Le(LARGEST_INT), Le(LARGEST_SEED))  # of no interest until someone exceeds them
 BOUNDS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
 
 
@@ -94,6 +93,10 @@ def _allowed(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return f"a list, each {_allowed(arguments[0])}"
     if origin is dict:
         return "a table"
-    bounds = [item for item in metadata if type(item) in BOUNDS and item not in UNNAMED_BOUNDS]
-    limits = [f"{BOUNDS[type(item)]} {getattr(item, type(item).__name__.lower())}" for item in bounds]  # Gt(gt=0)
+    bounds = [item for item in metadata if type(item) in BOUNDS and _limit(item) not in UNNAMED_LIMITS]
+    limits = [f"{BOUNDS[type(item)]} {_limit(item)}" for item in bounds]
     return f"{SCALARS[annotation]} {' and '.join(limits)}".rstrip()
+
+
+def _limit(bound: Ge | Gt | Le | Lt) -> float:
+    return getattr(bound, type(bound).__name__.lower())  # as in Gt(gt=0)

@@ -1,6 +1,7 @@
 """From a recipe file and a command line to a recipe, or to every mistake in them at once."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,9 +13,12 @@ from grpo.config.builder import Flag, RecipeBuilder, RecipeT
 from grpo.config.errors import UserError
 from grpo.config.help import help_text
 from grpo.config.recipes import job_named
+from grpo.config.user_files import read_text, reason, shorten
 
 SHIPPED_RECIPES = Path(__file__).parents[1] / "train_configs"
 """The recipes that come with the project."""
+
+LARGEST_RECIPE = 2**20  # bytes
 
 
 def load_recipe(
@@ -49,11 +53,11 @@ def load_recipe(
     if config is not None:
         try:
             path = _recipe_path(config)
-            builder.read(path.read_text(encoding="utf-8-sig"), str(path), path.parent)
-        except OSError as error:
-            builder.give_up(f"--config {config}: cannot be read: {error.strerror}{_hint(config)}")
+            builder.read(read_text(path, largest=LARGEST_RECIPE), str(path), path.parent)
         except UnicodeDecodeError as error:
             builder.give_up(f"{config}: is not a text file: {error}")
+        except (OSError, ValueError, MemoryError) as error:
+            builder.give_up(f"--config {shorten(config)}: cannot be read: {reason(error)}{_hint(config)}")
     return builder.build(flags, run_name=Path(config).stem if config else recipe_class.job, needs_files=needs_files)
 
 
@@ -74,8 +78,8 @@ def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "r
 def job_of_file(config: str) -> str | None:
     """The `job` of a recipe file; None where it says none or cannot be read, of which `load_recipe` tells why."""
     try:
-        return job_named(tomli.loads(_recipe_path(config).read_text(encoding="utf-8-sig")).get("job"))
-    except (OSError, ValueError, RecursionError):  # of decoding text and TOML
+        return job_named(tomli.loads(read_text(_recipe_path(config), largest=LARGEST_RECIPE)).get("job"))
+    except (OSError, ValueError, RecursionError, MemoryError):  # of decoding text and TOML
         return None
 
 
@@ -109,8 +113,8 @@ def _recipe_path(config: str) -> Path:
     """
     candidates = (Path(config), SHIPPED_RECIPES / config, SHIPPED_RECIPES / f"{config}.toml")
     namesakes = [path for path in SHIPPED_RECIPES.glob("*/*.toml") if path.stem == config]
-    found = next((path for path in candidates if path.is_file()), candidates[0])
-    return namesakes[0] if not found.is_file() and len(namesakes) == 1 else found
+    found = next((path for path in candidates if os.path.isfile(path)), candidates[0])
+    return namesakes[0] if not os.path.isfile(found) and len(namesakes) == 1 else found
 
 
 def _hint(config: str) -> str:

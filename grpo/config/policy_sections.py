@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
-from pydantic import FiniteFloat
 
 from grpo.config.types import (
     AdvantageKind,
@@ -17,13 +16,14 @@ from grpo.config.types import (
     NonNegativeInt,
     PolicyLoss,
     PositiveFloat,
-    PositiveInt,
     ProperFraction,
     Section,
     Share,
+    Size,
     Temperature,
     TopP,
     Wanted,
+    Weight,
 )
 
 
@@ -34,7 +34,7 @@ class Rollout(Section):
     """teacher_forced: all positions at once under the codes of a real image; autoregressive: true sampling."""
     num_generations: Annotated[int, Gt(0), Le(4096)] = 8
     """Completions of each image (G)."""
-    batch_size: PositiveInt = 32
+    batch_size: Size = 32
     """Images of one rollout, over all ranks."""
     temperature: Temperature = 1.0
     """Divides the logits, in sampling and in the log-probs."""
@@ -97,7 +97,7 @@ class Objective(Section):
     """Weights of the frozen reference; None is the policy's own start."""
     aux_ce_weight: NonNegativeFloat = 0.0
     """Weight of the cross-entropy on the real image's codes."""
-    entropy_weight: FiniteFloat = 0.0
+    entropy_weight: Weight = 0.0
     """Weight of the mean token entropy in nats, subtracted from the loss (a bonus)."""
     entropy_target: Share | None = None
     """Entropy to steer to, as a share of the largest, log(codebook size): after each optimizer step the weight, which

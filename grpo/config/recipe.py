@@ -5,6 +5,7 @@ line for all that it finds, so that a user mends a recipe once. The line names e
 `section.key`; the loader tells by them where the mistake was made.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Parallel, Training
-from grpo.config.types import Section, is_url
+from grpo.config.types import Section, Wanted, Written, is_url, same_file
 
 ORDER = (
     "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
@@ -24,6 +25,12 @@ ORDER = (
 
 
 DATA_IN_FILES = ("imagenet", "huggingface", "folder", "webdataset", "parquet", "stream", "codes")
+
+
+EXPORT_NAME = "model.safetensors"
+AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
+RUN_FILES = (EXPORT_NAME, AVERAGE_NAME)
+"""What a run leaves in its folder for the next job."""
 
 
 class Recipe(BaseModel):
@@ -53,6 +60,29 @@ class Recipe(BaseModel):
         """A line for each file or folder that the job needs and that is not there, beginning with `section.key`."""
         for name in self.sections():
             yield from (f"{name}.{line}" for line in getattr(self, name).missing_files())
+
+    def overwritten_inputs(self) -> Iterator[str]:
+        """A line for each file or folder that the job would both read and write, beginning with the key that writes."""
+        named = list(self._named_paths())
+        inputs = [(key, path) for key, path, kind in named if isinstance(kind, Wanted)]
+        outputs = [(key, path, kind.folder) for key, path, kind in named if isinstance(kind, Written)]
+        for key, path, is_folder in [*outputs, *((key, path, False) for key, path in self.written_files())]:
+            for read_key, read_path in inputs:
+                if same_file(path, read_path) and os.path.isdir(path) == is_folder:
+                    yield f"{key}: {path} would be written over what {read_key} names; give another path"
+
+    def written_files(self) -> Iterator[tuple[str, Path]]:
+        """Keys and paths of what the job writes under names of its own, where there may be something of the user's."""
+        yield from ()
+
+    def _named_paths(self) -> Iterator[tuple[str, str, Wanted | Written]]:
+        """Full names of the keys that name what is read or written, with their paths."""
+        sections = {name: getattr(self, name) for name in self.sections()}
+        tables = getattr(sections.get("reward"), "active", {})
+        for title, section in (sections | {f"reward.{name}": table for name, table in tables.items()}).items():
+            for key, field in type(section).model_fields.items():
+                kinds = [item for item in field.metadata if isinstance(item, Wanted | Written)]
+                yield from ((f"{title}.{key}", path, kind) for kind in kinds if (path := getattr(section, key)))
 
     def notes(self) -> list[str]:
         """One line for each setting that has no effect next to the others."""
@@ -141,6 +171,9 @@ class TrainingRecipe(Recipe):
     def _beginnings(self) -> set[str]:
         """Keys of weights that the run trains further, which a checkpoint replaces."""
         return set()
+
+    def written_files(self) -> Iterator[tuple[str, Path]]:
+        yield from (("metrics.run_dir", self.run_dir / name) for name in RUN_FILES)
 
     @property
     def run_dir(self) -> Path:

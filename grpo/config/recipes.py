@@ -124,6 +124,9 @@ class GRPORecipe(GeneratorRecipe):
         if objective.entropy_target is not None and objective.entropy_weight <= 0:
             yield "objective.entropy_target needs objective.entropy_weight above 0, where the weight starts"
         for name, table in self.reward.active.items():
+            drawn = rollout.batch_size * rollout.num_generations
+            for problem in table.size_problems(image_size=self.data.image_size, completions=drawn):
+                yield f"reward.{name}: {problem}"
             if rollout.num_generations == 1 and table.normalise == "group":
                 yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
             if table.normalise == "batch" and objective.advantage == "gdpo" and not table.separate:

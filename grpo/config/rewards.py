@@ -5,10 +5,10 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, FiniteFloat, SerializeAsAny, model_validator
+from pydantic import ConfigDict, SerializeAsAny, model_validator
 
 from grpo.config.errors import UserError, did_you_mean
-from grpo.config.types import MayChange, NonNegativeInt, Normalise, Section, Wanted
+from grpo.config.types import MayChange, NonNegativeInt, Normalise, Section, Wanted, Weight
 
 REWARD_KINDS: dict[str, str] = {
     "reconstruction": "grpo.rewards.reconstruction:Reconstruction",
@@ -64,7 +64,7 @@ class RewardTable(Section):
 
     kind: str
     """What is rewarded; the table's own name unless given."""
-    weight: FiniteFloat = 1.0
+    weight: Weight = 1.0
     """Its weight in the sum of rewards; 0 switches it off."""
     normalise: Normalise = "none"
     """Before its weight: group makes its mean 0 and its spread 1 among the completions of one image, batch among all
@@ -83,6 +83,10 @@ class RewardTable(Section):
 
     def image_uses(self) -> Iterator[str]:
         """A line for each key that would have to be otherwise with a data set without images, beginning with it."""
+        yield from ()
+
+    def size_problems(self, *, image_size: int, completions: int) -> Iterator[str]:
+        """What is wrong with images of this side, or with so many completions a step, a line each."""
         yield from ()
 
 

@@ -9,11 +9,18 @@ their own.
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
+from pydantic import FiniteFloat
+
 from grpo.config.types import (
+    LARGEST_FLOAT,
+    LARGEST_WORKERS,
     ClassNames,
     Fraction,
     FreeSection,
+    ImageSize,
     KernelBackend,
+    LearningRate,
     MayChange,
     MinusOneOrMore,
     NonNegativeFloat,
@@ -24,7 +31,9 @@ from grpo.config.types import (
     ProperFraction,
     Section,
     Seed,
+    Size,
     Wanted,
+    Written,
 )
 
 
@@ -37,7 +46,7 @@ class Model(Section):
     """Weights to start from: a LlamaGen file, .safetensors, or a checkpoint folder. None starts from random weights."""
     from_fsdp: bool = False
     """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
-    num_classes: PositiveInt = 1000
+    num_classes: Size = 1000
     """Number of classes; class id `num_classes` is the unconditional slot."""
     new_classes: NonNegativeInt = 0
     """Classes that the checkpoint does not have, the last ones of num_classes (pre-training only). Their embeddings
@@ -61,9 +70,9 @@ class Tokenizer(Section):
     """Spec of the tokenizer, a key of `grpo.models.TOKENIZER_SPECS`: VQ-16, VQ-8 or a small one."""
     checkpoint: Annotated[str | None, Wanted("weights of the tokenizer, such as LlamaGen's vq_ds16_c2i.pt")] = None
     """Weights of the tokenizer. Required by every job but its own training."""
-    codebook_size: PositiveInt = 16384
+    codebook_size: Size = 16384
     """Number of codes, the GPT's vocabulary."""
-    codebook_embed_dim: PositiveInt = 8
+    codebook_embed_dim: Size = 8
     """Dimensions of one code."""
     downsample_size: PositiveInt = 16
     """Pixels of the image along each side of one code."""
@@ -92,12 +101,12 @@ class Data(Section):
     split: str = "train"
     """Split to read: a key of the saved dataset, a subfolder, a word in the names of tar or Parquet files, or a part
     of the digits (train, its halves train_a and train_b, validation, test, heldout, all)."""
-    image_size: PositiveInt = 256
+    image_size: ImageSize = 256
     """Side of the square centre crop, pixels."""
     codes: Annotated[str | None, Wanted("the codes that `grpo encode` wrote")] = None
     """Folder of the images' codes, as `grpo encode` writes it: nothing is encoded any more, and images are read only
     where something besides their codes is needed. It must be of the same images and tokenizer."""
-    num_workers: Annotated[NonNegativeInt, MayChange] = 8
+    num_workers: Annotated[int, Ge(0), Le(LARGEST_WORKERS), MayChange] = 8
     """Loader processes of each rank."""
     cache_codes: Annotated[bool, MayChange] = False
     """Keep the codes of every image in memory after its first encoding, so that the tokenizer encodes it once."""
@@ -136,7 +145,7 @@ class Data(Section):
 class Optimizer(Section):
     """AdamW; norms and biases are not decayed."""
 
-    lr: NonNegativeFloat = 1e-5
+    lr: LearningRate = 1e-5
     """Learning rate (peak)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
@@ -144,7 +153,7 @@ class Optimizer(Section):
     """Decay of the first moment."""
     beta2: ProperFraction = 0.95
     """Decay of the second moment."""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[FiniteFloat, Ge(1e-30), Le(LARGEST_FLOAT)] = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global L2 norm."""
@@ -161,7 +170,7 @@ class Training(Section):
     """Steps of the run: rollouts with their updates in `train`, optimizer steps elsewhere."""
     seed: Seed = 0
     """Seed of initial weights, data order and sampling."""
-    batch_size: PositiveInt | None = None
+    batch_size: Size | None = None
     """Completions (in `train`) or images (elsewhere) of one optimizer step, over all ranks. None is a whole rollout
     (exactly on-policy, and the fastest), and 64 images."""
     epochs_per_rollout: PositiveInt = 1
@@ -232,7 +241,7 @@ class Checkpoint(FreeSection):
 
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves only at the end."""
-    dir: str = "checkpoints"
+    dir: Annotated[str, Written(folder=True)] = "checkpoints"
     """Folder of the checkpoints. The default is inside the run's folder; any other value is a path of its own, or the
     URL of a folder in object storage that fsspec knows, such as s3://bucket/run."""
     sharded: bool = False
@@ -258,7 +267,7 @@ class Checkpoint(FreeSection):
 class Metrics(FreeSection):
     """What a run writes down and shows."""
 
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, Written(folder=True)] = None
     """The run's folder; None is runs/<name of the recipe file>."""
     interval: PositiveInt = 10
     """Steps between lines of the log and of Weights & Biases; metrics.jsonl has every step."""

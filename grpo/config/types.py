@@ -1,5 +1,6 @@
 """The types of keys, and the base of all sections."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,19 +12,38 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat
 
 LARGEST_INT = 2**31 - 1  # beyond it counts and sizes overflow somewhere below, in an error that names no key
 LARGEST_SEED = 2**63 - 1
+LARGEST_FLOAT = 1e32  # beyond, products overflow in fp32
+LARGEST_FACTOR = 1e3  # of learning rates and guidance: no model survives more
+LARGEST_SIZE = 2**20  # of a part of a model: beyond, it would be reported as memory that ran out
+LARGEST_WORKERS = 2**10
+LARGEST_COUNT = 2**26  # of images that one job draws or looks at
+LARGEST_IMAGE = 2**14  # pixels along a side
+UNNAMED_LIMITS = (
+    LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT, -LARGEST_FLOAT, LARGEST_FACTOR, LARGEST_SIZE, LARGEST_WORKERS,
+    LARGEST_COUNT, LARGEST_IMAGE,
+)  # fmt: skip
+"""Bounds that the description of a key leaves out: of no interest until someone exceeds them."""
 
 PositiveInt = Annotated[int, Gt(0), Le(LARGEST_INT)]
 NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST_INT)]
+DiscriminatorLayers = Annotated[int, Gt(0), Le(10)]  # that halve the image
+DiscriminatorWidth = Annotated[int, Gt(0), Le(1024)]  # channels of the first layer
+NetworkSide = Annotated[int, Gt(0), Le(4096)]  # pixels: what a network that looks at images may be given
 MinusOneOrMore = Annotated[int, Ge(-1), Le(LARGEST_INT)]
 Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
-PositiveFloat = Annotated[FiniteFloat, Gt(0)]
-NonNegativeFloat = Annotated[FiniteFloat, Ge(0)]
+Size = Annotated[int, Gt(0), Le(LARGEST_SIZE)]
+ImageCount = Annotated[int, Gt(0), Le(LARGEST_COUNT)]
+ImageSize = Annotated[int, Gt(0), Le(LARGEST_IMAGE)]
+PositiveFloat = Annotated[FiniteFloat, Gt(0), Le(LARGEST_FLOAT)]
+NonNegativeFloat = Annotated[FiniteFloat, Ge(0), Le(LARGEST_FLOAT)]
+Weight = Annotated[FiniteFloat, Ge(-LARGEST_FLOAT), Le(LARGEST_FLOAT)]
+LearningRate = Annotated[FiniteFloat, Ge(0), Le(LARGEST_FACTOR)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
 Temperature = Annotated[FiniteFloat, Ge(1e-30), Le(1e30)]  # what logits can be divided by in fp32
 Share = Annotated[float, Gt(0), Le(1)]
 TopP = Share
-GuidanceScale = Annotated[FiniteFloat, Ge(1)]
+GuidanceScale = Annotated[FiniteFloat, Ge(1), Le(LARGEST_FACTOR)]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 KernelBackend = Literal["auto", "triton", "reference"]
 PolicyLoss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
@@ -47,6 +67,13 @@ def _texts(value: object) -> object:
 ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_split_flag_text)]
 CropRanges = Annotated[list[Annotated[FiniteFloat, Ge(1), Le(16)]], BeforeValidator(_split_flag_text), Len(1)]
 ClassNames = Annotated[Literal["all"] | list[str], BeforeValidator(_texts)]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Metadata of a key that names a file, or a folder, which a job writes."""
+
+    folder: bool = False
 
 
 class MayChange:
@@ -91,6 +118,16 @@ class FreeSection(Section):
 def is_url(place: str) -> bool:
     """Whether this is an address such as s3://bucket/folder, and no path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place) is not None
+
+
+def same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one file or folder, which need not be there, over links of any kind."""
+    try:
+        if os.path.realpath(one) == os.path.realpath(other):
+            return True
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one is not there, or no path
+        return False
 
 
 def exists(path: str) -> bool:

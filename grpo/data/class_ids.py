@@ -24,11 +24,10 @@ count as spaces. A name that no image has is passed over, except that it keeps i
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import tomli
 
-from grpo.config import UserError
+from grpo.config import UserError, read_text, reading
 from grpo.models import WORDNET_ID, imagenet, imagenet_names, numbered
 
 SHARE_IN_ORDER = 0.99  # published lists of ImageNet's names differ in a few
@@ -124,8 +123,8 @@ def read_class_map(path: str) -> dict[str, str]:
         UserError: it cannot be read, is not such a table, or has a class twice.
     """
     where = f"data.class_map {path}"
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+    with reading(f"{where} cannot be read"):
+        text = read_text(path)
         if path.endswith(".json"):
             pairs = json.loads(text, object_pairs_hook=list)
         elif path.endswith(".toml"):
@@ -133,10 +132,6 @@ def read_class_map(path: str) -> dict[str, str]:
         else:
             lines = (line.strip() for line in text.splitlines())
             pairs = [_columns(line, where) for line in lines if line and not line.startswith("#")]
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
     is_table = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
     if not is_table or not all(type(value) in (str, int) for _, value in pairs):
         raise UserError(f"{where} must be one table: class = id, or class = name")

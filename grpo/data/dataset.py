@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -13,16 +12,13 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from grpo.config import Data, UserError
+from grpo.config import Data, UserError, reason
 from grpo.data.images import center_crop, to_pixels, to_rgb
 from grpo.models import ClassCondition, Condition, normalize
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = Data.model_fields["split"].default
-
-# What Pillow's decoders raise on damaged files; a missing file is an OSError too.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 
@@ -37,9 +33,8 @@ def decoded(read: Callable[[], Image.Image], name: Callable[[], str]) -> Image.I
         return to_rgb(read())
     except UnidentifiedImageError as error:  # its text holds a memory address
         raise UnreadableImage(f"{name()} is not an image file that can be read") from error
-    except _DECODING_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(f"{name()} cannot be read: {reason}") from error
+    except (OSError, ValueError) as error:  # all that `read_image` raises
+        raise UnreadableImage(f"{name()} cannot be read: {reason(error)}") from error
 
 
 class Codes(Protocol):
@@ -109,7 +104,7 @@ class ImageDataset(Dataset):
         }
 
     def open(self, index: int) -> Image.Image:
-        """The image as stored, any mode and size; errors of the decoder pass through."""
+        """The image as stored, any mode and size, by `read_image`, whose errors pass through."""
         raise NotImplementedError
 
     def describe(self, index: int) -> str:

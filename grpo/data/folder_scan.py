@@ -3,6 +3,7 @@
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from grpo.config import UserError
 from grpo.data.index_cache import SETTLED_NS, pack, read_index, unpack, write_index
 
+MOST_VISITS = 100  # of one folder: folders that link to each other have factorially many paths
 THREADS = 16  # listing waits for the disk, or for a server
 _ARRAYS = ("folders", "changed", "file_counts", "names", "sizes")
 
@@ -58,11 +60,15 @@ def scan_folder(
             raise UserError(f"{path} cannot be read: {error.strerror}; data sets are read as a whole") from error
         return name, (*above, here), listing
 
+    visits: Counter[tuple[int, int]] = Counter()
     level: list[tuple[str, tuple]] = [("", ())]
     with ThreadPoolExecutor(THREADS) as threads:
         while level:
             found = list(threads.map(read, level))
             listings |= {name: listing for name, _, listing in found if listing is not None}
+            visits.update(above[-1] for _, above, listing in found if listing is not None)
+            if max(visits.values(), default=0) > MOST_VISITS:
+                raise UserError(f"{root} has links that lead to a folder by more than {MOST_VISITS} ways: remove some")
             level = [
                 (f"{name}/{folder}" if name else folder, above)
                 for name, above, listing in found

@@ -1,6 +1,7 @@
 """A data set written by Hugging Face's `save_to_disk`."""
 
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow
 from PIL import Image
 
-from grpo.config import Data, UserError
+from grpo.config import Data, UserError, read_text, reading, require_regular
 from grpo.data.dataset import DEFAULT_SPLIT, ImageDataset
 from grpo.data.images import read_image
 
@@ -57,20 +58,42 @@ class SavedDataset(ImageDataset):
 
 
 def _load_split(data: Data) -> datasets.Dataset:
-    try:
-        saved = datasets.load_from_disk(data.path)
-    except IndexError as error:  # a split without rows has no files, and `datasets` asks for the first
-        raise UserError(f"data.path {data.path} has a split without images: save it again with some") from error
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.path {data.path} cannot be read as a saved Hugging Face dataset: {reason}") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if data.split not in saved:
-            raise UserError(f"data.path {data.path} has no split {data.split!r}: choose data.split of {list(saved)}")
-        return saved[data.split]
-    if data.split not in (DEFAULT_SPLIT, str(saved.split)):
-        raise UserError(f"data.path {data.path} holds one data set without splits: leave data.split away")
-    return saved
+    """The split, of which nothing is used before its files were checked: Arrow's own readers trust what they map."""
+    folder, where = Path(data.path), f"data.path {data.path}"
+    with reading(f"{where} cannot be read as a saved Hugging Face dataset"):
+        if (folder / "dataset_dict.json").exists():
+            splits = json.loads(read_text(folder / "dataset_dict.json"))["splits"]
+            if data.split not in splits:
+                raise UserError(f"{where} has no split {data.split!r}: choose data.split of {splits}")
+            folder /= data.split
+        state = json.loads(read_text(folder / "state.json"))
+        if folder == Path(data.path) and data.split not in (DEFAULT_SPLIT, str(state["_split"])):
+            raise UserError(f"{where} holds one data set without splits: leave data.split away")
+        names = [entry["filename"] for entry in state["_data_files"]]
+        if not names:
+            raise UserError(f"{where} has a split without images: save it again with some")
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not a file of its folder")
+            check_arrow(folder / name)
+        return datasets.Dataset.load_from_disk(folder)
+
+
+def check_arrow(file: Path) -> None:
+    """Raise an error if a table in either of Arrow's formats is damaged: offsets in it may point to any memory.
+
+    The bytes of images are not looked at: 2 ms for 100,000 rows.
+    """
+    require_regular(file)
+    with pyarrow.memory_map(str(file)) as source:
+        if source.read(6) == b"ARROW1":
+            whole = pyarrow.ipc.open_file(source)
+            batches = (whole.get_batch(number) for number in range(whole.num_record_batches))
+        else:
+            source.seek(0)
+            batches = pyarrow.ipc.open_stream(source)
+        for batch in batches:
+            batch.validate(full=True)
 
 
 def first_column(columns: list[str], names: tuple[str, ...], what: str, data: Data, *, where: str = "") -> str:

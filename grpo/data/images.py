@@ -1,5 +1,6 @@
 """From an opened image to a square of RGB pixels."""
 
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -8,12 +9,42 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from grpo.config import reason, require_regular
+
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""What is decoded, by what a file holds and not by its name. Pillow knows others, and starts programs for some."""
+
+LARGEST_AREA = 2**27  # pixels, half a gigabyte decoded
+LARGEST_ASPECT = 100
+
 
 def read_image(file: str | Path | BinaryIO) -> Image.Image:
-    """The decoded image of a file, any mode and size; the file is closed. Errors of the decoder pass through."""
-    with Image.open(file) as image:
-        image.load()
-        return image.copy()
+    """The decoded image of a file, any mode and size; the file is closed.
+
+    Raises an OSError or a ValueError: it is not there, is a pipe or a device, is in none of `FORMATS` (Pillow's
+    UnidentifiedImageError), is damaged, or says that it is larger or longer than an image is, which is found before it
+    is decoded.
+    """
+    if isinstance(file, str | Path):
+        require_regular(file)
+    try:
+        # Whatever Pillow warns of, such as odd metadata, the image is read or is not.
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
+            _check_size(*image.size)
+            image.load()
+            return image.copy()
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a decoder that meets bytes that it did not expect
+        raise ValueError(reason(error)) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    """Raise a ValueError for an image whose pixels, or whose pixels scaled to a crop, would fill the memory."""
+    if width * height > LARGEST_AREA:
+        raise ValueError(f"it has {width} x {height} pixels, more than {LARGEST_AREA:,}")
+    if max(width, height) > LARGEST_ASPECT * min(width, height):
+        raise ValueError(f"it has {width} x {height} pixels, a side more than {LARGEST_ASPECT} times the other")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from grpo.config import Data, UserError
 from grpo.data.dataset import ImageDataset, decoded
-from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, first_column
+from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, check_arrow, first_column
 from grpo.data.images import read_image
 from grpo.data.index_cache import on_main_rank
 from grpo.data.shard_files import shard_files
@@ -121,6 +121,9 @@ class StreamedDataset(ImageDataset):
 
     def _open(self, files: list[str]) -> datasets.IterableDataset:
         try:
+            for file in files if self._kind == "arrow" else ():
+                if "://" not in file:
+                    check_arrow(Path(file))
             return datasets.load_dataset(self._kind, data_files={"rows": files}, split="rows", streaming=True)
         except _ERRORS as error:
             raise UserError(f"data.path {self.data.path} cannot be read: {_reason(error)}") from error

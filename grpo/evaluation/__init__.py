@@ -4,4 +4,4 @@ from grpo.evaluation.distances import FeatureStatistics
 from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge, judge_files, load_judges
 from grpo.evaluation.measure import Measured, classifier_gap, compare, measure_images
 from grpo.evaluation.sources import DatasetImages, DrawnImages, ImageSource, classes_in_turn, open_images
-from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_pngs
+from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_image, save_pngs

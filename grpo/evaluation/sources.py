@@ -1,16 +1,16 @@
 """Images to look at, wherever they are: an npz, a folder, a data set, or a model that draws them."""
 
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo.config import Data, UserError
-from grpo.data import ImageDataset, ImageFiles, image_files, to_pixels
+from grpo.config import Data, UserError, exists, reading, require_regular
+from grpo.data import LARGEST_LABEL, ImageDataset, ImageFiles, image_files, to_pixels
 from grpo.evaluation.distances import FeatureStatistics
 from grpo.models import ClassCondition, Condition, as_condition
 
@@ -49,27 +49,49 @@ class NpzImages(ImageSource):
     """
 
     def __init__(self, path: str | Path, *, limit: int = 0) -> None:
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                images = arrays["arr_0"]
-                class_ids = arrays.get("arr_1")
-                moments = [arrays.get(name) for name in ("mu", "sigma")]
-        except FileNotFoundError as error:
-            raise UserError(f"{path} does not exist: give an .npz or a folder of images") from error
-        except (BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not an .npz with an array arr_0: write one with `grpo generate`") from error
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        arrays = read_npz(path, "arr_0", "arr_1", "mu", "sigma")
+        if (images := arrays.pop("arr_0", None)) is None:
+            raise UserError(f"{path} is not an .npz with an array arr_0: write one with `grpo generate`")
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or images.size == 0:
             raise UserError(f"{path}: arr_0 is {images.dtype} {list(images.shape)}, expected uint8 [N, H, W, 3], N > 0")
-        if class_ids is not None and class_ids.shape != images.shape[:1]:
-            raise UserError(f"{path}: arr_1 has shape {list(class_ids.shape)}, expected {[len(images)]}")
+        class_ids = arrays.get("arr_1")
+        if class_ids is not None:
+            if class_ids.shape != images.shape[:1]:
+                raise UserError(f"{path}: arr_1 has shape {list(class_ids.shape)}, expected {[len(images)]}")
+            if class_ids.dtype.kind not in "iu":
+                raise UserError(f"{path}: arr_1 holds {class_ids.dtype}, expected whole numbers, the class ids")
+            if class_ids.min() < 0 or class_ids.max() >= LARGEST_LABEL:
+                wrong = class_ids[(class_ids < 0) | (class_ids >= LARGEST_LABEL)][0]
+                raise UserError(f"{path}: arr_1 holds {wrong}, which is no class id")
         self._images = images
         class_ids = None if class_ids is None else torch.from_numpy(class_ids.astype(np.int64))
         super().__init__(len(images), class_ids, limit=limit)
-        if len(self) == len(images) and all(moment is not None for moment in moments):
-            self.inception_statistics = FeatureStatistics(*(torch.from_numpy(moment).double() for moment in moments))
+        if len(self) == len(images) and {"mu", "sigma"} <= arrays.keys():
+            self.inception_statistics = _statistics(path, arrays["mu"], arrays["sigma"])
 
     def pixels(self, start: int, stop: int) -> Tensor:
         return torch.from_numpy(self._images[start : min(stop, len(self))]).permute(0, 3, 1, 2).contiguous()
+
+
+def read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the arrays of an .npz that are there, by their names; never objects, which would be unpickled."""
+    if not exists(str(path)):
+        raise UserError(f"{path} does not exist: give an .npz or a folder of images")
+    with reading(f"{path} is not an .npz that can be read"):
+        require_regular(path)
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive, as numpy.savez writes")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names if name in archive}
+
+
+def _statistics(path: str | Path, mu: np.ndarray, sigma: np.ndarray) -> FeatureStatistics:
+    """Mean and covariance of an .npz, as they are published. Raises a UserError if they are not such."""
+    fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and mu.dtype.kind == sigma.dtype.kind == "f"
+    if not fits or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        found = f"mu is {mu.dtype} {list(mu.shape)}, sigma {sigma.dtype} {list(sigma.shape)}"
+        raise UserError(f"{path}: {found}: expected finite numbers [D] and [D, D], Inception's mean and covariance")
+    return FeatureStatistics(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
 
 
 class DatasetImages(ImageSource):

@@ -3,14 +3,16 @@
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
-from grpo.config import UserError
+from grpo.config import UserError, writing
 from grpo.data import to_image
 from grpo.evaluation.sources import ImageSource, rank_and_size
 
@@ -40,10 +42,8 @@ def make_writable(path: str | Path, *, key: str, folder: bool = False) -> None:
     Raises `UserError`, which names `key`, if nothing can be written there.
     """
     parent = Path(path) if folder else Path(path).parent
-    try:
+    with writing(f"{key} {path}", remedy="give another path"):
         parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key} {path} cannot be written: {error.strerror}; give another path") from error
     if not os.access(parent, os.W_OK):
         raise UserError(f"{key} {path} cannot be written: its folder is read-only; give another path")
     if not folder and Path(path).is_dir():
@@ -53,7 +53,19 @@ def make_writable(path: str | Path, *, key: str, folder: bool = False) -> None:
 def save_pngs(folder: str | Path, pixels: Tensor, row_ids: Tensor) -> None:
     """Writes images [B, 3, H, W] uint8 as `folder`/000123.png, named by their row ids [B]."""
     for image, row_id in zip(pixels.cpu(), row_ids.tolist(), strict=True):
-        to_image(image).save(Path(folder) / f"{row_id:06d}.png")
+        save_image(to_image(image), Path(folder) / f"{row_id:06d}.png")
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write a PNG, which appears when it is whole. Raises a UserError that names it."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            image.save(partial, "PNG")
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class NpzWriter:
@@ -66,27 +78,32 @@ class NpzWriter:
     def __init__(self, path: str | Path, class_ids: Tensor, *, size: tuple[int, int]) -> None:
         self.path = Path(path)
         self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._archive = zipfile.ZipFile(self._partial, "w")
-        with self._archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, class_ids.numpy())
-        self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(class_ids), *size, 3)}
-        np.lib.format.write_array_header_1_0(self._images, header)
+        with writing(self.path):
+            self._archive = zipfile.ZipFile(self._partial, "w")
+            with self._archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, class_ids.numpy())
+            self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(class_ids), *size, 3)}
+            np.lib.format.write_array_header_1_0(self._images, header)
         self._missing = len(class_ids)
 
     def write(self, pixels: Tensor) -> None:
         """Adds images [B, 3, H, W] uint8."""
-        self._images.write(pixels.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+        content = pixels.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
+        with writing(self.path):
+            self._images.write(content)
         self._missing -= len(pixels)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._images.close()
-        self._archive.close()
-        if kind is not None:
-            self._partial.unlink()
-            return
-        assert self._missing == 0, f"{self._missing} images were not written"
-        self._partial.replace(self.path)
+        try:
+            with writing(self.path) if kind is None else suppress(OSError, ValueError):
+                self._images.close()
+                self._archive.close()
+            if kind is None:
+                assert self._missing == 0, f"{self._missing} images were not written"
+                self._partial.replace(self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)

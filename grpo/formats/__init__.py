@@ -18,6 +18,7 @@ from grpo.formats.weight_files import (
     check_format,
     read_config,
     read_weights,
+    require_finite,
     save_weights,
     saved_config,
     saved_fields,

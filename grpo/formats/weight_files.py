@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grpo.config import TransientError, UserError
+from grpo.config import TransientError, UserError, reading
 from grpo.formats.manifest import check_files
 from grpo.formats.shards import read_tensors, shard_files, write_shards
 
@@ -61,10 +62,8 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str |
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the weights")
     if path.suffix == ".safetensors":
-        try:
+        with reading(f"{path}: not a readable .safetensors file"):
             return safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
     return _read_pickle(path, bare=bare, key=key)
 
 
@@ -132,7 +131,29 @@ def _read_pickle(path: Path, *, bare: bool, key: str | None = None) -> dict[str,
         form = "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
         form = form if key is None else f"a state dict under the key {key}"
         raise UserError(f"{path}: this checkpoint does not hold {form}")
+    for name, tensor in content.items():
+        _require_plain(path, name, tensor)
     return dict(content)
+
+
+def _require_plain(path: Path, name: object, tensor: Tensor) -> None:
+    """Raise a UserError for what a pickle may hold beside tensors of numbers that are all there."""
+    if not isinstance(name, str):
+        raise UserError(f"{path}: this checkpoint has a tensor by the name {name!r}, which is no text")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+        kind = "quantized" if tensor.is_quantized else f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+        raise UserError(f"{path}: {name} is {kind.replace('torch.', '')}; save it as a dense tensor of real numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: damaged, {name} has more elements than are stored")
+
+
+def require_finite(path: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a UserError if a tensor has a number that is NaN or infinite; integers have none."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.sum().isfinite():  # ten times as fast as to look at each
+            continue
+        if not tensor.isfinite().all():  # else the sum alone was beyond the dtype
+            raise UserError(f"{path}: {name} holds NaN or infinite numbers; take weights from before they diverged")
 
 
 def save_weights(
@@ -170,6 +191,13 @@ def save_weights(
         ) from error
 
 
+def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with a copy of each tensor that shares its memory with another one, which safetensors refuses."""
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    shared = {name for name, tensor in tensors.items() if uses[tensor.untyped_storage().data_ptr()] > 1}
+    return {name: tensor.clone() if name in shared else tensor for name, tensor in tensors.items()}
+
+
 def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: Any) -> None:
     if layout == "safetensors":
         if config is not None and not isinstance(config, Mapping):
@@ -178,7 +206,7 @@ def _write(path: Path, tensors: dict[str, Tensor], *, layout: Layout, config: An
         metadata = {"format": "pt"} if config is None else {_CONFIG: json.dumps(config)}
         path.touch()
         mode = path.stat().st_mode  # the library makes a file that its owner alone can read
-        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        safetensors.torch.save_file(_untied(tensors), path, metadata=metadata)
         path.chmod(mode)
     elif layout == "llamagen":
         torch.save({"model": tensors}, path)

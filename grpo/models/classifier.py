@@ -4,11 +4,12 @@ import os
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.config import UserError
-from grpo.formats import read_weights
+from grpo.formats import read_weights, require_finite
 from grpo.models.class_names import written_names
 
 
@@ -66,11 +67,13 @@ def load_classifier(path: str | os.PathLike[str]) -> Classifier:
     Takes any layout of `read_weights`. Raises a UserError if there is none, or it is not that of a classifier.
     """
     weights = read_weights(path)
+    require_finite(path, weights)
     try:
         width, num_classes = len(weights["layers.0.conv1.weight"]), len(weights["head.weight"])
         names = written_names(path, num_classes)
-        model = Classifier(ClassifierConfig(width=width, num_classes=num_classes, class_names=names))
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # the sizes may be anyone's, and are only allocated if they are the weights'
+            model = Classifier(ClassifierConfig(width=width, num_classes=num_classes, class_names=names))
+        model.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a classifier; train one with grpo classifier") from error
     return model.eval()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import UserError
-from grpo.formats import read_weights
+from grpo.config.types import DiscriminatorLayers, DiscriminatorWidth
+from grpo.formats import read_weights, require_finite
 from grpo.models.weights import read_sizes
 
 KEY = "discriminator"  # of a checkpoint of tokenizer training
@@ -18,8 +19,8 @@ WIDEST = 8  # layers get no wider than so many times the first
 class DiscriminatorConfig:
     """Sizes of a discriminator; the defaults are LlamaGen's."""
 
-    width: int = 64  # channels of the first layer; each of the next has twice as many, up to 8 times
-    num_layers: int = 3  # that halve the image
+    width: DiscriminatorWidth = 64  # channels of the first layer; each of the next has twice as many, up to 8 times
+    num_layers: DiscriminatorLayers = 3  # that halve the image
 
     @property
     def smallest_side(self) -> int:
@@ -55,6 +56,11 @@ class Discriminator(nn.Module):
         return self.main(images)
 
 
+def discriminator_sizes(path: str | os.PathLike[str]) -> DiscriminatorConfig:
+    """Those written with the weights, or else LlamaGen's. Raises a UserError if they are damaged."""
+    return read_sizes(path, DiscriminatorConfig, what="a discriminator") or DiscriminatorConfig()
+
+
 def load_discriminator(path: str | os.PathLike[str], config: DiscriminatorConfig | None = None) -> Discriminator:
     """A discriminator in eval mode, in fp32 on the CPU.
 
@@ -67,8 +73,8 @@ def load_discriminator(path: str | os.PathLike[str], config: DiscriminatorConfig
         UserError: there are no such weights, or they are not exactly those of such a discriminator.
     """
     weights = read_weights(path, key=KEY)
-    own = read_sizes(path, DiscriminatorConfig, what="a discriminator")
-    config = config or own or DiscriminatorConfig()
+    require_finite(path, weights)
+    config = config or discriminator_sizes(path)
     with torch.device("meta"):
         model = Discriminator(config)
     try:

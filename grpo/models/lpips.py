@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import UserError
-from grpo.formats import read_weights
+from grpo.formats import read_weights, require_finite
 
 BACKBONE = "vgg16-397923af.pth"  # torchvision's VGG16, by the name of its download
 SMALLEST_SIDE = 16  # pixels; four poolings leave one
@@ -97,19 +97,20 @@ def lpips_backbone(path: str | os.PathLike[str] | None = None) -> Path:
     return Path(path or Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE)
 
 
-def load_lpips(backbone_path: str | os.PathLike[str] | None = None) -> LPIPS:
+def load_lpips(backbone_path: str | os.PathLike[str] | None = None, *, key: str = "backbone") -> LPIPS:
     """LPIPS in eval mode, frozen, in fp32 on the CPU; nothing is downloaded.
 
     Args:
         backbone_path: torchvision's weights of VGG16; None looks for `BACKBONE` where torch keeps its downloads
             (hub/checkpoints in TORCH_HOME). The heads are those of the installed package `lpips`.
+        key: of a recipe, that names the file, for the message.
 
     Raises:
         UserError: a file is missing, or does not hold exactly these weights.
     """
     path = lpips_backbone(backbone_path)
     if not path.is_file():
-        remedy = "check the path" if backbone_path else "put it there, set TORCH_HOME, or give its path as `backbone`"
+        remedy = "check the path" if backbone_path else f"put it there, set TORCH_HOME, or give its path as `{key}`"
         raise UserError(f"LPIPS needs torchvision's VGG16, {BACKBONE}: no file {path}; {remedy}")
     with torch.device("meta"):
         backbone = VGGStages()
@@ -118,6 +119,7 @@ def load_lpips(backbone_path: str | os.PathLike[str] | None = None) -> LPIPS:
         backbone.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path}: not the weights of torchvision's VGG16 ({BACKBONE}): {_first(error)}") from error
+    require_finite(path, weights)
     return LPIPS(backbone, _published_heads()).eval().requires_grad_(False)
 
 

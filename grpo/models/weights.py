@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from grpo.config import Tokenizer, UserError
-from grpo.formats import read_config, read_weights, saved_fields
+from grpo.formats import read_config, read_weights, require_finite, saved_fields
 from grpo.models.class_names import class_count_problem
 from grpo.models.gpt import GPT, GPTConfig
 from grpo.models.specs import GPT_SPECS, TOKENIZER_SPECS, tokenizer_sizes
@@ -176,6 +176,7 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
     }
     if told := [f"{len(names)} {problem} ({names[0]}, ...)" for problem, names in problems.items() if names]:
         raise UserError(f"{path}: the weights do not fit the model: {'; '.join(told)}")
+    require_finite(path, weights)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return model.eval()
 

@@ -1,7 +1,7 @@
 """What a run shows and writes down: metrics, console, Weights & Biases, image grids, the report."""
 
 from grpo.observe.console import progress
-from grpo.observe.files import MetricsFile, read_metrics
+from grpo.observe.files import MetricsFile, read_metrics, write_atomically
 from grpo.observe.grids import SampleRow, image_grid, sample_grid
 from grpo.observe.history import History
 from grpo.observe.observer import RunObserver

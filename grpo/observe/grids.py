@@ -34,6 +34,7 @@ def sample_grids(folder: Path) -> list[tuple[int, Path]]:
 def image_grid(images: torch.Tensor, *, columns: int, gap: int = 2) -> Image.Image:
     """Images [N, 3, H, W] in [-1, 1] (or uint8) as one picture, row by row, `gap` white pixels between them."""
     height, width = images.shape[-2:]
+    columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     picture = Image.new("RGB", size, BACKGROUND)

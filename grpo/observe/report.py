@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
+from grpo.data import read_image
 from grpo.environment import environment
 from grpo.observe import charts
 from grpo.observe.charts import Curve, curve
@@ -66,7 +66,7 @@ def write_report(
         summary=summary,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         table=table,
-        images=[(caption, _data_url(Path(path)), Image.open(path).width < SMALL_WIDTH) for caption, path in images],
+        images=[(caption, _data_url(Path(path)), read_image(path).width < SMALL_WIDTH) for caption, path in images],
         groups=[(heading, *_split(history)) for heading, history in curves],
         samples=[(step, _data_url(path)) for step, path in _chosen(sample_grids(run_dir / "samples"))],
         notes=notes,

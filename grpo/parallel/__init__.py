@@ -16,5 +16,11 @@ from grpo.parallel.distributed import (
 from grpo.parallel.launcher import run_main
 from grpo.parallel.mesh import build_mesh, mesh_shape
 from grpo.parallel.metric_sums import MetricSums
-from grpo.parallel.precision import compute_dtype, grad_scaler, mixed_precision_policy, set_matmul_precision
+from grpo.parallel.precision import (
+    compute_dtype,
+    grad_scaler,
+    mixed_precision_policy,
+    require_backend,
+    set_matmul_precision,
+)
 from grpo.parallel.weights import full_state_dict, load_full_state_dict

@@ -5,7 +5,9 @@ import functools
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from grpo.config.types import Precision
+from grpo.config import UserError
+from grpo.config.types import KernelBackend, Precision
+from grpo.kernels import use_triton
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # as torch.cpu.get_capabilities names them on x86 and ARM
@@ -44,6 +46,14 @@ def grad_scaler(mixed_precision: Precision, device: torch.device) -> torch.amp.G
     On sharded gradients it agrees over ranks on whether one overflowed.
     """
     return torch.amp.GradScaler(device.type) if mixed_precision == "fp16" else None
+
+
+def require_backend(backend: KernelBackend, device: torch.device, *, key: str) -> None:
+    """Raise a UserError if the kernels that a recipe's `key` insists on do not run on the device."""
+    try:
+        use_triton(backend, op="this machine", device=device, obstacle=None)
+    except ValueError as error:
+        raise UserError(f'{key} = "{backend}": {error}; set it to "auto"') from error
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 from grpo.config import UserError, import_extra
 from grpo.models import to_uint8
 from grpo.rewards.base import RewardContext
-from grpo.rewards.published_weights import load_strictly, read_published
+from grpo.rewards.published_weights import load_strictly, read_published, sizes_of
 from grpo.rewards.resizing import resize_as_pillow
 from grpo.rewards.words import TextFeatures
 
@@ -93,16 +93,20 @@ class TransformersCLIP(nn.Module):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         transformers = import_extra("transformers", extra="rewards", wanted_by=f"the CLIP in {folder}")
+        file = folder / "config.json"
         try:
-            config = json.loads((folder / "config.json").read_text())
-            if config["model_type"] != "clip":
-                raise ValueError(f"it is of a {config['model_type']}")
-            self.model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(config))
+            text = file.read_bytes()
         except OSError as error:
             raise UserError(f"{folder} has no config.json; give a folder as transformers saves a CLIP") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder}/config.json is not that of a CLIP: {reason}") from error
+        try:
+            config = json.loads(text)
+            kind = config["model_type"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{file} is not that of a CLIP: no JSON object with a model_type") from error
+        if kind != "clip":
+            raise UserError(f"{file} is not that of a CLIP: it is of a {kind}")
+        with sizes_of(file, what="a CLIP"):
+            self.model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(config))
         self.images = _TransformersImages(self.model)
         self.size, self.width = self.model.config.vision_config.image_size, self.model.config.projection_dim
 

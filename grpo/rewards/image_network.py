@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grpo.config import RewardTable, UserError, import_extra
-from grpo.config.types import PositiveInt, Wanted
+from grpo.config.types import NetworkSide, Wanted
 from grpo.models import load_classifier, to_uint8
 from grpo.rewards.base import RewardContext
 from grpo.rewards.published_weights import load_strictly, read_published
@@ -52,9 +52,9 @@ class NetworkTable(RewardTable):
     """classifier: what `grpo classifier` writes; torchvision:NAME or timm:NAME: a network of that library."""
     checkpoint: Annotated[str, Wanted("weights of the network that net names")]
     """Its weights, as that library publishes them."""
-    resize: PositiveInt | None = None
+    resize: NetworkSide | None = None
     """Images are resized to this side; none is the network's own, which the classifier has none of."""
-    crop: PositiveInt | None = None
+    crop: NetworkSide | None = None
     """Then the square of this side in the middle is taken; none is the network's own."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """How they are resized; none is the network's own way."""
@@ -166,8 +166,8 @@ def _torchvision(name: str) -> _Library:
         keys: dict[str, Any] = {}
         if name in TRANSFORMS_INPUT:
             keys = {"transform_input": True, "aux_logits": True, "init_weights": False}
-        network, weights = models.get_model(name, weights=None, **keys), read_published(checkpoint)
-        load_strictly(network, weights, checkpoint, what=f"the weights of torchvision's {name}")
+        network = models.get_model(name, weights=None, **keys)
+        _load(network, checkpoint, what=f"the weights of torchvision's {name}")
         linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise UserError(f"net: torchvision's {name} does not end in a linear layer; take another network")
@@ -194,12 +194,19 @@ def _timm(name: str) -> _Library:
 
     def build(checkpoint: str, output: Output) -> _Built:
         network = timm.create_model(name, pretrained=False)
-        load_strictly(network, read_published(checkpoint), checkpoint, what=f"the weights of timm's {name}")
+        _load(network, checkpoint, what=f"the weights of timm's {name}")
         if output == "logits":
             return _Built(network, network.num_classes)
         return _Built(_Look(network, _timm_features), network.num_classes)
 
     return _Library(preprocessing, build)
+
+
+def _load(network: nn.Module, checkpoint: str, *, what: str) -> None:
+    weights = read_published(checkpoint)
+    if weights.keys() >= {"layers.0.conv1.weight", "head.weight"}:  # as in `load_classifier`
+        raise UserError(f'{checkpoint} holds a classifier of `grpo classifier`, not {what}: set net = "{OWN}"')
+    load_strictly(network, weights, checkpoint, what=what)
 
 
 def _timm_features(network: nn.Module, images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from grpo.config.types import Wanted
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.clip_networks import clip_pixels
 from grpo.rewards.linear_chain import LinearChain
-from grpo.rewards.published_weights import load_strictly, numbered, read_published, under
+from grpo.rewards.published_weights import load_strictly, numbered, read_published, sizes_of, under
 from grpo.rewards.words import TextFeatures, WordsTable
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores of the published weights
@@ -104,11 +104,9 @@ def load_image_reward(checkpoint: str) -> tuple[ImageGroundedText, LinearChain]:
     """The network and its head. Raises a UserError: no such file, or not ImageReward's weights."""
     weights = read_published(checkpoint)
     blip = {name: value for name, value in under(weights, "blip.").items() if not name.startswith(UNUSED)}
-    try:
+    with sizes_of(checkpoint, what="ImageReward-v1.0"):
         network = ImageGroundedText(blip)
         head = LinearChain(network.text_encoder.config.hidden_size)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{checkpoint} does not hold ImageReward-v1.0") from error
     load_strictly(network, blip, checkpoint, what="ImageReward-v1.0")
     load_strictly(head, under(weights, "mlp."), checkpoint, what="ImageReward-v1.0")
     return network.eval(), head.eval()

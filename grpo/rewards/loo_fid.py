@@ -12,14 +12,13 @@ in 1/n, with T = C^-½ (C^½ C' C^½)^½ C^-½ the optimal-transport map from ou
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from grpo.config import UserError
+from grpo.config import UserError, reading, require_regular
 from grpo.config.types import LARGEST_INT, ProperFraction, Wanted
 from grpo.parallel import sum_over_ranks
 from grpo.rewards.base import DecodedBatch, PopulationReward, RewardContext
@@ -45,7 +44,10 @@ class Gaussian(NamedTuple):
 
 
 class LeaveOneOutFID(PopulationReward):
-    """See the head of this file; the memory is part of the checkpoints."""
+    """How much farther the policy's images would be from the real ones without this completion, by a network.
+
+    The formulas are at the head of this file. The memory is part of the checkpoints.
+    """
 
     class Settings(NetworkTable):
         """What each completion does to the FID in the features of a network; several tables take several networks."""
@@ -70,6 +72,11 @@ class LeaveOneOutFID(PopulationReward):
         def image_uses(self) -> Iterator[str]:
             if self.reference is None:
                 yield "reference is required: there are no real images to measure"
+
+        def size_problems(self, *, image_size: int, completions: int) -> Iterator[str]:
+            if completions < 2:
+                keys = "rollout.batch_size or rollout.num_generations"
+                yield f"a distance without one completion needs at least 2 of them in a step: raise {keys}"
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.network = ImageNetwork(settings.resolved(), context, output="features")
@@ -187,11 +194,10 @@ def read_statistics(path: str, size: int, *, full: bool, device: torch.device) -
     Raises:
         UserError: it cannot be read, or the features are others.
     """
-    try:
+    with reading(f"reference: {path} is no .npz with arrays mu and sigma"):
+        require_regular(path)
         with np.load(Path(path), allow_pickle=False) as arrays:
             mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
-    except (BadZipFile, KeyError, ValueError, TypeError, OSError, EOFError) as error:
-        raise UserError(f"reference: {path} is no .npz with arrays mu and sigma") from error
     if mean.shape != (size,) or covariance.shape != (size, size):
         found = f"mu {list(mean.shape)} and sigma {list(covariance.shape)}"
         raise UserError(f"reference: {path} has {found}, the network {size} features: take statistics of its own")

@@ -7,7 +7,7 @@ from torch import Tensor
 from grpo.config import RewardTable
 from grpo.config.types import exists
 from grpo.models import load_lpips
-from grpo.models.lpips import BACKBONE, lpips_backbone
+from grpo.models.lpips import BACKBONE, SMALLEST_SIDE, lpips_backbone
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
 
@@ -24,6 +24,10 @@ class PerceptualSimilarity(Reward):
         def missing_files(self) -> Iterator[str]:
             if not exists(path := str(lpips_backbone(self.backbone))):
                 yield f"backbone: {path} does not exist; wanted: torchvision's VGG16, {BACKBONE}"
+
+        def size_problems(self, *, image_size: int, completions: int) -> Iterator[str]:
+            if image_size < SMALLEST_SIDE:
+                yield f"LPIPS needs data.image_size of at least {SMALLEST_SIDE}, not {image_size}"
 
     needs = frozenset({"real_images"})
 

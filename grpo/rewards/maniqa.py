@@ -8,13 +8,13 @@ from pydantic import FiniteFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from grpo.config import RewardTable, UserError
+from grpo.config import RewardTable
 from grpo.config.types import Wanted
 from grpo.kernels import philox_uniform
 from grpo.models import to_uint8
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.rewards.maniqa_network import MANIQA, without_unused
-from grpo.rewards.published_weights import load_strictly, read_published
+from grpo.rewards.published_weights import load_strictly, read_published, sizes_of
 
 CROPS_AT_ONCE = 20  # of 224 pixels: 785 tokens each and maps of 3072 x 3072 between channels fill a GPU
 CROP_STEP = 1 << 31  # in the place of a step in counters of random numbers: no draw of tokens has it
@@ -73,9 +73,7 @@ class MANIQAScore(Reward):
 def load_maniqa(checkpoint: str, *, scale: float) -> MANIQA:
     """The network. Raises a UserError: no such file, or not MANIQA's weights."""
     weights = without_unused(read_published(checkpoint))
-    try:
+    with sizes_of(checkpoint, what="MANIQA"):
         network = MANIQA(weights, scale=scale)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{checkpoint} does not hold MANIQA") from error
     load_strictly(network, weights, checkpoint, what="MANIQA")
     return network.eval()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from grpo.config import Model, Sampling
 from grpo.config import Tokenizer as TokenizerConfig
 from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, get_family, to_uint8
-from grpo.parallel import MetricSums, compute_dtype, set_matmul_precision
+from grpo.parallel import MetricSums, compute_dtype, require_backend, set_matmul_precision
 from grpo.rollout.autoregressive import CodeSampler
 from grpo.rollout.modes import build_draw
 
@@ -51,6 +51,7 @@ class ImageSampler:
 
 def load_sampler(model: Model, tokenizer: TokenizerConfig, sampling: Sampling, *, device: torch.device) -> ImageSampler:
     """The sampler of a recipe's checkpoints, whole on this rank, in the recipe's precision."""
+    require_backend(sampling.kernels, device, key="sampling.kernels")
     sizes = generator_sizes(model, tokenizer, image_size=sampling.image_size)
     dtype = compute_dtype(sampling.mixed_precision)
     set_matmul_precision(sampling.mixed_precision)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Recipe, UserError
+from grpo.config import Recipe, read_text, writing
 from grpo.parallel import World, barrier, broadcast_object
 
 MARKER = "phase.json"
@@ -58,7 +58,7 @@ def run_phases(phases: Sequence[Phase], world: World, *, say: Callable[[str], No
 def _prepare(phase: Phase, key: str) -> bool:
     """Whether the phase is finished; if not, its folder is made ready."""
     folder, marker = phase.folder, phase.folder / MARKER
-    try:
+    with writing(folder, remedy="choose another folder"):
         before = _read_marker(marker)
         same = before.get("key") == key
         if same and before.get("finished") and phase.product.exists():
@@ -69,15 +69,13 @@ def _prepare(phase: Phase, key: str) -> bool:
             folder.rename(aside)
         folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps({"key": key, "finished": False}) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from error
     return False
 
 
 def _read_marker(path: Path) -> dict[str, Any]:
     """What a phase has noted; nothing, where there is no note or it was cut short."""
     try:
-        note = json.loads(path.read_text()) if path.exists() else {}
-    except (ValueError, RecursionError):
+        note = json.loads(read_text(path)) if path.exists() else {}
+    except (ValueError, RecursionError, OSError):
         return {}
     return note if isinstance(note, dict) else {}

@@ -11,12 +11,21 @@ import torch
 from torch import nn
 
 from grpo.checkpoint import CheckpointManager, ExtraState
-from grpo.config import TrainingRecipe, UserError, is_url
+from grpo.config import AVERAGE_NAME, EXPORT_NAME, TrainingRecipe, UserError, is_url
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
+from grpo.formats import require_finite
 from grpo.models import save_weights
 from grpo.observe import PhaseTimer, RunObserver
-from grpo.parallel import MetricSums, World, build_mesh, full_state_dict, gather_numbers, set_matmul_precision
+from grpo.parallel import (
+    MetricSums,
+    World,
+    build_mesh,
+    full_state_dict,
+    gather_numbers,
+    require_backend,
+    set_matmul_precision,
+)
 from grpo.rewards import Seen
 from grpo.training.fingerprints import take_fingerprints
 from grpo.training.optimizer import GuardedOptimizer
@@ -26,8 +35,6 @@ from grpo.training.stop_request import StopRequest
 from grpo.training.stragglers import Stragglers, own_work
 from grpo.training.watchdog import Watchdog
 
-EXPORT_NAME = "model.safetensors"
-AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
 NO_WORK = Work()
 Watch = Callable[[Mapping[str, float]], Seen]
 _STOP, _SAVE_FAILED = 1, 2  # what a rank votes for after a step, or 0; the highest vote wins
@@ -54,6 +61,7 @@ class TrainingRun:
 
     def __init__(self, recipe: TrainingRecipe, world: World, *, title: str) -> None:
         self.recipe, self.world, self.title = recipe, world, title
+        require_backend(recipe.training.kernels, world.device, key="training.kernels")
         # Of now: a user's code may go to another folder later.
         self.run_dir, place = recipe.run_dir.absolute(), recipe.checkpoint_dir
         self.checkpoint_dir = place if is_url(place) else str(Path(place).absolute())
@@ -216,6 +224,7 @@ class TrainingRun:
     def _write_weights(self, name: str) -> None:
         weights = full_state_dict(self._model)
         if self.world.is_main:
+            require_finite(f"{self.recipe.run_dir / name} is not written", weights)
             save_weights(self.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int, problem: str | None) -> NoReturn:

@@ -35,9 +35,16 @@ class Watchdog:
         self._stopped = threading.Event()
 
     def start(self, until: ExitStack) -> None:
-        """Watch until the stack closes."""
+        """Watch until the stack closes; a last beat says `finished`, or `ended` with the error that closed it."""
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        until.callback(self._stopped.set)
+
+        def end(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+            self._stopped.set()
+            thread.join(timeout=5)  # it may be writing
+            if not thread.is_alive():
+                self._beat(finished=True) if kind is None else self._beat(ended=f"{kind.__name__}: {error}")
+
+        until.push(end)
         self._last = time.monotonic()
         thread.start()
 
@@ -57,11 +64,12 @@ class Watchdog:
             if still > self.seconds:
                 self._give_up(still)
 
-    def _beat(self) -> None:
+    def _beat(self, **end: object) -> None:
         if self.heartbeat is None:
             return
         beat = {"time": time.time(), "step": self.step, "phase": self.phase}
         beat["still_for_seconds"] = round(time.monotonic() - self._last, 1)
+        beat |= end
         with suppress(OSError):  # a full disk is told by what needs it
             temporary = self.heartbeat.with_name(f".{self.heartbeat.name}")
             temporary.write_text(json.dumps(beat) + "\n")

@@ -238,3 +238,10 @@ def test_a_group_of_one_has_no_statistics() -> None:
     load_recipe(GRPORecipe, [*MINIMAL, *alone, "--reward.reconstruction.normalise", "batch"])
     with pytest.raises(UserError, match=r"at least 2 with reward\.reconstruction\.normalise = \"group\""):
         load_recipe(GRPORecipe, [*MINIMAL, *alone, "--reward.reconstruction.normalise", "group"])
+
+
+def test_the_page_of_rewards_lists_every_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    table = page.partition("## The kinds")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(REWARD_KINDS.keys() - {"stub"})

@@ -1,5 +1,6 @@
 """Images from an npz, a folder, a data set and a model, and what is said about bad ones."""
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from grpo.evaluation import (
     batches_in_order,
     classes_in_turn,
     open_images,
+    save_image,
     save_pngs,
 )
 from grpo.evaluation.sources import FolderImages, NpzImages
@@ -116,6 +118,37 @@ def save_array(path, **arrays):
     return path
 
 
+PLAIN = {"arr_0": np.zeros((2, 6, 6, 3), np.uint8)}
+
+
+def save_npy(path, array):
+    with path.open("wb") as file:
+        np.save(file, array)
+    return path
+
+
+def make_pipe(folder):
+    os.mkfifo(folder / "a.npz")
+    return folder / "a.npz"
+
+
+@pytest.mark.parametrize("write", ["images", "end"])
+def test_a_full_disk_leaves_nothing(write, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    npz = NpzWriter(tmp_path / "a.npz", torch.zeros(1).long(), size=(6, 6))
+    target = (npz._images, "write") if write == "images" else (npz._archive, "close")
+    monkeypatch.setattr(*target, full)
+    with pytest.raises(UserError, match=r"a\.npz cannot be written: No space left on device"), npz:
+        npz.write(random_pixels(1))
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match=r"a\.png cannot be written: No space left"):
+        save_image(Image.new("RGB", (2, 2)), tmp_path / "a.png")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -128,6 +161,13 @@ def save_array(path, **arrays):
             "arr_1 has shape",
         ),
         (lambda folder: save_array(folder / "a.npz", arr_0=np.array([{}], dtype=object)), "not an .npz"),
+        (lambda folder: save_array(folder / "a.npz", **PLAIN, arr_1=np.array(["a", "b"])), "expected whole numbers"),
+        (lambda folder: save_array(folder / "a.npz", **PLAIN, arr_1=np.array([0, 2**40])), "no class id"),
+        (lambda folder: save_array(folder / "a.npz", **PLAIN, mu=np.array(["a"]), sigma=np.eye(1)), "mean and cov"),
+        (lambda folder: save_array(folder / "a.npz", **PLAIN, mu=np.ones(2), sigma=np.eye(3)), "mean and cov"),
+        (lambda folder: save_array(folder / "a.npz", **PLAIN, mu=np.full(2, np.nan), sigma=np.eye(2)), "finite"),
+        (lambda folder: save_npy(folder / "a.npz", PLAIN["arr_0"]), "no zip archive"),
+        (make_pipe, "a pipe or a device"),
         (lambda folder: folder, "has no images"),
     ],
 )

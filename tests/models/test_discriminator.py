@@ -84,6 +84,13 @@ def test_other_files_are_refused(tmp_path, small):
     torch.save({"model": small.state_dict()}, tmp_path / "generator.pt")
     with pytest.raises(UserError, match=r"generator.pt: this checkpoint does not hold .* the key discriminator"):
         load_discriminator(tmp_path / "generator.pt", SMALL)
+    torch.save({"discriminator": {1: torch.zeros(2)}}, tmp_path / "numbers.pt")
+    with pytest.raises(UserError, match=r"numbers.pt: this checkpoint has a tensor by the name 1, which is no text"):
+        load_discriminator(tmp_path / "numbers.pt")
+    deep = DiscriminatorConfig(width=4, num_layers=100_000)
+    save_weights(tmp_path / "deep.safetensors", small.state_dict(), config=deep)
+    with pytest.raises(UserError, match=r"deep.safetensors: damaged, .* no sizes of a discriminator"):
+        load_discriminator(tmp_path / "deep.safetensors")
     with pytest.raises(UserError, match="is a folder; give the file with the discriminator"):
         load_discriminator(tmp_path)
     torch.save(tokenizer_checkpoint(small), tmp_path / "vq.pt")

@@ -87,6 +87,15 @@ def test_other_weights_are_refused(tmp_path, change):
         load_lpips(tmp_path / "vgg.pth")
 
 
+def test_malformed_weights_are_told(tmp_path):
+    torch.save(random_vgg16() | {1: torch.ones(1)}, tmp_path / "vgg.pth")
+    with pytest.raises(UserError, match=r"vgg.pth: this checkpoint has a tensor by the name 1, which is no text"):
+        load_lpips(tmp_path / "vgg.pth")
+    torch.save(random_vgg16() | {"features.28.bias": torch.full((512,), float("nan"))}, tmp_path / "vgg.pth")
+    with pytest.raises(UserError, match=r"vgg.pth: features.28.bias holds NaN or infinite numbers"):
+        load_lpips(tmp_path / "vgg.pth")
+
+
 def test_missing_files_are_named(tmp_path, file, monkeypatch):
     with pytest.raises(UserError, match=r"LPIPS needs torchvision's VGG16, .* no file .*gone.pth; check the path"):
         load_lpips(tmp_path / "gone.pth")

@@ -142,6 +142,7 @@ def test_the_discriminator_is_the_same_on_both_ranks(run_on_two, tmp_path):
 
 def test_a_missing_backbone_is_told_before_training(run_here, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"LPIPS needs torchvision's VGG16, vgg16-397923af.pth: no file"):
+    told = r"LPIPS needs torchvision's VGG16, vgg16-397923af.pth: no file .*`tokenizer_loss.perceptual_backbone`"
+    with pytest.raises(UserError, match=told):
         run_here("tokenizer", *TINY, "--tokenizer_loss.perceptual_weight", 1, "--metrics.run_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -222,6 +222,15 @@ def test_what_is_wrong_is_said(files, context, monkeypatch, tmp_path):
     assert "has no config.json" in told(PickScore, checkpoint=str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert "config.json is not that of a CLIP: it is of a bert" in told(PickScore, checkpoint=str(tmp_path))
+    for sizes in {"hidden_size": 7}, {"image_size": "x"}, {"patch_size": 0}:
+        small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1} | sizes
+        text = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 10}
+        config = {"model_type": "clip", "vision_config": small, "text_config": text}
+        if "hidden_size" in sizes:
+            small["num_attention_heads"] = 2
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        problem = told(PickScore, checkpoint=str(tmp_path))
+        assert f"{tmp_path}/config.json does not hold a CLIP: its sizes do not fit together (" in problem
     settings = {"clip_checkpoint": files["pick"], "checkpoint": files["clip"]}
     assert "does not hold the aesthetic predictor" in told(Aesthetic, **settings)
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)

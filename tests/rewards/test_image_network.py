@@ -125,6 +125,14 @@ def test_other_weights_and_a_missing_library_are_told(weights, context, monkeypa
         UserError, match=r"weights.safetensors does not hold the weights of torchvision's resnet18: size"
     ):
         ImageNetwork(table("torchvision:resnet18", path), context, output="logits")
+    own = weights(Classifier(ClassifierConfig(width=8, num_classes=4)))
+    for net in "torchvision:resnet18", "timm:resnet10t":
+        with pytest.raises(UserError, match=r'weights.safetensors holds a classifier .*: set net = "classifier"'):
+            ImageNetwork(table(net, own), context, output="logits")
+    diverged = torchvision.models.resnet18(weights=None)
+    diverged.fc.bias.data[3] = float("nan")
+    with pytest.raises(UserError, match=r"weights.safetensors: fc.bias holds NaN or infinite numbers"):
+        ImageNetwork(table("torchvision:resnet18", weights(diverged)), context, output="logits")
     convolutional = weights(torchvision.models.squeezenet1_1(weights=None))
     with pytest.raises(UserError, match=r"^net: torchvision's squeezenet1_1 does not end in a linear layer"):
         ImageNetwork(table("torchvision:squeezenet1_1", convolutional), context, output="features")

@@ -8,7 +8,7 @@ import torch
 from grpo.config import UserError
 from grpo.models import ClassCondition
 from grpo.rewards import DecodedBatch
-from grpo.rewards.image_reward import ImageReward
+from grpo.rewards.image_reward import ImageReward, load_image_reward
 from tests.rewards.published_layouts import counted, images
 
 pytest.importorskip("timm", reason="the extra [rewards] is not installed")
@@ -80,6 +80,25 @@ def test_in_bf16(files, context, batch):
     exact, low = (make(it, files, template="{}") for it in (context, replace(context, dtype=torch.bfloat16)))
     assert low(batch).dtype == torch.float32
     torch.testing.assert_close(low(batch), exact(batch), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({1: torch.zeros(1)}, "a tensor by the name 1, which is no text"),
+        ({"blip.text_encoder.encoder.layer.0.intermediate.dense.weight": torch.zeros(())}, "sizes do not fit together"),
+        ({"blip.visual_encoder.pos_embed": torch.zeros(1, 0, 64)}, "sizes do not fit together"),
+        ({"mlp.layers.7.bias": torch.full((1,), float("inf"))}, "layers.7.bias holds NaN or infinite numbers"),
+    ],
+)
+def test_malformed_weights_are_told_in_a_line(changes, told, tmp_path):
+    path = str(tmp_path / "w.pt")
+    torch.save(released() | changes, path)
+    with pytest.raises(UserError) as error:
+        load_image_reward(path)
+    (line,) = error.value.problems
+    assert line.startswith(path)
+    assert told in line
 
 
 def test_what_is_wrong_is_said(files, context, tmp_path):

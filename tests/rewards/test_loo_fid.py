@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from grpo.config import UserError
+from grpo.config import GRPORecipe, UserError, load_recipe
 from grpo.evaluation.distances import FeatureStatistics, frechet_distance
 from grpo.models import Classifier, ClassifierConfig, save_weights
 from grpo.rewards.loo_fid import Gaussian, LeaveOneOutFID, first_order, moments
@@ -184,3 +184,12 @@ def test_inception_sees_the_whole_image_at_299_pixels():
 def test_one_completion_has_no_distance_without_it(build, npz):
     with pytest.raises(UserError, match="at least 2"):
         build(features=drawn(9), reference=npz).score(drawn(1))
+
+
+def test_one_completion_a_step_is_told_at_the_start():
+    flags = ["--data.name", "synthetic", "--reward.loo_fid.net", "classifier", "--reward.loo_fid.checkpoint", "c.pt"]
+    flags += ["--objective.advantage", "batch_std", "--rollout.num_generations", "1", "--rollout.batch_size"]
+    load_recipe(GRPORecipe, [*flags, "2"])
+    with pytest.raises(UserError) as error:
+        load_recipe(GRPORecipe, [*flags, "1"])
+    assert any("reward.loo_fid: a distance without one" in line for line in error.value.problems)

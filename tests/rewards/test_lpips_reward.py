@@ -73,3 +73,12 @@ def test_a_free_sample_has_no_real_image_to_be_like():
     flags = ["--data.name", "synthetic", "--reward.lpips.weight", "1", "--rollout.mode", "autoregressive"]
     with pytest.raises(UserError, match=r"reward.lpips.weight must be 0 with rollout.mode"):
         load_recipe(GRPORecipe, flags)
+
+
+def test_images_that_are_too_small_are_told_at_the_start():
+    flags = ["--data.name", "synthetic", "--reward.lpips.weight", "1", "--tokenizer.downsample_size", "8"]
+    load_recipe(GRPORecipe, [*flags, "--data.image_size", "16"])
+    with pytest.raises(UserError) as error:
+        load_recipe(GRPORecipe, [*flags, "--data.image_size", "8"])
+    (line,) = error.value.problems
+    assert line.endswith("reward.lpips: LPIPS needs data.image_size of at least 16, not 8")

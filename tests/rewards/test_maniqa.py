@@ -135,7 +135,22 @@ def test_in_bf16(checkpoint, context, score):
     torch.testing.assert_close(low, score(images(2, SIDE)), rtol=0.05, atol=0)
 
 
-def test_other_weights_are_refused(tmp_path, context):
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="does not hold MANIQA"):
-        MANIQAScore(MANIQAScore.Settings(kind="maniqa", checkpoint=str(tmp_path / "w.pt")), context)
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (None, "does not hold MANIQA: 'vit.patch_embed.proj.weight' is missing"),
+        ({1: torch.zeros(1)}, "a tensor by the name 1, which is no text"),
+        ({"vit.patch_embed.proj.weight": torch.zeros(200, 3, 8, 8)}, "sizes do not fit together (dim should be divis"),
+        ({"swintransformer1.layers.0.conv.weight": torch.zeros(())}, "sizes do not fit together (len() of a 0-d"),
+        ({"vit.pos_embed": torch.zeros(1, 0, WIDTH)}, "sizes do not fit together"),
+        ({"conv1.bias": torch.full((WIDTH,), float("nan"))}, "conv1.bias holds NaN or infinite numbers"),
+    ],
+)
+def test_other_weights_are_refused(tmp_path, context, changes, told):
+    path = str(tmp_path / "w.pt")
+    torch.save({"conv1.weight": torch.zeros(1)} if changes is None else released() | changes, path)
+    with pytest.raises(UserError) as error:
+        MANIQAScore(MANIQAScore.Settings(kind="maniqa", checkpoint=path), context)
+    (line,) = error.value.problems
+    assert line.startswith(path)
+    assert told in line

@@ -66,3 +66,33 @@ def test_it_is_not_on_without_its_file(switch, files):
     assert error.value.problems == [line]
     table = load_recipe(GRPORecipe, [*flags, "--reward-disc-ckpt", files[0]]).reward.active["patchgan"]
     assert (table.checkpoint, table.weight) == (files[0], 2.0 if len(switch) > 1 else 1.0)
+
+
+@pytest.mark.parametrize("sizes", [[], ["--reward.patchgan.num_layers", "3"]])
+def test_images_that_are_too_small_are_told_at_the_start(sizes, tmp_path):
+    """Of a file that says its sizes, and of a table that does."""
+    config, path = DiscriminatorConfig(width=4, num_layers=3), str(tmp_path / "d.safetensors")
+    save_weights(path, Discriminator(config).state_dict(), config=config)
+    flags = ["--data.name", "synthetic", "--reward.patchgan.checkpoint", path, *sizes]
+    load_recipe(GRPORecipe, [*flags, "--data.image_size", "32"])
+    with pytest.raises(UserError) as error:
+        load_recipe(GRPORecipe, [*flags, "--data.image_size", "16"])
+    (line,) = error.value.problems
+    assert line.endswith("reward.patchgan: a discriminator of 3 layers needs data.image_size of at least 24, not 16")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("--reward-disc-num-layers", "11", "reward.patchgan.num_layers"),
+        ("--reward.patchgan.dim", "1025", "reward.patchgan.dim"),
+        ("--reward.feature_distance.resize", "4097", "reward.feature_distance.resize"),
+        ("--reward.loo_fid.crop", "1000000", "reward.loo_fid.crop"),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused(flag, value, told):
+    table = told.split(".")[1]
+    flags = ["--data.name", "synthetic", f"--reward.{table}.checkpoint", "w.pt", flag, value]
+    with pytest.raises(UserError) as error:
+        load_recipe(GRPORecipe, flags)
+    assert any(told in problem and "must be" in problem for problem in error.value.problems)

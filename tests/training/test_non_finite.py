@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import grpo.training.run as run_module
 from grpo.config import UserError
 from grpo.formats import read_tensors
 from grpo.jobs import train_grpo
@@ -45,6 +46,29 @@ def grad_norm(job, bad):
     """A gradient that is not a number, of a finite loss."""
     job.policy.output.weight.register_hook(lambda gradient: gradient * torch.nan if bad() else gradient)
     return job
+
+
+def test_weights_that_are_not_finite_are_not_exported(monkeypatch, tmp_path):
+    """But the checkpoint before is there, to look at."""
+    whole = run_module.full_state_dict
+    monkeypatch.setattr(
+        run_module,
+        "full_state_dict",
+        lambda model: {name: tensor * torch.nan for name, tensor in whole(model).items()},
+    )
+    flags = ["--training.steps", "1", "--metrics.run_dir", str(tmp_path)]
+    with pytest.raises(UserError, match=r"model\.safetensors is not written: .* holds NaN"):
+        train_grpo.main([*FLAGS, *flags])
+    assert (tmp_path / "checkpoints/step-000001/manifest.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run")
+@pytest.mark.parametrize("flag", ["--training.kernels"])
+def test_kernels_that_do_not_run_here(flag, monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=r'training\.kernels = "triton": .* not on a GPU; set it to "auto"'):
+        train_grpo.main([*FLAGS, flag, "triton", "--metrics.run_dir", str(tmp_path)])
 
 
 @pytest.fixture

@@ -46,6 +46,23 @@ def test_it_ends_with_the_run(capfd):
     assert not ends
 
 
+def test_the_last_beat_says_how_the_run_ended(tmp_path):
+    file = tmp_path / "heartbeat.json"
+    with ExitStack() as stack:
+        watchdog = Watchdog(100, rank=0, heartbeat=file)
+        watchdog.start(until=stack)
+        watchdog.step_begins(6)
+    beat = json.loads(file.read_text())
+    assert (beat["step"], beat["finished"]) == (6, True)
+    assert "ended" not in beat
+    stack = ExitStack()
+    Watchdog(100, rank=0, heartbeat=file).start(until=stack)
+    stack.__exit__(ValueError, ValueError("a reason"), None)
+    beat = json.loads(file.read_text())
+    assert beat["ended"] == "ValueError: a reason"
+    assert "finished" not in beat
+
+
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_is_acknowledged_and_the_handler_given_back(number, capfd):
     before = signal.getsignal(number)
