@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics
+from grpo.config import RECIPES, UserError, did_you_mean, help_text, help_topics, shipped_recipe
 from grpo.restarts import MISTAKE, is_pointless, note_mistake
 
 JOBS = {
@@ -30,15 +30,23 @@ JOBS = {
 }
 """Word of the command -> module of `grpo.jobs`, the folder recipes/ of a checkout."""
 
+RECIPES_HELP = "grpo recipes lists the shipped recipes, grpo recipes NAME prints one, to copy and change."
+
 
 def main() -> NoReturn:
     """The console script `grpo`."""
     job, *arguments = sys.argv[1:] or ["--help"]
     if job in ("--help", "-h"):
         lines = [f"  {name:<12}{_documentation(name).splitlines()[0]}" for name in JOBS]
-        _show("\n".join(["usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job."]))
+        _show(
+            "\n".join(
+                ["usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job.", RECIPES_HELP]
+            )
+        )
+    if job == "recipes":
+        _show_recipes(arguments)
     if job not in JOBS:
-        _refuse(f"{job}: unknown job; {did_you_mean(job, JOBS)}")
+        _refuse(f"{job}: unknown job; {did_you_mean(job, [*JOBS, 'recipes'])}")
     run_job(job, arguments)
 
 
@@ -70,6 +78,17 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
         job.main(arguments)
 
     run_main(main)
+
+
+def _show_recipes(arguments: Sequence[str]) -> NoReturn:
+    if help_topics(arguments) is not None:
+        _show(RECIPES_HELP)
+    if len(arguments) > 1:
+        _refuse(f"recipes takes one name, got {len(arguments)}")
+    try:
+        _show(shipped_recipe(*arguments))
+    except UserError as error:
+        _refuse(str(error))
 
 
 def _documentation(job: str) -> str:

@@ -33,7 +33,8 @@ def train(recipe: PretrainRecipe, world: World) -> None:
     training = recipe.training
     with TrainingRun(recipe, world, title="Pre-training") as run:
         learned = learned_classes(recipe.model)
-        dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
+        new = recipe.model.new_classes if recipe.model.checkpoint else 0  # of random weights all classes are new
+        dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned, new_classes=new)
         tokenizer = None
         if recipe.needs_tokenizer or recipe.tokenizer.checkpoint is not None:
             tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)

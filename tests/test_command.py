@@ -35,7 +35,7 @@ def test_help_lists_every_job_with_a_line() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([job, "--help"] for job in JOBS), ["train", "--help", "objective", "data"], ["trian"]],
+    [["--help"], *([job, "--help"] for job in JOBS), ["train", "--help", "objective", "data"], ["recipes"], ["trian"]],
     ids=" ".join,
 )
 def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
@@ -84,6 +84,13 @@ def test_importing_the_package_needs_nothing_heavy() -> None:
     assert run("-c", code).returncode == 0
 
 
+def test_shipped_recipes_are_listed_and_printed() -> None:
+    names = run("-m", "grpo", "recipes").stdout.split()
+    assert {"c2i_b_256", "own_classes/pretrain", "published/vapi_xxl_384"} <= {*names}
+    printed = run("-m", "grpo", "recipes", "own_classes/pretrain").stdout
+    assert printed == (ROOT / "train_configs/own_classes/pretrain.toml").read_text(encoding="utf-8")
+
+
 def test_scripts_give_the_same_help() -> None:
     by_script, by_command = run("recipes/train_grpo.py", "--help"), run("-m", "grpo", "train", "--help")
     assert by_script.returncode == 0, by_script.stderr
@@ -97,6 +104,11 @@ def test_scripts_give_the_same_help() -> None:
         (["xyz"], "xyz: unknown job; there are train, pretrain, "),
         (["train", "--help", "optimiser"], "--help optimiser: no section of this job; did you mean optimizer"),
         (["convert", "--convert.inputs", "a"], "--convert.inputs: unknown flag; did you mean --convert.input?"),
+        (
+            ["recipes", "own_classes/pretrian"],
+            "did you mean the shipped recipe own_classes/pretrain?",
+        ),
+        (["recipes", "a", "b"], "recipes takes one name"),
         (["train", "--config", "quickstart/pretrain"], "is a recipe of `grpo pretrain`, not of `grpo train`"),
     ],
 )

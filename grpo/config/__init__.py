@@ -3,7 +3,7 @@
 from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra
 from grpo.config.help import help_text
 from grpo.config.job_sections import Classifier, Convert, Encode, Evaluation, Output, Sampling, TokenizerLoss
-from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml
+from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml, shipped_recipe
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import (
     AVERAGE_NAME,

@@ -83,6 +83,19 @@ def job_of_file(config: str) -> str | None:
         return None
 
 
+def shipped_recipe(name: str | None = None) -> str:
+    """The text of a recipe that comes with the project, to copy and change; without a name, the names of all.
+
+    Raises a UserError: there is none of that name.
+    """
+    if name is None:
+        return "\n".join(_shipped_names())
+    path = _recipe_path(name).resolve()
+    if not path.is_file() or not path.is_relative_to(SHIPPED_RECIPES.resolve()):
+        raise UserError(f"{name}: is no shipped recipe{_hint(name)}; `grpo recipes` lists them")
+    return path.read_text(encoding="utf-8").rstrip("\n")
+
+
 def help_topics(arguments: Sequence[str]) -> list[str] | None:
     """The words after `--help` or `-h`; None where no help is asked for."""
     asked = [place for place, word in enumerate(arguments) if word in ("--help", "-h")]
@@ -117,7 +130,12 @@ def _recipe_path(config: str) -> Path:
     return namesakes[0] if not os.path.isfile(found) and len(namesakes) == 1 else found
 
 
+def _shipped_names() -> list[str]:
+    return sorted(
+        file.relative_to(SHIPPED_RECIPES).with_suffix("").as_posix() for file in SHIPPED_RECIPES.glob("**/*.toml")
+    )
+
+
 def _hint(config: str) -> str:
-    names = [file.relative_to(SHIPPED_RECIPES).with_suffix("").as_posix() for file in SHIPPED_RECIPES.glob("**/*.toml")]
-    nearest = difflib.get_close_matches(config, names, n=1)
+    nearest = difflib.get_close_matches(config, _shipped_names(), n=1)
     return f"; did you mean the shipped recipe {nearest[0]}?" if nearest else ""

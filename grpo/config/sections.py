@@ -36,13 +36,17 @@ from grpo.config.types import (
     Written,
 )
 
+PUBLISHED = {"GPT-B": "c2i_B_256.pt", "GPT-L": "c2i_L_256.pt", "GPT-3B": "c2i_3B_384.pt"}
+PUBLISHED |= {"GPT-XL": "c2i_XL_384.pt", "GPT-XXL": "c2i_XXL_384.pt"}
+"""LlamaGen's released files, by the spec of the generator."""
+
 
 class Model(Section):
     """The autoregressive image generator."""
 
     name: str = "GPT-B"
     """Spec of the GPT, a key of `grpo.models.MODEL_SPECS`: GPT-B, GPT-L, GPT-XL, GPT-XXL, ..."""
-    checkpoint: Annotated[str | None, Wanted("weights of the generator, such as LlamaGen's c2i_XXL_384.pt")] = None
+    checkpoint: Annotated[str | None, Wanted("weights of the generator")] = None
     """Weights to start from: a LlamaGen file, .safetensors, or a checkpoint folder. None starts from random weights."""
     from_fsdp: bool = False
     """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
@@ -61,6 +65,10 @@ class Model(Section):
     training.dropout_mode is not eval, which makes the default 0.1."""
     dropout: ProperFraction = 0.0
     """Dropout of embeddings and of the outputs of attention and feed-forward, there too and with the same default."""
+
+    def missing_files(self) -> Iterator[str]:
+        example = f", such as LlamaGen's {PUBLISHED[self.name]}" if self.name in PUBLISHED else ""
+        return (f"{line} {self.name}{example}" for line in super().missing_files())
 
 
 class Tokenizer(Section):

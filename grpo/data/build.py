@@ -8,8 +8,9 @@ import numpy as np
 
 from grpo.config import Data, UserError
 from grpo.data.builtin import Digits, Synthetic
-from grpo.data.class_ids import find_class_ids, implied_classes, read_class_map
+from grpo.data.class_ids import find_class_ids, implied_classes
 from grpo.data.class_list import ClassList
+from grpo.data.class_map import is_class_id, nfc, read_class_map
 from grpo.data.code_list import CodeList
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import ImageFolder
@@ -19,12 +20,15 @@ from grpo.models import numbered
 LARGEST_LABEL = 2**24
 
 
-def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str] = ()) -> ImageDataset:
+def build_dataset(
+    data: Data, *, num_classes: int | None, learned: Sequence[str] = (), new_classes: int = 0
+) -> ImageDataset:
     """Open the data set that the section names; all labels are checked, and compared with the model's classes, here.
 
     Args:
         num_classes: labels must be below it; fewer classes in the data are fine. None where labels do not matter.
         learned: names of the classes that the model has learned (`learned_classes`); () lets the data define the ids.
+        new_classes: the last classes of the model, each of which must have images (`model.new_classes`).
 
     Raises:
         UserError: no such folder, not a data set, no such split or column, empty, a label out of range, a class whose
@@ -44,7 +48,7 @@ def build_dataset(data: Data, *, num_classes: int | None, learned: Sequence[str]
     if data.name != "classes":
         _match_classes(dataset, num_classes=num_classes, learned=learned)
         if len(dataset):  # a stream's numbers are not known before they come
-            _require_new_classes(dataset, num_classes=num_classes, learned=learned)
+            _require_new_classes(dataset, num_classes=num_classes, new_classes=new_classes)
     if len(outside := np.flatnonzero((dataset.class_ids < 0) | (dataset.class_ids >= num_classes))):
         others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
         raise UserError(
@@ -66,31 +70,36 @@ def _match_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence
     titles = [*learned, *numbered(num_classes)[len(learned) :]]
     is_named = (labels >= 0) & (labels < len(names))
     if is_named.any():
+        class_map = None if data.class_map is None else read_class_map(data.class_map)
         class_ids = find_class_ids(
             names,
             num_classes=num_classes,
             learned=learned,
-            class_map=None if data.class_map is None else read_class_map(data.class_map),
+            class_map=class_map,
             used=np.unique(labels[is_named]).tolist(),
             source=f"data.path {data.path}" if data.path else f'data.name = "{data.name}"',
         )
         dataset.class_ids = np.where(is_named, np.array(class_ids)[np.where(is_named, labels, 0)], labels)
         for name, class_id in zip(names, class_ids, strict=True):
             if 0 <= class_id < num_classes and titles[class_id] == str(class_id):
-                titles[class_id] = name
+                said = (class_map or {}).get(nfc(name), name)
+                titles[class_id] = name if is_class_id(said) else said
     dataset.class_names = titles
 
 
-def _require_new_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence[str]) -> None:
+def _require_new_classes(dataset: ImageDataset, *, num_classes: int, new_classes: int) -> None:
     """Every class that a model is to learn beside those it has must have images."""
-    new = range(len(learned), num_classes)
     found = set(np.unique(dataset.class_ids).tolist())
-    if learned and (without := [class_id for class_id in new if class_id not in found]):
-        known = ", ".join(f"{learned[class_id]!r}" for class_id in sorted(found)[:4] if 0 <= class_id < len(learned))
+    new = range(num_classes - new_classes, num_classes)
+    if without := [class_id for class_id in new if class_id not in found]:
+        learned = [dataset.class_names[class_id] for class_id in sorted(found) if 0 <= class_id < new.start]
+        known = f" (of the model's classes they have {', '.join(map(repr, learned[:4]))})" if learned else ""
+        names = [dataset.class_names[class_id] for class_id in without]
+        named = ", ".join(repr(name) for name in names if not name.isdecimal())
         raise UserError(
-            f"the data have images of {len(new) - len(without)} new classes, model.new_classes = {len(new)}"
-            f"{f' (of the model they have {known})' if known else ''}: lower model.new_classes and model.num_classes "
-            f"by {len(without)}, or say in data.class_map which class is which"
+            f"the data have images of {new_classes - len(without)} new classes{f', none of {named}' if named else ''}"
+            f"{known}, and model.new_classes = {new_classes}: add images, lower model.new_classes and "
+            f"model.num_classes by {len(without)}, or say in data.class_map which class is which"
         )
 
 

@@ -224,7 +224,7 @@ class TrainingRun:
     def _write_weights(self, name: str) -> None:
         weights = full_state_dict(self._model)
         if self.world.is_main:
-            require_finite(f"{self.recipe.run_dir / name} is not written", weights)
+            require_finite(f"{self.run_dir / name} is not written", weights)
             save_weights(self.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int, problem: str | None) -> NoReturn:

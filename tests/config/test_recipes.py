@@ -12,6 +12,7 @@ from grpo.config import (
     EvaluateRecipe,
     GenerateRecipe,
     GRPORecipe,
+    Model,
     Objective,
     PretrainRecipe,
     Recipe,
@@ -369,3 +370,17 @@ def test_reference_page_is_current() -> None:
 @pytest.mark.parametrize("recipe_class", RECIPES.values(), ids=RECIPES)
 def test_every_key_is_documented(recipe_class: type[Recipe]) -> None:
     assert all(key.meaning.endswith((".", "...")) for key in section_keys(recipe_class.sections()).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("GPT-B", "weights of the generator GPT-B, such as LlamaGen's c2i_B_256.pt"),
+        ("GPT-XXL", "weights of the generator GPT-XXL, such as LlamaGen's c2i_XXL_384.pt"),
+        ("GPT-tiny", "weights of the generator GPT-tiny"),
+    ],
+)
+def test_a_missing_generator_is_told_with_a_file_of_its_size(name, wanted):
+    assert list(Model(name=name, checkpoint="none.pt").missing_files()) == [
+        f"checkpoint: none.pt does not exist; wanted: {wanted}"
+    ]

@@ -207,7 +207,7 @@ def test_folders_are_compared_with_the_models_classes(class_folders, section):
 
 def test_a_folder_that_is_no_class_of_the_model(class_folders, section):
     path = class_folders(["cat", "tench"], 1)
-    with pytest.raises(UserError, match=rf"data\.path {path}: 'cat' are no classes of the model"):
+    with pytest.raises(UserError, match=rf"data\.path {path}: 'cat' is no class of the model"):
         build_dataset(section(path), num_classes=1000, learned=imagenet_names())
 
 
@@ -222,8 +222,28 @@ def test_new_classes_are_named_after_the_data(class_folders, section):
     dataset = build_dataset(section(path), num_classes=3, learned=("cat", "ant"))
     assert dataset.class_ids.tolist() == [1, 2]
     assert dataset.class_names == ["cat", "ant", "my dog"]
-    with pytest.raises(UserError, match=r"1 new classes, model.new_classes = 2 \(of the model they have 'ant'"):
-        build_dataset(section(path), num_classes=4, learned=("cat", "ant"))
+    with pytest.raises(UserError, match=r"1 new classes \(of the model's classes they have 'ant'\)"):
+        build_dataset(section(path), num_classes=4, learned=("cat", "ant"), new_classes=2)
+
+
+@pytest.mark.parametrize(("folders", "count"), [(("ant", "bee", "cow"), 3), (("ant", "bee"), 3)])
+def test_a_new_class_without_images_is_refused(class_folders, section, folders, count):
+    """An empty folder, or a number of classes that is too large, where the model keeps none of its own classes."""
+    path = class_folders(["ant", "bee"], 1)
+    for name in folders:
+        (path / name).mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=r"2 new classes.* model\.new_classes = 3: add images") as caught:
+        build_dataset(section(path), num_classes=count, new_classes=count)
+    assert ("none of 'cow'" in str(caught.value)) == ("cow" in folders)
+    assert build_dataset(section(path), num_classes=count).class_names[:2] == ["ant", "bee"]  # from scratch it may be
+
+
+def test_a_new_class_is_called_what_the_map_says(class_folders, section, tmp_path):
+    (tmp_path / "map.txt").write_text("ant 1\nbee wasp\n")
+    mapped = section(class_folders(["ant", "bee"], 1), class_map=str(tmp_path / "map.txt"))
+    dataset = build_dataset(mapped, num_classes=2)
+    assert dataset.class_ids.tolist() == [1, 0]
+    assert dataset.class_names == ["wasp", "ant"]
 
 
 def test_names_of_a_class_label_are_compared(saved_dataset, section):
@@ -231,7 +251,7 @@ def test_names_of_a_class_label_are_compared(saved_dataset, section):
     path = saved_dataset({"image": ["x", "y", "z"], "label": [1, 0, 1]}, features=features)
     dataset = build_dataset(section(path), num_classes=3, learned=("b", "c", "a"))
     assert dataset.class_ids.tolist() == [0, 2, 0]
-    with pytest.raises(UserError, match="'a' are no classes of the model"):
+    with pytest.raises(UserError, match="'a' is no class of the model"):
         build_dataset(section(path), num_classes=3, learned=("b", "c", "d"))
     unlabelled = saved_dataset({"image": ["x", "y"], "label": [0, -1]}, features=features)
     assert "image 1 (y) of split 'train'" in error_of(section(unlabelled))

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from contextlib import chdir
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,33 +18,20 @@ from grpo.__main__ import JOBS
 from grpo.config import UserError
 from grpo.formats import read_config
 from grpo.models import (
-    GPT,
     MODEL_SPECS,
-    TOKENIZER_SPECS,
-    VQModel,
     imagenet_names,
     load_gpt,
     read_weights,
-    save_weights,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["circle", "cross", "square", "star"]
 TABLE = "cls_embedding.embedding_table.weight"
 SIZES = partial(MODEL_SPECS["GPT-tiny"].config, image_size=32, downsample_size=4, vocab_size=32)
-RUNS = ["--training.steps", "2", "--training.batch_size", "8", "--training.mixed_precision", "fp32"]
-DATA = ["--data.image_size", "32", "--data.num_workers", "0"]
-MODELS = ["--model.name", "GPT-tiny", "--tokenizer.name", "VQ-tiny", "--tokenizer.codebook_size", "32"]
-MODELS += ["--tokenizer.downsample_size", "4"]
-SAMPLING = ["--sampling.image_size", "32", "--sampling.mixed_precision", "fp32"]
-SMALL = {
-    "pretrain": [*RUNS, *DATA, *MODELS, "--optimizer.warmup_steps", "0"],
-    "classifier": [*RUNS, *DATA, "--classifier.width", "8", "--classifier.shift", "1"],
-    "train": [*RUNS, *DATA, *MODELS, "--rollout.batch_size", "4", "--rollout.num_generations", "2"],
-    "generate": [*MODELS, *SAMPLING, "--output.num_images", "8"],
-    "evaluate": [*MODELS, *SAMPLING, "--data.image_size", "32", "--evaluation.num_images", "8"],
-    "convert": [],
-}
+PAGE = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+SMALL = {job: flags.split() for job, flags in re.findall(r"^\| `grpo (\w+)` \| `(.+)` \|$", PAGE, re.MULTILINE)}
+"""Job -> the page's flags for weights that are small."""
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +39,9 @@ def place(tmp_path_factory):
     """A folder with what the page asks for: LlamaGen's two files, small, and drawings in four classes."""
     folder = tmp_path_factory.mktemp("own")
     torch.manual_seed(0)
-    (folder / "pretrained").mkdir()
-    generator = GPT(SIZES(num_classes=1000))
-    torch.nn.init.normal_(generator.output.weight, std=0.1)  # at zero nothing below it would have a gradient
-    save_weights(folder / "pretrained/c2i_B_256.pt", generator.state_dict())
-    tokenizer = VQModel(TOKENIZER_SPECS["VQ-tiny"].config(codebook_size=32))
-    save_weights(folder / "pretrained/vq_ds16_c2i.pt", tokenizer.state_dict())
+    (stand_ins,) = (text for language, text in BLOCKS if language == "python")
+    with chdir(folder):
+        exec(compile(stand_ins, "docs/own_data.md", "exec"), {})
     shapes = {
         "circle": lambda draw: draw.ellipse((4, 4, 28, 28), fill="white"),
         "cross": lambda draw: draw.line((4, 4, 28, 28), fill="white", width=4),
@@ -74,16 +59,15 @@ def place(tmp_path_factory):
 
 
 def commands() -> list[str]:
-    page = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```\n(.*?)```", page, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("grpo ")]
+    return [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("grpo ")]
 
 
 def run(command: str, *more: str) -> None:
     """What the shell would do, in this process, with weights that are small."""
     _, job, *arguments = shlex.split(command)
     given = {word for word in arguments if word.startswith("--")}
-    small = zip(SMALL[job][::2], SMALL[job][1::2], strict=True)
+    small = SMALL.get(job, [])
+    small = zip(small[::2], small[1::2], strict=True)
     flags = [word for flag, value in small if flag not in given for word in (flag, value)]
     import_module(f"grpo.jobs.{JOBS[job]}").main([*arguments, *flags, *more])
 
@@ -139,12 +123,22 @@ def test_new_classes_beside_imagenets_embeddings_alone(place, monkeypatch, tmp_p
     assert all(torch.equal(after[name], before[name]) for name in before if name != TABLE)
 
 
-def test_new_classes_that_do_not_add_up(place, monkeypatch):
+def test_new_classes_that_do_not_add_up(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     with pytest.raises(UserError, match=r"the weights have 1000 classes; .* must be 4 .* or 1004"):
         load_gpt("pretrained/c2i_B_256.pt", SIZES(num_classes=1000), new_classes=4)
     with pytest.raises(UserError, match=r"'circle', 'cross', 'square', 'star' are no classes of the model"):
         run(TUNE, "--model.num_classes", "1000", "--model.new_classes", "0")
+    with pytest.raises(UserError, match=r"images of 4 new classes, and model\.new_classes = 5"):
+        run(TUNE, "--model.num_classes", "5", "--model.new_classes", "5", "--metrics.run_dir", "runs/untrained")
+    copytree("my_images/train", tmp_path / "images")
+    (tmp_path / "images/circle").rename(tmp_path / "images/zirkel")
+    with pytest.raises(UserError, match=r"'zirkel' is no class of the model.* let `grpo pretrain` add them"):
+        run(f"grpo train --config own_classes/grpo --data.path {tmp_path}/images --metrics.run_dir runs/unknown")
+    for file in (tmp_path / "images/zirkel").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"images of 3 new classes, none of 'zirkel'"):
+        run(TUNE, "--data.path", str(tmp_path / "images"), "--metrics.run_dir", "runs/empty")
     with pytest.raises(UserError, match=r"the weights have num_classes 4, the recipe wants 5"):
         run("grpo train --config own_classes/grpo --metrics.run_dir runs/five", "--model.num_classes", "5")
 
