@@ -151,8 +151,11 @@ def test_a_class_that_comes_in_front_is_noticed_on_resumption(place, monkeypatch
     command = f"grpo {job} --config own_classes/{job}"
     run(command, *flags)
     (tmp_path / "images/train/star").rename(tmp_path / "images/train/asterisk")
-    with pytest.raises(UserError, match="class 0 was 'circle' when it was written and is 'asterisk' in the data now"):
+    with pytest.raises(UserError, match="data: files, labels since the checkpoint was written"):
         run(command, *flags)
+    named = ["--checkpoint.resume", str(tmp_path / "run/checkpoints/step-000002")]  # accepts other data, not other ids
+    with pytest.raises(UserError, match="class 0 was 'circle' when it was written and is 'asterisk' in the data now"):
+        run(command, *flags, *named)
 
 
 def test_a_classifier_of_other_classes_does_not_reward(place, monkeypatch, tmp_path):
