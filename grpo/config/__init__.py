@@ -1,5 +1,6 @@
 """Recipes: typed sections from TOML and flags. Only this package knows of TOML and of the command line."""
 
+from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
 from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra
 from grpo.config.help import help_text
 from grpo.config.job_sections import (
@@ -26,10 +27,7 @@ from grpo.config.recipe import (
 )
 from grpo.config.recipes import (
     ClassifierRecipe,
-    ConvertRecipe,
     EncodeRecipe,
-    EvaluateRecipe,
-    GenerateRecipe,
     GeneratorRecipe,
     GRPORecipe,
     PretrainRecipe,

@@ -9,12 +9,8 @@ from grpo.config.errors import UserError
 from grpo.config.job_sections import (
     Adversary,
     Classifier,
-    Convert,
     Encode,
-    Evaluation,
     Judge,
-    Output,
-    Sampling,
     TokenizerLoss,
 )
 from grpo.config.policy_sections import Objective, Rollout
@@ -38,9 +34,9 @@ class GeneratorRecipe(TrainingRecipe):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from _model_problems(self.model)
+        yield from model_problems(self.model)
         yield from self.judge.problems(self.data, self.checkpoint)
-        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        yield from image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
         if self.tokenizer.checkpoint is None and self.data.name != "synthetic" and self.needs_tokenizer:
             yield 'tokenizer.checkpoint is required (only data.name = "synthetic" runs on random weights)'
 
@@ -233,7 +229,7 @@ class TokenizerRecipe(TrainingRecipe):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         side, adversary = self.data.image_size, self.adversary
-        yield from _image_size_problems("data.image_size", side, self.tokenizer)
+        yield from image_size_problems("data.image_size", side, self.tokenizer)
         if self.tokenizer_loss.perceptual_weight and side < 16:
             yield f"tokenizer_loss.perceptual_weight: LPIPS needs data.image_size of at least 16, not {side}"
         if adversary.weight and side < (smallest := 3 * 2**adversary.num_layers):
@@ -279,7 +275,7 @@ class EncodeRecipe(Recipe):
     def problems(self) -> Iterator[str]:
         yield from required("encode", self.encode, "output")
         yield from data_problems(self.data)
-        yield from _image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
+        yield from image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
         if not self.data.has_images:
             yield f'data.name = "{self.data.name}" has no images to encode'
         if self.data.may_be_stream:
@@ -295,88 +291,7 @@ class EncodeRecipe(Recipe):
         ]
 
 
-class DrawingRecipe(Recipe):
-    """Base of the recipes that draw images from a trained generator."""
-
-    model: Model = Model()
-    tokenizer: Tokenizer = Tokenizer()
-    sampling: Sampling = Sampling()
-    parallel: Parallel = Parallel()
-
-    def problems(self) -> Iterator[str]:
-        model, tokenizer, class_ids = self.model, self.tokenizer, self.sampling.class_ids
-        yield from _model_problems(model)
-        yield from required("model", model, "checkpoint")
-        yield from required("tokenizer", tokenizer, "checkpoint")
-        yield from _image_size_problems("sampling.image_size", self.sampling.image_size, tokenizer)
-        if model.new_classes:
-            yield "model.new_classes must be 0: images are drawn by weights that have all their classes"
-        if class_ids != "all" and not all(class_id < model.num_classes for class_id in class_ids):
-            yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
-
-
-class GenerateRecipe(DrawingRecipe):
-    """Images from a trained generator."""
-
-    job = "generate"
-
-    output: Output = Output()
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if not (self.output.grid or self.output.folder or self.output.npz):
-            yield "nothing to write: set output.grid, output.folder or output.npz"
-
-
-class EvaluateRecipe(DrawingRecipe):
-    """FID and its companions of a generator, or of a set of images."""
-
-    job = "evaluate"
-
-    data: Data = Data()
-    evaluation: Evaluation = Evaluation()
-
-    def problems(self) -> Iterator[str]:
-        data, sampling, evaluation = self.data, self.sampling, self.evaluation
-        if evaluation.images is None:
-            yield from super().problems()
-        if evaluation.reference is None:
-            yield from (f"{problem} unless evaluation.reference is set" for problem in data_problems(data))
-            if not data.has_images or data.may_be_stream:
-                yield f'data.name = "{data.name}" has no images with numbers: set evaluation.reference'
-            if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
-                key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
-                yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
-        if evaluation.feature_checkpoint is None and evaluation.inception_checkpoint is None:
-            yield "evaluation.feature_checkpoint or evaluation.inception_checkpoint is required"
-
-    def missing_files(self) -> Iterator[str]:
-        unread = ("model.", "tokenizer.") if self.evaluation.images is not None else ()
-        unread += ("data.",) if self.evaluation.reference is not None else ()
-        yield from (line for line in super().missing_files() if not line.startswith(unread))
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]
-        are_given = self.evaluation.images is not None
-        return [
-            (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
-            (True, "data.classes", "reference images have classes of their own"),
-            (True, "data.codes data.cache_codes", "reference images are looked at, not encoded"),
-        ]
-
-
-class ConvertRecipe(Recipe):
-    """Weights from one layout into another."""
-
-    job = "convert"
-
-    convert: Convert = Convert()
-
-    def problems(self) -> Iterator[str]:
-        return required("convert", self.convert, "input", "output")
-
-
-def _model_problems(model: Model) -> Iterator[str]:
+def model_problems(model: Model) -> Iterator[str]:
     """Text-conditional models, with many condition tokens, are another family."""
     if model.cls_token_num != 1:
         yield "model.cls_token_num must be 1: models here are class-conditional"
@@ -384,7 +299,7 @@ def _model_problems(model: Model) -> Iterator[str]:
         yield f"model.new_classes = {model.new_classes} must be at most model.num_classes = {model.num_classes}"
 
 
-def _image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:
+def image_size_problems(key: str, image_size: int, tokenizer: Tokenizer) -> Iterator[str]:
     """Images are cut into whole codes."""
     if image_size % tokenizer.downsample_size:
         yield f"{key} = {image_size} must be a multiple of tokenizer.downsample_size = {tokenizer.downsample_size}"

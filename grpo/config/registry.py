@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 
+from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
 from grpo.config.recipe import Recipe
 from grpo.config.recipes import (
     ClassifierRecipe,
-    ConvertRecipe,
     EncodeRecipe,
-    EvaluateRecipe,
-    GenerateRecipe,
     GRPORecipe,
     PretrainRecipe,
     TokenizerRecipe,

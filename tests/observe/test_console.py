@@ -63,7 +63,7 @@ def test_progress_passes_everything_on(monkeypatch):
         consoles.append(recording(terminal=False))
         return consoles[-1]
 
-    monkeypatch.setattr(console_module, "Console", console)
+    monkeypatch.setattr(console_module, "_Terminal", console)
     assert list(progress([3, 1, 2], "decode")) == [3, 1, 2]
     assert consoles[0].file.getvalue() == "decode 3/3  0:00 left\n"
     assert list(progress([1, 2], "quiet", show=False)) == [1, 2]
