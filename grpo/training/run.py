@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -32,6 +32,7 @@ from grpo.training.judge import RunJudge, Verdict
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.resume import canonical, find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
+from grpo.training.step_trace import traced
 from grpo.training.stop_request import StopRequest
 from grpo.training.stragglers import Stragglers, own_work
 from grpo.training.watchdog import Watchdog
@@ -167,7 +168,8 @@ class TrainingRun:
             self._skipped_before = self._optimizer.skipped
             self._seed(step)
             self._watchdog.step_begins(step)
-            with self._traced(step):
+            wanted, tell = self.recipe.debug.profile, self.observer.message
+            with traced(self.run_dir, step, world=self.world, wanted=wanted, tell=tell):
                 yield step
 
     def finish(
@@ -334,22 +336,6 @@ class TrainingRun:
             raise UserError(f"checkpoint.best_metric: this job has no metric {config.best_metric!r}; it has {known}")
         if math.isfinite(value := metrics[config.best_metric]):
             self._best_values.append(value)
-
-    @contextmanager
-    def _traced(self, step: int) -> Iterator[None]:
-        """Record the step if it is the one that the recipe wants a trace of: the trace, and a table of its times."""
-        if step != self.recipe.debug.profile:
-            yield
-            return
-        with torch.profiler.profile() as profiler:
-            yield
-        path = self.run_dir / f"trace-step-{step:06d}-rank-{self.world.rank}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)  # the main rank has made it on its own host only
-        profiler.export_chrome_trace(str(path))
-        order = "self_cuda_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
-        path.with_suffix(".txt").write_text(table)
-        self.observer.message(f"trace of step {step}: {path}")
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
