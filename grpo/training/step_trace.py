@@ -11,7 +11,7 @@ from grpo.parallel import World
 
 @contextmanager
 def traced(run_dir: Path, step: int, *, world: World, wanted: int, tell: Callable[[str], None]) -> Iterator[None]:
-    """Record the block if `step` is the one `wanted`: the trace, and a table of its times, a file each for every rank."""
+    """Record the block if `step` is the one `wanted`: the trace and a table of its times, two files for every rank."""
     if step != wanted:
         yield
         return
