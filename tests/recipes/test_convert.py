@@ -43,7 +43,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         convert(RELEASED, tmp_path / "file" / "gpt.pt")
 
 
