@@ -162,7 +162,15 @@ def test_a_mistake_ends_the_program_with_its_line_only(processes):
 
 
 def test_a_run_that_has_diverged_stops_with_a_checkpoint(tmp_path):
-    arguments = [*DEBUG, "--objective.aux_ce_weight", "1e32", "--training.max_skipped_steps", "2", "--checkpoint.interval", "0"]
+    arguments = [
+        *DEBUG,
+        "--objective.aux_ce_weight",
+        "1e32",
+        "--training.max_skipped_steps",
+        "2",
+        "--checkpoint.interval",
+        "0",
+    ]
     with pytest.raises(UserError, match="2 optimizer steps in a row") as error:
         main([*arguments, "--metrics.run_dir", str(tmp_path)])
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
