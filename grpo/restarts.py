@@ -16,20 +16,28 @@ _NOTE = "ended-by-a-mistake"
 
 def is_pointless() -> bool:
     """Whether an earlier start under this torchrun was ended by a mistake that a restart does not mend."""
-    folder = _folder()
-    return folder is not None and (folder / _NOTE).exists()
+    if (place := _place()) is None:
+        return False
+    folder, attempt = place
+    return any((folder / f"{_NOTE}-{earlier}").exists() for earlier in range(attempt))
 
 
 def note_mistake() -> None:
     """Let later starts under this torchrun end at once; does nothing without torchrun."""
-    if (folder := _folder()) is not None:
+    if (place := _place()) is not None:
+        folder, attempt = place
         with suppress(OSError):
-            (folder / _NOTE).touch()
+            (folder / f"{_NOTE}-{attempt}").touch()
 
 
-def _folder() -> Path | None:
-    """torchrun's folder for the ranks of this host, over all restarts: FOLDER/attempt_0/0/error.json is of one rank."""
+def _place() -> tuple[Path, int] | None:
+    """torchrun's folder for the ranks of this host, over all restarts, and which start this is.
+
+    FOLDER/attempt_0/0/error.json is of one rank. The ranks of one start do not begin at the same time: what one of them
+    notes is for later starts only.
+    """
     file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
     if "TORCHELASTIC_RUN_ID" not in os.environ or not file.is_absolute() or len(file.parts) < 5:
         return None
-    return file.parents[2] if file.parents[1].name.startswith("attempt_") else None
+    word, _, number = file.parents[1].name.partition("_")
+    return (file.parents[2], int(number)) if word == "attempt" and number.isdecimal() else None

@@ -1,5 +1,7 @@
 """Progress on a terminal as a bar, elsewhere as plain lines."""
 
+import os
+import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -38,6 +40,10 @@ class _Terminal(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+        # What is left in the stream's buffer is written when Python ends, which would fail too.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
 
 
 class _BarOverMetrics(Progress):

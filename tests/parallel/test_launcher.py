@@ -86,6 +86,8 @@ def torchrun_folder(monkeypatch, tmp_path):
 def test_a_restart_after_a_mistake_says_nothing(monkeypatch, capfd, torchrun_folder):
     assert exit_code(monkeypatch, UserError("one")) == 2
     assert capfd.readouterr().err == "one\n"
+    assert exit_code(monkeypatch, UserError("a slower rank of the same start")) == 2
+    assert capfd.readouterr().err == "a slower rank of the same start\n"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(torchrun_folder / "attempt_1/0/error.json"))
     assert exit_code(monkeypatch, AssertionError("is not run")) == 2
     assert capfd.readouterr() == ("", "")
