@@ -53,8 +53,8 @@ def save_stand_ins(folder: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """The job, shortened."""
 
-    def shortened(*how: Any) -> Any:
-        recipe = load_recipe(*how)
+    def shortened(*how: Any, **more: Any) -> Any:
+        recipe = load_recipe(*how, **more)
         return recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": STEPS})})
 
     use_stand_ins()
