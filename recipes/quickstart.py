@@ -245,7 +245,7 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
     write_results(options, names, results)
     count = evaluations[0].recipe.evaluation.num_images
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=f"{count} samples each")
-    table.add_column(no_wrap=True)
+    table.add_column()  # wraps where the terminal is narrow, so that the numbers stay whole
     for heading in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, metrics in zip(names, results, strict=True):
