@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -35,7 +36,7 @@ from learning_rows import JUDGES, Cell, Sizes, declare, picture_of
 
 SMALL = Sizes(
     seconds=1.0, images=60, choosing_images=40, bases=(3,), seeds=(0,),
-    making={"tokenizer": 4, "pretrain": 4, "classifier": 4},
+    making={"tokenizer": 4, "pretrain": 4, "classifier": 4}, timing=0.2,
 )  # fmt: skip
 ROUNDS = 100  # of the bootstrap over drawn images
 FIRST_GUESS = 1.5  # wall seconds a CPU second that a cell is expected to take
@@ -220,14 +221,19 @@ class Scheduler:
 
 def work(call: str, settings: dict[str, Any], answer: Connection, log: Path) -> None:
     """A cell, in a process of its own."""
-    with log.open("w") as file:
+    with log.open("w", buffering=1) as file:
+        sys.stdout = sys.stderr = file
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    if call == "look":
-        answer.send(learning_cells.look(**settings))
-    else:
-        with distributed(600) as world:
-            answer.send(getattr(learning_cells, call)(world, **settings))
+        try:
+            if call == "look":
+                answer.send(learning_cells.look(**settings))
+            else:
+                with distributed(600) as world:
+                    answer.send(getattr(learning_cells, call)(world, **settings))
+        except BaseException:
+            traceback.print_exc()
+            raise SystemExit(1) from None
 
 
 def prepare(cell: Cell, store: Store) -> tuple[str, dict[str, Any]]:
@@ -254,8 +260,8 @@ def prepare(cell: Cell, store: Store) -> tuple[str, dict[str, Any]]:
         flags["training.steps"] = max(2, round(time_left / found[timed]["cpu_seconds_a_step"]))
     files = {key: models / value[1:] / EXPORT_NAME for key, value in flags.items() if str(value).startswith("@")}
     call = "seconds_a_step" if cell.kind == "seconds" else "train"
-    given = {"job": settings["job"], "config": settings["config"], "flags": {**flags, **files}}
-    return call, {**given, "folder": models / cell.name}
+    given = {key: settings[key] for key in ("job", "config", "timing") if key in settings}
+    return call, {**given, "flags": {**flags, **files}, "folder": models / cell.name}
 
 
 def best(looks: tuple[str, ...], found: Results) -> str:

@@ -40,7 +40,6 @@ from grpo.rollout import load_sampler
 CPU = torch.device("cpu")
 IMAGE_SIZE, NUM_CLASSES, CODEBOOK_SIZE = 24, 10, 256
 DRAWN_AT_ONCE = 500
-TIMED_SECONDS = 5.0
 CURVE_POINTS = 40
 GRID_IMAGES = 20
 Metrics = dict[str, Any]
@@ -76,15 +75,21 @@ def curve_of(lines: Sequence[str]) -> dict[str, list[float]]:
     return {name: [round(fmean(step[name] for step in part), 5) for part in parts] for name in names}
 
 
-def seconds_a_step(world: World, *, job: str, config: str, folder: Path, flags: Mapping[str, object]) -> Metrics:
-    """CPU time of a job: of one step, and of what comes once, from a short and a longer run of it."""
-    look = partial(train, world, job=job, config=config, folder=folder)
-    once = look(flags={**flags, "training.steps": 1})["cpu_seconds"]
-    few = look(flags={**flags, "training.steps": 5})["cpu_seconds"]
-    more = 5 + min(200, math.ceil(TIMED_SECONDS / max((few - once) / 4, 0.01)))
-    step = (look(flags={**flags, "training.steps": more})["cpu_seconds"] - few) / (more - 5)
+def seconds_a_step(
+    world: World, *, job: str, config: str, folder: Path, flags: Mapping[str, object], timing: float
+) -> Metrics:
+    """CPU time of a job: of one step, and of what comes once, from a short run and one longer by `timing` seconds."""
+
+    def run(steps: int) -> float:
+        given = {**flags, "training.steps": steps}
+        return train(world, job=job, config=config, folder=folder, flags=given)["cpu_seconds"]
+
+    run(1)  # what comes once in a process
+    few, some = run(2), run(6)
+    more = 6 + min(300, math.ceil(timing / max((some - few) / 4, 0.005)))
+    step = (run(more) - some) / (more - 6)
     shutil.rmtree(folder)
-    return {"cpu_seconds_a_step": step, "cpu_seconds_once": max(few - 5 * step, 0.0)}
+    return {"cpu_seconds_a_step": step, "cpu_seconds_once": max(some - 6 * step, 0.0), "trial_steps": more}
 
 
 def look(

@@ -8,7 +8,7 @@ key: it is found on the machine at hand (the cells `seconds/...`).
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,12 @@ MAKING = {"classifier": 8.0, "tokenizer": 35.0, "pretrain": 110.0}
 class Sizes:
     """How large everything is; the defaults are those of the published table."""
 
-    seconds: float = 60.0  # CPU time of each training, on one thread
+    seconds: float = 80.0  # CPU time of each training, on one thread
     images: int = 5000  # of a number that is claimed
     choosing_images: int = 2000  # of a number by which a setting is chosen
     bases: tuple[int, ...] = BASES
     seeds: tuple[int, ...] = SEEDS
+    timing: float = 5.0  # CPU time of a trial that finds how long a step takes
     making: Mapping[str, int] = field(default_factory=dict)  # steps of tokenizer, pretrain, classifier
 
 
@@ -87,100 +88,82 @@ class Row:
     shown: bool = True  # whether it is a row of the table, or only where others start
     averaged: bool = False  # whether the moving average of its weights is a row too
     seeds: int = len(SEEDS)
-    rewards: tuple[str, ...] = ("reward.class_log_prob",)
+    block: int = 0  # rows of a lower block come first
+
+
+def rates(*values: float) -> tuple[dict[str, float], ...]:
+    """Candidates that differ in the learning rate."""
+    return tuple({"optimizer.lr": value} for value in values)
 
 
 FALLING = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 5}
-EMA = {"training.ema_decay": 0.9}
-FREE, HALF = {**FALLING, "optimizer.lr": 1e-4}, 0.5
-NO_CE_K3 = {"objective.aux_ce_weight": 0.0, "objective.kl": "k3", "objective.kl_coef": 0.1}
+K3 = {"objective.aux_ce_weight": 0.0, "objective.kl": "k3", "objective.kl_coef": 0.1}
+DISTILL = {**FALLING, "training.batch_size": 64}
 
 
-def rates(*values: float, **others: Any) -> tuple[dict[str, Any], ...]:
-    """Candidates that differ in the learning rate."""
-    return tuple({"optimizer.lr": value, **others} for value in values)
+def lever(title: str, **flags: Any) -> Row:
+    """A change to "distilled, then GRPO", with one training seed."""
+    given = {**FALLING, **{key.replace("__", "."): value for key, value in flags.items()}}
+    return Row(title, "train", "grpo", given, rates(1e-4), start="start", share=0.5, seeds=1, block=3)
 
 
-ROWS: dict[str, Row] = {  # in the order of their worth
+ROWS: dict[str, Row] = {
     "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3)),
-    "start": Row(
-        "distilled, half the time", "distill", "distill",
-        {**FALLING, "training.batch_size": 64}, rates(5e-4, 1e-3), share=HALF, shown=False,
-    ),
+    "start": Row("its start", "distill", "distill", DISTILL, rates(5e-4, 1e-3), share=0.5, shown=False),
     "distill+grpo": Row(
-        "distilled, then GRPO", "train", "grpo", {**FALLING, **EMA},
-        rates(5e-5, 1e-4), start="start", share=HALF, averaged=True,
+        "distilled, then GRPO", "train", "grpo", {**FALLING, "training.ema_decay": 0.9}, rates(1e-4, 2e-4),
+        start="start", share=0.5, averaged=True,
     ),
-    "distill": Row(
-        "distilled", "distill", "distill", {**FALLING, "training.batch_size": 64}, rates(5e-4, 1e-3),
-    ),
+    "distill": Row("distilled", "distill", "distill", DISTILL, rates(5e-4, 1e-3)),
     "grpo": Row("GRPO", "train", "grpo", FALLING, rates(1e-4, 2e-4)),
-    "distill+grpo k3": Row(
-        "distilled, then GRPO with KL", "train", "grpo", {**FALLING, **NO_CE_K3},
-        rates(1e-4), start="start", share=HALF,
+    "k3": Row(
+        "distilled, then GRPO with KL, no CE", "train", "grpo", {**FALLING, **K3}, rates(1e-4),
+        start="start", share=0.5, block=1,
     ),
-    "cca": Row("CCA", "finetune", "cca", FALLING, rates(3e-5, 1e-4)),
-    "gft": Row("GFT", "finetune", "gft", FALLING, rates(5e-4, 2e-3)),
-    "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), rewards=()),
+    "cca": Row("CCA", "finetune", "cca", FALLING, rates(3e-5, 1e-4), block=1),
+    "gft": Row("GFT", "finetune", "gft", FALLING, rates(5e-4, 2e-3), block=1),
+    # VA-π's pattern, on completions of real digits
+    "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2),
     "forced reward": Row(
         "teacher-forced, reward alone", "train", "grpo_vapi", {**FALLING, "objective.aux_ce_weight": 0.0},
-        rates(1e-4), rewards=(),
+        rates(1e-4), block=2,
     ),
     "forced ce": Row(
         "teacher-forced, CE alone", "pretrain", "pretrain",
-        {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4),
+        {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2,
     ),
-    "ce weight": Row(
-        "the same, CE weight .3", "train", "grpo", {**FALLING, "objective.aux_ce_weight": 0.3},
-        rates(1e-4), start="start", share=HALF, seeds=1,
+    "ce weight": lever("the same, CE weight .3", objective__aux_ce_weight=0.3),
+    "no ce": lever("the same, CE weight 0", objective__aux_ce_weight=0.0),
+    "loo fid": lever(
+        "the same, leave-one-out FID in two networks beside", objective__advantage="gdpo",
+        reward__fid_a__kind="loo_fid", reward__fid_a__net="classifier", reward__fid_a__checkpoint="@reward",
+        reward__fid_b__kind="loo_fid", reward__fid_b__net="classifier", reward__fid_b__checkpoint="@second",
+        reward__fid_a__memory=0.95, reward__fid_b__memory=0.95,
+        reward__fid_a__weight=0.5, reward__fid_b__weight=0.5,
     ),
-    "no ce": Row(
-        "the same, reward alone", "train", "grpo", {**FALLING, "objective.aux_ce_weight": 0.0},
-        rates(1e-4), start="start", share=HALF, seeds=1,
+    "log ratio": lever(
+        "the same, log-ratio as reward, KL, no CE", reward__class_log_prob__weight=0.0, reward__log_ratio__weight=0.5,
+        objective__aux_ce_weight=0.0, objective__kl="k3", objective__kl_coef=1.0,
     ),
-    "ema kl": Row(
-        "the same, KL to its average", "train", "grpo",
-        {**FALLING, **NO_CE_K3, "objective.reference": "ema", "training.ema_decay": 0.95},
-        rates(1e-4), start="start", share=HALF, seeds=1,
+    "ema kl": lever(
+        "the same, KL to its average, no CE", objective__aux_ce_weight=0.0, objective__kl="k3", objective__kl_coef=0.1,
+        objective__reference="ema", training__ema_decay=0.95,
     ),
-    "loo fid": Row(
-        "the same, and leave-one-out FID in two networks", "train", "grpo",
-        {
-            **FALLING, "objective.advantage": "gdpo",
-            "reward.fid_a.kind": "loo_fid", "reward.fid_a.net": "classifier", "reward.fid_a.checkpoint": "@reward",
-            "reward.fid_b.kind": "loo_fid", "reward.fid_b.net": "classifier", "reward.fid_b.checkpoint": "@second",
-            "reward.fid_a.memory": 0.95, "reward.fid_b.memory": 0.95,
-            "reward.fid_a.weight": 0.5, "reward.fid_b.weight": 0.5,
-        },
-        rates(1e-4), start="start", share=HALF, seeds=1,
+    "guided": replace(
+        lever("GRPO, guided rollouts, loss of the unguided policy", rollout__cfg_scale=1.5,
+              rollout__guidance_in_loss="conditional"),
+        start=None, share=1.0,
     ),
-    "log ratio": Row(
-        "the same, log-ratio in place of the classifier", "train", "grpo",
-        {
-            **FALLING, **NO_CE_K3, "reward.class_log_prob.weight": 0.0, "reward.log_ratio.weight": 1.0,
-            "objective.kl_coef": 1.0,
-        },
-        rates(1e-4), start="start", share=HALF, seeds=1,
-    ),
-    "guided rollouts": Row(
-        "GRPO, guided rollouts, loss on the conditional policy", "train", "grpo",
-        {
-            **FALLING, "rollout.cfg_scale": 1.5, "rollout.guidance_in_loss": "conditional",
-        },
-        rates(1e-4), seeds=1,
-    ),
-    "long": Row(
-        "distilled, then GRPO, four times as long", "train", "grpo", FALLING, rates(1e-4), start="start", share=2.0,
-        seeds=1,
-    ),
+    "long": replace(lever("the same, four times as long"), share=2.0),
 }  # fmt: skip
+"""The ways to train, by name."""
 
 
 def declare(sizes: Sizes) -> dict[str, Cell]:
     """All cells by name."""
     cells = [*_networks(sizes), *_base_rows(sizes)]
     for place, (name, row) in enumerate(ROWS.items()):
-        cells += _row(name, row, order=10 * (place + 1), sizes=sizes)
+        cells += _row(name, row, order=100 * row.block + place, sizes=sizes)
     return {cell.name: cell for cell in cells}
 
 
@@ -226,23 +209,22 @@ def _networks(sizes: Sizes) -> Iterator[Cell]:
 
 
 def _guided(model: str, base: int, name: str, *, order: float, sizes: Sizes) -> Iterator[Cell]:
-    """The grid of a model, the best of it, and how FID goes with guidance at the temperature of the best."""
+    """The grid of a model and the best of it; of a base also FID under each guidance at the temperature of the best."""
     points = [(scale, temperature) for scale in (1.0, *GUIDANCE) for temperature in TEMPERATURES]
     grid = []
     for scale, temperature in points:
         grid.append(f"grid/{name}/{scale}x{temperature}")
         how = {"judge": CHOOSES, "point": (scale, temperature)}
         yield look_cell(grid[-1], model, base, order=order, sizes=sizes, **how)
-    best = {"judge": JUDGES, "grid": tuple(grid)}
-    yield look_cell(f"guided/{name}", model, base, order=order, sizes=sizes, **best)
-    for scale in GUIDANCE:
-        cell = f"frontier/{name}/{scale}"
-        yield look_cell(cell, model, base, order=order + 4, sizes=sizes, scale=scale, **best)
+    best = {"judge": JUDGES, "grid": tuple(grid), "order": order + 1, "sizes": sizes}
+    yield look_cell(f"guided/{name}", model, base, **best)
+    for scale in GUIDANCE if model.startswith("base") else ():
+        yield look_cell(f"frontier/{name}/{scale}", model, base, scale=scale, **best)
 
 
 def _base_rows(sizes: Sizes) -> Iterator[Cell]:
     for base in sizes.bases:
-        model, how = f"base-{base}", {"order": 2, "sizes": sizes}
+        model, how = f"base-{base}", {"order": 65, "sizes": sizes}
         yield look_cell(f"look/base/{base}", model, base, judge=JUDGES, **how)
         yield from _guided(model, base, f"base/{base}", **how)
 
@@ -251,26 +233,27 @@ def _row(name: str, row: Row, *, order: float, sizes: Sizes) -> Iterator[Cell]:
     """Settings are tuned, then what is claimed is trained and looked at."""
     base, seed, looks, rewards = TUNING_BASE, TUNING_SEED, _tuning(name, row), ("reward", "second")
     once = {**_settings(row, base, seed, row.candidates[0]), "start": f"base-{base}"}
-    yield Cell(f"seconds/{name}", "seconds", order - 9, once, (f"base-{base}", *rewards))
+    once["timing"] = sizes.timing
+    yield Cell(f"seconds/{name}", "seconds", order, once, (f"base-{base}", *rewards))
     timed = {"timed": f"seconds/{name}", "cpu_seconds": row.share * sizes.seconds}
     for place, look in enumerate(looks):
         run, start = f"{name}:{place}", _tuning(row.start, ROWS[row.start]) if row.start else f"base-{base}"
         settings = {**_settings(row, base, seed, row.candidates[place]), **timed, "start": start}
         needs = (*((start,) if isinstance(start, str) else start), timed["timed"], *rewards)
-        yield Cell(run, "train", order - 8, settings, needs)
-        yield look_cell(look, run, base, order=order - 7, sizes=sizes, judge=CHOOSES)
+        yield Cell(run, "train", order + 20, settings, needs)
+        yield look_cell(look, run, base, order=order + 20, sizes=sizes, judge=CHOOSES)
     for base, seed in product(sizes.bases, sizes.seeds[: row.seeds]):
         run, start = f"{name}/{base}.{seed}", f"{row.start}/{base}.{seed}" if row.start else f"base-{base}"
         settings = {**_settings(row, base, seed, {}), **timed, "start": start, "tuned": looks}
         settings["candidates"] = row.candidates
-        yield Cell(run, "train", order, settings, (start, timed["timed"], *rewards, *looks))
+        yield Cell(run, "train", order + 40, settings, (start, timed["timed"], *rewards, *looks))
         if row.shown:
-            yield look_cell(f"look/{run}", run, base, order=order + 1, sizes=sizes, judge=JUDGES)
+            yield look_cell(f"look/{run}", run, base, order=order + 60, sizes=sizes, judge=JUDGES)
         if row.averaged:
-            how = {"order": order + 2, "sizes": sizes, "judge": JUDGES, "file": AVERAGE_NAME}
+            how = {"order": order + 60, "sizes": sizes, "judge": JUDGES, "file": AVERAGE_NAME}
             yield look_cell(f"look/{name} average/{base}.{seed}", run, base, **how)
         if name == "ce":
-            yield from _guided(run, base, f"ce/{base}.{seed}", order=order + 3, sizes=sizes)
+            yield from _guided(run, base, f"ce/{base}.{seed}", order=order + 65, sizes=sizes)
 
 
 def _tuning(name: str, row: Row) -> tuple[str, ...]:
@@ -282,6 +265,6 @@ def _tuning(name: str, row: Row) -> tuple[str, ...]:
 def _settings(row: Row, base: int, seed: int, candidate: Mapping[str, Any]) -> dict[str, Any]:
     """Of every training of a row; @NAME stands for the weights of a cell."""
     flags = {"training.seed": seed, "tokenizer.checkpoint": f"@tokenizer-{base}", **row.flags, **candidate}
-    for reward in row.rewards if row.job == "train" else ():
-        flags[f"{reward}.checkpoint"] = "@reward"
+    if row.config == "grpo":
+        flags["reward.class_log_prob.checkpoint"] = "@reward"
     return {"job": row.job, "config": row.config, "flags": flags}
