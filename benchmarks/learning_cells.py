@@ -18,6 +18,7 @@ import torch
 
 from grpo.__main__ import JOBS
 from grpo.config import EXPORT_NAME, SHIPPED_RECIPES, Data, Evaluation, Model, Sampling, Tokenizer, load_recipe
+from grpo.config.recipe import RUN_FILES
 from grpo.config.registry import RECIPES
 from grpo.data import build_dataset
 from grpo.evaluation import (
@@ -61,8 +62,11 @@ def train(world: World, *, job: str, config: str, folder: Path, flags: Mapping[s
     module.train(recipe, world)
     took = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
     curve = curve_of((folder / "metrics.jsonl").read_text().splitlines())
-    for left in ("checkpoints", "samples"):
-        shutil.rmtree(folder / left, ignore_errors=True)  # only the weights are used
+    for left in folder.iterdir():  # only the weights are used
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name not in RUN_FILES:
+            left.unlink()
     return {**took, "steps": recipe.training.steps, "curve": curve}
 
 
@@ -87,7 +91,7 @@ def seconds_a_step(
     run(1)  # what comes once in a process
     few, some = run(2), run(6)
     more = 6 + min(300, math.ceil(timing / max((some - few) / 4, 0.005)))
-    step = (run(more) - some) / (more - 6)
+    step = max((run(more) - some) / (more - 6), 1e-3)
     shutil.rmtree(folder)
     return {"cpu_seconds_a_step": step, "cpu_seconds_once": max(some - 6 * step, 0.0), "trial_steps": more}
 

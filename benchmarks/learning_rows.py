@@ -9,11 +9,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from grpo.config import AVERAGE_NAME, EXPORT_NAME
+import tomli
+
+from grpo.config import AVERAGE_NAME, EXPORT_NAME, SHIPPED_RECIPES
 
 BASES, SEEDS = (3, 4, 5), (0, 1)  # of claims: seeds of tokenizer and pre-training, and of the training that follows
 TUNING_BASE, TUNING_SEED = 0, 100  # settings are chosen on a base, and with a seed, of which nothing is claimed
@@ -63,11 +66,32 @@ class Cell:
         return 15.0 if self.kind == "seconds" else self.settings.get("cpu_seconds") or MAKING[self.settings["job"]]
 
     def key(self, keys: Mapping[str, str]) -> str:
-        """Of this declaration and of those that it builds on."""
-        own = json.dumps(
-            [self.kind, self.settings, [keys[name] for name in self.needs if name in keys]], sort_keys=True
-        )
+        """Of this declaration, of the recipe that it is a change of, and of those that it builds on."""
+        settings = dict(self.settings)
+        if "config" in settings:
+            later = {key for candidate in settings.get("candidates", ()) for key in candidate}
+            later |= {"training.steps"} if "timed" in settings else set()
+            given = {**shipped(settings["config"]), **settings["flags"]}
+            settings["flags"] = {key: value for key, value in given.items() if key not in later}
+        own = json.dumps([self.kind, settings, [keys[name] for name in self.needs if name in keys]], sort_keys=True)
         return hashlib.sha256(own.encode()).hexdigest()[:16]
+
+
+@cache
+def shipped(config: str) -> dict[str, Any]:
+    """The keys of a recipe of the quickstart, without those that change no result or are always given."""
+    text = (SHIPPED_RECIPES / "quickstart" / f"{config}.toml").read_text()
+    idle = ("metrics", "job", "training.micro_batch_size", "training.mixed_precision", "model.checkpoint")
+    return {key: value for key, value in flattened(tomli.loads(text)) if not key.startswith(idle)}
+
+
+def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables by their dotted keys."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 @dataclass(frozen=True)
