@@ -156,7 +156,9 @@ ROWS: dict[str, Row] = {
         "teacher-forced, CE alone", "pretrain", "pretrain",
         {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2,
     ),
-    "ce weight": lever("the same, CE weight .3", objective__aux_ce_weight=0.3),
+    "ce weight": replace(
+        lever("the same, CE weight .3", objective__aux_ce_weight=0.3), block=1, seeds=len(SEEDS)
+    ),
     "no ce": lever("the same, CE weight 0", objective__aux_ce_weight=0.0),
     "loo fid": lever(
         "the same, leave-one-out FID in two networks beside", objective__advantage="gdpo",
