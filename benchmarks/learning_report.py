@@ -150,19 +150,21 @@ def summary(values: Mapping[Pair, tuple[float, np.ndarray]]) -> dict[str, Any]:
 def bootstrap(values: Mapping[Pair, tuple[float, np.ndarray]]) -> tuple[float, float]:
     """2.5 and 97.5 percentiles of the mean over pairs, resampled at three levels.
 
-    Bases are drawn with replacement, of each its training seeds, and of each such cell a round of the bootstrap over
-    its drawn images, whose deviation from the mean of the rounds is added to what was measured.
+    Bases are drawn with replacement, of each its training seeds, and of each draw of a base a round of the bootstrap
+    over image numbers, whose deviation from the mean of the rounds is added to what was measured.
     """
     random = np.random.default_rng(0)
     bases = sorted({base for base, _ in values})
     seeds = {base: [seed for other, seed in values if other == base] for base in bases}
+    count = len(next(iter(values.values()))[1])
     means = []
     for _ in range(BOOTSTRAP):
         drawn = []
         for base in random.choice(bases, len(bases)):
+            r = random.integers(count)
             for seed in random.choice(seeds[base], len(seeds[base])):
                 value, rounds = values[base, seed]
-                drawn.append(value + rounds[random.integers(len(rounds))] - rounds.mean())
+                drawn.append(value + rounds[r] - rounds.mean())
         means.append(np.mean(drawn))
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)

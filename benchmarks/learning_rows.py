@@ -122,7 +122,7 @@ def rates(*values: float) -> tuple[dict[str, float], ...]:
 
 FALLING = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 5}
 K3 = {"objective.aux_ce_weight": 0.0, "objective.kl": "k3", "objective.kl_coef": 0.1}
-DISTILL = {**FALLING, "training.batch_size": 64}
+BATCH_64 = {**FALLING, "training.batch_size": 64}
 
 
 def lever(title: str, **flags: Any) -> Row:
@@ -133,18 +133,18 @@ def lever(title: str, **flags: Any) -> Row:
 
 ROWS: dict[str, Row] = {
     "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3)),
-    "start": Row("its start", "distill", "distill", DISTILL, rates(5e-4, 1e-3), share=0.5, shown=False),
+    "start": Row("its start", "distill", "distill", BATCH_64, rates(5e-4, 1e-3), share=0.5, shown=False),
     "distill+grpo": Row(
         "distilled, then GRPO", "train", "grpo", {**FALLING, "training.ema_decay": 0.9}, rates(1e-4, 2e-4),
         start="start", share=0.5, averaged=True,
     ),
-    "distill": Row("distilled", "distill", "distill", DISTILL, rates(5e-4, 1e-3)),
+    "distill": Row("distilled", "distill", "distill", BATCH_64, rates(5e-4, 1e-3)),
     "grpo": Row("GRPO", "train", "grpo", FALLING, rates(1e-4, 2e-4)),
     "k3": Row(
         "distilled, then GRPO with KL, no CE", "train", "grpo", {**FALLING, **K3}, rates(1e-4),
         start="start", share=0.5, block=1,
     ),
-    "cca": Row("CCA", "finetune", "cca", FALLING, rates(3e-5, 1e-4), block=1),
+    "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-5, 1e-4, 3e-4), block=1),
     "gft": Row("GFT", "finetune", "gft", FALLING, rates(5e-4, 2e-3), block=1),
     # VA-π's pattern, on completions of real digits
     "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2),
