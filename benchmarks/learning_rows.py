@@ -135,7 +135,8 @@ ROWS: dict[str, Row] = {
     "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3)),
     "start": Row("its start", "distill", "distill", BATCH_64, rates(5e-4, 1e-3), share=0.5, shown=False),
     "distill+grpo": Row(
-        "distilled, then GRPO", "train", "grpo", {**FALLING, "training.ema_decay": 0.9}, rates(1e-4, 2e-4),
+        "distilled, then GRPO", "train", "grpo", {**FALLING, "training.ema_decay": 0.9},
+        tuple({"optimizer.lr": rate, "objective.aux_ce_weight": ce} for rate, ce in ((1e-4, 0.1), (2e-4, 0.2))),
         start="start", share=0.5, averaged=True,
     ),
     "distill": Row("distilled", "distill", "distill", BATCH_64, rates(5e-4, 1e-3)),
