@@ -122,13 +122,16 @@ def rates(*values: float) -> tuple[dict[str, float], ...]:
 
 FALLING = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 5}
 K3 = {"objective.aux_ce_weight": 0.0, "objective.kl": "k3", "objective.kl_coef": 0.1}
+REWARDED = tuple(
+    {"optimizer.lr": rate, "objective.aux_ce_weight": weight} for rate, weight in ((1e-4, 0.1), (2e-4, 0.2))
+)
 BATCH_64 = {**FALLING, "training.batch_size": 64}
 
 
 def lever(title: str, **flags: Any) -> Row:
-    """A change to "distilled, then GRPO", with one training seed."""
-    given = {**FALLING, **{key.replace("__", "."): value for key, value in flags.items()}}
-    return Row(title, "train", "grpo", given, rates(1e-4), start="start", share=0.5, seeds=1, block=3)
+    """A change to the second setting of "distilled, then GRPO", with one training seed."""
+    given = {**FALLING, **REWARDED[-1], **{key.replace("__", "."): value for key, value in flags.items()}}
+    return Row(title, "train", "grpo", given, start="start", share=0.5, seeds=1, block=3)
 
 
 ROWS: dict[str, Row] = {
@@ -136,11 +139,10 @@ ROWS: dict[str, Row] = {
     "start": Row("its start", "distill", "distill", BATCH_64, rates(5e-4, 1e-3), share=0.5, shown=False),
     "distill+grpo": Row(
         "distilled, then GRPO", "train", "grpo", {**FALLING, "training.ema_decay": 0.9},
-        tuple({"optimizer.lr": rate, "objective.aux_ce_weight": ce} for rate, ce in ((1e-4, 0.1), (2e-4, 0.2))),
-        start="start", share=0.5, averaged=True,
+        REWARDED, start="start", share=0.5, averaged=True,
     ),
     "distill": Row("distilled", "distill", "distill", BATCH_64, rates(5e-4, 1e-3)),
-    "grpo": Row("GRPO", "train", "grpo", FALLING, rates(1e-4, 2e-4)),
+    "grpo": Row("GRPO", "train", "grpo", FALLING, REWARDED),
     "k3": Row(
         "distilled, then GRPO with KL, no CE", "train", "grpo", {**FALLING, **K3}, rates(1e-4),
         start="start", share=0.5, block=1,
