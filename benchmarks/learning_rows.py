@@ -113,6 +113,7 @@ class Row:
     averaged: bool = False  # whether the moving average of its weights is a row too
     seeds: int = len(SEEDS)
     block: int = 0  # rows of a lower block come first
+    at_best: bool = False  # whether a teacher has the guidance and temperature that are best for the base
 
 
 def rates(*values: float) -> tuple[dict[str, float], ...]:
@@ -122,15 +123,14 @@ def rates(*values: float) -> tuple[dict[str, float], ...]:
 
 FALLING = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 5}
 K3 = {"objective.aux_ce_weight": 0.0, "objective.kl": "k3", "objective.kl_coef": 0.1}
-REWARDED = tuple(
-    {"optimizer.lr": rate, "objective.aux_ce_weight": weight} for rate, weight in ((1e-4, 0.1), (2e-4, 0.2))
-)
+GRPO = {**FALLING, "objective.aux_ce_weight": 0.1}
+GRPO_MORE_CE = {**FALLING, "objective.aux_ce_weight": 0.2}
 BATCH_64 = {**FALLING, "training.batch_size": 64}
 
 
 def lever(title: str, **flags: Any) -> Row:
-    """A change to the second setting of "distilled, then GRPO", with one training seed."""
-    given = {**FALLING, **REWARDED[-1], **{key.replace("__", "."): value for key, value in flags.items()}}
+    """A change to "distilled, then GRPO" at the lower rate, with one training seed."""
+    given = {**GRPO, "optimizer.lr": 1e-4, **{key.replace("__", "."): value for key, value in flags.items()}}
     return Row(title, "train", "grpo", given, start="start", share=0.5, seeds=1, block=3)
 
 
@@ -138,14 +138,31 @@ ROWS: dict[str, Row] = {
     "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3)),
     "start": Row("its start", "distill", "distill", BATCH_64, rates(5e-4, 1e-3), share=0.5, shown=False),
     "distill+grpo": Row(
-        "distilled, then GRPO", "train", "grpo", {**FALLING, "training.ema_decay": 0.9},
-        REWARDED, start="start", share=0.5, averaged=True,
+        "distilled, then GRPO", "train", "grpo", {**GRPO, "training.ema_decay": 0.9}, rates(1e-4, 2e-4),
+        start="start", share=0.5, averaged=True,
     ),
     "distill": Row("distilled", "distill", "distill", BATCH_64, rates(5e-4, 1e-3)),
-    "grpo": Row("GRPO", "train", "grpo", FALLING, REWARDED),
+    "grpo": Row("GRPO", "train", "grpo", GRPO, rates(1e-4, 2e-4)),
     "k3": Row(
         "distilled, then GRPO with KL, no CE", "train", "grpo", {**FALLING, **K3}, rates(1e-4),
         start="start", share=0.5, block=1,
+    ),
+    "own start": Row(
+        "its start", "distill", "distill", BATCH_64, rates(1e-3), share=0.5, shown=False, at_best=True,
+    ),
+    "own": Row(
+        "distilled at the base's best point, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
+        start="own start", share=0.5,
+    ),
+    "gft start": Row("its start", "finetune", "gft", FALLING, rates(2e-3), share=0.7, shown=False),
+    "gft+grpo": Row("GFT, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4), start="gft start", share=0.3),
+    "ce start": Row("its start", "pretrain", "pretrain", FALLING, rates(2e-3), share=0.4, shown=False),
+    "ce distill": Row(
+        "its start", "distill", "distill", BATCH_64, rates(1e-3), start="ce start", share=0.3, shown=False, at_best=True,
+    ),
+    "ce+distill+grpo": Row(
+        "more cross-entropy, distilled, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
+        start="ce distill", share=0.3,
     ),
     "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-5, 1e-4, 3e-4), block=1),
     "gft": Row("GFT", "finetune", "gft", FALLING, rates(5e-4, 2e-3), block=1),
@@ -239,16 +256,18 @@ def _networks(sizes: Sizes) -> Iterator[Cell]:
 
 def _guided(model: str, base: int, name: str, *, order: float, sizes: Sizes) -> Iterator[Cell]:
     """The grid of a model and the best of it; of a base also FID under each guidance at the temperature of the best."""
-    points = [(scale, temperature) for scale in (1.0, *GUIDANCE) for temperature in TEMPERATURES]
-    grid = []
-    for scale, temperature in points:
-        grid.append(f"grid/{name}/{scale}x{temperature}")
-        how = {"judge": CHOOSES, "point": (scale, temperature)}
-        yield look_cell(grid[-1], model, base, order=order, sizes=sizes, **how)
-    best = {"judge": JUDGES, "grid": tuple(grid), "order": order + 1, "sizes": sizes}
+    for cell, point in grid_of(name).items():
+        yield look_cell(cell, model, base, order=order, sizes=sizes, judge=CHOOSES, point=point)
+    best = {"judge": JUDGES, "grid": tuple(grid_of(name)), "order": order + 1, "sizes": sizes}
     yield look_cell(f"guided/{name}", model, base, **best)
     for scale in GUIDANCE if model.startswith("base") else ():
         yield look_cell(f"frontier/{name}/{scale}", model, base, scale=scale, **best)
+
+
+def grid_of(name: str) -> dict[str, tuple[float, float]]:
+    """The looks of a model's grid, and guidance and temperature of each."""
+    points = product((1.0, *GUIDANCE), TEMPERATURES)
+    return {f"grid/{name}/{scale}x{temperature}": (scale, temperature) for scale, temperature in points}
 
 
 def _base_rows(sizes: Sizes) -> Iterator[Cell]:
@@ -275,7 +294,10 @@ def _row(name: str, row: Row, *, order: float, sizes: Sizes) -> Iterator[Cell]:
         run, start = f"{name}/{base}.{seed}", f"{row.start}/{base}.{seed}" if row.start else f"base-{base}"
         settings = {**_settings(row, base, seed, {}), **timed, "start": start, "tuned": looks}
         settings["candidates"] = row.candidates
-        yield Cell(run, "train", order + 40, settings, (start, timed["timed"], *rewards, *looks))
+        if row.at_best:
+            settings["grid"] = tuple(grid_of(f"base/{base}"))
+        needs = (start, timed["timed"], *rewards, *looks, *settings.get("grid", ()))
+        yield Cell(run, "train", order + 40, settings, needs)
         if row.shown:
             yield look_cell(f"look/{run}", run, base, order=order + 60, sizes=sizes, judge=JUDGES)
         if row.averaged:
