@@ -158,7 +158,8 @@ ROWS: dict[str, Row] = {
     "gft+grpo": Row("GFT, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4), start="gft start", share=0.3),
     "ce start": Row("its start", "pretrain", "pretrain", FALLING, rates(2e-3), share=0.4, shown=False),
     "ce distill": Row(
-        "its start", "distill", "distill", BATCH_64, rates(1e-3), start="ce start", share=0.3, shown=False, at_best=True,
+        "its start", "distill", "distill", BATCH_64, rates(1e-3), start="ce start", share=0.3, shown=False,
+        at_best=True,
     ),
     "ce+distill+grpo": Row(
         "more cross-entropy, distilled, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
