@@ -20,7 +20,7 @@ from grpo.config import AVERAGE_NAME, EXPORT_NAME, SHIPPED_RECIPES
 
 BASES, SEEDS = (3, 4, 5), (0, 1)  # of claims: seeds of tokenizer and pre-training, and of the training that follows
 TUNING_BASE, TUNING_SEED = 0, 100  # settings are chosen on a base, and with a seed, of which nothing is claimed
-GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75, 2.0), (0.8, 0.9, 1.0)
+GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75, 2.0), (0.9, 1.0)
 CHOOSES, JUDGES = ("chooser", "validation"), ("judge", "test")  # a classifier and the split it compares with
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "reward": {"data.split": "train_a", "training.seed": 1},  # the quickstart's
@@ -135,7 +135,7 @@ def lever(title: str, **flags: Any) -> Row:
 
 
 ROWS: dict[str, Row] = {
-    "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3)),
+    "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3, 5e-3)),
     "start": Row("its start", "distill", "distill", BATCH_64, rates(5e-4, 1e-3), share=0.5, shown=False),
     "distill+grpo": Row(
         "distilled, then GRPO", "train", "grpo", {**GRPO, "training.ema_decay": 0.9}, rates(1e-4, 2e-4),
@@ -148,15 +148,16 @@ ROWS: dict[str, Row] = {
         start="start", share=0.5, block=1,
     ),
     "own start": Row(
-        "its start", "distill", "distill", BATCH_64, rates(1e-3), share=0.5, shown=False, at_best=True,
+        "its start", "distill", "distill", BATCH_64, rates(1e-3), share=0.5, shown=False, at_best=True, seeds=1,
+        block=1,
     ),
     "own": Row(
         "distilled at the base's best point, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
-        start="own start", share=0.5,
+        start="own start", share=0.5, seeds=1, block=1,
     ),
     "gft start": Row("its start", "finetune", "gft", FALLING, rates(2e-3), share=0.7, shown=False),
     "gft+grpo": Row("GFT, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4), start="gft start", share=0.3),
-    "ce start": Row("its start", "pretrain", "pretrain", FALLING, rates(2e-3), share=0.4, shown=False),
+    "ce start": Row("its start", "pretrain", "pretrain", FALLING, rates(5e-3), share=0.4, shown=False),
     "ce distill": Row(
         "its start", "distill", "distill", BATCH_64, rates(1e-3), start="ce start", share=0.3, shown=False,
         at_best=True,
@@ -165,17 +166,17 @@ ROWS: dict[str, Row] = {
         "more cross-entropy, distilled, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
         start="ce distill", share=0.3,
     ),
-    "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-5, 1e-4, 3e-4), block=1),
-    "gft": Row("GFT", "finetune", "gft", FALLING, rates(5e-4, 2e-3), block=1),
+    "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-5, 1e-4, 3e-4), block=1, seeds=1),
+    "gft": Row("GFT", "finetune", "gft", FALLING, rates(2e-3, 5e-3)),
     # VA-π's pattern, on completions of real digits
-    "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2),
+    "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2, seeds=1),
     "forced reward": Row(
         "teacher-forced, reward alone", "train", "grpo_vapi", {**FALLING, "objective.aux_ce_weight": 0.0},
-        rates(1e-4), block=2,
+        rates(1e-4), block=2, seeds=1,
     ),
     "forced ce": Row(
         "teacher-forced, CE alone", "pretrain", "pretrain",
-        {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2,
+        {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2, seeds=1,
     ),
     "ce weight": replace(
         lever("the same, CE weight .3", objective__aux_ce_weight=0.3), block=1, seeds=len(SEEDS)
@@ -196,7 +197,7 @@ ROWS: dict[str, Row] = {
         "the same, KL to its average, no CE", objective__aux_ce_weight=0.0, objective__kl="k3", objective__kl_coef=0.1,
         objective__reference="ema", training__ema_decay=0.95,
     ),
-    "guided": replace(
+    "guided rollouts": replace(
         lever("GRPO, guided rollouts, loss of the unguided policy", rollout__cfg_scale=1.5,
               rollout__guidance_in_loss="conditional"),
         start=None, share=1.0,
