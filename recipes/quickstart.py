@@ -36,8 +36,8 @@ from rich.table import Table
 from grpo.config import (
     SHIPPED_RECIPES,
     ClassifierRecipe,
-    DistillRecipe,
     EvaluateRecipe,
+    FinetuneRecipe,
     GRPORecipe,
     PretrainRecipe,
     Recipe,
@@ -46,8 +46,8 @@ from grpo.config import (
 )
 from grpo.environment import environment
 from grpo.evaluation import classifier_gap, compare, load_judges, measure_images
-from grpo.jobs.distill import train as distill
 from grpo.jobs.evaluate import open_reference
+from grpo.jobs.finetune import train as finetune
 from grpo.jobs.generate import drawn_images
 from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_classifier import train as train_classifier
@@ -83,7 +83,7 @@ NOTES = [
     "entropy: of the drawn codes, nats a code. gap: how much surer of the class the rewarding classifier is "
     "than the judging one, nats; it grows when the reward is deceived.",
     "The rivals are guided: two forward passes to sample. The base needs no more training; the other one had as much "
-    "more pre-training as distillation and GRPO took. Of a grid of guidance "
+    "more pre-training as guidance-free training and GRPO took. Of a grid of guidance "
     f"{', '.join(map(str, GUIDANCE))} and temperature {', '.join(map(str, TEMPERATURES))} each is drawn at the point "
     f"whose FID against the digits of the split {TUNING_SPLIT!r} is lowest.",
     "One seed: a run with another seed differs by as much as rows do.",
@@ -158,23 +158,23 @@ def plan(options: argparse.Namespace) -> list[Phase]:
     ) -> Phase:
         return make(name, f"Generator: {title}", recipe, job, inputs=inputs, settings=seed)
 
-    start = "distill" if free else "pretrain"
+    start = "gft" if free else "pretrain"
     phases = [
         make("tokenizer", "Tokenizer", TokenizerRecipe, train_tokenizer, settings=seed),
         make("classifier_reward", "Classifier that rewards", ClassifierRecipe, train_classifier),
         make("classifier_judge", "Classifier that judges", ClassifierRecipe, train_classifier),
         trained("pretrain", "pre-training", PretrainRecipe, train_generator, tokenizer),
         trained("pretrain_more", "more of it, the rival", PretrainRecipe, train_generator, weights("pretrain")),
-        trained("distill", "distillation", DistillRecipe, distill, weights("pretrain")),
+        trained("gft", "guidance-free training", FinetuneRecipe, finetune, weights("pretrain")),
         trained(improved, "GRPO", GRPORecipe, train_policy, {**weights(start), **reward}),
         judged("pretrain", "base", "evaluate_base"),
         judged("pretrain", "base, tuned guidance", "evaluate_guided", evaluate_tuned),
         judged("pretrain_more", "more pre-training"),
         judged("pretrain_more", "more pre-training, tuned guidance", "evaluate_more_guided", evaluate_tuned),
-        judged("distill", "distilled"),
+        judged("gft", "after guidance-free training"),
         judged(improved, "after GRPO"),
     ]
-    return [phase for phase in phases if free or phase.folder.name not in ("distill", "evaluate_distill")]
+    return [phase for phase in phases if free or phase.folder.name not in ("gft", "evaluate_gft")]
 
 
 def phase(
