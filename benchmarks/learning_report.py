@@ -39,6 +39,7 @@ class Line(NamedTuple):
     title: str
     looks: Mapping[Pair, str]
     trainings: Mapping[Pair, str]
+    trained_as: str | None = None  # name in ROWS
 
 
 def report(folder: Path, name: str, results: Results, sizes: Sizes) -> None:
@@ -78,7 +79,7 @@ def table_lines(sizes: Sizes) -> list[Line]:
         kinds.append((f"{row.title}, tuned guidance", "guided/ce", name == "ce"))
         for title, prefix, there in kinds:
             looks = {(base, seed): f"{prefix}/{base}.{seed}" for base, seed in trainings}
-            lines += [Line(title, looks, trainings)] if there else []
+            lines += [Line(title, looks, trainings, name)] if there else []
     return lines
 
 
@@ -93,6 +94,12 @@ def row_of(line: Line, results: Results) -> dict[str, Any]:
     row["first_look"] = next(look for look in line.looks.values() if look in results)
     measured = {pair: Measured.of(results[look]) for pair, look in line.looks.items() if look in results}
     row["fid_interval"] = bootstrap({pair: (cell.fid, cell.fid_rounds) for pair, cell in measured.items()})
+    if line.trained_as is not None:
+        candidates = ROWS[line.trained_as].candidates
+        tried = [results.get(f"look/{line.trained_as}:{place}", {}).get("fid") for place in range(len(candidates))]
+        found = [fid for fid in tried if fid is not None]
+        row["tuning"] = [{**candidate, "fid": fid} for candidate, fid in zip(candidates, tried, strict=True)]
+        row["chosen"] = candidates[tried.index(min(found))] if found else candidates[0]
     if trainings:
         row |= {key: float(np.mean([cell[key] for cell in trainings])) for key in ("cpu_seconds", "steps")}
     return row
