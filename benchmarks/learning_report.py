@@ -100,9 +100,21 @@ def row_of(line: Line, results: Results) -> dict[str, Any]:
         found = [fid for fid in tried if fid is not None]
         row["tuning"] = [{**candidate, "fid": fid} for candidate, fid in zip(candidates, tried, strict=True)]
         row["chosen"] = candidates[tried.index(min(found))] if found else candidates[0]
-    if trainings:
-        row |= {key: float(np.mean([cell[key] for cell in trainings])) for key in ("cpu_seconds", "steps")}
+        row["steps"] = float(np.mean([cell["steps"] for cell in trainings])) if trainings else None
+        row["cpu_seconds"] = time_of(line, results)
     return row
+
+
+def time_of(line: Line, results: Results) -> float | None:
+    """Mean CPU time of the row's trainings, those that they start from included, but the base; None where unknown."""
+    total, name = 0.0, line.trained_as
+    while name is not None:
+        cells = [results[key] for base, seed in line.looks if (key := f"{name}/{base}.{seed}") in results]
+        if not cells:
+            return None
+        total += float(np.mean([cell["cpu_seconds"] for cell in cells]))
+        name = ROWS[name].start
+    return total
 
 
 def difference(looks: Mapping[Pair, str], rivals: Mapping[Pair, str], results: Results) -> dict[str, Any] | None:
@@ -184,7 +196,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     heads.append("FID - guided base at its accuracy")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "-"
+        seconds = f"{row['cpu_seconds']:.0f}" if row.get("cpu_seconds") else "-"
         low, high = row["fid_interval"]
         cells = [row["name"], row["forwards_per_image"], row["pairs"], seconds]
         cells += [f"{row['fid']:.3f} [{low:.3f}, {high:.3f}]", f"{row['accuracy']:.3f}", f"{row['recall']:.3f}"]
