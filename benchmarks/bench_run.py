@@ -61,7 +61,7 @@ PRESETS = {
     ),
     "vapi-xxl-384": Preset(
         "published/vapi_xxl_384",
-        "--rollout.batch_size 128 --training.batch_size 1024 --training.micro_batch_size 8 "
+        "--rollout.batch_size 128 --training.batch_size 1024 --training.micro_batch_size 16 "
         "--data.num_workers 4 --data.cache_codes false --activation_checkpoint.mode none --compile.enabled true "
         "--reward.batch_size 64",
         100,

@@ -87,6 +87,8 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     learned = learned_classes(recipe.model)
     dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
+    if recipe.compile.enabled:
+        tokenizer.encoder.compile()
     length = (recipe.data.image_size // recipe.tokenizer.downsample_size) ** 2
     codes = build_codes(dataset, tokenizer, length=length, augmented=False, images=recipe.reads_images)
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
