@@ -15,7 +15,7 @@ of the cache that is filled, at the copy bandwidth measured in the same run.
 import argparse
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measured calls of ours after the first")
     parser.add_argument("--sweep", action="store_true", help="also how both grow with each size; plots beside --json")
     parser.add_argument("--batches", type=int, nargs="+", help="images at once, in place of the preset's")
+    parser.add_argument("--without", nargs="+", default=(), help="sides to leave out")
     options = parser.parse_args()
     sizes = PRESETS[options.preset]
     model = build(sizes)
@@ -76,7 +77,8 @@ def main() -> None:
             result.update({name: row.get(name) for name in ("sides", "speedup", "memory_ratio")})
             write(result | {"batches": [*before, row]}, options.json)
 
-        result["batches"].append(measure(model, images, bandwidth=bandwidth, repeats=options.repeats, note=note))
+        how = {"bandwidth": bandwidth, "repeats": options.repeats, "without": options.without}
+        result["batches"].append(measure(model, images, **how, note=note))
     if options.sweep:
         del model
         result["sweeps"] = sweep(sizes, bandwidth)
@@ -105,7 +107,13 @@ def build(sizes: Sizes) -> GPT:
 
 
 def measure(
-    model: GPT, images: int, *, bandwidth: float, repeats: int, note: Callable[[dict], None] = lambda _: None
+    model: GPT,
+    images: int,
+    *,
+    bandwidth: float,
+    repeats: int,
+    without: Sequence[str] = (),
+    note: Callable[[dict], None] = lambda _: None,
 ) -> dict:
     """All sides for one number of images: ours first, for the reference takes long. `note` is told after each."""
     class_ids = torch.arange(images, device=DEVICE) % 1000
@@ -122,9 +130,11 @@ def measure(
         "plain": lambda: samplers["plain"](condition, row_ids=row_ids),
         "reference": lambda: reference_algorithm.generate(model, class_ids, **SAMPLING),
     }
+    for name in without:
+        del runs[name]
     if not class_ids.is_cuda:
         for name in ("step", "overlapping_step", "library_step", "plain"):
-            del runs[name]
+            runs.pop(name, None)
         for run in runs.values():  # the memory of libraries that are used for the first time is not a side's
             run()
     floor = extension_bytes(model.config, 2 * images, dtype=model.output.weight.dtype) / bandwidth  # both halves

@@ -16,20 +16,21 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_run import PRESETS, Preset, sizes_of
 from comparison import DEVICE, header, now, spread_logits, write
 
-from bench_run import PRESETS, Preset, sizes_of
 from grpo.config import GRPORecipe, load_recipe
 from grpo.data import ImageBatch
 from grpo.estimate import device_peaks, grpo_work
 from grpo.models import ClassCondition, build_tokenizer, get_family
 from grpo.models.lpips import VGGStages
 from grpo.observe import PhaseTimer
-from grpo.parallel import build_mesh, distributed, parallelize, set_matmul_precision
+from grpo.parallel import World, build_mesh, distributed, parallelize, set_matmul_precision
 from grpo.rewards import RewardSum, build_rewards
 from grpo.rollout import build_draw, build_rollout
 from grpo.training import PolicyUpdate, build_optimizer
@@ -135,7 +136,7 @@ def recipe_with(preset: Preset, flags: str, folder: Path) -> GRPORecipe:
     return load()
 
 
-def updates(preset: Preset, folder: Path, world, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+def updates(preset: Preset, folder: Path, world: World, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Steps of rollout and update."""
     for name, flags in UPDATES.items():
         yield (
@@ -146,8 +147,9 @@ def updates(preset: Preset, folder: Path, world, steps: int) -> Iterator[tuple[s
         )
 
 
-def update_numbers(recipe: GRPORecipe, world, steps: int, *, profiled: bool) -> dict:
+def update_numbers(preset: Preset, flags: str, folder: Path, world: World, steps: int, *, profiled: bool) -> dict:
     """Seconds of the parts of a step on `IMAGES` images, the best of `steps`, and what they are of the peaks."""
+    recipe = recipe_with(preset, flags, folder)
     sizes, schedule, device = sizes_of(recipe), recipe.schedule(ranks=1), world.device
     with DEVICE:
         policy = get_family(recipe.model.name).build(sizes)
@@ -219,7 +221,7 @@ def kernels_of(run: Callable[[], object], most: int = 40) -> list[dict]:
     return sorted(rows, key=lambda row: -row[2])[:most]
 
 
-def decoders(preset: Preset, folder: Path, world, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+def decoders(preset: Preset, folder: Path, world: World, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Decoding and rewards of completions."""
     made: dict[bool, tuple[GRPORecipe, RewardSum]] = {}
 
@@ -252,10 +254,10 @@ def decoders(preset: Preset, folder: Path, world, steps: int) -> Iterator[tuple[
         return {name: value / (images * G) * 1024 for name, value in seconds.items()}  # of 1,024 completions
 
     for name, setting in DECODERS.items():
-        yield name, lambda setting=setting: run(*setting)
+        yield name, partial(run, *setting)
 
 
-def encoders(preset: Preset, folder: Path, world, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+def encoders(preset: Preset, folder: Path, world: World, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Codes of real images."""
 
     def run(compiled: bool, channels_last: bool, benchmark: bool) -> dict:
@@ -277,7 +279,7 @@ def encoders(preset: Preset, folder: Path, world, steps: int) -> Iterator[tuple[
         return {"seconds": seconds["seconds"] / ENCODED * 128}  # of 128 images
 
     for name, setting in ENCODERS.items():
-        yield name, lambda setting=setting: run(*setting)
+        yield name, partial(run, *setting)
 
 
 def with_benchmark(benchmark: bool, step: Callable[[], dict], steps: int) -> dict:
@@ -291,32 +293,33 @@ def with_benchmark(benchmark: bool, step: Callable[[], dict], steps: int) -> dic
     return {name.removeprefix("seconds/"): min(numbers[name] for numbers in measured) for name in measured[0]}
 
 
-def operations(preset: Preset, folder: Path, world, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+def operations(preset: Preset, folder: Path, world: World, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     """The large operations of a block by themselves, at the rows of several micro-batches: TFLOP/s."""
     recipe = recipe_with(preset, "", folder)
     sizes = sizes_of(recipe)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     for images in (8, 16, 32) if ON_GPU else (1,):
         rows = images * sizes.block_size
-        yield f"products of {rows} rows", lambda rows=rows: product_rates(sizes, rows, dtype)
+        yield f"products of {rows} rows", partial(product_rates, sizes, rows, dtype)
     images = 16 if ON_GPU else 1
     backends = torch.nn.attention.SDPBackend
     for backend in (backends.FLASH_ATTENTION, backends.CUDNN_ATTENTION) if ON_GPU else (backends.MATH,):
-        yield f"attention, {backend.name}", lambda backend=backend: attention_rates(sizes, images, dtype, backend)
+        yield f"attention, {backend.name}", partial(attention_rates, sizes, images, dtype, backend)
 
 
 def product_rates(sizes: Any, rows: int, dtype: torch.dtype) -> dict:
     """Forward, gradient of the rows and gradient of the weights of each product of a block."""
-    D, F, rates = sizes.dim, sizes.ffn_dim, {}
+    D, F = sizes.dim, sizes.ffn_dim
     shapes = {"wqkv": (D, sizes.qkv_dim), "wo": (D, D), "w1": (D, F), "w1 and w3": (D, 2 * F), "w2": (F, D)}
+    rates = {}
     for name, (inputs, outputs) in shapes.items():
         x, w, g = (
             torch.randn(size, dtype=dtype, device=DEVICE)
             for size in ((rows, inputs), (outputs, inputs), (rows, outputs))
         )
-        runs = {"forward": lambda: x @ w.t(), "rows": lambda: g @ w, "weights": lambda: g.t() @ x}
-        for kind, run in runs.items():
-            rates[f"{name}, {kind}"] = 2e-12 * rows * inputs * outputs / seconds_of(run)
+        operands = {"forward": (x, w.t()), "rows": (g, w), "weights": (g.t(), x)}
+        for kind, pair in operands.items():
+            rates[f"{name}, {kind}"] = 2e-12 * rows * inputs * outputs / seconds_of(partial(torch.mm, *pair))
     return rates
 
 

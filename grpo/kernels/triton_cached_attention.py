@@ -34,7 +34,7 @@ def cached_attention_kernel(
     if (split > last) | (split < first):
         return
 
-    # The filled part of the tile. Row `row` comes from the new keys and values: nobody waits for it to be written.
+    # The filled part of the tile, as it lies in memory until it is used: registers bound how many programs run at once.
     d = tl.arange(0, TILE_D)
     rows = split * TILE + tl.arange(0, TILE)
     inside = d < D
@@ -42,8 +42,8 @@ def cached_attention_kernel(
     kv_head = head // GROUP
     key_row_ptr = keys_ptr + sequence * keys_sequence + kv_head * keys_head
     value_row_ptr = values_ptr + sequence * values_sequence + kv_head * values_head
-    keys = tl.load(key_row_ptr + rows[:, None] * keys_row + d[None, :], mask=filled, other=0.0).to(tl.float32)
-    values = tl.load(value_row_ptr + rows[:, None] * values_row + d[None, :], mask=filled, other=0.0).to(tl.float32)
+    keys = tl.load(key_row_ptr + rows[:, None] * keys_row + d[None, :], mask=filled, other=0.0)
+    values = tl.load(value_row_ptr + rows[:, None] * values_row + d[None, :], mask=filled, other=0.0)
 
     # The new row: its query and key turned, and rounded as the cache is.
     dtype = keys_ptr.dtype.element_ty
@@ -65,15 +65,16 @@ def cached_attention_kernel(
         tl.store(key_row_ptr + row * keys_row + d, new_key, mask=inside)
         tl.store(value_row_ptr + row * values_row + d, new_value, mask=inside)
 
-    is_new = (rows == row)[:, None]
-    keys = tl.where(is_new, new_key.to(tl.float32)[None, :], keys)
-    values = tl.where(is_new, new_value.to(tl.float32)[None, :], values)
-    scores = tl.sum(keys * query[None, :], axis=1) * scale
-    scores = tl.where((rows <= row) & (rows >= start), scores, float("-inf"))
-    peak = tl.max(scores, axis=0)
-    weights = tl.exp(scores - peak)  # every tile from `first` to `last` has a row, so the peak is finite
-    total = tl.sum(weights, axis=0)
-    attended = tl.sum(values * weights[:, None], axis=0)
+    # Row `row` is the last split's, and comes from the new key and value: nobody waits for it to be written.
+    scores = tl.sum(keys.to(tl.float32) * query[None, :], axis=1) * scale
+    scores = tl.where((rows < row) & (rows >= start), scores, float("-inf"))
+    new_score = tl.sum(new_key.to(tl.float32) * query, axis=0) * scale
+    new_score = tl.where(split == last, new_score, float("-inf"))
+    peak = tl.maximum(tl.max(scores, axis=0), new_score)
+    weights = tl.exp(scores - peak)  # every split from `first` to `last` has a row, so the peak is finite
+    new_weight = tl.exp(new_score - peak)
+    total = tl.sum(weights, axis=0) + new_weight
+    attended = tl.sum(values.to(tl.float32) * weights[:, None], axis=0) + new_weight * new_value.to(tl.float32)
 
     head_index = sequence * H + head
     head_out_ptr = out_ptr + head_index * D
