@@ -15,7 +15,7 @@ import gc
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,16 @@ COMPILED, EAGER = "--compile.enabled true ", "--compile.enabled false "
 NONE, SELECTIVE, FULL = (f"--activation_checkpoint.mode {mode} " for mode in ("none", "selective", "full"))
 ROWS = "--training.micro_batch_size "
 BY_BLOCKS = "--parallel.reshard_after_forward always "
-# The first ones answer most.
 UPDATES = {
     "compiled, none, 16": COMPILED + NONE + ROWS + "16",
     "compiled, none, 32": COMPILED + NONE + ROWS + "32",
-    "compiled, none, 8": COMPILED + NONE + ROWS + "8",
     "compiled, selective, 32": COMPILED + SELECTIVE + ROWS + "32",
-    "compiled, full, 64": COMPILED + FULL + ROWS + "64",
+    "compiled, none, 8": COMPILED + NONE + ROWS + "8",
+}
+MORE_UPDATES = {
     "compiled, none, 16, no dropout": COMPILED + NONE + ROWS + "16 --training.dropout_mode eval",
     "eager, none, 16": EAGER + NONE + ROWS + "16",
+    "compiled, full, 64": COMPILED + FULL + ROWS + "64",
     "compiled, none, 8, gathered anew for each micro-batch": COMPILED + NONE + ROWS + "8 " + BY_BLOCKS,
     "eager, full, 8": EAGER + FULL + ROWS + "8",
     "compiled, selective, 64": COMPILED + SELECTIVE + ROWS + "64",
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--parts", nargs="+", default=["operations", "updates", "decoders", "encoders"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--only", default="", help="variants whose name has this text")
     parser.add_argument("--steps", type=int, default=2, help="measured steps, after one warm-up")
     parser.add_argument("--deadline", type=float, default=3600.0, help="seconds after which no variant is begun")
@@ -111,8 +112,7 @@ def shown(numbers: dict) -> str:
 
 
 def clean_up() -> None:
-    """So that a variant neither sees compiled code nor memory of the one before."""
-    torch._dynamo.reset()
+    """So that a variant sees no memory of the one before."""
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
@@ -136,23 +136,21 @@ def recipe_with(preset: Preset, flags: str, folder: Path) -> GRPORecipe:
     return load()
 
 
-def updates(preset: Preset, folder: Path, world: World, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+def updates(
+    preset: Preset, folder: Path, world: World, steps: int, *, variants: Mapping[str, str]
+) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Steps of rollout and update."""
-    for name, flags in UPDATES.items():
-        yield (
-            name,
-            lambda name=name, flags=flags: update_numbers(
-                recipe_with(preset, flags, folder), world, steps, profiled=name in PROFILED
-            ),
-        )
+    for name, flags in variants.items():
+        yield name, partial(update_numbers, preset, flags, folder, world, steps, profiled=name in PROFILED)
 
 
 def update_numbers(preset: Preset, flags: str, folder: Path, world: World, steps: int, *, profiled: bool) -> dict:
     """Seconds of the parts of a step on `IMAGES` images, the best of `steps`, and what they are of the peaks."""
+    torch._dynamo.reset()  # or another number of rows would be compiled for any number
     recipe = recipe_with(preset, flags, folder)
     sizes, schedule, device = sizes_of(recipe), recipe.schedule(ranks=1), world.device
     with DEVICE:
-        policy = get_family(recipe.model.name).build(sizes)
+        policy = get_family(recipe.model.name).build(sizes).to(DEVICE)
     spread_logits(policy)
     parallelize(
         policy.eval(),
@@ -228,6 +226,7 @@ def decoders(preset: Preset, folder: Path, world: World, steps: int) -> Iterator
     def run(compiled: bool, benchmark: bool, size: int) -> dict:
         if compiled not in made:  # cudnn.benchmark needs no other code
             made.clear()
+            torch._dynamo.reset()
             recipe = recipe_with(preset, f"--compile.enabled {str(compiled).lower()}", folder)
             tokenizer = build_tokenizer(recipe.tokenizer, device=world.device)
             names = [str(number) for number in range(recipe.model.num_classes)]
@@ -265,6 +264,7 @@ def encoders(preset: Preset, folder: Path, world: World, steps: int) -> Iterator
         tokenizer = build_tokenizer(recipe.tokenizer, device=world.device)
         if channels_last:
             tokenizer.to(memory_format=torch.channels_last)
+        torch._dynamo.reset()
         if compiled:
             tokenizer.encoder.compile()
         images = torch.rand(ENCODED, 3, *[recipe.data.image_size] * 2, device=world.device) * 2 - 1
@@ -348,7 +348,13 @@ def seconds_of(run: Callable[[], object], repeats: int = 10 if ON_GPU else 1) ->
     return (now() - begin) / repeats
 
 
-PARTS = {"operations": operations, "updates": updates, "decoders": decoders, "encoders": encoders}
+PARTS = {  # the first ones answer most
+    "updates": partial(updates, variants=UPDATES),
+    "decoders": decoders,
+    "operations": operations,
+    "encoders": encoders,
+    "more updates": partial(updates, variants=MORE_UPDATES),
+}
 
 if __name__ == "__main__":
     main()
