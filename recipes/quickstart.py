@@ -36,6 +36,7 @@ from rich.table import Table
 from grpo.config import (
     SHIPPED_RECIPES,
     ClassifierRecipe,
+    DistillRecipe,
     EvaluateRecipe,
     GRPORecipe,
     PretrainRecipe,
@@ -45,6 +46,7 @@ from grpo.config import (
 )
 from grpo.environment import environment
 from grpo.evaluation import classifier_gap, compare, load_judges, measure_images
+from grpo.jobs.distill import train as distill
 from grpo.jobs.evaluate import open_reference
 from grpo.jobs.generate import drawn_images
 from grpo.jobs.pretrain import train as train_generator
@@ -133,27 +135,45 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def plan(options: argparse.Namespace) -> list[Phase]:
     """The phases in their order, each reading what those before it have written."""
-    improved = "grpo" if options.recipe == "class" else "grpo_vapi"
+    free = options.recipe == "class"
+    improved = "grpo" if free else "grpo_vapi"
     make = partial(phase, options.run_dir, options.configs)
     seed = {"training.seed": options.seed}
     tokenizer = {"tokenizer.checkpoint": "tokenizer"}
-    base = {**tokenizer, "model.checkpoint": "pretrain"}
-    reward = {"reward.class_log_prob.checkpoint": "classifier_reward"} if options.recipe == "class" else {}
     judges = {
         "evaluation.reward_checkpoint": "classifier_reward",
         "evaluation.feature_checkpoint": "classifier_judge",
     }
-    after = {**tokenizer, "model.checkpoint": improved, **judges}
-    return [
+    reward = {"reward.class_log_prob.checkpoint": "classifier_reward"} if free else {}
+
+    def weights(maker: str) -> dict[str, str]:
+        return {**tokenizer, "model.checkpoint": maker}
+
+    def judged(maker: str, title: str, name: str = "", job: Callable[..., None] = evaluate) -> Phase:
+        return make(name or f"evaluate_{maker}", title, EvaluateRecipe, job, inputs={**weights(maker), **judges})
+
+    def trained(
+        name: str, title: str, recipe: type[Recipe], job: Callable[..., None], inputs: Mapping[str, str]
+    ) -> Phase:
+        return make(name, f"Generator: {title}", recipe, job, inputs=inputs, settings=seed)
+
+    start = "distill" if free else "pretrain"
+    phases = [
         make("tokenizer", "Tokenizer", TokenizerRecipe, train_tokenizer, settings=seed),
         make("classifier_reward", "Classifier that rewards", ClassifierRecipe, train_classifier),
         make("classifier_judge", "Classifier that judges", ClassifierRecipe, train_classifier),
-        make("pretrain", "Generator: pre-training", PretrainRecipe, train_generator, inputs=tokenizer, settings=seed),
-        make(improved, "Generator: GRPO", GRPORecipe, train_policy, inputs={**base, **reward}, settings=seed),
-        make("evaluate_base", "base", EvaluateRecipe, evaluate, inputs={**base, **judges}),
-        make("evaluate_guided", "base, tuned guidance", EvaluateRecipe, evaluate_tuned, inputs={**base, **judges}),
-        make(f"evaluate_{improved}", "after GRPO", EvaluateRecipe, evaluate, inputs=after),
-    ]  # fmt: skip
+        trained("pretrain", "pre-training", PretrainRecipe, train_generator, tokenizer),
+        trained("pretrain_more", "more of it, the rival", PretrainRecipe, train_generator, weights("pretrain")),
+        trained("distill", "distillation", DistillRecipe, distill, weights("pretrain")),
+        trained(improved, "GRPO", GRPORecipe, train_policy, {**weights(start), **reward}),
+        judged("pretrain", "base", "evaluate_base"),
+        judged("pretrain", "base, tuned guidance", "evaluate_guided", evaluate_tuned),
+        judged("pretrain_more", "more pre-training"),
+        judged("pretrain_more", "more pre-training, tuned guidance", "evaluate_more_guided", evaluate_tuned),
+        judged("distill", "distilled"),
+        judged(improved, "after GRPO"),
+    ]
+    return [phase for phase in phases if free or phase.folder.name not in ("distill", "evaluate_distill")]
 
 
 def phase(
@@ -224,7 +244,7 @@ def row_name(phase: Phase, metrics: Mapping[str, float]) -> str:
     name = phase.title.removeprefix("Evaluation: ")
     if phase.job is not evaluate_tuned:
         return name
-    return f"base, guidance {metrics['cfg_scale']}, temperature {metrics['temperature']}"
+    return f"{name.removesuffix('tuned guidance')}guidance {metrics['cfg_scale']}, temperature {metrics['temperature']}"
 
 
 def write_results(options: argparse.Namespace, names: Sequence[str], results: Sequence[Mapping[str, float]]) -> None:
