@@ -10,9 +10,9 @@ kept for `validation` and another for `test`.
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
+from random import Random
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from grpo.config import UserError
@@ -22,7 +22,9 @@ from grpo.shapes.world import (
     COLORS,
     MOST_DRAWN,
     NO,
+    NUMBERS,
     PLACE_BORDERS,
+    PLACES,
     RELATIONS,
     SHAPES,
     SIZES,
@@ -32,8 +34,8 @@ from grpo.shapes.world import (
 )
 
 SPLITS = {
-    "train": 100_000,  # for the generator
-    "reader": 100_000,  # for networks that read: every combination
+    "train": 50_000,  # for the generator
+    "reader": 50_000,  # for networks that read: every combination
     "validation": 9_000, "validation_unseen": 5_000,
     "test": 9_000, "test_unseen": 5_000,
 }  # fmt: skip
@@ -51,17 +53,22 @@ TRAIN_WEIGHTS = {
 KEPT_APART = ("color_attr", "scenes")
 GAP, MARGIN, CLEARNESS = 0.06, 0.015, 0.08
 """Least distance of shapes, of a shape from the border, and of a centre from where another word would be true."""
-ATTEMPTS = 64
+RADII = tuple(SIZES.values())
+_DECK = tuple(name for name, times in TRAIN_WEIGHTS.items() for _ in range(times))
 
 
 class Example(NamedTuple):
-    """A caption, what it asks for, and a scene that shows it: its things' numbers and places."""
+    """A caption, what it asks for, and what is drawn: things whose every attribute is known, and how they lie.
+
+    Relation and place are those of the drawing, said or not: of two things, and of one.
+    """
 
     caption: str
     request: Request
-    things: tuple[Thing, ...]  # as drawn, every attribute known
-    radii: np.ndarray  # [n]
-    centers: np.ndarray  # [n, 2]
+    things: tuple[Thing, ...]
+    relation: int
+    place: int
+    seed: str  # of the radii and centres
 
 
 @cache
@@ -77,7 +84,11 @@ def held_out_colors() -> frozenset[tuple[int, int]]:
 def held_out_pairs() -> frozenset[tuple[int, int, int]]:
     """Triples (first shape, axis, second shape) that are not in `train`: left of (axis 0) and above (1)."""
     return frozenset(
-        (index, axis, min(range(len(SHAPES)), key=lambda other: _hash(f"{shape} {RELATIONS[2 * axis]} {SHAPES[other]}")))
+        (
+            index,
+            axis,
+            min(range(len(SHAPES)), key=lambda other: _hash(f"{shape} {RELATIONS[2 * axis]} {SHAPES[other]}")),
+        )
         for index, shape in enumerate(SHAPES)
         for axis in (0, 1)
     )
@@ -98,37 +109,37 @@ def example(split: str, index: int) -> Example:
     """Example `index` of a split. Raises a UserError where there is no such split."""
     if split not in SPLITS:
         raise UserError(f"data.split {split!r} is no part of the shapes: choose one of {', '.join(SPLITS)}")
-    random = np.random.default_rng((zlib.crc32(split.encode()), index))
+    draw = Random(f"{split} {index}").random
     unseen = split.endswith("_unseen")
     if split in ("train", "reader"):
-        names, weights = list(TRAIN_WEIGHTS), np.array(list(TRAIN_WEIGHTS.values()), dtype=float)
-        wanted = names[random.choice(len(names), p=weights / weights.sum())]
+        wanted = _DECK[_one_of(draw, len(_DECK))]
     else:
         names = UNSEEN_CATEGORIES if unseen else CATEGORIES
         wanted = names[index % len(names)]
     bucket = {"train": 2, "test": 0, "validation": 1}.get(split)
     while True:
-        shown = _scene(random, wanted, anything=unseen or split == "reader")
-        request = _said(random, wanted, *shown)
+        things, relation, place = _scene(draw, wanted, anything=unseen or split == "reader")
+        request = _said(draw, wanted, things, relation, place)
         if request is None or (split != "reader" and is_unseen(request) != unseen):
             continue
         if bucket is None or wanted not in KEPT_APART or _bucket(request) == bucket:
             break
-    things, relation, place = shown
-    radii = np.array([random.uniform(*list(SIZES.values())[thing.size]) for thing in things])
-    centers = _layout(random, radii * EXTENT, relation, place)
-    return Example(caption(request, wording=int(random.integers(wordings(request)))), request, things, radii, centers)
+    text = caption(request, wording=_one_of(draw, wordings(request)))
+    return Example(text, request, things, relation, place, seed=f"{split} {index} drawn")
 
 
 def scenes(examples: Sequence[Example]) -> Scenes:
     """What the examples show."""
     result = Scenes.empty(len(examples), MOST_DRAWN)
     for row, item in enumerate(examples):
-        count = len(item.things)
+        draw, count = Random(item.seed).random, len(item.things)
+        ranges = [RADII[thing.size] for thing in item.things]
+        radii = [_between(draw, *limits) for limits in ranges]
+        centers = _layout(draw, [radius * EXTENT for radius in radii], item.relation, item.place)
         result.shapes[row, :count] = torch.tensor([thing.shape for thing in item.things])
         result.colors[row, :count] = torch.tensor([thing.color for thing in item.things])
-        result.radii[row, :count] = torch.from_numpy(item.radii).float()
-        result.centers[row, :count] = torch.from_numpy(item.centers).float()
+        result.radii[row, :count] = torch.tensor(radii)
+        result.centers[row, :count] = torch.tensor(centers)
     return result
 
 
@@ -141,63 +152,66 @@ def _bucket(request: Request) -> int:
     return min(_hash(caption(canonical(request))) % 16, 2)
 
 
-def _scene(random: np.random.Generator, wanted: str, *, anything: bool) -> tuple[tuple[Thing, ...], int, int]:
+Draw = Callable[[], float]
+"""`random.Random.random`, whose sequence Python promises to keep: the next number in [0, 1)."""
+
+
+def _one_of(draw: Draw, count: int) -> int:
+    return int(draw() * count)
+
+
+def _between(draw: Draw, low: float, high: float) -> float:
+    return low + draw() * (high - low)
+
+
+def _scene(draw: Draw, wanted: str, *, anything: bool) -> tuple[tuple[Thing, ...], int, int]:
     """Things with all attributes, and their relation (of two) or place (of one). Without `anything`, seen ones only."""
-    number = {"counting": int(random.integers(2, 5)), "single_object": 1, "colors": 1, "sizes": 1, "places": 1}.get(wanted, 2)
-    if wanted == "scenes" and random.random() < 0.25:
+    number = 2
+    if wanted == "counting":
+        number = 2 + _one_of(draw, len(NUMBERS))
+    elif wanted in ("single_object", "colors", "sizes", "places") or (wanted == "scenes" and draw() < 0.25):
         number = 1
     while True:
-        drawn = [Thing(*(int(random.integers(len(known))) for known in (SHAPES, COLORS, SIZES))) for _ in range(number)]
+        drawn = [Thing(*(_one_of(draw, len(known)) for known in (SHAPES, COLORS, SIZES))) for _ in range(number)]
         things = tuple(drawn[:1] * number if wanted == "counting" else drawn)
-        relation = int(random.integers(len(RELATIONS))) if number == 2 else NO
+        relation = _one_of(draw, len(RELATIONS)) if number == 2 else NO
         if anything or not is_unseen(Request(things, relation=relation)):
-            return things, relation, int(random.integers(9)) if number == 1 else NO
+            return things, relation, _one_of(draw, len(PLACES)) if number == 1 else NO
 
 
-def _said(
-    random: np.random.Generator, wanted: str, things: tuple[Thing, ...], relation: int, place: int
-) -> Request | None:
+def _said(draw: Draw, wanted: str, things: tuple[Thing, ...], relation: int, place: int) -> Request | None:
     """What a caption of that category says of a scene; None where it would be of another category."""
-    says: Callable[[float], bool] = lambda share: bool(random.random() < share)  # noqa: E731
-    has_color = wanted in ("colors", "color_attr")
     if wanted == "counting":
-        color, size = says(0.5), says(0.25)
+        color, size = draw() < 0.5, draw() < 0.25
         said = (Thing(things[0].shape, things[0].color if color else NO, things[0].size if size else NO),) * len(things)
         return Request(said)
-    if wanted == "scenes":
-        said = tuple(
-            Thing(thing.shape, thing.color if says(0.8) else NO, thing.size if says(0.4) else NO) for thing in things
-        )
-        relation, place = (relation if says(0.75) else NO), (place if says(0.6) else NO)
-    else:
-        said = tuple(
-            Thing(thing.shape, thing.color if has_color else NO, thing.size if wanted == "sizes" else NO)
-            for thing in things
-        )
-        relation, place = (relation if wanted == "position" else NO), (place if wanted == "places" else NO)
-    request = Request(said, relation, place)
+    has_color, has_size = (0.8, 0.4) if wanted == "scenes" else (wanted in ("colors", "color_attr"), wanted == "sizes")
+    relates, locates = (0.75, 0.6) if wanted == "scenes" else (wanted == "position", wanted == "places")
+    said = tuple(
+        Thing(thing.shape, thing.color if draw() < has_color else NO, thing.size if draw() < has_size else NO)
+        for thing in things
+    )
+    request = Request(said, relation if draw() < relates else NO, place if draw() < locates else NO)
     return request if category(request) == wanted and len(set(said)) == len(said) else None
 
 
-def _layout(random: np.random.Generator, extents: np.ndarray, relation: int, place: int) -> np.ndarray:
-    """Centres [n, 2] of shapes that reach so far: inside, apart, and clearly in that relation or place."""
-    count = len(extents)
-    low, high = extents + MARGIN, 1 - extents - MARGIN  # [n]
-    if count == 1:
-        edges = np.array([0.0, *PLACE_BORDERS, 1.0])
-        cell = np.array([place % 3, place // 3])
-        return random.uniform(
-            np.maximum(low, edges[cell] + CLEARNESS / 2), np.minimum(high, edges[cell + 1] - CLEARNESS / 2)
-        )[None]
-    if count > 2:
-        quarters = np.array([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
-        free = 0.25 - extents[:, None] - max(MARGIN, GAP / 2)
-        return random.permutation(quarters)[:count] + random.uniform(-1, 1, (count, 2)) * free
+def _layout(draw: Draw, extents: Sequence[float], relation: int, place: int) -> list[tuple[float, float]]:
+    """Centres of shapes that reach so far: inside, apart, and clearly in that relation or place."""
+    low, high = [extent + MARGIN for extent in extents], [1 - extent - MARGIN for extent in extents]
+    if len(extents) == 1:
+        edges, clear = (0.0, *PLACE_BORDERS, 1.0), CLEARNESS / 2
+        cells = place % 3, place // 3
+        limits = [(max(low[0], edges[cell] + clear), min(high[0], edges[cell + 1] - clear)) for cell in cells]
+        return [(_between(draw, *limits[0]), _between(draw, *limits[1]))]
+    if len(extents) > 2:
+        quarters, centers = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)], []
+        for extent in extents:
+            middle, free = quarters.pop(_one_of(draw, len(quarters))), 0.25 - extent - max(MARGIN, GAP / 2)
+            centers.append(tuple(_between(draw, value - free, value + free) for value in middle))
+        return centers
     axis, sign = relation // 2, 1 if relation % 2 == 0 else -1
     while True:
-        tries = random.uniform(low[:, None], high[:, None], (ATTEMPTS, 2, 2))  # [attempt, thing, x or y]
-        apart = (tries[:, 1] - tries[:, 0]) * sign
-        along, across = apart[:, axis], np.abs(apart[:, 1 - axis])
-        good = np.flatnonzero((along > extents.sum() + GAP) & (across < along - CLEARNESS))
-        if len(good):
-            return tries[good[0]]
+        first, second = (tuple(_between(draw, *limits) for _ in range(2)) for limits in zip(low, high, strict=True))
+        along, across = (second[axis] - first[axis]) * sign, abs(second[1 - axis] - first[1 - axis])
+        if along > sum(extents) + GAP and across < along - CLEARNESS:
+            return [first, second]
