@@ -100,7 +100,7 @@ class Data(Section):
 
     name: Literal[
         "imagenet", "huggingface", "folder", "captions", "webdataset", "parquet", "stream", "codes", "classes", "prompts",
-        "digits", "synthetic",
+        "digits", "shapes", "synthetic",
     ] = "imagenet"  # fmt: skip
     """imagenet: whichever of the next five `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
     captions: images with captions; webdataset: tar files; parquet: Parquet files. stream: such files read from front to
@@ -158,7 +158,7 @@ class Data(Section):
         return self.name == "codes" or self.codes is not None
 
     def files(self) -> Iterator[tuple[str, str, Wanted]]:
-        if self.name not in ("digits", "synthetic"):  # which read no folder
+        if self.name not in ("digits", "shapes", "synthetic"):  # which read no folder
             yield from super().files()
 
     def missing_files(self) -> Iterator[str]:

@@ -14,6 +14,7 @@ from grpo.data.class_map import is_class_id, nfc, read_class_map
 from grpo.data.code_list import CodeList
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import ImageFolder
+from grpo.data.shapes import Shapes
 from grpo.data.webdataset import TarDataset
 from grpo.models import numbered
 
@@ -110,6 +111,8 @@ def _open(data: Data, *, num_classes: int, learned: Sequence[str]) -> ImageDatas
         return Digits(data=data)
     if data.name == "synthetic":
         return Synthetic(data=data, num_classes=num_classes)
+    if data.name == "shapes":
+        return Shapes(data=data)
     if data.path is None:
         raise UserError(f"data.path is missing: data.name = {data.name!r} reads a folder")
     if data.name == "codes":

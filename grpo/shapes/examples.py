@@ -105,10 +105,15 @@ def is_unseen(request: Request) -> bool:
     return (first.shape, request.relation // 2, second.shape) in held_out_pairs()
 
 
-def example(split: str, index: int) -> Example:
-    """Example `index` of a split. Raises a UserError where there is no such split."""
+def split_size(split: str) -> int:
+    """Number of its examples. Raises a UserError where there is no such split."""
     if split not in SPLITS:
         raise UserError(f"data.split {split!r} is no part of the shapes: choose one of {', '.join(SPLITS)}")
+    return SPLITS[split]
+
+
+def example(split: str, index: int) -> Example:
+    """Example `index` of a split."""
     draw = Random(f"{split} {index}").random
     unseen = split.endswith("_unseen")
     if split in ("train", "reader"):

@@ -7,7 +7,7 @@ from grpo.shapes.world import BACKGROUND, COLORS, SHAPES, Scenes
 
 TRIANGLE = (1.0, 0.75, 1.04)  # half width, depth of its base below the centre, height of its tip above it
 SQUARE, DIAMOND = 0.86, 1.06  # half side; half diagonal
-CROSS, RING = 0.36, (0.72, 0.27)  # half width of an arm; middle radius and half width of the band
+CROSS, RING = 0.3, (0.72, 0.27)  # half width of an arm; middle radius and half width of the band
 EXTENT = 1.07  # no shape reaches farther than so many radii from its centre, along x or y
 
 

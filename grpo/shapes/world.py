@@ -23,9 +23,9 @@ COLORS = {
     "white": (240, 240, 240),
 }
 BACKGROUND = (20, 20, 26)
-SIZES = {"small": (0.115, 0.135), "large": (0.175, 0.195)}
+SIZES = {"small": (0.125, 0.145), "large": (0.18, 0.2)}
 """Ranges of the radius; what lies nearer to the one is of that size."""
-SIZE_BORDER = 0.155
+SIZE_BORDER = 0.1625
 RELATIONS = ("left of", "right of", "above", "below")
 """Of the first shape to the second: the axis on which their centres are farther apart says which one holds."""
 PLACES = (
