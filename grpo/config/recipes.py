@@ -37,7 +37,7 @@ class GeneratorRecipe(TrainingRecipe):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from model_problems(self.model)
-        yield from text_problems(self.text, self.model, self.data)
+        yield from text_problems(self.text, self.model, self.data, judge=bool(self.judge.interval))
         if self.data.name in ("captions", "prompts") and not self.model.is_text:
             yield f'data.name = "{self.data.name}" needs model.caption_dim: this model takes classes'
         yield from self.judge.problems(self.data, self.checkpoint)
