@@ -69,6 +69,13 @@ class Model(Section):
     training.dropout_mode is not eval, which makes the default 0.1."""
     dropout: ProperFraction = 0.0
     """Dropout of embeddings and of the outputs of attention and feed-forward, there too and with the same default."""
+    token_dropout: ProperFraction | None = None
+    """Dropout of embeddings alone; None is dropout."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether any dropout is not 0."""
+        return any((self.dropout, self.class_dropout, self.token_dropout))
 
     @property
     def is_text(self) -> bool:

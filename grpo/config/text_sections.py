@@ -56,7 +56,7 @@ def text_problems(text: Text, model: Model, data: Data | None = None, *, judge: 
     if data is None:
         return
     if text.encoder == "t5" and not (text.features or text.llamagen_features):
-        yield 'text.features is required with text.encoder = "t5": `grpo encode-text` makes them'
+        yield 'text.features is required with text.encoder = "t5" (`grpo encode-text` makes them), or llamagen_features'
     if judge and data.may_be_stream:
         yield "judge.interval must be 0: captions of a stream cannot be picked"
     if data.name in ("classes", "codes"):

@@ -92,6 +92,7 @@ class LlamaGen:
             caption_dim=model.caption_dim,
             class_dropout=model.class_dropout,
             dropout=model.dropout,
+            token_dropout=model.token_dropout,
         )
 
 
