@@ -26,7 +26,7 @@ class DrawingRecipe(Recipe):
     def problems(self) -> Iterator[str]:
         model, tokenizer, class_ids = self.model, self.tokenizer, self.sampling.class_ids
         yield from model_problems(model)
-        yield from text_problems(self.text, model, None)
+        yield from text_problems(self.text, model)
         yield from self._prompt_problems()
         yield from required("model", model, "checkpoint")
         yield from required("tokenizer", tokenizer, "checkpoint")
@@ -73,6 +73,8 @@ class GenerateRecipe(DrawingRecipe):
             yield f'output.layout = "{layout}" is of images by prompts, and needs model.caption_dim'
         if layout == "dpg" and self.output.images_per_prompt != 4:
             yield f'output.images_per_prompt must be 4 with output.layout = "dpg", not {self.output.images_per_prompt}'
+        if layout == "dpg" and self.sampling.batch_size % 4:
+            yield f'sampling.batch_size = {self.sampling.batch_size} must be a multiple of 4 with output.layout = "dpg"'
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         is_plain = self.output.layout == "plain"

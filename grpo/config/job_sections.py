@@ -195,8 +195,8 @@ class Output(Section):
     folder: Annotated[str | None, Written(folder=True)] = None
     """Folder of one PNG file an image."""
     layout: Literal["plain", "geneval", "dpg"] = "plain"
-    """How images lie in `folder`. plain: 000123.png by number; geneval: 00012/samples/0000.png and 00012/metadata.jsonl by
-    the number of the prompt; dpg: one PNG a prompt with its four images, named as the prompt's file."""
+    """How images lie in `folder`. plain: 000123.png by number; geneval: 00012/samples/0000.png and 00012/metadata.jsonl
+    by the number of the prompt; dpg: one PNG a prompt with its four images, named as the prompt's file."""
     images_per_prompt: Size = 4
     """Images of each prompt in the layouts geneval and dpg."""
     npz: Annotated[str | None, Written()] = None

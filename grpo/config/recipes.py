@@ -37,7 +37,7 @@ class GeneratorRecipe(TrainingRecipe):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from model_problems(self.model)
-        yield from text_problems(self.text, self.model, self.data)
+        yield from text_problems(self.text, self.model, self.data, judge=bool(self.judge.interval))
         if self.data.name in ("captions", "prompts") and not self.model.is_text:
             yield f'data.name = "{self.data.name}" needs model.caption_dim: this model takes classes'
         yield from self.judge.problems(self.data, self.checkpoint)
@@ -192,7 +192,7 @@ class GRPORecipe(GeneratorRecipe):
         return [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
 
     def remarks(self) -> list[str]:
-        drops = self.training.dropout_mode != "eval" and (self.model.dropout or self.model.class_dropout)
+        drops = self.training.dropout_mode != "eval" and self.model.drops
         return [DROPOUT_REMARK] if drops else []
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
@@ -202,7 +202,7 @@ class GRPORecipe(GeneratorRecipe):
         of_kl = ("kl_coef", "kl_level", "reference", "reference_checkpoint")
         steering = "objective.entropy_dead_band objective.entropy_gain"
         is_whole = not rollout.top_k and rollout.top_p == 1
-        mode, rates = self.training.dropout_mode, (self.model.dropout, self.model.class_dropout)
+        mode = self.training.dropout_mode
         return [
             *super()._idle_keys(),
             (no_kl, " ".join(f"objective.{key}" for key in of_kl), 'the KL term is off (objective.kl = "none")'),
@@ -217,8 +217,12 @@ class GRPORecipe(GeneratorRecipe):
                 "rollout.max_rows rollout.keep_memory",
                 "teacher-forced rollouts have no cache",
             ),
-            (mode == "eval", "model.dropout model.class_dropout", 'training.dropout_mode is "eval"'),
-            (not any(rates), "training.dropout_mode", "model.dropout and model.class_dropout are 0"),
+            (
+                mode == "eval",
+                "model.dropout model.class_dropout model.token_dropout",
+                'training.dropout_mode is "eval"',
+            ),
+            (not self.model.drops, "training.dropout_mode", "model.dropout and model.class_dropout are 0"),
         ]
 
 

@@ -69,6 +69,13 @@ class Model(Section):
     training.dropout_mode is not eval, which makes the default 0.1."""
     dropout: ProperFraction = 0.0
     """Dropout of embeddings and of the outputs of attention and feed-forward, there too and with the same default."""
+    token_dropout: ProperFraction | None = None
+    """Dropout of embeddings alone; None is dropout."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether any dropout is not 0."""
+        return any((self.dropout, self.class_dropout, self.token_dropout))
 
     @property
     def is_text(self) -> bool:
@@ -99,14 +106,14 @@ class Data(Section):
     """The images."""
 
     name: Literal[
-        "imagenet", "huggingface", "folder", "captions", "webdataset", "parquet", "stream", "codes", "classes", "prompts",
-        "digits", "shapes", "synthetic",
+        "imagenet", "huggingface", "folder", "captions", "webdataset", "parquet", "stream", "codes", "classes",
+        "prompts", "digits", "shapes", "synthetic",
     ] = "imagenet"  # fmt: skip
     """imagenet: whichever of the next five `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
     captions: images with captions; webdataset: tar files; parquet: Parquet files. stream: such files read from front to
-    back, here or behind an address (hf://, https://). prompts: texts without images. codes: what `grpo encode`, or LlamaGen, has written, without images;
-    classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along; synthetic: random images, to
-    try the machinery."""
+    back, here or behind an address (hf://, https://). codes: what `grpo encode`, or LlamaGen, has written, without
+    images; classes, prompts: no images, for autoregressive GRPO; digits: MNIST digits, which come along; synthetic:
+    random images, to try the machinery."""
     path: Annotated[str | None, Wanted("the data set")] = None
     """Folder of the data set; tar and Parquet files also as a file or a pattern, `a-{000..123}.tar`. Required but with
     classes, digits and synthetic."""

@@ -16,8 +16,8 @@ class Text(Section):
     features: Annotated[str | None, Wanted("the features that `grpo encode-text` wrote")] = None
     """Folder of the features of all texts, as `grpo encode-text` writes it."""
     path: Annotated[str | None, Wanted("a folder of transformers' T5, such as flan-t5-xl")] = None
-    """Folder of a T5 as transformers saves it: config.json, the tokenizer, the weights. `grpo encode-text` needs it, and
-    drawing images of texts that are not in `features`."""
+    """Folder of a T5 as transformers saves it: config.json, the tokenizer, the weights. `grpo encode-text` needs it,
+    and drawing images of texts that are not in `features`."""
     llamagen_features: Annotated[str | None, Wanted("LlamaGen's T5 features, LIST/NUMBER.npy")] = None
     """Folder of LlamaGen's features of the captions of its own lists (`data.path` with LIST.jsonl): [1, L, C] each."""
     llamagen_short_features: Annotated[str | None, Wanted("LlamaGen's T5 features of short captions")] = None
@@ -41,8 +41,8 @@ class EncodeText(Section):
     """Texts in one file. A rank that is killed loses the one it was at."""
 
 
-def text_problems(text: Text, model: Model, data: Data | None) -> Iterator[str]:
-    """What cannot go together where a generator is to read texts; `data` is None where none are trained on."""
+def text_problems(text: Text, model: Model, data: Data | None = None, *, judge: bool = False) -> Iterator[str]:
+    """What cannot go together where a generator is to read texts; `data` are None where none are trained on."""
     if not model.is_text:
         if model.cls_token_num != 1:
             yield "model.cls_token_num above 1 needs model.caption_dim, the width of the features: 2048 for flan-t5-xl"
@@ -56,7 +56,9 @@ def text_problems(text: Text, model: Model, data: Data | None) -> Iterator[str]:
     if data is None:
         return
     if text.encoder == "t5" and not (text.features or text.llamagen_features):
-        yield 'text.features is required with text.encoder = "t5": `grpo encode-text` makes them'
+        yield 'text.features is required with text.encoder = "t5" (`grpo encode-text` makes them), or llamagen_features'
+    if judge and data.may_be_stream:
+        yield "judge.interval must be 0: captions of a stream cannot be picked"
     if data.name in ("classes", "codes"):
         yield f'data.name = "{data.name}" has no texts: model.caption_dim is that of a model that reads them'
 

@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 from grpo.config import Data, UserError, read_text, reading
-from grpo.data.captions import Captions, LeftOut
+from grpo.data.captions import Captions, LeftOut, texts_in, texts_of
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import IMAGE_SUFFIXES, ImageFiles, split_folder
 from grpo.data.folder_scan import scan_folder
 from grpo.data.index_cache import on_main_rank
-from grpo.texts import CAPTION_KEYS, clean_text, read_objects, read_prompts
+from grpo.texts import read_objects, read_prompts
 
 METADATA, CAPTION_TABLE = "metadata.jsonl", "captions.json"
 FILE_KEYS = ("file_name", "image_path", "image", "file")
@@ -54,19 +54,16 @@ class CaptionFolder(ImageFiles):
         root = split_folder(data)
         images, listed = on_main_rank(lambda: _find(root, data))
         if not images:
-            raise UserError(f"data.path {root} has no images with captions: {_FORMS}")
+            raise UserError(f"data.path {root} has no images with captions: {FORMS}")
         self.listed: list[ListedIn] = listed
         sizes = [_size(root / image.file) for image in images] if len(images) <= MOST_SIZES else []
         captions = Captions([image.texts for image in images])
         files = [image.file for image in images]
         super().__init__(files, np.zeros(len(files)), [], data=data, root=root, sizes=sizes, captions=captions)
 
-    def describe(self, index: int) -> str:
-        return os.path.join(self._root, os.fsdecode(self._files[index]))
-
 
 MOST_SIZES = 1 << 20  # files whose sizes are part of the fingerprint: to ask for more takes minutes
-_FORMS = "metadata.jsonl, captions.json, LlamaGen's lists, or a .txt beside each image"
+FORMS = "metadata.jsonl, captions.json, LlamaGen's lists, or a .txt beside each image"
 
 
 class PromptList(ImageDataset):
@@ -126,9 +123,7 @@ def _find(root: Path, data: Data) -> tuple[list[Captioned], list[ListedIn]]:
     return images, listed
 
 
-def _of_objects(
-    entries: Iterable[tuple[str, Mapping[str, Any]]], data: Data, left_out: LeftOut
-) -> Iterator[Captioned]:
+def _of_objects(entries: Iterable[tuple[str, Mapping[str, Any]]], data: Data, left_out: LeftOut) -> Iterator[Captioned]:
     for where, entry in entries:
         file = next((entry[key] for key in FILE_KEYS if key in entry), None)
         if not isinstance(file, str) or not file or "\0" in file:
@@ -138,14 +133,6 @@ def _of_objects(
             yield Captioned(file, texts)
         else:
             left_out.note(f"{where} ({file}) has no caption")
-
-
-def texts_of(entry: Mapping[str, Any], key: str | None, where: str) -> list[str]:
-    """The texts of an object, without empty ones; a UserError where what is there is no text."""
-    found = key if key is not None else next((name for name in CAPTION_KEYS if name in entry), None)
-    value = entry.get(found) if found is not None else None
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [clean_text(text, where) for text in values if not isinstance(text, str) or text.strip()]
 
 
 def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -175,12 +162,12 @@ def _beside(root: Path, left_out: LeftOut) -> Iterator[Captioned]:
         for name in (name for name in names if not name.endswith(CAPTION_SUFFIX)):
             file, stem = os.path.join(folder, name), os.path.splitext(name)[0]
             path = root / folder / f"{stem}{CAPTION_SUFFIX}"
-            lines: list[str] = []
+            found: list[str] = []
             if stem in texts:
                 with reading(f"{path} cannot be read"):
-                    lines = [line for line in read_text(path).splitlines() if line.strip()]
-            if lines:
-                yield Captioned(file, [clean_text(line, str(path)) for line in lines])
+                    found = texts_in(read_text(path).splitlines(), str(path))
+            if found:
+                yield Captioned(file, found)
             else:
                 left_out.note(f"{root / file} has no caption (its {stem}{CAPTION_SUFFIX})")
 

@@ -1,17 +1,17 @@
 """What images are asked to be in words: the captions of a data set, and how one of them is drawn."""
 
+import hashlib
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grpo.config import Data, UserError
-from grpo.data.dataset import UnreadableImage, sha256
 from grpo.models import Condition
-from grpo.texts import TextEncoder, as_rows
+from grpo.texts import CAPTION_KEYS, TextEncoder, as_rows, clean_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,19 @@ class Captions:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the texts, and whose they are."""
-        return sha256(self._text.tobytes(), self._ends.tobytes(), self._first.tobytes())
+        digest = hashlib.sha256()
+        for part in (self._text, self._ends, self._first):
+            digest.update(len(part).to_bytes(8, "big") + part.tobytes())
+        return digest.hexdigest()
+
+
+def texts_in(value: object, where: str) -> list[str]:
+    """The texts of an image as a source holds them: one, several in a list, or none; empty ones are no texts.
+
+    Raises a UserError where what is there is no text.
+    """
+    values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return [clean_text(text, where) for text in values if not isinstance(text, str) or text.strip()]
 
 
 class Asked(NamedTuple):
@@ -71,6 +83,13 @@ class Requests(Protocol):
         """R of them -> R rows."""
 
 
+def pick_text(texts: Sequence[str], sample_id: int, seed: int) -> str:
+    """One of the captions of a sample, all equally likely: a function of the seed and the sample's number."""
+    if len(texts) == 1:
+        return texts[0]
+    return texts[int(np.random.default_rng((seed, sample_id, CAPTION_STREAM)).integers(len(texts)))]
+
+
 class CaptionRequests(Requests):
     """A caption of the image, all of them equally likely, with the features that the encoder gives."""
 
@@ -81,19 +100,18 @@ class CaptionRequests(Requests):
     def identity(self) -> dict[str, str | int]:
         return {**self.encoder.identity, "captions": self.captions.fingerprint}
 
-    def text(self, index: int, sample_id: int, seed: int) -> str:
-        """The caption alone."""
-        texts = self.captions.of(index)
-        if len(texts) == 1:
-            return texts[0]
-        return texts[int(np.random.default_rng((seed, sample_id, CAPTION_STREAM)).integers(len(texts)))]
-
     def draw(self, index: int, sample_id: int, seed: int) -> Asked:
-        text = self.text(index, sample_id, seed)
+        text = pick_text(self.captions.of(index), sample_id, seed)
         return Asked(text, self.encoder.features([text])[0])
 
     def condition(self, asked: Sequence[Asked]) -> Condition:
         return as_rows([one.features for one in asked], rows=self.encoder.rows)
+
+
+def texts_of(entry: Mapping[str, Any], key: str | None, where: str) -> list[str]:
+    """The texts of a JSON object, under `key` or the first of `CAPTION_KEYS` that is there."""
+    found = key if key is not None else next((name for name in CAPTION_KEYS if name in entry), None)
+    return texts_in(entry.get(found), where) if found is not None else []
 
 
 class LeftOut:
@@ -111,18 +129,24 @@ class LeftOut:
         more = f" (and {self.count - 1} more such)" if self.count > 1 else ""
         if self.count > self.data.max_bad_images:
             most = f"more than data.max_bad_images = {self.data.max_bad_images}"
-            raise UserError(f"{self.first}{more}, {most}: write captions, or raise data.max_bad_images to leave them out")
+            raise UserError(
+                f"{self.first}{more}, {most}: write captions, or raise data.max_bad_images to leave them out"
+            )
         if self.count:
             logger.warning("%s%s: left out", self.first, more)
 
 
-def unreadable(error: UserError) -> UnreadableImage:
-    """A sample that lacks what it asks for is passed over as one whose image is damaged."""
-    return UnreadableImage(error.problems)
+class RequestList:
+    """What R images of a data set ask for, as a condition that is made when its rows are selected.
 
+    The images are evenly over the N of the data set, or all of them again and again where there are fewer.
+    """
 
-def even_rows(count: int, wanted: int) -> list[int]:
-    """`wanted` numbers below `count`, evenly over them, the first ones again where there are fewer."""
-    if wanted <= count:
-        return [place * count // wanted for place in range(wanted)]
-    return (torch.arange(wanted) % count).tolist()
+    def __init__(self, requests: Requests, *, length: int, count: int, seed: int) -> None:
+        self.requests, self.seed, self.rows = requests, seed, count  # R
+        self.indices = torch.arange(count) * length // count if count <= length else torch.arange(count) % length
+
+    def select(self, rows: slice | Tensor) -> Condition:
+        """The given rows."""
+        numbers = torch.arange(self.rows)[rows].tolist()
+        return self.requests.condition([self.requests.draw(int(self.indices[n]), n, self.seed) for n in numbers])

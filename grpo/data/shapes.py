@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from grpo.config import Data
+from grpo.data.captions import Captions
 from grpo.data.dataset import ImageDataset
 from grpo.data.images import to_image
 from grpo.shapes import VERSION, Example, Scenes, example, render, scenes, split_size
@@ -15,9 +16,10 @@ from grpo.shapes import VERSION, Example, Scenes, example, render, scenes, split
 class Shapes(ImageDataset):
     """A split of the world of shapes, see `grpo.shapes.examples`. All images are of one class, `shapes`."""
 
-    def __init__(self, *, data: Data) -> None:
-        count = split_size(data.split)
-        super().__init__(np.zeros(count), ["shapes"], data=data)
+    def __init__(self, *, data: Data, with_captions: bool = False) -> None:
+        examples = range(split_size(data.split))
+        texts = Captions([[example(data.split, index).caption] for index in examples]) if with_captions else None
+        super().__init__(np.zeros(len(examples)), [] if with_captions else ["shapes"], data=data, captions=texts)
 
     def identify(self) -> Iterable[bytes]:
         return b"shapes", str(VERSION).encode()

@@ -21,7 +21,9 @@ class LlamaGenFeatures:
         with reading(f"{file} cannot be read"):
             features = np.load(file, allow_pickle=False)
             if features.ndim != 3 or len(features) != 1 or features.dtype.kind != "f":
-                raise ValueError(f"it is {features.dtype} {list(features.shape)}, expected numbers [1, L, {self.width}]")
+                raise ValueError(
+                    f"it is {features.dtype} {list(features.shape)}, expected numbers [1, L, {self.width}]"
+                )
             if features.shape[2] != self.width:
                 raise ValueError(f"its features have width {features.shape[2]}, model.caption_dim is {self.width}")
             if not features.shape[1]:

@@ -51,7 +51,7 @@ class FeatureStore(TextEncoder):
         self.folder, self.about = Path(folder), read_about(Path(folder))
         if self.about["width"] != width:
             raise UserError(
-                f"text.features {folder} has features of width {self.about['width']}, and model.caption_dim is {width}: "
+                f"text.features {folder} has features of width {self.about['width']}, model.caption_dim is {width}: "
                 "set it to the former or encode the texts by another T5"
             )
         if not self.about["complete"]:

@@ -43,8 +43,8 @@ class FeatureWriter:
             found = read_about(self.folder)
             if different := [key for key in self.about if found[key] != self.about[key]]:
                 raise UserError(
-                    f"encode_text.output {self.folder} holds features of something else: {', '.join(different)} differ; "
-                    "give another folder, or remove this one"
+                    f"encode_text.output {self.folder} holds features of something else: {', '.join(different)} "
+                    "differ; give another folder, or remove this one"
                 )
         elif is_empty:
             self._write_about({}, complete=False)

@@ -114,7 +114,9 @@ class StoreThenT5(TextEncoder):
         super().__init__(rows=store.rows, width=store.width)
         self.store, self.encoder = store, encoder
         if store.identity != encoder.identity:
-            raise UserError("text.features and text.path are of different encoders: give one, or encode the texts again")
+            raise UserError(
+                "text.features and text.path are of different encoders: give one, or encode the texts again"
+            )
 
     @property
     def identity(self) -> dict[str, str | int]:
