@@ -23,6 +23,7 @@ JOBS = {
     "finetune": "finetune",
     "tokenizer": "train_tokenizer",
     "classifier": "train_classifier",
+    "reader": "train_reader",
     "encode": "encode",
     "encode-text": "encode_text",
     "generate": "generate",

@@ -32,6 +32,7 @@ from grpo.config.recipes import (
     GeneratorRecipe,
     GRPORecipe,
     PretrainRecipe,
+    ReaderRecipe,
     TokenizerRecipe,
 )
 from grpo.config.registry import RECIPES

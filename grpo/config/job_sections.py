@@ -149,6 +149,15 @@ class Classifier(Section):
     """Training images are shifted at random by up to this many pixels each way, so that fewer of them suffice."""
 
 
+class Reader(Section):
+    """A small convolutional network that reads drawings of the world of shapes, to judge or to reward."""
+
+    width: Size = 16
+    """Channels of the first stage, a multiple of 8; the second has twice as many."""
+    noise: Fraction = 0.15
+    """Standard deviation, at most, of the noise on training images in [-1, 1]; blur, too, is of random strength."""
+
+
 class Sampling(Section):
     """How images are drawn from a trained generator."""
 

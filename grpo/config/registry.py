@@ -10,13 +10,14 @@ from grpo.config.recipes import (
     EncodeTextRecipe,
     GRPORecipe,
     PretrainRecipe,
+    ReaderRecipe,
     TokenizerRecipe,
 )
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 
 _ALL = (
-    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, EncodeRecipe,
-    EncodeTextRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe,
+    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, ReaderRecipe,
+    EncodeRecipe, EncodeTextRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe,
 )  # fmt: skip
 RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 """Recipe class of each job."""

@@ -14,6 +14,7 @@ from grpo.config import (
     ClassifierRecipe,
     Compile,
     GeneratorRecipe,
+    ReaderRecipe,
     TokenizerRecipe,
     Training,
     TrainingRecipe,
@@ -31,6 +32,7 @@ from grpo.models import (
     tokenizer_sizes,
 )
 from grpo.parallel import World, compute_dtype, load_full_state_dict, parallelize
+from grpo.shapes import Reader, ReaderConfig
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -95,6 +97,15 @@ def build_classifier(
     except ValueError as error:
         raise UserError(f"classifier.width: {error}") from error
     return _spread(partial(Classifier, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
+
+
+def build_reader(recipe: ReaderRecipe, *, mesh: DeviceMesh, world: World) -> Reader:
+    """The recipe's reader of shapes."""
+    try:
+        sizes = ReaderConfig(width=recipe.reader.width)
+    except ValueError as error:
+        raise UserError(f"reader.width: {error}") from error
+    return _spread(partial(Reader, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
 
 
 def autocast(training: Training, device: torch.device) -> torch.autocast:
