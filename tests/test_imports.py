@@ -19,7 +19,7 @@ TIERS = [
     {"parallel"},
     {"formats"},
     {"models"},
-    {"texts"},
+    {"texts", "shapes"},
     {"rewards", "data"},
     {"rollout", "objectives", "checkpoint", "observe", "evaluation"},
     {"estimate"},

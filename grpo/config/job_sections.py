@@ -223,6 +223,9 @@ class Evaluation(Section):
     """Classifier, as `grpo classifier` writes it, whose features and accuracy are used."""
     inception_checkpoint: Annotated[str | None, Wanted("weights-inception-2015-12-05-6726825d.pth")] = None
     """Inception v3 weights of the published FID, for features and inception score; nothing is downloaded."""
+    reader_checkpoint: Annotated[str | None, Wanted("weights of a reader of shapes")] = None
+    """Reader, as `grpo reader` writes it, of the world of shapes: tells how much of what the prompts ask for is drawn,
+    beside a fit of the renderer."""
     reward_checkpoint: Annotated[str | None, Wanted("weights of a classifier")] = None
     """Classifier that rewarded the run: its mean log p(class | image) is reported as the reward."""
     num_images: ImageCount = 50_000

@@ -2,9 +2,10 @@
 
 Held out are one colour of each shape, and of each shape and axis the second shape of a pair ("a circle left of a
 square" asks for the same pair as "a square right of a circle"). No scene of the split `train` shows such a
-combination, whether its caption says so or not; the captions of the splits named `..._unseen` ask for one. Which ones
-is a function of their names alone. Besides, of the requests with many meanings (`color_attr`, `scenes`) a sixteenth is
-kept for `validation` and another for `test`.
+combination, whether its caption says so or not. Which ones is a function of their names alone. In `validation` and
+`test` nine captions that ask for seen combinations only, one of each category, take turns with five that ask for one
+that is held out. Of the requests with many meanings (`color_attr`, `scenes`) a sixteenth is kept for `validation` and
+another for `test`.
 """
 
 import zlib
@@ -33,13 +34,9 @@ from grpo.shapes.world import (
     Thing,
 )
 
-SPLITS = {
-    "train": 50_000,  # for the generator
-    "reader": 50_000,  # for networks that read: every combination
-    "validation": 9_000, "validation_unseen": 5_000,
-    "test": 9_000, "test_unseen": 5_000,
-}  # fmt: skip
-"""Number of examples of each split. Example i is a function of the split's name and of i."""
+SPLITS = {"train": 50_000, "reader": 50_000, "validation": 14_000, "test": 14_000}
+"""Number of examples: for the generator; for networks that read (every combination); to tune; to claim. Example i is a
+function of the split's name and of i."""
 
 UNSEEN_CATEGORIES = ("counting", "colors", "position", "color_attr", "scenes")
 """Those whose captions can ask for a combination that is held out."""
@@ -48,12 +45,13 @@ TRAIN_WEIGHTS = {
     "single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 2, "color_attr": 3, "sizes": 1,
     "places": 1, "scenes": 8,
 }  # fmt: skip
-"""How often a category comes in `train` and `reader`; in the other splits they take turns."""
+"""How often a category comes in `train` and `reader`."""
 
 KEPT_APART = ("color_attr", "scenes")
 GAP, MARGIN, CLEARNESS = 0.06, 0.015, 0.08
 """Least distance of shapes, of a shape from the border, and of a centre from where another word would be true."""
 RADII = tuple(SIZES.values())
+_TURNS = tuple((name, False) for name in CATEGORIES) + tuple((name, True) for name in UNSEEN_CATEGORIES)
 _DECK = tuple(name for name, times in TRAIN_WEIGHTS.items() for _ in range(times))
 
 
@@ -115,19 +113,17 @@ def split_size(split: str) -> int:
 def example(split: str, index: int) -> Example:
     """Example `index` of a split."""
     draw = Random(f"{split} {index}").random
-    unseen = split.endswith("_unseen")
     if split in ("train", "reader"):
-        wanted = _DECK[_one_of(draw, len(_DECK))]
+        wanted, unseen = _DECK[_one_of(draw, len(_DECK))], False
     else:
-        names = UNSEEN_CATEGORIES if unseen else CATEGORIES
-        wanted = names[index % len(names)]
-    bucket = {"train": 2, "test": 0, "validation": 1}.get(split)
+        wanted, unseen = _TURNS[index % len(_TURNS)]
+    bucket = {"train": 2, "validation": 1, "test": 0}.get(split)
     while True:
         things, relation, place = _scene(draw, wanted, anything=unseen or split == "reader")
         request = _said(draw, wanted, things, relation, place)
         if request is None or (split != "reader" and is_unseen(request) != unseen):
             continue
-        if bucket is None or wanted not in KEPT_APART or _bucket(request) == bucket:
+        if bucket is None or unseen or wanted not in KEPT_APART or _bucket(request) == bucket:
             break
     text = caption(request, wording=_one_of(draw, wordings(request)))
     return Example(text, request, things, relation, place, seed=f"{split} {index} drawn")

@@ -77,7 +77,7 @@ class Reader(nn.Module):
     @torch.no_grad()
     def read(self, images: Tensor) -> Scenes:
         """What they show, at most `MOST_SEEN` shapes each."""
-        return scenes_of(self(images).float())
+        return scenes_of(self(images.clamp(-1, 1)).float())
 
 
 def cells(maps: int, device: torch.device | str) -> Tensor:

@@ -51,12 +51,10 @@ def reward(scores: dict[str, Tensor], *, strictness: float) -> Tensor:
 
 def _tensors(requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Things [N, A, 3] as shape, colour and size, relation [N], place [N], number of things [N]."""
-    things = torch.full((len(requests), MOST_DRAWN, 3), NO)
-    for row, request in enumerate(requests):
-        for slot, thing in enumerate(request.things):
-            things[row, slot] = torch.tensor([thing.shape, thing.color, thing.size])
-    others = [[request.relation, request.place, len(request.things)] for request in requests]
-    return things, *torch.tensor(others).view(-1, 3).unbind(1)
+    nothing = [(NO, NO, NO)] * MOST_DRAWN
+    things = [[*((one.shape, one.color, one.size) for one in request.things), *nothing] for request in requests]
+    others = [(request.relation, request.place, len(request.things)) for request in requests]
+    return torch.tensor([rows[:MOST_DRAWN] for rows in things]), *torch.tensor(others).unbind(1)
 
 
 def _padded(scenes: Scenes) -> Scenes:
