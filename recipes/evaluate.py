@@ -22,22 +22,26 @@ from pathlib import Path
 import torch
 
 from grpo.config import EvaluateRecipe, Evaluation, load_recipe, read_text, reading, writing
-from grpo.data import build_dataset
+from grpo.data import build_dataset, open_captions
 from grpo.environment import environment
 from grpo.evaluation import (
     DatasetImages,
     ImageSource,
+    KeptImages,
     compare,
     judge_files,
     load_judges,
     make_writable,
     measure_images,
+    measure_shapes,
     open_images,
     read_scores,
 )
 from grpo.jobs.generate import asked_prompts, drawn_images
 from grpo.observe import progress, write_atomically
 from grpo.parallel import World, distributed
+from grpo.shapes import Fitting
+from grpo.texts import Prompt
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -59,8 +63,8 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     reward = judges.pop("reward", None)
     reference = open_reference(recipe)
     if config.images is None:
-        prompts = asked_prompts(recipe.sampling)
-        images = drawn_images(recipe, config.num_images, prompts, device=world.device)
+        prompts = asked_texts(recipe, config.num_images)
+        images = KeptImages(drawn_images(recipe, config.num_images, prompts, device=world.device))
     else:
         images = open_images(config.images, limit=config.num_images)
     metrics = {}
@@ -70,6 +74,11 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
         against, seen = look(reference), look(images, reward=reward)
         if world.is_main:
             metrics[name] = compare(seen, against, settings=config, device=world.device)
+    if "reader" in judges:
+        texts = [prompt.text for prompt in prompts]
+        readers = {"reader": judges["reader"].read, "fit": Fitting()}
+        read = measure_shapes(images, texts, readers, batch_size=config.batch_size, device=world.device)
+        metrics = {name: {**metrics.get(name, {}), **read.get(name, {})} for name in (*judges, "fit")}
     if not world.is_main:
         return
     for name, values in metrics.items():
@@ -83,6 +92,19 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
         with writing(f"evaluation.json_path {config.json_path}"):
             write_atomically(Path(config.json_path), json.dumps(result, indent=2, allow_nan=False) + "\n")
         print(f"written to {config.json_path}")
+
+
+def asked_texts(recipe: EvaluateRecipe, count: int) -> list[Prompt]:
+    """What is drawn of a text-conditional model: `count` prompts in turn, or the captions of the first reference images.
+
+    None of a model that takes classes.
+    """
+    prompts = asked_prompts(recipe.sampling)
+    if recipe.asks_captions:
+        captions = open_captions(recipe.data).captions_of
+        texts = [captions.of(index)[0] for index in range(min(count, len(captions)))]
+        prompts = [Prompt(text, str(number), {"prompt": text}) for number, text in enumerate(texts)]
+    return [prompts[number % len(prompts)] for number in range(count)] if prompts else []
 
 
 def add_scores(config: Evaluation) -> None:

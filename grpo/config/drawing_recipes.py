@@ -108,8 +108,20 @@ class EvaluateRecipe(DrawingRecipe):
             if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
                 key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
                 yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
-        if evaluation.feature_checkpoint is None and evaluation.inception_checkpoint is None:
+        judges = evaluation.feature_checkpoint, evaluation.inception_checkpoint, evaluation.reader_checkpoint
+        if judges == (None, None, None):
             yield "evaluation.feature_checkpoint or evaluation.inception_checkpoint is required"
+        if evaluation.reader_checkpoint and (evaluation.images is not None or not self.model.is_text):
+            yield "evaluation.reader_checkpoint reads what prompts ask for: it needs images drawn by a model of texts"
+
+    @property
+    def asks_captions(self) -> bool:
+        """Whether images are drawn by the captions of the reference images, in place of prompts that are given."""
+        given = self.sampling.prompt is not None or self.sampling.prompts is not None
+        return self.model.is_text and not given and self.evaluation.reference is None
+
+    def _prompt_problems(self) -> Iterator[str]:
+        yield from () if self.asks_captions and self.text.encoder == "words" else super()._prompt_problems()
 
     def missing_files(self) -> Iterator[str]:
         if self.evaluation.scores is not None:

@@ -55,12 +55,13 @@ def measure_shapes(
 def accuracies(scores: Mapping[str, Tensor], requests: Sequence) -> dict[str, float]:
     """Means of `grpo.shapes.score` over the prompts that say something of it.
 
-    `seen/ATTRIBUTE` and `unseen/ATTRIBUTE` by attribute, `.../all` where everything must be right, and `seen/CATEGORY`
-    and `unseen/CATEGORY` of all in that category. What no prompt asks for is left out.
+    `all`: whether everything is right. `seen/ATTRIBUTE` and `unseen/ATTRIBUTE`: the same, and each attribute, over the
+    prompts of seen or unseen combinations. `seen/CATEGORY` and `unseen/CATEGORY`: whether everything is right, over
+    those of a category. What no prompt asks for is left out.
     """
     unseen = torch.tensor([is_unseen(request) for request in requests])
     kinds = torch.tensor([CATEGORIES.index(category(request)) for request in requests])
-    found: dict[str, float] = {}
+    found = {"all": scores["all"].mean().item()}
     for part, rows in zip(PARTS, (~unseen, unseen), strict=True):
         found |= {f"{part}/{name}": values[rows].nanmean().item() for name, values in scores.items()}
         of_kind = [(name, rows & (kinds == kind)) for kind, name in enumerate(CATEGORIES)]

@@ -157,6 +157,20 @@ class DrawnImages(ImageSource):
         return self.draw(self.condition.select(slice(start, stop)), torch.arange(start, min(stop, len(self))))
 
 
+class KeptImages(ImageSource):
+    """The images of another source, of which each range is taken once and kept: they may be looked at several times."""
+
+    def __init__(self, source: ImageSource) -> None:
+        super().__init__(len(source), source.class_ids)
+        self.source = source
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def pixels(self, start: int, stop: int) -> Tensor:
+        if (start, stop) not in self._kept:
+            self._kept[start, stop] = self.source.pixels(start, stop)
+        return self._kept[start, stop]
+
+
 def open_images(path: str | Path, *, limit: int = 0) -> ImageSource:
     """The images of a folder or an .npz; the first `limit` of them, 0 is all."""
     return FolderImages(path, limit=limit) if Path(path).is_dir() else NpzImages(path, limit=limit)

@@ -74,6 +74,12 @@ class Reader(nn.Module):
         """[N, 2 width], the mean over the image."""
         return self.maps(images).mean((2, 3))
 
+    def shape_logits(self, images: Tensor) -> Tensor:
+        """[N, 6], of the shapes, the mean over the image by how near to a centre each cell is."""
+        there, shapes, *_ = self(images).split(PARTS, dim=1)
+        near = there.sigmoid()
+        return (near * shapes).sum((2, 3)) / near.sum((2, 3))
+
     @torch.no_grad()
     def read(self, images: Tensor) -> Scenes:
         """What they show, at most `MOST_SEEN` shapes each."""
