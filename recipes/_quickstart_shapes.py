@@ -91,12 +91,11 @@ def evaluate_tuned(recipe: EvaluateRecipe, world: World) -> None:
     read = {"judge": load_judges(config, device=world.device)["reader"].read}
     validation = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": TUNING_SPLIT})})
     prompts, found = asked_texts(validation, TUNING_IMAGES), []
+    texts = [prompt.text for prompt in prompts]
     for cfg_scale, temperature in itertools.product(GUIDANCE, TEMPERATURES):
         sampling = recipe.sampling.model_copy(update={"cfg_scale": cfg_scale, "temperature": temperature})
-        drawn = drawn_images(
-            recipe.model_copy(update={"sampling": sampling}), len(prompts), prompts, device=world.device
-        )
-        texts = [prompt.text for prompt in prompts]
+        trial = recipe.model_copy(update={"sampling": sampling})
+        drawn = drawn_images(trial, len(prompts), prompts, device=world.device)
         seen = measure_shapes(drawn, texts, read, batch_size=config.batch_size, device=world.device)["judge"]
         found.append((seen["seen/all"] + seen["unseen/all"], sampling))
     _, sampling = max(found, key=lambda entry: entry[0])  # the same on every rank

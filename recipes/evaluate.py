@@ -95,9 +95,9 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
 
 
 def asked_texts(recipe: EvaluateRecipe, count: int) -> list[Prompt]:
-    """What is drawn of a text-conditional model: `count` prompts in turn, or the captions of the first reference images.
+    """What a model of texts draws: `count` prompts in turn, or the captions of so many reference images.
 
-    None of a model that takes classes.
+    Nothing for a model that takes classes.
     """
     prompts = asked_prompts(recipe.sampling)
     if recipe.asks_captions:
