@@ -24,6 +24,7 @@ JOBS = {
     "tokenizer": "train_tokenizer",
     "classifier": "train_classifier",
     "encode": "encode",
+    "encode-text": "encode_text",
     "generate": "generate",
     "evaluate": "evaluate",
     "convert": "convert",

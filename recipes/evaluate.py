@@ -3,6 +3,7 @@
 grpo evaluate --evaluation.images samples.npz --evaluation.reference reference.npz \\
     --evaluation.inception_checkpoint weights-inception-2015-12-05-6726825d.pth --evaluation.json_path result.json
 torchrun --nproc_per_node=8 -m grpo evaluate --config evaluate.toml
+grpo evaluate --evaluation.scores geneval/results.jsonl --evaluation.json_path result.json
 """
 
 if __name__ == "__main__":  # before the imports, so that --help does without torch
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import EvaluateRecipe, load_recipe, writing
+from grpo.config import EvaluateRecipe, Evaluation, load_recipe, read_text, reading, writing
 from grpo.data import build_dataset
 from grpo.environment import environment
 from grpo.evaluation import (
@@ -32,8 +33,9 @@ from grpo.evaluation import (
     make_writable,
     measure_images,
     open_images,
+    read_scores,
 )
-from grpo.jobs.generate import drawn_images
+from grpo.jobs.generate import asked_prompts, drawn_images
 from grpo.observe import progress, write_atomically
 from grpo.parallel import World, distributed
 
@@ -41,6 +43,9 @@ from grpo.parallel import World, distributed
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, measure."""
     recipe = load_recipe(EvaluateRecipe, arguments, needs_files=True)
+    if recipe.evaluation.scores is not None:
+        add_scores(recipe.evaluation)
+        return
     with distributed(recipe.parallel.timeout) as world:
         evaluate(recipe, world)
 
@@ -54,7 +59,8 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     reward = judges.pop("reward", None)
     reference = open_reference(recipe)
     if config.images is None:
-        images = drawn_images(recipe, config.num_images, device=world.device)
+        prompts = asked_prompts(recipe.sampling)
+        images = drawn_images(recipe, config.num_images, prompts, device=world.device)
     else:
         images = open_images(config.images, limit=config.num_images)
     metrics = {}
@@ -79,12 +85,30 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
         print(f"written to {config.json_path}")
 
 
+def add_scores(config: Evaluation) -> None:
+    """Put what a published scorer found into the results, whose other metrics stay as they are."""
+    name, scores = read_scores(config.scores)
+    path, result = Path(config.json_path), {}
+    make_writable(path, key="evaluation.json_path")
+    if path.exists():
+        with reading(f"evaluation.json_path {path} cannot be read", remedy="give another path"):
+            result = json.loads(read_text(path))
+            result["metrics"] = {**result.get("metrics", {})}
+    metrics = {**result.get("metrics", {}), name: scores}
+    sources = {**result.get("scores", {}), name: fingerprint(config.scores)}
+    with writing(f"evaluation.json_path {path}"):
+        write_atomically(path, json.dumps({**result, "metrics": metrics, "scores": sources}, indent=2) + "\n")
+    print(name, *(f"  {metric:<20} {value:.6g}" for metric, value in scores.items()), sep="\n")
+    print(f"written to {path}")
+
+
 def open_reference(recipe: EvaluateRecipe) -> ImageSource:
     """A folder or .npz, or the images of [data]."""
     config = recipe.evaluation
     if config.reference is not None:
         return open_images(config.reference, limit=config.num_reference_images)
-    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)  # counted, not compared
+    num_classes = None if recipe.model.is_text else recipe.model.num_classes
+    dataset = build_dataset(recipe.data, num_classes=num_classes)  # counted, not compared
     return DatasetImages(dataset, limit=config.num_reference_images)
 
 
@@ -112,6 +136,7 @@ def describe_images(recipe: EvaluateRecipe) -> dict[str, object]:
             "tokenizer": {"spec": recipe.tokenizer.name, **fingerprint(recipe.tokenizer.checkpoint)},
         },
         "sampler": {"method": "autoregressive", **sampling.model_dump(exclude={"class_ids", "resize_to"})},
+        "prompts": fingerprint(sampling.prompts) if sampling.prompts else None,
         "resize": "none" if sampling.resize_to is None else f"bicubic, antialiased, to {sampling.resize_to}",
     }
 

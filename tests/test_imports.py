@@ -19,6 +19,7 @@ TIERS = [
     {"parallel"},
     {"formats"},
     {"models"},
+    {"texts"},
     {"rewards", "data"},
     {"rollout", "objectives", "checkpoint", "observe", "evaluation"},
     {"estimate"},

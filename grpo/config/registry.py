@@ -7,6 +7,7 @@ from grpo.config.recipe import Recipe
 from grpo.config.recipes import (
     ClassifierRecipe,
     EncodeRecipe,
+    EncodeTextRecipe,
     GRPORecipe,
     PretrainRecipe,
     TokenizerRecipe,
@@ -15,7 +16,7 @@ from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 
 _ALL = (
     GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, EncodeRecipe,
-    GenerateRecipe, EvaluateRecipe, ConvertRecipe,
+    EncodeTextRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe,
 )  # fmt: skip
 RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 """Recipe class of each job."""

@@ -37,6 +37,7 @@ class GPTConfig:
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     class_dropout: float = field(default=0.0, compare=False)  # share of rows that see the unconditional class
     dropout: float = field(default=0.0, compare=False)  # of embeddings, attention outputs and feed-forward outputs
+    token_dropout: float | None = field(default=None, compare=False)  # of embeddings alone; None is `dropout`
     class_names: tuple[str, ...] | None = field(default=None, compare=False, metadata={"saved": True})  # by class id
 
     def __post_init__(self) -> None:
@@ -52,6 +53,11 @@ class GPTConfig:
             raise ValueError(f"cls_token_num is {self.cls_token_num}; a model without caption_dim has exactly 1")
         if self.caption_dim is not None and (self.cls_token_num < 1 or self.caption_dim < 1):
             raise ValueError(f"cls_token_num {self.cls_token_num} and caption_dim {self.caption_dim} must be positive")
+
+    @property
+    def embedding_dropout(self) -> float:
+        """Rate of the dropout before the blocks."""
+        return self.dropout if self.token_dropout is None else self.token_dropout
 
     @property
     def head_dim(self) -> int:
@@ -321,7 +327,7 @@ class GPT(nn.Module):
         x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
         text = text_mask(condition)
         if dropout is not None:
-            x = dropout(x, self.config.dropout, place=EMBEDDINGS)
+            x = dropout(x, self.config.embedding_dropout, place=EMBEDDINGS)
         masks = [None] * len(self.layers) if dropout is None else dropout.layers(len(self.layers))
         for layer, mask in zip(self.layers, masks, strict=True):
             x = layer(x, text, dropout=mask)
