@@ -60,6 +60,11 @@ class CaptionEmbedding(nn.Module):
         return self.cap_proj(features)
 
 
+def text_mask(condition: Condition) -> Tensor | None:
+    """[R, P] bool, where a text has tokens; None for a condition without text."""
+    return condition.mask if isinstance(condition, TextCondition) else None
+
+
 def attend_evenly(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """What each row of a text sees, [B, P, heads, D], and what all rows after it see of it, [B, heads, D].
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.condition import CONDITION_PLACE, Condition, TextCondition, as_condition
-from grpo.models.condition_rows import CaptionEmbedding, ClassEmbedding, attend_evenly, weigh_first
+from grpo.models.condition import CONDITION_PLACE, Condition, as_condition
+from grpo.models.condition_rows import CaptionEmbedding, ClassEmbedding, attend_evenly, text_mask, weigh_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +102,24 @@ ATTENTION, FEED_FORWARD = 0, 1  # and in each of them
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer for `length` rows; its size never changes, so a step can be captured."""
+    """Keys and values of every layer for `length` rows; its size never changes, so a step can be captured.
+
+    Row 0 is the whole condition (see `Attention`), which takes one row of the cache however long it is.
+    """
 
     keys: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
     values: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
+    first_weight: Tensor  # [B] fp32, the number of tokens that row 0 counts as; 1 for a class
+
+    def upto(self, rows: int) -> "KVCache":
+        """The first rows, in the same memory."""
+        return self._replace(keys=self.keys[:, :, :, :rows], values=self.values[:, :, :, :rows])
+
+    def begin_with(self, prefixes: "KVCache", index: Tensor) -> None:
+        """Begin sequence i as sequence index[i] (of B on the device) of another cache, with all the rows it has."""
+        begun = self.upto(prefixes.keys.shape[3])
+        for own, prefix, dimension in zip(begun, prefixes, (1, 1, 0), strict=True):
+            own.copy_(prefix.index_select(dimension, index))
 
 
 class LayerCache(NamedTuple):
@@ -114,7 +128,7 @@ class LayerCache(NamedTuple):
     keys: Tensor  # [B, n_kv_head, length, head_dim]
     values: Tensor  # [B, n_kv_head, length, head_dim]
     row: Tensor  # [1] int64, the row being computed
-    mask: Tensor  # [1, 1, 1, length] bool, true up to that row
+    mask: Tensor  # [1, 1, 1, length] bool, true up to that row; after a text [B, ...] fp32, what is added to scores
 
 
 def rotary_table(config: GPTConfig) -> Tensor:
@@ -219,9 +233,9 @@ class Attention(nn.Module):
         if cache is not None:
             keys = cache.keys.index_copy_(2, row, keys)
             values = cache.values.index_copy_(2, row, values)
-        elif (
-            heads.device.type == "cpu"
-        ):  # where the backward of bf16 attention takes four times as long as that of fp32
+            if mask.is_floating_point() and not mask.is_cpu:  # GPUs want it in the dtype of keys, which would round it
+                queries, keys, values = queries.to(mask.dtype), keys.to(mask.dtype), values.to(mask.dtype)
+        elif heads.is_cpu:  # where the backward of bf16 attention takes four times as long as that of fp32
             queries, keys, values = queries.float(), keys.float(), values.float()
         if cache is None and weight is not None:
             queries, keys, values = weigh_first(queries, keys, values, weight)
@@ -311,7 +325,7 @@ class GPT(nn.Module):
         if dropout is not None and self.config.class_dropout:
             condition = condition.drop(dropout.rows(self.config.class_dropout, place=CONDITION_PLACE))
         x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
-        text = condition.mask if isinstance(condition, TextCondition) else None
+        text = text_mask(condition)
         if dropout is not None:
             x = dropout(x, self.config.embedding_dropout, place=EMBEDDINGS)
         masks = [None] * len(self.layers) if dropout is None else dropout.layers(len(self.layers))
@@ -319,18 +333,27 @@ class GPT(nn.Module):
             x = layer(x, text, dropout=mask)
         return self.norm(x[:, self.config.cls_token_num - 1 :])
 
+    prefix_length: ClassVar = 1  # rows of a cache that `prefill` fills
+
     def init_cache(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str, length: int | None = None
     ) -> KVCache:
         """An empty cache for `batch_size` sequences of `length` rows (default T), in the dtype of the computation."""
         config = self.config
         shape = (config.n_layer, batch_size, config.kv_heads, length or config.block_size, config.head_dim)
-        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return KVCache(keys, values, torch.ones(batch_size, device=device))
 
     def prefill(self, condition: Condition | Tensor, cache: KVCache) -> Tensor:
-        """Start B sequences, one a row of `condition`; the hidden state of row 0, [B, D]. `cache` as in `extend`."""
-        embedding = self.cls_embedding(as_condition(condition))
-        return self._one_row(embedding, torch.zeros((), dtype=torch.long, device=embedding.device), cache)
+        """Start B sequences, one a row of `condition`; the hidden state that predicts code 0, [B, D].
+
+        The rows of a text are computed in one forward, and leave one row in the cache, which is as in `extend`.
+        """
+        condition = as_condition(condition)
+        x, text = self.cls_embedding(condition), text_mask(condition)
+        if text is not None:
+            cache.first_weight.copy_(text.sum(1))
+        return self._cached(x, torch.zeros((), dtype=torch.long, device=x.device), cache, text)
 
     def extend(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
         """Feed one code a sequence; the normed hidden state that predicts the next, [B, D], without gradients.
@@ -344,15 +367,17 @@ class GPT(nn.Module):
 
         Raises a ValueError if the cache is for another batch size.
         """
-        return self._one_row(self.tok_embeddings(tokens)[:, None], position, cache)
+        return self._cached(self.tok_embeddings(tokens)[:, None], position, cache)
 
     @torch.no_grad()
-    def _one_row(self, embedding: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        if cache.keys.shape[1] != len(embedding):
-            raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(embedding)}")
-        row = position.view(1)
-        mask = (torch.arange(cache.keys.shape[3], device=row.device) <= row).view(1, 1, 1, -1)
-        x = embedding
+    def _cached(self, x: Tensor, position: Tensor, cache: KVCache, text: Tensor | None = None) -> Tensor:
+        if cache.keys.shape[1] != len(x):
+            raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(x)}")
+        row, rows = position.view(1), torch.arange(cache.keys.shape[3], device=x.device)
+        mask = (rows <= row)[None, None, None]
+        if self.config.caption_dim is not None:
+            weights = cache.first_weight.to(torch.promote_types(x.dtype, torch.float32))[:, None, None, None]
+            mask = torch.where(mask, torch.where(rows == 0, weights, 1.0), 0.0).log()
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = layer(x, cache=LayerCache(keys, values, row, mask))
-        return self.norm(x)[:, 0]
+            x = layer(x, text, LayerCache(keys, values, row, mask))
+        return self.norm(x[:, -1])

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from grpo.formats import read_weights
+from grpo.kernels import Draw
 from grpo.models import GPT, ClassCondition, GPTConfig, TextCondition
+from grpo.rollout import generate, sample_codes
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen_t2i"
 ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
@@ -65,3 +67,22 @@ def text(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_wrong_texts_are_refused(gpt, kind, tensors, message):
     with pytest.raises(ValueError, match=message):
         gpt(torch.zeros(2, 3, dtype=torch.int64), kind(*tensors))
+
+
+@pytest.mark.parametrize(("scale", "interval"), [("1", -1), ("4", -1), ("7.5", 5)])
+def test_greedy_codes(gpt, expected, texts, scale, interval):
+    codes = generate(gpt, texts, cfg_scale=float(scale), cfg_interval=interval, top_k=1)
+    assert torch.equal(codes, expected[f"greedy_cfg{scale}_interval{interval}"])
+
+
+def test_completions_share_the_rows_of_their_text(gpt, texts, monkeypatch):
+    """Whatever the parts: a text is embedded once for those of its completions that are drawn together."""
+    seen, embed = [], gpt.cls_embedding.forward
+    monkeypatch.setattr(gpt.cls_embedding, "forward", lambda texts: seen.append(texts.rows) or embed(texts))
+    how = {"draw": Draw(seed=1), "cfg_scale": 2.0, "row_ids": torch.arange(12)}
+    shared = sample_codes(gpt, texts, **how)
+    assert seen == [8]  # of 24 sequences
+    parts, single = sample_codes(gpt, texts, max_rows=5, **how), sample_codes(gpt, texts.repeat_interleave(3), **how)
+    assert seen == [8, 4, 4, 4, 24]
+    assert torch.equal(shared.tokens, parts.tokens)
+    assert torch.equal(shared.tokens, single.tokens)
