@@ -36,8 +36,9 @@ def train(recipe: ReaderRecipe, world: World) -> None:
         reader = build_reader(recipe, mesh=run.mesh, world=world).train()
 
         def loss(batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            images = spoiled(batch.images, noise=recipe.reader.noise)
             with run.timer("forward"), autocast(recipe.training, world.device):
-                outputs = reader(spoiled(batch.images, noise=recipe.reader.noise))
+                outputs = reader(images)
             return reading_loss(outputs.float(), dataset.scenes(batch.indices.tolist()).to(world.device))
 
         minimise(run, reader, dataset, loss, optimizer=build_optimizer(reader, recipe, world))
