@@ -35,7 +35,7 @@ from grpo.training import GRID_NAME, Phase
 CONFIGS = SHIPPED_RECIPES / "quickstart_text"
 TITLE = "Quickstart: GRPO on drawings of shapes"
 GUIDANCE, TEMPERATURES = (1.0, 1.5, 2.0, 3.0), (0.8, 1.0)  # the rival row's grid: what sampling alone can do, tuned
-TUNING_SPLIT, TUNING_IMAGES = "validation", 560
+TUNING_SPLIT, TUNING_SHARE = "validation", 0.4  # of the samples of a row, at each point of the grid
 GRID_IMAGES, GRID_COLUMNS = 56, 14  # four of each kind of prompt
 
 COLUMNS = {
@@ -90,7 +90,7 @@ def evaluate_tuned(recipe: EvaluateRecipe, world: World) -> None:
     config = recipe.evaluation
     read = {"judge": load_judges(config, device=world.device)["reader"].read}
     validation = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": TUNING_SPLIT})})
-    prompts, found = asked_texts(validation, TUNING_IMAGES), []
+    prompts, found = asked_texts(validation, round(TUNING_SHARE * config.num_images)), []
     texts = [prompt.text for prompt in prompts]
     for cfg_scale, temperature in itertools.product(GUIDANCE, TEMPERATURES):
         sampling = recipe.sampling.model_copy(update={"cfg_scale": cfg_scale, "temperature": temperature})

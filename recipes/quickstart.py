@@ -104,26 +104,25 @@ def phase(
     recipe_class: type[Recipe],
     job: Callable[..., None],
     *,
+    config: str | None = None,
     inputs: Mapping[str, str] = MappingProxyType({}),
     settings: Mapping[str, object] = MappingProxyType({}),
 ) -> Phase:
     """A phase with its recipe read from its file.
 
     Args:
+        config: name of that file; None is "evaluate" for an evaluation, and else the name of the phase.
         inputs: key of the recipe that takes weights -> the phase that makes them.
         settings: other keys that are set from here.
     """
-    folder, file = run_dir / name, name
-    product = folder / EXPORT_NAME
-    given = {"metrics.run_dir": folder}
-    if recipe_class is EvaluateRecipe:
-        file, product = "evaluate", folder / "result.json"
-        given = {"evaluation.json_path": product}
-        title = f"Evaluation: {title}"
+    folder, evaluates = run_dir / name, recipe_class is EvaluateRecipe
+    product = folder / ("result.json" if evaluates else EXPORT_NAME)
+    given: dict[str, object] = {"evaluation.json_path": product} if evaluates else {"metrics.run_dir": folder}
     given |= {key: run_dir / maker / EXPORT_NAME for key, maker in inputs.items()} | dict(settings)
     flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-    recipe = load_recipe(recipe_class, ["--config", str(configs / f"{file}.toml"), *flags])
-    return Phase(title, recipe, job, product, tuple(inputs.values()))
+    file = configs / f"{config or ('evaluate' if evaluates else name)}.toml"
+    recipe = load_recipe(recipe_class, ["--config", str(file), *flags])
+    return Phase(f"Evaluation: {title}" if evaluates else title, recipe, job, product, tuple(inputs.values()))
 
 
 def row_name(phase: Phase, metrics: Mapping[str, float]) -> str:
