@@ -28,9 +28,11 @@ from grpo.config.recipe import (
 from grpo.config.recipes import (
     ClassifierRecipe,
     EncodeRecipe,
+    EncodeTextRecipe,
     GeneratorRecipe,
     GRPORecipe,
     PretrainRecipe,
+    ReaderRecipe,
     TokenizerRecipe,
 )
 from grpo.config.registry import RECIPES
@@ -49,6 +51,7 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
+from grpo.config.text_sections import EncodeText, Text
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url
-from grpo.config.user_files import read_text, reading, reason, require_regular, writing
+from grpo.config.user_files import read_text, reading, reason, require_regular, shorten, writing

@@ -49,6 +49,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._origin, self._folder = "", Path()
         self._values: dict[str, Any] = {}  # by the full name of the key, as are their sources
         self._sources: dict[str, str] = {}
+        self._selects_text = False
         self._problems: list[str] = []
         self._suspects: set[str] = set()
 
@@ -79,6 +80,7 @@ class RecipeBuilder(Generic[RecipeT]):
     def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None, needs_files: bool = False) -> RecipeT:
         """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name."""
         if self._is_grpo:
+            self._selects_text = any(_selects_text(*flag) for flag in flags)
             self._find_rewards(flags)
         self._keys = section_keys(self._sections)
         self._flags = {f"--{key}": key for key in (CONFIG, *self._keys)}
@@ -213,6 +215,8 @@ class RecipeBuilder(Generic[RecipeT]):
                 kinds[name] = kind or kinds.get(name, name)
         if all(origin in reference.ALL_FLAGS for origin in origins.values()):
             kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)
+            if self._is_text_command:
+                kinds.setdefault("lpips", "lpips")
         for name, kind in kinds.items():
             title, origin = f"reward.{name}", origins.get(name, self._origin)
             try:
@@ -247,11 +251,20 @@ class RecipeBuilder(Generic[RecipeT]):
             self._suspects.add("reward.NAME")
         return tables
 
+    @property
+    def _is_text_command(self) -> bool:
+        """Whether this is a command line of the reference's text-to-image trainer, without a recipe file."""
+        return self._selects_text and not self._origin
+
     def _translate(self) -> None:
         """Set what flags of the reference mean beyond their own keys; its batches count on each process."""
         if self._values.get("training.dropout_mode", "eval") != "eval":
             for key in ("model.dropout", "model.class_dropout"):
                 self._values.setdefault(key, reference.DROPOUT_RATE)
+        if self._selects_text:
+            defaults = reference.TEXT_MODEL | (reference.TEXT_COMMAND if self._is_text_command else {})
+            for key, value in defaults.items():
+                self._values.setdefault(key, value)
         ranks = os.environ.get("WORLD_SIZE", "1")
         ranks = int(ranks) if ranks.isdecimal() else 1
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
@@ -306,6 +319,11 @@ def _require_shallow(values: Any) -> None:
         level = [value for value in level if isinstance(value, dict | list)]
     if level:
         raise RecursionError
+
+
+def _selects_text(flag: str, text: str | None) -> bool:
+    """Whether a flag of the reference trainer means a text-conditional model."""
+    return flag in reference.TEXT_FLAGS or (flag == "--cls-token-num" and text is not None and text not in ("0", "1"))
 
 
 def _broken_limit(error: ValidationError) -> str:

@@ -17,14 +17,14 @@ from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Pa
 from grpo.config.types import Section, Wanted, Written, is_url, same_file
 
 ORDER = (
-    "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
-    "encode", "evaluation", "rollout", "reward", "objective", "distill", "finetune", "optimizer", "training",
-    "parallel", "compile", "activation_checkpoint", "checkpoint", "metrics", "judge", "debug",
+    "convert", "model", "text", "tokenizer", "tokenizer_loss", "adversary", "classifier", "reader", "sampling",
+    "output", "data", "encode", "encode_text", "evaluation", "rollout", "reward", "objective", "distill", "finetune",
+    "optimizer", "training", "parallel", "compile", "activation_checkpoint", "checkpoint", "metrics", "judge", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
 
-DATA_IN_FILES = ("imagenet", "huggingface", "folder", "webdataset", "parquet", "stream", "codes")
+DATA_IN_FILES = ("imagenet", "huggingface", "folder", "captions", "webdataset", "parquet", "stream", "codes", "prompts")
 
 
 EXPORT_NAME = "model.safetensors"
@@ -144,9 +144,11 @@ class TrainingRecipe(Recipe):
         wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
         best = "checkpoint.best_metric checkpoint.best_is"
         files = "data.path data.split data.class_map data.num_workers data.cache_codes data.codes data.index_cache"
-        only_classes = self.data.name == "classes"
+        only_classes, only_texts = self.data.name == "classes", self.data.name == "prompts"
+        of_images = "data.split data.class_map data.num_workers data.cache_codes data.codes data.index_cache"
         return [
             (only_classes, f"{files} data.max_bad_images", 'data.name = "classes" has no images'),
+            (only_texts, f"{of_images} data.max_bad_images", 'data.name = "prompts" has no images'),
             (self.data.name == "codes", "data.split data.codes", 'data.name = "codes": data.path holds the codes'),
             (self.data.has_codes, "data.cache_codes", "the codes are on disk"),
             (not self.data.may_be_stream, "data.shuffle_window", "only rows of a stream are shuffled in windows"),

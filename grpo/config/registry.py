@@ -7,15 +7,17 @@ from grpo.config.recipe import Recipe
 from grpo.config.recipes import (
     ClassifierRecipe,
     EncodeRecipe,
+    EncodeTextRecipe,
     GRPORecipe,
     PretrainRecipe,
+    ReaderRecipe,
     TokenizerRecipe,
 )
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 
 _ALL = (
-    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, EncodeRecipe,
-    GenerateRecipe, EvaluateRecipe, ConvertRecipe,
+    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, ReaderRecipe,
+    EncodeRecipe, EncodeTextRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe,
 )  # fmt: skip
 RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 """Recipe class of each job."""

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from grpo.config import Data, UserError
-from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, SavedDataset, first_column
+from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, SavedDataset, caption_column, first_column
 from grpo.data.index_cache import cache_folder, on_main_rank
 from grpo.data.shard_files import shard_files, shard_root
 
@@ -27,32 +27,37 @@ class ParquetDataset(SavedDataset):
     made again when the files' time stamps change.
     """
 
-    def __init__(self, *, data: Data) -> None:
+    def __init__(self, *, data: Data, with_captions: bool = False) -> None:
         self._files = shard_files(data, ".parquet")
-        counts, columns = on_main_rank(partial(_inspect, self._files, data))
+        counts, columns = on_main_rank(partial(_inspect, self._files, data, with_captions))
         self._starts = np.cumsum([0, *counts])
         if not self._starts[-1]:
             raise UserError(f"data.path {data.path} has no rows: check the files")
         on_main_rank(lambda: bool(_to_arrow(self._files, columns, data)))
-        super().__init__(data=data, rows=_to_arrow(self._files, columns, data), folder=shard_root(data))
+        rows = _to_arrow(self._files, columns, data)
+        super().__init__(data=data, with_captions=with_captions, rows=rows, folder=shard_root(data))
 
     def identify(self) -> Iterable[bytes]:
         return (f"{file.name} {file.stat().st_size}".encode() for file in self._files)
 
     def describe(self, index: int) -> str:
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return f"row {index - self._starts[file]} of {self._files[file]}"
+        number = self.number(index)
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return f"row {number - self._starts[file]} of {self._files[file]}"
 
 
-def _inspect(files: list[Path], data: Data) -> tuple[list[int], list[str]]:
-    """Rows of each file, and the columns of images and labels, from what stands at the files' ends."""
+def _inspect(files: list[Path], data: Data, with_captions: bool) -> tuple[list[int], list[str]]:
+    """Rows of each file, and the columns of images and of labels or captions, from what stands at the files' ends."""
     counts, columns = [], []
     for file in files:
         with _told(f"{file} cannot be read as a Parquet file"), pyarrow.parquet.ParquetFile(file) as opened:
             counts.append(opened.metadata.num_rows)
             names = opened.schema_arrow.names
         image = first_column(names, IMAGE_COLUMNS, "an image", data, where=str(file))
-        label = first_column(names, LABEL_COLUMNS, "a label", data, where=str(file))
+        if with_captions:
+            label = caption_column(names, data, where=str(file))
+        else:
+            label = first_column(names, LABEL_COLUMNS, "a label", data, where=str(file))
         if columns and columns != [image, label]:
             raise UserError(f"{file} has the columns {[image, label]}, {files[0]} {columns}: they must be alike")
         columns = [image, label]

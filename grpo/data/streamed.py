@@ -14,12 +14,14 @@ import pyarrow
 from PIL import Image
 
 from grpo.config import Data, UserError
+from grpo.data.captions import Captions, texts_in, texts_of
 from grpo.data.dataset import ImageDataset, decoded
-from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, check_arrow, first_column
+from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, caption_column, check_arrow, first_column
 from grpo.data.images import read_image
 from grpo.data.index_cache import on_main_rank
 from grpo.data.shard_files import shard_files
 from grpo.data.tar_files import expand_braces
+from grpo.data.unreadable import UnreadableImage
 from grpo.data.webdataset import IMAGE_ENDINGS, JSON_KEYS
 
 KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
@@ -42,7 +44,7 @@ class StreamedDataset(ImageDataset):
 
     is_stream = True
 
-    def __init__(self, *, data: Data) -> None:
+    def __init__(self, *, data: Data, with_captions: bool = False) -> None:
         self.files = on_main_rank(partial(_files, data))
         suffixes = {Path(file).suffix for file in self.files}
         if len(suffixes) != 1 or not suffixes <= set(KINDS):
@@ -54,10 +56,15 @@ class StreamedDataset(ImageDataset):
         if self._kind == "webdataset":
             endings = {column.lower(): column for column in columns}
             self._image = endings[first_column(list(endings), IMAGE_ENDINGS, "an image", data)]
-            self._label = endings[first_column(list(endings), ("cls", "json"), "a label", data)]
+            wanted = ("txt", "json") if with_captions else ("cls", "json")
+            self._label = endings[first_column(list(endings), wanted, "a label or caption", data)]
         else:
             self._image = first_column(columns, IMAGE_COLUMNS, "an image", data)
-            self._label = first_column(columns, LABEL_COLUMNS, "a label", data)
+            label = caption_column(columns, data) if with_captions else None
+            self._label = label or first_column(columns, LABEL_COLUMNS, "a label", data)
+        if with_captions:
+            super().__init__(np.empty(0), [], data=data, captions=Captions([]))
+            return
         names = getattr(features[self._label], "names", [])  # a ClassLabel has them
         super().__init__(np.arange(len(names)), names, data=data)
 
@@ -68,6 +75,8 @@ class StreamedDataset(ImageDataset):
         return f"class {self.source_names[index]!r} of data.path {self.data.path}"
 
     def captions(self, condition: Any) -> list[str]:
+        if self.captions_of is not None:
+            return super().captions(condition)
         names = dict(enumerate(self.class_names))
         return [names.get(class_id, str(class_id)) for class_id in condition.class_ids.tolist()]
 
@@ -118,6 +127,17 @@ class StreamedDataset(ImageDataset):
                 f"{(len(self.class_ids) or self.num_classes) - 1}: correct the label or num_classes"
             )
         return int(self.class_ids[label]) if len(self.class_ids) else label
+
+    def texts(self, row: dict) -> list[str]:
+        """The captions of a row. Raises `UnreadableImage` where there is none."""
+        value, where = row[self._label], f"{_name(row, self._image)} of {self.data.path}"
+        if isinstance(value, dict):
+            found = texts_of(value, self.data.caption_key, where)
+        else:
+            found = texts_in(value.splitlines() if self._kind == "webdataset" else value, where)
+        if not found:
+            raise UnreadableImage(f"{where} has no caption")
+        return found
 
     def _open(self, files: list[str]) -> datasets.IterableDataset:
         try:

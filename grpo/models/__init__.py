@@ -4,7 +4,7 @@ from grpo.formats import read_weights, save_weights
 from grpo.models.cached_forward import CachedForward
 from grpo.models.class_names import WORDNET_ID, imagenet, imagenet_names, learned_classes, numbered
 from grpo.models.classifier import Classifier, ClassifierConfig, load_classifier
-from grpo.models.condition import CONDITION_PLACE, ClassCondition, Condition, as_condition
+from grpo.models.condition import CONDITION_PLACE, ClassCondition, Condition, TextCondition, as_condition
 from grpo.models.discriminator import Discriminator, DiscriminatorConfig, load_discriminator
 from grpo.models.family import MODEL_SPECS, ModelFamily, family_of, generator_sizes, get_family
 from grpo.models.gpt import GPT, GPTConfig, KVCache

@@ -90,6 +90,28 @@ class ClassCondition(Condition):
     class_ids: Tensor  # [R] int64; a model's `num_classes` is its unconditional slot, which a dropped row uses too
 
 
+@dataclass(frozen=True)
+class TextCondition(Condition):
+    """One text an image, as features of a text encoder, a row a token.
+
+    Raises a ValueError if the shapes do not fit together, or (on the CPU, where looking costs nothing) if a text has no
+    token.
+    """
+
+    features: Tensor  # [R, P, C] fp32, padded to P tokens; LlamaGen pads on the left, with zeros
+    mask: Tensor  # [R, P] bool, where a token stands
+
+    def __post_init__(self) -> None:
+        features, mask = self.features, self.mask
+        if features.ndim != 3 or not features.is_floating_point():
+            raise ValueError(f"text features must be [R, P, C] numbers, not {[*features.shape]} {features.dtype}")
+        if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
+            wanted = [*features.shape[:2]]
+            raise ValueError(f"the mask of the text must be {wanted} bool, not {[*mask.shape]} {mask.dtype}")
+        if mask.device.type == "cpu" and not mask.any(1).all():
+            raise ValueError(f"text {int((~mask.any(1)).nonzero()[0])} has no token: its mask is all zeros")
+
+
 def as_condition(condition: Condition | Tensor) -> Condition:
     """A condition as it is; class ids [R] as a `ClassCondition`. Where users call, both are taken."""
     return condition if isinstance(condition, Condition) else ClassCondition(condition)

@@ -89,8 +89,10 @@ class LlamaGen:
             num_classes=model.num_classes,
             class_names=None if class_names is None else tuple(class_names),
             cls_token_num=model.cls_token_num,
+            caption_dim=model.caption_dim,
             class_dropout=model.class_dropout,
             dropout=model.dropout,
+            token_dropout=model.token_dropout,
         )
 
 

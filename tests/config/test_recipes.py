@@ -65,7 +65,7 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
             'objective.reference_checkpoint needs objective.reference = "start"',
         ),
         ({"objective": {"entropy_target": 0.8}}, "objective.entropy_target needs objective.entropy_weight above 0"),
-        ({"model": {"cls_token_num": 120}}, "model.cls_token_num must be 1"),
+        ({"model": {"cls_token_num": 120}}, "model.cls_token_num above 1 needs model.caption_dim"),
         ({"model": {"new_classes": 4}}, "model.new_classes must be 0 in GRPO"),
         ({"data": {"image_size": 100}}, "data.image_size = 100 must be a multiple of"),
         ({"data": {"name": "digits"}}, "tokenizer.checkpoint is required"),
@@ -294,7 +294,7 @@ def test_saved_recipe_loads_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_files_of_all_sections_have_one_order() -> None:
     assert " ".join(GRPORecipe.sections()) == (
-        "model tokenizer data rollout reward objective optimizer training parallel compile activation_checkpoint "
+        "model text tokenizer data rollout reward objective optimizer training parallel compile activation_checkpoint "
         "checkpoint metrics judge debug"
     )
     assert all(name in ORDER for recipe_class in RECIPES.values() for name in recipe_class.sections())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo.kernels import Draw
-from grpo.models import GPT, ClassCondition, GPTConfig, family_of
+from grpo.models import GPT, ClassCondition, GPTConfig, TextCondition, family_of
 from grpo.models.fused_gpt import FusedGPT
 from grpo.rollout import CodeSampler, sample_codes
 
@@ -40,6 +40,20 @@ def check_codes_equal_the_plain_models(heads, settings, dtype):
     assert torch.equal(fused.tokens, plain.tokens)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(fused.log_probs, plain.log_probs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("few_rows", [0, 6])
+def check_codes_after_a_text(few_rows, monkeypatch):
+    """Two texts, the second padded, one and three completions of each."""
+    monkeypatch.setattr(FusedGPT, "few_rows", few_rows)
+    model = build(n_head=2, cls_token_num=5, caption_dim=7)
+    mask = torch.tensor([[True] * 5, [False] * 3 + [True] * 2], device=DEVICE)
+    texts = TextCondition(torch.randn(2, 5, 7, device=DEVICE), mask)
+    for rows, settings in ((2, {"cfg_scale": 1.0}), (6, {"cfg_scale": 2.0, "cfg_interval": 1})):
+        asked = {"row_ids": torch.arange(rows, device=DEVICE), **settings}
+        plain, fused = (sample_codes(model, texts, draw=Draw(impl=impl), **asked) for impl in ("reference", "triton"))
+        assert torch.equal(fused.tokens, plain.tokens)
+        torch.testing.assert_close(fused.log_probs, plain.log_probs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("copies", "few_rows"), [(True, 0), (False, 2)])
