@@ -145,6 +145,9 @@ class GRPORecipe(GeneratorRecipe):
                 yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
             if table.normalise == "batch" and objective.advantage == "gdpo" and not table.separate:
                 yield f'reward.{name}.normalise = "batch" contradicts objective.advantage = "gdpo": by group'
+        lacking, other = ("classes", "texts") if self.model.is_text else ("prompts", "classes")
+        for name in self._rewards_needing(lacking):
+            yield f"reward.{name}.weight must be 0: it needs {lacking}, and the model takes {other} (model.caption_dim)"
         if self.data.may_be_stream:
             for name, table in self.reward.active.items():
                 uses = (f"reward.{name}.{use}" for use in table.image_uses())

@@ -33,7 +33,7 @@ _AGAIN = "remove it and start `grpo encode-text` again"
 class Shard(NamedTuple):
     """An opened file of features."""
 
-    keys: np.ndarray  # [n] of 16 bytes
+    keys: np.ndarray  # [n, 16] uint8
     starts: np.ndarray  # [n + 1] int64
     features: Any  # the library's slice of [rows, C], mapped
     index_sha256: str  # of keys and starts
@@ -57,10 +57,11 @@ class FeatureStore(TextEncoder):
         if not self.about["complete"]:
             raise UserError(f"text.features {folder} is not finished: start the same `grpo encode-text` again")
         self._shards = [self._listed(name, entry) for name, entry in self.about["shards"].items()]
-        keys = [shard.keys for shard in self._shards]
-        self._keys = np.concatenate(keys) if keys else np.empty(0, dtype=f"S{KEY_BYTES}")
-        self._order = np.argsort(self._keys, kind="stable")
-        self._keys = self._keys[self._order]
+        empty = np.empty((0, KEY_BYTES), dtype=np.uint8)
+        keys = np.concatenate([empty, *(shard.keys for shard in self._shards)])
+        heads = _heads(keys)
+        self._order = np.argsort(heads, kind="stable")
+        self._keys, self._heads = keys[self._order], heads[self._order]
         self._first = np.cumsum([0, *(len(shard.keys) for shard in self._shards)])
 
     def _listed(self, name: str, entry: Mapping[str, Any]) -> Shard:
@@ -80,10 +81,13 @@ class FeatureStore(TextEncoder):
 
     def _place(self, text: str) -> int | None:
         """Number of a text among all of the shards."""
-        key = text_key(text, self.about["encoder"])
-        at = int(np.searchsorted(self._keys, np.bytes_(key)))
-        found = at < len(self._keys) and self._keys[at] == np.bytes_(key)
-        return int(self._order[at]) if found else None
+        key = np.frombuffer(text_key(text, self.about["encoder"]), dtype=np.uint8)
+        at = int(np.searchsorted(self._heads, _heads(key[None])[0]))
+        while at < len(self._keys) and (self._keys[at, :8] == key[:8]).all():
+            if (self._keys[at] == key).all():
+                return int(self._order[at])
+            at += 1
+        return None
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         return [text for text in dict.fromkeys(texts) if self._place(text) is None]
@@ -144,4 +148,9 @@ def open_shard(path: Path, about: Mapping[str, Any]) -> Shard:
         if not sound or not (bool((lengths > 0).all()) and int(lengths.max()) <= about["max_tokens"]):
             raise ValueError("it is damaged, or holds something else")
         digest = hashlib.sha256(keys.numpy().tobytes() + starts.numpy().tobytes()).hexdigest()
-        return Shard(keys.numpy().view(f"S{KEY_BYTES}").reshape(-1), starts.numpy(), features, digest)
+        return Shard(keys.numpy(), starts.numpy(), features, digest)
+
+
+def _heads(keys: np.ndarray) -> np.ndarray:
+    """The first 8 bytes of keys [n, 16], as numbers [n] to sort by."""
+    return np.ascontiguousarray(keys[:, :8]).view(np.uint64).reshape(-1)

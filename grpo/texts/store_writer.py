@@ -52,7 +52,7 @@ class FeatureWriter:
             raise UserError(f"encode_text.output {self.folder} is not empty and holds no features: give another folder")
         for file in self.folder.glob(".*.unfinished"):
             file.unlink(missing_ok=True)
-        return {bytes(key).ljust(16, b"\0") for shard in self._whole().values() for key in shard.keys}
+        return {key.tobytes() for shard in self._whole().values() for key in shard.keys}
 
     def key(self, text: str) -> bytes:
         """By what the features of a text are found."""

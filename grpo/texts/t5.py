@@ -83,7 +83,8 @@ class T5Encoder(TextEncoder):
         last = len(self.network.encoder.block) - 1
         for name, tensor in sorted(self.network.state_dict().items()):
             if name.startswith((f"encoder.block.{last}.", "encoder.final_layer_norm.")):
-                digest.update(name.encode() + tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+                digest.update(name.encode())
+                digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
         digest.update(json.dumps(self.tokenizer("a small red dot, left of two blue squares").input_ids).encode())
         return {"encoder": "t5", "sha256": digest.hexdigest(), "width": self.width, "max_tokens": self.max_tokens}
 
