@@ -168,6 +168,7 @@ class TrainingRecipe(Recipe):
         """
         files = {f"{name}.{key}": path for name in self.sections() for key, path, _ in getattr(self, name).files()}
         others = {"data.path", "data.codes", *self._beginnings()}
+        others |= {key for key in files if key.startswith("text.")}  # as large, and told by `ImageDataset.requests`
         return {key: path for key, path in files.items() if key not in others}
 
     def _beginnings(self) -> set[str]:
