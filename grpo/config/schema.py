@@ -1,4 +1,4 @@
-"""JSON Schema of the recipes, by which editors complete and check TOML files (https://json-schema.org, draft 2020-12)."""
+"""JSON Schema (draft 2020-12) of the recipes, by which editors complete and check TOML files."""
 
 from typing import Any
 
