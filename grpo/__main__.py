@@ -30,6 +30,7 @@ JOBS = {
     "convert": "convert",
     "quickstart": "quickstart",
     "memory": "memory",
+    "doctor": "doctor",
 }
 """Word of the command -> module of `grpo.jobs`, the folder recipes/ of a checkout."""
 
