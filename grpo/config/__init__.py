@@ -51,4 +51,4 @@ from grpo.config.sections import (
 )
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url
-from grpo.config.user_files import read_text, reading, reason, require_regular, writing
+from grpo.config.user_files import read_bytes, read_text, reading, reason, require_regular, shorten, writing

@@ -82,7 +82,10 @@ def read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip archive, as numpy.savez writes")
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
+            arrays = {name: archive[name] for name in names if name in archive}
+            if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{other[0]} is no array")
+            return arrays
 
 
 def _statistics(path: str | Path, mu: np.ndarray, sigma: np.ndarray) -> FeatureStatistics:
