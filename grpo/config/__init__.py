@@ -1,7 +1,7 @@
 """Recipes: typed sections from TOML and flags. Only this package knows of TOML and of the command line."""
 
 from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
-from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra
+from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra, printable
 from grpo.config.help import help_text
 from grpo.config.job_sections import (
     Classifier,

@@ -253,7 +253,7 @@ class RecipeBuilder(Generic[RecipeT]):
             for key in ("model.dropout", "model.class_dropout"):
                 self._values.setdefault(key, reference.DROPOUT_RATE)
         ranks = os.environ.get("WORLD_SIZE", "1")
-        ranks = int(ranks) if ranks.isdecimal() else 1
+        ranks = int(ranks[:9]) if ranks.isdecimal() else 1  # a wrong one is told when the ranks meet
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
         is_its_command = not self._origin and not used.keys().isdisjoint(reference.ALL_FLAGS)
         if is_its_command or any(flag in used for flags in reference.BATCH_FLAGS.values() for flag in flags):

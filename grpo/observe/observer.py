@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
-from grpo.config import Metrics, UserError
+from grpo.config import Metrics, UserError, printable
 from grpo.observe.console import ProgressDisplay
 from grpo.observe.files import MetricsFile, metric_lines, write_atomically
 from grpo.observe.grids import SampleRow, sample_grid, sample_grids
@@ -65,7 +65,7 @@ class RunObserver:
             write_atomically(self.run_dir / "recipe.toml", recipe_text)
             self._metrics_file = MetricsFile(self.run_dir / "metrics.jsonl", start_step=start_step)
             self._history = History.read(self.run_dir / "metrics.jsonl")
-            self._log_file = (self.run_dir / "log.txt").open("a")
+            self._log_file = (self.run_dir / "log.txt").open("a", encoding="utf-8")
         except OSError as error:
             problem = f"cannot write to the run's folder {self.run_dir}: {error.strerror}; set metrics.run_dir"
             raise UserError(problem) from error
@@ -109,8 +109,9 @@ class RunObserver:
         self._report(f"running, step {step} of {self._total_steps}")
 
     def message(self, text: str) -> None:
-        """Prints a line and adds it to log.txt."""
+        """Prints a line and adds it to log.txt; names in it may be of files from anywhere."""
         if self.main:
+            text = printable(text)
             self._display.message(text)
             self._note(text)
 

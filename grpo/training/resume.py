@@ -67,7 +67,7 @@ def canonical(place: str) -> str:
 def _restarts() -> int:
     """How often a launcher has started this process's run again; hosts may count differently."""
     counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return max(int(count) if count.isdecimal() else 0 for count in counts)
+    return max(int(count[:9]) if count.isdecimal() else 0 for count in counts)
 
 
 def _origin(checkpoints: CheckpointManager, path: Path) -> str | None:
