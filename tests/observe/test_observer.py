@@ -64,6 +64,13 @@ def test_a_new_run_overwrites_nothing(tmp_path):
         assert len(list((tmp_path / folder / "samples").iterdir())) == {4: 3, 2: 2, 1: 1}[loss_lines]
 
 
+def test_a_recipe_of_the_users_in_the_runs_folder_is_kept(tmp_path):
+    (tmp_path / "recipe.toml").write_text("# mine\n")
+    for _ in range(2):  # the second start has nothing to move
+        observer(tmp_path)
+    assert [path.read_text() for path in tmp_path.glob("previous/*/recipe.toml")] == ["# mine\n"]
+
+
 def test_garbage_in_the_metrics_and_names_from_anywhere_do_not_stop_a_run(tmp_path):
     with observer(tmp_path) as watching:
         run_steps(watching, range(1, 3))
