@@ -18,11 +18,7 @@ LARGEST_AREA = 2**27  # pixels, half a gigabyte decoded
 LARGEST_ASPECT = 100
 MOST_SCANS = 200
 """Of a progressive JPEG, besides bytes that look like one: each passes over all pixels, for 20 bytes of a file."""
-
-
-_EIGHT_BITS = ((np.arange(2**16) + 128) // 257).astype(
-    np.uint8
-)  # a look-up takes a quarter of the memory of arithmetic
+_EIGHT_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # looked up, in a quarter of the memory
 
 
 def read_image(file: str | Path | BinaryIO) -> Image.Image:
