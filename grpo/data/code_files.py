@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo.config import UserError
-from grpo.data.code_reader import CodeReader
+from grpo.config import UserError, read_text, reason
+from grpo.data.code_reader import CodeReader, read_array
 from grpo.data.dataset import UnreadableImage
 
 ABOUT = "codes.json"
@@ -83,18 +83,25 @@ def read_about(folder: Path) -> dict[str, Any]:
     sound = sound and all(type(about.get(key)) is kind and about[key] >= 0 for key, kind in _TYPES.items())
     sound = sound and isinstance(about.get("fingerprint"), dict) and isinstance(about.get("unreadable"), dict)
     sound = sound and isinstance(about.get("class_names"), list) and isinstance(about.get("augmentation"), str)
-    sound = sound and all(str(index).isdecimal() for index in about["unreadable"]) and about["shard_size"] > 0
+    sound = sound and all(type(name) is str and _is_text(name) for name in about["class_names"])
+    sound = sound and all(index.isdecimal() and len(index) < 16 for index in about["unreadable"])
+    sound = sound and min(about[key] for key in ("shard_size", "variants", "length")) > 0
     if not sound:
         raise UserError(f"{file} is damaged, or of another version: encode the data set again")
     return about
 
 
+def _is_text(name: str) -> bool:
+    """Whether it can be written: JSON can hold half of a surrogate pair."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """An object in a file. Raises a UserError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}; encode the data set again") from error
+        raise UserError(f"{file} cannot be read: {reason(error)}; encode the data set again") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} is damaged: encode the data set again")
     return value
@@ -128,10 +135,9 @@ def write_json(path: Path, value: Any) -> None:
 def _read_array(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     """An .npy of whole numbers, memory-mapped."""
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"{file} cannot be read: {reason}; remove it and start `grpo encode` again") from error
-    if array.shape != shape or array.dtype.kind not in "iu":
+        array = read_array(file, mapped=True)
+    except UserError as error:
+        raise UserError(f"{error}; remove it and start `grpo encode` again") from error
+    if array.shape != shape:
         raise UserError(f"{file} is {array.dtype} {list(array.shape)}, expected whole numbers {list(shape)}")
     return array

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from grpo.config import UserError
+from grpo.config import UserError, read_bytes, reason, require_regular
 
 MANIFEST_NAME = "manifest.json"
 
@@ -19,9 +19,10 @@ class FileSum(NamedTuple):
 
 
 def file_sums(files: Iterable[Path]) -> dict[str, FileSum]:
-    """Size and SHA-256 of files as they are read back from the file system, by name."""
+    """Size and SHA-256 of files as they are read back from the file system, by name. Raises an OSError."""
     sums = {}
     for path in files:
+        require_regular(path)
         with path.open("rb") as file:
             sums[path.name] = FileSum(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
     return sums
@@ -35,9 +36,9 @@ def manifest_text(sums: Mapping[str, FileSum]) -> str:
 def read_manifest(folder: Path) -> dict[str, FileSum]:
     """The files of a checkpoint. Raises a UserError for no manifest, a damaged one, or one that leaves the folder."""
     try:
-        return parse_manifest((folder / MANIFEST_NAME).read_bytes(), f"{folder}/{MANIFEST_NAME}")
-    except OSError as error:
-        problem = f"{MANIFEST_NAME}: {error.strerror}; take another checkpoint"
+        return parse_manifest(read_bytes(folder / MANIFEST_NAME), f"{folder}/{MANIFEST_NAME}")
+    except (OSError, ValueError) as error:
+        problem = f"{MANIFEST_NAME}: {reason(error)}; take another checkpoint"
         raise UserError(f"{folder} is not a whole checkpoint of a run: {problem}") from None
 
 
@@ -45,7 +46,9 @@ def parse_manifest(text: bytes, path: str) -> dict[str, FileSum]:
     """The same of a manifest's contents, wherever they come from; `path` is for the messages."""
     try:
         entries = json.loads(text)
-        sums = {name: FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
+        sums = {name: FileSum(entry["size"], entry["sha256"]) for name, entry in entries.items()}
+        if any(type(known.size) is not int or type(known.sha256) is not str for known in sums.values()):
+            raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): take another checkpoint") from error
     for name in sums:
@@ -60,5 +63,9 @@ def check_files(folder: Path, names: Collection[str]) -> None:
         sums = read_manifest(folder)
         if unknown := [name for name in names if name not in sums]:
             raise UserError(f"{folder} is damaged: {unknown[0]} is not in its {MANIFEST_NAME}; take another checkpoint")
-        if damaged := [name for name in names if file_sums([folder / name])[name] != sums[name]]:
+        try:
+            damaged = [name for name in names if file_sums([folder / name])[name] != sums[name]]
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {reason(error)}; take another checkpoint") from error
+        if damaged:
             raise UserError(f"{folder} is damaged: {', '.join(damaged)} changed since it was written")

@@ -64,6 +64,28 @@ def test_a_new_run_overwrites_nothing(tmp_path):
         assert len(list((tmp_path / folder / "samples").iterdir())) == {4: 3, 2: 2, 1: 1}[loss_lines]
 
 
+def test_a_recipe_of_the_users_in_the_runs_folder_is_kept(tmp_path):
+    (tmp_path / "recipe.toml").write_text("# mine\n")
+    for _ in range(2):  # the second start has nothing to move
+        observer(tmp_path)
+    assert [path.read_text() for path in tmp_path.glob("previous/*/recipe.toml")] == ["# mine\n"]
+
+
+def test_garbage_in_the_metrics_and_names_from_anywhere_do_not_stop_a_run(tmp_path):
+    with observer(tmp_path) as watching:
+        run_steps(watching, range(1, 3))
+    huge = "9" * 400
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.writelines(
+            f'{{"step": {step}, "loss": {loss}}}\n' for step, loss in ((f"-{huge}", 1), (1, huge), (1, "[]"))
+        )
+    with observer(tmp_path, start_step=2) as watching:
+        run_steps(watching, range(3, 5))
+        watching.message("step-000002 is damaged: \udcff\x1b[2J")
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert r"is damaged: \udcff\x1b[2J" in (tmp_path / "log.txt").read_text()
+
+
 def test_a_run_that_stops_says_why(tmp_path):
     def stopped():
         with observer(tmp_path) as watching:
