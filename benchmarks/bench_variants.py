@@ -63,6 +63,7 @@ DECODERS = {  # compiled, torch.backends.cudnn.benchmark, completions at once
     "eager, 64": (False, False, 64),
     "eager, 64, cudnn.benchmark": (False, True, 64),
 }
+SMALL_DECODERS = {"compiled, 2": (True, False, 2), "compiled, 8": (True, False, 8)}  # as much as a cache may hold
 ENCODERS = {  # compiled, channels last, cudnn.benchmark
     "eager": (False, False, False),
     "eager, cudnn.benchmark": (False, False, True),
@@ -219,22 +220,24 @@ def kernels_of(run: Callable[[], object], most: int = 40) -> list[dict]:
     return sorted(rows, key=lambda row: -row[2])[:most]
 
 
-def decoders(preset: Preset, folder: Path, world: World, steps: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+def decoders(
+    preset: Preset, folder: Path, world: World, steps: int, *, variants: Mapping[str, tuple[bool, bool, int]]
+) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Decoding and rewards of completions."""
-    made: dict[bool, tuple[GRPORecipe, RewardSum]] = {}
+    made: dict[tuple[bool, int], tuple[GRPORecipe, RewardSum]] = {}
 
     def run(compiled: bool, benchmark: bool, size: int) -> dict:
-        if compiled not in made:  # cudnn.benchmark needs no other code
+        if (compiled, size) not in made:  # cudnn.benchmark needs no other code
             made.clear()
             torch._dynamo.reset()
             recipe = recipe_with(preset, f"--compile.enabled {str(compiled).lower()}", folder)
             tokenizer = build_tokenizer(recipe.tokenizer, device=world.device)
             names = [str(number) for number in range(recipe.model.num_classes)]
-            made[compiled] = (
+            made[compiled, size] = (
                 recipe,
                 build_rewards(recipe.reward, tokenizer, class_names=names, device=world.device, compile=recipe.compile),
             )
-        recipe, reward = made[compiled]
+        recipe, reward = made[compiled, size]
         reward.batch_size = size
         images, side, G = max(1, 2 * size // 8), recipe.data.image_size, 8
         length = sizes_of(recipe).block_size
@@ -252,7 +255,7 @@ def decoders(preset: Preset, folder: Path, world: World, steps: int) -> Iterator
         seconds = with_benchmark(benchmark, step, steps)
         return {name: value / (images * G) * 1024 for name, value in seconds.items()}  # of 1,024 completions
 
-    for name, setting in DECODERS.items():
+    for name, setting in variants.items():
         yield name, partial(run, *setting)
 
 
@@ -350,9 +353,10 @@ def seconds_of(run: Callable[[], object], repeats: int = 10 if ON_GPU else 1) ->
 
 PARTS = {  # the first ones answer most
     "updates": partial(updates, variants=UPDATES),
-    "decoders": decoders,
+    "decoders": partial(decoders, variants=DECODERS),
     "operations": operations,
     "encoders": encoders,
+    "small decoders": partial(decoders, variants=SMALL_DECODERS),
     "more updates": partial(updates, variants=MORE_UPDATES),
 }
 
