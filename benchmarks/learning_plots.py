@@ -42,14 +42,14 @@ def fids(pyplot: Any, rows: Sequence[Mapping[str, Any]], results: Results) -> An
         axis.plot(row["fid_of_pairs"], [place] * len(row["fid_of_pairs"]), "o", markersize=2, color=color)
         axis.plot([row["fid"]], [place], "D", color=color)
     axis.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
-    axis.set(xlabel="FID in the judge's features, split test; blue: one forward an image, orange: two")
+    axis.set(xlabel="FID in the judge's features, split test\nblue: one forward an image, orange: two")
     axis.grid(alpha=0.3)
     return figure
 
 
 def frontier(pyplot: Any, rows: Sequence[Mapping[str, Any]], results: Results) -> Any:
     """FID against accuracy: rows, and the base and longer trained base under rising guidance."""
-    figure, axis = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
     for model, style in (("base", "-"), ("ce", "--")):
         points = []
         for scale in GUIDANCE:
@@ -71,7 +71,7 @@ def frontier(pyplot: Any, rows: Sequence[Mapping[str, Any]], results: Results) -
         axis.errorbar(row["accuracy"], row["fid"], yerr=errors, xerr=spread, label=row["name"], **style)
     axis.set(xlabel="accuracy by the judge", ylabel="FID in the judge's features, split test")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

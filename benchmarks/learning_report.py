@@ -173,29 +173,27 @@ def bootstrap(values: Mapping[Pair, tuple[float, np.ndarray]]) -> tuple[float, f
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of docs/learning.md."""
     heads = ["row", "forwards", "pairs", "CPU s", "FID", "accuracy", "recall"]
-    heads += [f"FID - {short}" for short in RIVALS.values()] + [
-        "accuracy - guided CE",
-        "FID - guided base at its accuracy",
-    ]
+    heads += [f"{what} - {short}" for short in RIVALS.values() for what in ("FID", "accuracy")]
+    heads.append("FID - guided base at its accuracy")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        versus = [row.get(f"against {short}") for short in RIVALS.values()]
         seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "-"
+        low, high = row["fid_interval"]
         cells = [row["name"], row["forwards_per_image"], row["pairs"], seconds]
-        cells += [f"{row['fid']:.3f} [{row['fid_interval'][0]:.3f}, {row['fid_interval'][1]:.3f}]"]
-        cells += [f"{row['accuracy']:.3f}", f"{row['recall']:.3f}"]
-        cells += [written(entry and entry["fid"]) for entry in versus]
-        cells += [written(versus[1] and versus[1]["accuracy"])]
-        at_accuracy = row["against the guided base at its accuracy"]
-        cells += [written(at_accuracy and at_accuracy["fid"])]
+        cells += [f"{row['fid']:.3f} [{low:.3f}, {high:.3f}]", f"{row['accuracy']:.3f}", f"{row['recall']:.3f}"]
+        for short in RIVALS.values():
+            found = row.get(f"against {short}")
+            cells += [written(found and found[what]) for what in ("fid", "accuracy")]
+        found = row["against the guided base at its accuracy"]
+        cells.append(written(found and found["fid"]))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def written(found: Mapping[str, Any] | None) -> str:
-    """A difference with its interval, and in how many pairs it is below 0."""
+    """A difference, its interval, and in how many of the pairs it is below 0."""
     if found is None:
         return "-"
     low, high = found["interval"]
     below = sum(value < 0 for value in found["pairs"].values())
-    return f"{found['mean']:+.3f} [{low:+.3f}, {high:+.3f}], {below} of {len(found['pairs'])} below 0"
+    return f"{found['mean']:+.3f} [{low:+.3f}, {high:+.3f}] {below}/{len(found['pairs'])}"

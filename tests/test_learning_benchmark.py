@@ -135,3 +135,47 @@ def test_the_interval_holds_what_differs_between_bases_seeds_and_draws(report):
     low, high = report.bootstrap({(3, 0): (1.0, rounds)})
     assert low == pytest.approx(1 - 0.196, abs=0.02)
     assert high == pytest.approx(1 + 0.196, abs=0.02)
+
+
+def made_up(rows, seed=0):
+    """A result of every cell: FID falls by .01 a row, every base has its own level."""
+    random, results = np.random.default_rng(seed), {}
+    for place, (name, cell) in enumerate(rows.declare(rows.Sizes()).items()):
+        if cell.kind == "look":
+            point = cell.settings.get("point", (1.5, 0.9) if "grid" in cell.settings else (1.0, 1.0))
+            fid = 0.5 - 0.0005 * place + 0.01 * int("/4" in name)
+            noise = random.normal(0, 0.002, 20)
+            results[name] = {
+                "fid": fid, "accuracy": 0.8 + 0.0005 * place, "precision": 0.9, "recall": 0.8, "entropy": 2.2,
+                "gap": 0.0, "forwards": 1 if point[0] == 1 else 2, "images": 5000,
+                "cfg_scale": point[0], "temperature": point[1],
+                "fid_rounds": (fid + noise).tolist(), "accuracy_rounds": (0.8 + 0.0005 * place + noise / 9).tolist(),
+            }  # fmt: skip
+        elif cell.kind == "train":
+            curve = {"step": [1, 2], "loss": [1.0, 0.5]}
+            results[name] = {"cpu_seconds": 80.0, "seconds": 90.0, "steps": 40, "curve": curve}
+    return results
+
+
+def test_the_report_has_a_line_for_each_row_and_leaves_out_what_is_not_there(rows, report, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results, sizes = made_up(rows), rows.Sizes()
+    report.report(tmp_path, "all", results, sizes)
+    found = json.loads((tmp_path / "all.json").read_text())
+    table = (tmp_path / "all.md").read_text().splitlines()
+    assert len(table) == 2 + len(found["rows"]) == 2 + len(report.table_lines(sizes))
+    assert "] 6/6 |" in next(line for line in table if line.startswith("| distilled, then GRPO |"))
+    for plot in ("fids", "frontier", "curves"):
+        assert (tmp_path / f"all-{plot}.png").stat().st_size > 5000
+
+    few = {
+        name: result
+        for name, result in results.items()
+        if name.startswith(("look/base", "guided/base/3", "look/grpo/3"))
+    }
+    report.report(tmp_path, "few", few, sizes)
+    found = {row["name"]: row for row in json.loads((tmp_path / "few.json").read_text())["rows"]}
+    assert set(found) == {"base", "base, tuned guidance", "GRPO"}
+    assert found["GRPO"]["against guided base"]["pairs"] == 2
+    assert found["GRPO"]["against the guided base at its accuracy"] is None
+    assert "against guided CE" not in found["GRPO"]
