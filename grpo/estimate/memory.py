@@ -119,7 +119,9 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     update = {
         "gathered weights": policy.gathered,
         "reduction": policy.reduction,
-        "activations": family.costs.activation_bytes(sizes, all_rows, dtype=dtype, mode=recipe.activation_checkpoint.mode),
+        "activations": family.costs.activation_bytes(
+            sizes, all_rows, dtype=dtype, mode=recipe.activation_checkpoint.mode
+        ),
         "logits": FP32 * min(logits, CHUNK_ELEMENTS["cuda"])
         + family.costs.projection_bytes(sizes, rows, dtype=dtype)
         + dtype.itemsize * logits * (logits <= KEPT_ELEMENTS["cuda"]),  # their gradient lies beside them
