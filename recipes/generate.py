@@ -1,7 +1,7 @@
 """Images from a trained generator, by class or by prompt: a PNG grid, a folder of PNGs, an .npz.
 
 grpo generate --model.checkpoint gpt.pt --tokenizer.checkpoint vq.pt --output.grid grid.png
-grpo generate --config text/generate --sampling.prompt "a red circle above a blue square" --output.grid grid.png
+grpo generate --config text/generate --sampling.prompt "a dog on a red sofa"
 torchrun --nproc_per_node=8 -m grpo generate --config sample.toml --output.npz samples.npz --output.num_images 50000
 """
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from grpo.config.sections import Data, Model
-from grpo.config.types import Fraction, PositiveInt, Section, Wanted
+from grpo.config.types import Fraction, MayChange, PositiveInt, Section, Wanted
 
 
 class Text(Section):
@@ -13,14 +13,14 @@ class Text(Section):
     encoder: Literal["t5", "words"] = "t5"
     """t5: features of a T5 encoder, from `features`, LlamaGen's files, or, to draw images, from the encoder at `path`.
     words: needs no weights: a word at its place in the text is a fixed random vector, for small worlds and trials."""
-    features: Annotated[str | None, Wanted("the features that `grpo encode-text` wrote")] = None
+    features: Annotated[str | None, Wanted("the features that `grpo encode-text` wrote"), MayChange] = None
     """Folder of the features of all texts, as `grpo encode-text` writes it."""
-    path: Annotated[str | None, Wanted("a folder of transformers' T5, such as flan-t5-xl")] = None
+    path: Annotated[str | None, Wanted("a folder of transformers' T5, such as flan-t5-xl"), MayChange] = None
     """Folder of a T5 as transformers saves it: config.json, the tokenizer, the weights. `grpo encode-text` needs it,
     and drawing images of texts that are not in `features`."""
-    llamagen_features: Annotated[str | None, Wanted("LlamaGen's T5 features, LIST/NUMBER.npy")] = None
+    llamagen_features: Annotated[str | None, Wanted("LlamaGen's T5 features, LIST/NUMBER.npy"), MayChange] = None
     """Folder of LlamaGen's features of the captions of its own lists (`data.path` with LIST.jsonl): [1, L, C] each."""
-    llamagen_short_features: Annotated[str | None, Wanted("LlamaGen's T5 features of short captions")] = None
+    llamagen_short_features: Annotated[str | None, Wanted("LlamaGen's T5 features of short captions"), MayChange] = None
     """The same of the captions cut at their first full stop."""
     short_share: Fraction = 0.3
     """Share of the samples that see the short caption, where llamagen_short_features are there."""

@@ -102,7 +102,7 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     if isinstance(recipe, GRPORecipe):
         schedule = recipe.schedule(ranks=ranks)
     sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
-    rows = sequences * sizes.block_size
+    rows, all_rows = sequences * sizes.block_size, sequences * family.costs.sequence_rows(sizes)
     logits = rows * sizes.vocab_size
     policy = sharded_bytes(model, mesh=mesh, parallel=recipe.parallel, training=training, accumulates=micro_batches > 1)
     lasting = {
@@ -119,7 +119,9 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     update = {
         "gathered weights": policy.gathered,
         "reduction": policy.reduction,
-        "activations": family.costs.activation_bytes(sizes, rows, dtype=dtype, mode=recipe.activation_checkpoint.mode),
+        "activations": family.costs.activation_bytes(
+            sizes, all_rows, dtype=dtype, mode=recipe.activation_checkpoint.mode
+        ),
         "logits": FP32 * min(logits, CHUNK_ELEMENTS["cuda"])
         + family.costs.projection_bytes(sizes, rows, dtype=dtype)
         + dtype.itemsize * logits * (logits <= KEPT_ELEMENTS["cuda"]),  # their gradient lies beside them

@@ -73,7 +73,7 @@ def attend_evenly(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     rows = mask.shape[1]
     diagonal = torch.eye(rows, dtype=torch.bool, device=mask.device)
     seen = torch.cat([mask[:, None].expand(-1, rows, -1).tril() | diagonal, mask[:, None]], dim=1)  # [B, P + 1, P]
-    sums = seen.type_as(values) @ values.flatten(2)
+    sums = seen.type_as(values) @ values.flatten(2).contiguous()  # a copy, as backward keeps it and not what it is from
     means = (sums.float() / seen.sum(2, keepdim=True)).type_as(values).unflatten(2, values.shape[2:])
     return means[:, :-1], means[:, -1]
 

@@ -91,8 +91,7 @@ def test_a_function_is_told_the_prompts(run_here, tmp_path, prompts):
         "    return torch.tensor([float(len(prompt)) for prompt in prompts])\n"
     )
     flags = [
-        "--data.path",
-        prompts,
+        *prompts,
         "--rollout.batch_size",
         2,
         "--rollout.num_generations",
