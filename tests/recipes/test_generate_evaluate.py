@@ -188,5 +188,5 @@ def test_names_that_are_too_long_are_told(length, tmp_path):
 
 @pytest.mark.parametrize("amount", ["nan", "inf", "1e300", "-1", "0"])
 def test_an_absurd_memory_is_refused(amount):
-    with pytest.raises(UserError, match="--memory .* must be the GiB of one GPU"):
+    with pytest.raises(UserError, match=r"--memory .* must be the GiB of one GPU"):
         memory.main(["--config", "debug", f"--memory={amount}"])
