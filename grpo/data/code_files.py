@@ -8,18 +8,20 @@ is whole, with a `codes-00000.json` of the images that could not be read; `codes
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grpo.config import UserError, read_text, reason
+from grpo.config import TransientError, UserError, read_text, reason
 from grpo.data.code_reader import CodeReader, read_array
 from grpo.data.dataset import UnreadableImage
 
 ABOUT = "codes.json"
 LABELS = "labels.npy"
 FORMAT = 1
+UNFINISHED = ".unfinished"  # ends the name of a file that is being written
 PLAIN_FIRST = ("none", "flip")  # augmentations whose first variant is the image as it is
 _TYPES = {"count": int, "variants": int, "length": int, "codebook_size": int, "shard_size": int, "complete": bool}
 
@@ -116,7 +118,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 def write_file(path: Path, write: Any) -> None:
     """Make a file by `write(file)`, whole or not at all, on disk before it appears. Raises a UserError."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
             write(file)
@@ -124,7 +126,11 @@ def write_file(path: Path, write: Any) -> None:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}; free space there and start again") from error
+        with suppress(OSError):
+            unfinished.unlink()
+        raise TransientError(
+            f"{path} could not be written: {error.strerror}; free space there and start again"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

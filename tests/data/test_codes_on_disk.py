@@ -294,3 +294,21 @@ def test_crafted_notes_of_codes(change, folder, tokenizer, tmp_path, section):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=r"codes\.json is damaged|labels\.npy is int64"):
         build_dataset(section(tmp_path / "codes", name="codes"), num_classes=1)
+
+
+@pytest.mark.parametrize("stopped", ["codes.json", "labels.npy"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt])
+def test_writing_that_stopped_at_its_first_files_goes_on(stopped, error, folder, tokenizer, tmp_path, monkeypatch):
+    dataset = build_dataset(folder, num_classes=1)
+    replace = os.replace
+
+    def stop(source, target):
+        if str(target).endswith(stopped):
+            raise error
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stop)
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            write(tmp_path / "codes", dataset, tokenizer)
+    assert write(tmp_path / "codes", dataset, tokenizer).labels.tolist() == [0] * COUNT

@@ -16,7 +16,7 @@ from PIL import Image
 
 from grpo.config import Output, UserError
 from grpo.evaluation import make_writable, save_image
-from grpo.jobs import convert, evaluate, generate
+from grpo.jobs import convert, evaluate, generate, memory
 from grpo.models import GPT, MODEL_SPECS, VQModel, get_tokenizer_spec, save_weights
 from grpo.models.classifier import Classifier, ClassifierConfig
 
@@ -184,3 +184,9 @@ def test_names_that_are_too_long_are_told(length, tmp_path):
         convert.main(["--convert.input", str(tmp_path / "a.pt"), "--convert.output", str(tmp_path / f"{name}.pt")])
     with pytest.raises(UserError, match=r"output\.folder .*File name too long"):
         generate.prepare(Output(folder=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("amount", ["nan", "inf", "1e300", "-1", "0"])
+def test_an_absurd_memory_is_refused(amount):
+    with pytest.raises(UserError, match=r"--memory .* must be the GiB of one GPU"):
+        memory.main(["--config", "debug", f"--memory={amount}"])
