@@ -1,5 +1,6 @@
 """manifest.json: every file of a checkpoint with its size and checksum, so that damage is found before it is used."""
 
+import fnmatch
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from grpo.config import UserError
 
 MANIFEST_NAME = "manifest.json"
+SHARDS = "shard-*.safetensors"  # what the ranks of a run have written, each its pieces of the tensors
 
 
 class FileSum(NamedTuple):
@@ -55,9 +57,15 @@ def parse_manifest(text: bytes, path: str) -> dict[str, FileSum]:
 
 
 def check_files(folder: Path, names: Collection[str]) -> None:
-    """Raise a UserError if the folder has a manifest and one of these files is not what was written."""
+    """Raise a UserError if the folder has a manifest and one of these files is not what was written.
+
+    Some shards without the others are refused: tensors that end sooner would look whole.
+    """
     if (folder / MANIFEST_NAME).exists():
         sums = read_manifest(folder)
+        read, written = set(fnmatch.filter(names, SHARDS)), set(fnmatch.filter(sums, SHARDS))
+        if read and (gone := sorted(written - read)):
+            raise UserError(f"{folder} is damaged: {', '.join(gone)} missing; take another checkpoint")
         if unknown := [name for name in names if name not in sums]:
             raise UserError(f"{folder} is damaged: {unknown[0]} is not in its {MANIFEST_NAME}; take another checkpoint")
         if damaged := [name for name in names if file_sums([folder / name])[name] != sums[name]]:

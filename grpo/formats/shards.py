@@ -30,9 +30,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from grpo.config import UserError
+from grpo.formats.manifest import SHARDS
 
 PICKLED_METADATA = ".metadata"
 """What makes a folder of the library's older layout, which cannot be read without unpickling."""
+
+WHOLE = "model.safetensors"
+"""All weights in one file: of a run at its end, and by the custom of others."""
 
 _PLACES = "DCP_SHARDING_INFO"  # in the metadata of a shard, as the library writes it
 
@@ -51,9 +55,10 @@ def write_shards(folder: str | Path, tensors: Mapping[str, Any], *, group: dist.
 
 
 def shard_files(folder: str | Path) -> list[Path]:
-    """The shards of a folder: what several ranks have written, or else all .safetensors files there."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return [file for file in files if file.name.startswith("shard-")] or files
+    """The shards of a folder: what several ranks have written, or model.safetensors, or all .safetensors files."""
+    folder = Path(folder)
+    whole = [file for file in [folder / WHOLE] if file.exists()]  # a run's folder has other weights beside it
+    return sorted(folder.glob(SHARDS)) or whole or sorted(folder.glob("*.safetensors"))
 
 
 def rank_shards(folder: str | Path, rank: int) -> list[Path]:
