@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import UserError
-from grpo.formats import RUN_STATE_NAME, FileSum, check_format, file_sums
+from grpo.formats import RUN_STATE_NAME, FileSum, check_format, file_sums, open_file
 
 STEP_NAME = "resume_step.txt"
 STATE_TYPE_NAME = "state_type.txt"
@@ -49,7 +49,8 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
     """run_state.json. Raises a UserError if it is not there, damaged, or of another format."""
     file = Path(path) / RUN_STATE_NAME
     try:
-        return parse_run_file(file.read_bytes(), file)
+        with open_file(file) as opened:
+            return parse_run_file(opened.read(), file)
     except OSError as error:
         raise UserError(f"{path} is not a checkpoint of a run: {RUN_STATE_NAME}: {error.strerror}.") from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grpo.checkpoint import folders
 from grpo.config import Checkpoint, TransientError, UserError
-from grpo.formats import MANIFEST_NAME, RUN_STATE_NAME, FileSum, parse_manifest
+from grpo.formats import MANIFEST_NAME, RUN_STATE_NAME, FileSum, open_file, parse_manifest
 
 
 class Storage(ABC):
@@ -158,7 +158,8 @@ class LocalFolder(Storage):
         return {file.name: file.stat().st_size for file in (self.local / name).iterdir() if file.is_file()}
 
     def read(self, name: str, file: str) -> bytes:
-        return (self.local / name / file).read_bytes()
+        with open_file(self.local / name / file) as opened:
+            return opened.read()
 
     def write_probe(self) -> UserError | None:
         probe = self.local / f".probe-{os.getpid()}"

@@ -6,6 +6,7 @@ from grpo.formats.manifest import (
     check_files,
     file_sums,
     manifest_text,
+    open_file,
     parse_manifest,
     read_manifest,
 )

@@ -1,11 +1,13 @@
 """manifest.json: every file of a checkpoint with its size and checksum, so that damage is found before it is used."""
 
+import errno
 import fnmatch
 import hashlib
 import json
+import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from grpo.config import UserError
 
@@ -20,11 +22,18 @@ class FileSum(NamedTuple):
     sha256: str
 
 
+def open_file(path: Path) -> BinaryIO:
+    """A file of a checkpoint. Raises an OSError where it is none: a link may lead elsewhere, a pipe never ends."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise OSError(errno.EINVAL, "it is a link or no file: copy the file itself there, if you trust it", str(path))
+    return path.open("rb")
+
+
 def file_sums(files: Iterable[Path]) -> dict[str, FileSum]:
     """Size and SHA-256 of files as they are read back from the file system, by name."""
     sums = {}
     for path in files:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             sums[path.name] = FileSum(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
     return sums
 
@@ -37,7 +46,8 @@ def manifest_text(sums: Mapping[str, FileSum]) -> str:
 def read_manifest(folder: Path) -> dict[str, FileSum]:
     """The files of a checkpoint. Raises a UserError for no manifest, a damaged one, or one that leaves the folder."""
     try:
-        return parse_manifest((folder / MANIFEST_NAME).read_bytes(), f"{folder}/{MANIFEST_NAME}")
+        with open_file(folder / MANIFEST_NAME) as file:
+            return parse_manifest(file.read(), f"{folder}/{MANIFEST_NAME}")
     except OSError as error:
         problem = f"{MANIFEST_NAME}: {error.strerror}; take another checkpoint"
         raise UserError(f"{folder} is not a whole checkpoint of a run: {problem}") from None
@@ -68,5 +78,9 @@ def check_files(folder: Path, names: Collection[str]) -> None:
             raise UserError(f"{folder} is damaged: {', '.join(gone)} missing; take another checkpoint")
         if unknown := [name for name in names if name not in sums]:
             raise UserError(f"{folder} is damaged: {unknown[0]} is not in its {MANIFEST_NAME}; take another checkpoint")
-        if damaged := [name for name in names if file_sums([folder / name])[name] != sums[name]]:
+        try:
+            damaged = [name for name in names if file_sums([folder / name])[name] != sums[name]]
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+        if damaged:
             raise UserError(f"{folder} is damaged: {', '.join(damaged)} changed since it was written")

@@ -7,7 +7,6 @@ executes nothing, follows no link out of it, and gives no memory that the files 
 
 import json
 import math
-import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from grpo.config import UserError
-from grpo.formats.manifest import SHARDS
+from grpo.formats.manifest import SHARDS, open_file
 
 PICKLED_METADATA = ".metadata"
 """What makes a folder of the library's older layout, which cannot be read without unpickling."""
@@ -96,8 +95,7 @@ class ShardReader(HuggingFaceStorageReader):
 
     def _add_pieces(self, path: Path) -> None:
         """Note the pieces in a file, and where in their tensors they belong."""
-        if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead out of the folder, a pipe never ends
-            raise UserError(f"{path} is a link or no file: copy the file itself there, if you trust it")
+        open_file(path).close()
         with safe_open(path, framework="pt") as file:
             places = json.loads((file.metadata() or {}).get(_PLACES, "null"))
             for name in file.keys():  # noqa: SIM118, it is no mapping

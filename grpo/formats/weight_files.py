@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grpo.config import TransientError, UserError, reading
-from grpo.formats.manifest import check_files
+from grpo.formats.manifest import check_files, open_file
 from grpo.formats.shards import WHOLE, read_tensors, shard_files, write_shards
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
@@ -75,12 +75,14 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     path = Path(path)
     in_folder = path / RUN_STATE_NAME
-    if path.is_dir() and not in_folder.is_file():
+    is_checkpoint = os.path.lexists(in_folder)
+    if path.is_dir() and not is_checkpoint:
         path = path / WHOLE
     try:
-        if in_folder.is_file():
+        if is_checkpoint:
             check_files(path, [RUN_STATE_NAME])
-            state = json.loads(in_folder.read_text(encoding="utf-8"))
+            with open_file(in_folder) as file:
+                state = json.load(file)
             config = state.get(_CONFIG)
             check_format(state, in_folder)
         elif path.suffix == ".safetensors" and path.is_file():
