@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from grpo.checkpoint import folders
-from grpo.config import Checkpoint, TransientError, UserError, read_bytes, reason
-from grpo.formats import MANIFEST_NAME, RUN_STATE_NAME, FileSum, parse_manifest
+from grpo.config import Checkpoint, TransientError, UserError, reason
+from grpo.formats import MANIFEST_NAME, RUN_STATE_NAME, FileSum, parse_manifest, read_file
 
 
 class Storage(ABC):
@@ -160,7 +160,7 @@ class LocalFolder(Storage):
         return {file.name: file.stat().st_size for file in (self.local / name).iterdir() if file.is_file()}
 
     def read(self, name: str, file: str) -> bytes:
-        return read_bytes(self.local / name / file)
+        return read_file(self.local / name / file)
 
     def write_probe(self) -> UserError | None:
         probe = self.local / f".probe-{os.getpid()}"

@@ -133,6 +133,8 @@ class TrainingRecipe(Recipe):
             yield from (f'data.name = "{self.data.name}" has no images: {use}' for use in self.image_uses())
         if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
             yield 'parallel.reshard_after_forward = "always" needs parallel.data_parallel = "fsdp", not "sdp"'
+        if self.checkpoint.dir.startswith("memory://"):
+            yield f"checkpoint.dir = {self.checkpoint.dir} is gone when the process ends: give a folder or a store"
 
     def image_uses(self) -> Iterator[str]:
         """A line for everything in the recipe that takes the data set's images."""

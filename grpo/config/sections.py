@@ -308,7 +308,7 @@ class Metrics(FreeSection):
     image_interval: NonNegativeInt = 100
     """Steps between image grids; 0 draws none."""
     keep_grids: NonNegativeInt = 200
-    """Grids to keep at most; beyond, every other one is deleted. 0 keeps all."""
+    """Grids to keep at most, spread over the run: beyond, the one closest to its neighbours goes. 0 keeps all."""
     image_groups: PositiveInt = 4
     """Images of one grid, each with its completions."""
     wandb: bool = False

@@ -21,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grpo.config import TransientError, UserError, read_text, reading
-from grpo.formats.manifest import check_files
-from grpo.formats.shards import read_tensors, shard_files, write_shards
+from grpo.config import TransientError, UserError, reading
+from grpo.formats.manifest import check_files, read_file
+from grpo.formats.shards import WHOLE, read_tensors, shard_files, write_shards
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
@@ -48,7 +48,8 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str |
       an `argparse.Namespace`, and nothing else that is not plain data;
     - a `.safetensors` file;
     - a folder of safetensors shards, as a run's checkpoints are, of which the entries under `model` are taken, or all
-      tensors if nothing is there; else a folder with `consolidated.pth`. A manifest's checksums are compared.
+      tensors if nothing is there; else a folder with `consolidated.pth`. A manifest's checksums are compared;
+    - a folder with `model.safetensors`, as a run's is at its end.
 
     `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it; `key` that it is under
     this key of a pickle, or that a `.safetensors` file holds it alone, and then a folder is refused.
@@ -79,10 +80,13 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     path = Path(path)
     in_folder = path / RUN_STATE_NAME
+    is_checkpoint = os.path.lexists(in_folder)
+    if path.is_dir() and not is_checkpoint:
+        path = path / WHOLE
     try:
-        if in_folder.is_file():
+        if is_checkpoint:
             check_files(path, [RUN_STATE_NAME])
-            state = json.loads(read_text(in_folder))
+            state = json.loads(read_file(in_folder))
             config = state.get(_CONFIG)
             check_format(state, in_folder)
         elif path.suffix == ".safetensors" and path.is_file():

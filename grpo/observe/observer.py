@@ -133,11 +133,14 @@ class RunObserver:
         write_report(self.run_dir, title=self._title, summary=summary, images=images, curves=[("", self._history)])
 
     def _prune_grids(self) -> None:
-        """Of more grids than `keep_grids` every other one goes, but the first and the newest."""
+        """Of more grids than `keep_grids` those go whose neighbours are closest, never the first or the newest.
+
+        So what is left stays spread over the whole run; to drop every other one each time would leave its end alone.
+        """
         most, grids = self._settings.keep_grids, sample_grids(self.run_dir / "samples")
-        if most and len(grids) > most:
-            for _, path in grids[1:-1:2]:
-                path.unlink(missing_ok=True)
+        while most and len(grids) > max(most, 2):
+            dense = min(range(1, len(grids) - 1), key=lambda i: grids[i + 1][0] - grids[i - 1][0])
+            grids.pop(dense)[1].unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -94,19 +94,19 @@ def read_run_state(
     Raises:
         UserError: the checkpoint is of another run, of a recipe that differs, or not one of a training run.
     """
-    state = checkpoints.read_run_state(path)
+    state, place = checkpoints.read_run_state(path), checkpoints.place_of(path)
     try:
-        origin = f"{path}: the recipe in it"
+        origin = f"{place}: the recipe in it"
         run_dir, before = str(state["run_dir"]), recipe_from_toml(type(recipe), state["recipe"], origin=origin)
         if not all(_has_form(state[name], form) for name, form in own.items()):
             raise ValueError("something else where a number is expected")
     except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {NO_STATE}") from error
+        raise UserError(f"{place}: {NO_STATE}") from error
     inside = Path(recipe.checkpoint_dir).parent == recipe.run_dir
     if not named and not inside and run_dir != str(recipe.run_dir):
         raise UserError(
             f"{recipe.checkpoint_dir} holds checkpoints of the run {run_dir}: give this run another checkpoint.dir, "
-            f"or go on from it with checkpoint.resume = {path}"
+            f"or go on from it with checkpoint.resume = {place}"
         )
     moved = {key if key != "data" else "data.path" for key in same_contents(state.get("fingerprints"), fingerprints)}
     changes = [line for line in changes_that_matter(before, recipe) if line.partition(":")[0] not in moved]
@@ -116,7 +116,7 @@ def read_run_state(
         changes.append(f"{steps}, and with it the learning rate of optimizer.schedule = {recipe.optimizer.schedule}")
     if changes and not named:
         problem = (
-            f"{path} was written by a run whose recipe, data or files differ ({len(changes)} keys); change them back, "
+            f"{place} was written by a run whose recipe, data or files differ ({len(changes)} keys); change them back, "
             "give another metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:"
         )
         raise UserError([problem, *changes])
@@ -140,12 +140,12 @@ def _has_form(found: Any, own: Any) -> bool:
             return True
 
 
-def require_classes(path: Path, before: Sequence[str] | None, now: Sequence[str] | None) -> None:
+def require_classes(place: str, before: Sequence[str] | None, now: Sequence[str] | None) -> None:
     """Raises a UserError if the classes that the run has learned by their ids are others in the data set of today."""
     pairs = zip(before if isinstance(before, list) else (), now or (), strict=False)
     for class_id, (old, new) in enumerate(pairs):
         if old != new:
             raise UserError(
-                f"{path}: class {class_id} was {old!r} when it was written and is {new!r} in the data now: bring the "
+                f"{place}: class {class_id} was {old!r} when it was written and is {new!r} in the data now: bring the "
                 "classes back, or start another run from these weights (model.checkpoint), which knows its classes"
             )

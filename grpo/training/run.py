@@ -341,21 +341,21 @@ class TrainingRun:
         state, changes = read_run_state(
             self.recipe, self.checkpoints, path, named=named, fingerprints=self._fingerprints, own=own
         )
-        require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
+        place = self.checkpoints.place_of(path)
+        require_classes(place, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         self.checkpoints.load(path, **trained)
         if missing := [name for name, _ in self._counted() if name not in state["extra"]]:
-            raise UserError(f"{path} has no state of {missing[0]}: use the recipe that wrote it")
+            raise UserError(f"{place} has no state of {missing[0]}: use the recipe that wrote it")
         try:
             self._optimizer.load_state_dict(state["optimizer_step"])
             self._stream.load_state_dict(state["stream"])
             for name, counted in self._counted():
                 counted.load_state_dict(state["extra"][name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of a crafted state
-            raise UserError(f"{path}: {NO_STATE}") from error
+            raise UserError(f"{place}: {NO_STATE}") from error
         self._first_step = state["step"]
         self._resumed_from = canonical(self.recipe.checkpoint.resume) if named else state.get("resumed_from")
-        place = self.recipe.checkpoint.resume if named else self.checkpoints.place_of(path)
         return [f"resumed from {place}", *(f"changed since then: {line}" for line in changes)]
 
     def _counts(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from grpo.checkpoint.folders import read_run_file
 from grpo.config import UserError
-from grpo.formats import file_sums, manifest_text, read_manifest, read_weights
+from grpo.formats import file_sums, manifest_text, read_config, read_manifest, read_weights
 from grpo.parallel import distributed
 from tests.checkpoint.training import managed, save, start
 
@@ -46,6 +46,21 @@ def sign(folder):
     """Make the manifest fit the files, as whoever crafts a folder would."""
     files = [folder / name for name in read_manifest(folder)]
     (folder / "manifest.json").write_text(manifest_text(file_sums(files)))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "manifest.json", "run_state.json"])
+def test_what_is_no_file_is_not_read(world, honest, tmp_path, kind, name):
+    """A pipe would never end, a link lead out of the folder; as a checkpoint and as weights."""
+    folder = tmp_path / "step-000001"
+    shutil.copytree(honest, folder)
+    (folder / name).rename(tmp_path / "elsewhere")
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}.* it is a link or no file"):
+        read_config(folder) if name == "run_state.json" else read_weights(folder)
+    with managed(tmp_path, world) as manager, pytest.raises(UserError, match=r"link or no file|missing or cut"):
+        manager.named(folder)
 
 
 def test_crafted_consolidated_weights(honest, tmp_path):

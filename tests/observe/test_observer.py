@@ -2,6 +2,7 @@
 
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -34,6 +35,15 @@ def run_steps(watching, steps):
         watching.log(step, {"loss": 0.5**step, "reward_mean": -1.0})
         if watching.wants_images(step):
             watching.images(step, sample_rows())
+
+
+def test_grids_that_are_kept_are_spread_over_the_run(tmp_path):
+    with observer(tmp_path, total_steps=200, keep_grids=8) as watching:
+        run_steps(watching, range(1, 201))
+    steps = [int(path.stem.removeprefix("step-")) for path in sorted((tmp_path / "samples").iterdir())]
+    assert len(steps) == 8
+    assert (steps[0], steps[-1]) == (1, 200)
+    assert max(after - before for before, after in pairwise(steps)) <= 2 * 200 / 7
 
 
 def test_a_run_leaves_its_folder(tmp_path):
