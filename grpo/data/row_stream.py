@@ -23,7 +23,7 @@ from grpo.data.dataset import UnreadableImage
 from grpo.data.images import center_crop, to_pixels
 from grpo.data.streamed import StreamedDataset
 from grpo.data.worker import worker_count
-from grpo.models import ClassCondition, normalize
+from grpo.models import ClassCondition
 from grpo.parallel import World
 
 
@@ -84,7 +84,7 @@ class RowStream(Iterator[ImageBatch]):
         found = list(self._decoders.map(partial(self._readable, rows), range(first, first + size)))
         condition = ClassCondition(torch.tensor([self.dataset.class_id(row) for row, _, _ in found]))
         batch = ImageBatch(
-            images=normalize(torch.stack([pixels for _, pixels, _ in found])),
+            images=torch.stack([pixels for _, pixels, _ in found]),
             condition=condition,
             sample_ids=torch.arange(start + first, start + first + size),
             captions=self.dataset.captions(condition),

@@ -21,7 +21,6 @@ from grpo.config import UserError
 from grpo.data.batch import ImageBatch
 from grpo.data.dataset import NO_PIXELS, ImageDataset, UnreadableImage
 from grpo.data.worker import init_worker, worker_count
-from grpo.models import normalize
 from grpo.parallel import World
 
 
@@ -105,7 +104,7 @@ class ImageStream(Iterator[ImageBatch]):
         self.samples += self.batch_size
         condition = self.dataset.condition(fetched.indices)
         return ImageBatch(
-            images=normalize(fetched.pixels),
+            images=fetched.pixels,
             condition=condition,
             sample_ids=torch.arange(first, first + size),
             indices=torch.tensor(fetched.indices),
