@@ -121,7 +121,8 @@ def test_images_come_with_plain_codes_where_they_are_wanted(folder, tokenizer, t
     stream = stream_of(dataset)
     batch = next(stream)
     assert batch.images.shape == (4, 3, 16, 16)
-    assert all(torch.equal(batch.images[row], dataset[index][0]) for row, index in enumerate(batch.indices.tolist()))
+    places = batch.indices.tolist()
+    assert all(torch.equal(image, dataset.pixels(index)) for image, index in zip(batch.images, places, strict=True))
     assert {view for _, view in seen([batch, next(stream)]).values()} == {0}
 
 
