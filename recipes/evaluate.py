@@ -136,9 +136,19 @@ def describe_images(recipe: EvaluateRecipe) -> dict[str, object]:
             "tokenizer": {"spec": recipe.tokenizer.name, **fingerprint(recipe.tokenizer.checkpoint)},
         },
         "sampler": {"method": "autoregressive", **sampling.model_dump(exclude={"class_ids", "resize_to"})},
-        "prompts": fingerprint(sampling.prompts) if sampling.prompts else None,
+        **describe_prompts(recipe),
         "resize": "none" if sampling.resize_to is None else f"bicubic, antialiased, to {sampling.resize_to}",
     }
+
+
+def describe_prompts(recipe: EvaluateRecipe) -> dict[str, object]:
+    """By which texts images were drawn, and what encoded them; nothing for classes."""
+    sampling, text = recipe.sampling, recipe.text
+    if not recipe.model.is_text:
+        return {}
+    files = {name: path for name, path in (("features", text.features), ("path", text.path)) if path is not None}
+    asked = fingerprint(sampling.prompts) if sampling.prompts else {"prompt": sampling.prompt}
+    return {"prompts": asked, "text": {"encoder": text.encoder, **(files if text.encoder == "t5" else {})}}
 
 
 def describe_reference(recipe: EvaluateRecipe, reference: ImageSource) -> dict[str, object]:

@@ -37,12 +37,12 @@ class DrawingRecipe(Recipe):
             yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
 
     def _prompt_problems(self) -> Iterator[str]:
-        """Texts are asked for where the model reads them, in one of two ways."""
+        """Texts are asked for where the model reads them."""
         given = [key for key in ("prompt", "prompts") if getattr(self.sampling, key) is not None]
         if not self.model.is_text:
             yield from (f"sampling.{key} needs model.caption_dim: this model takes classes" for key in given)
-        elif len(given) != 1:
-            yield "sampling.prompts or sampling.prompt is required, one of them: what the images show"
+        elif not given:
+            yield "sampling.prompts or sampling.prompt is required: what the images show"
         elif self.text.encoder == "t5" and not (self.text.features or self.text.path):
             yield "text.path or text.features is required: what makes features of the prompts"
 
@@ -52,6 +52,7 @@ class DrawingRecipe(Recipe):
             *idle_text_keys(self.text, self.model),
             (self.model.is_text, own, "prompts are no captions of LlamaGen's lists"),
             (self.model.is_text, "sampling.class_ids", "the model reads texts"),
+            (self.sampling.prompt is not None, "sampling.prompts", "sampling.prompt is drawn in their place"),
         ]
 
 

@@ -158,7 +158,7 @@ class Sampling(Section):
     """Texts to draw, taken in turn: a .txt with one a line, a .jsonl with objects that have it under prompt, text or
     caption, or a folder of .txt files, one a text."""
     prompt: str | None = None
-    """One text to draw."""
+    """One text to draw, in place of those."""
     image_size: ImageSize = 256
     """Side of the images that the generator was trained on, pixels."""
     resize_to: ImageSize | None = None
@@ -181,6 +181,10 @@ class Sampling(Section):
     """Precision of the generator and of the tokenizer; auto as in `training.mixed_precision`."""
     kernels: KernelBackend = "auto"
     """Backend of sampling: Triton on a GPU and plain torch elsewhere, or one of them always."""
+
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
+        if self.prompt is None:
+            yield from super().files()
 
 
 class Output(Section):

@@ -145,7 +145,7 @@ class TrainingRecipe(Recipe):
         best = "checkpoint.best_metric checkpoint.best_is"
         files = "data.path data.split data.class_map data.num_workers data.cache_codes data.codes data.index_cache"
         only_classes, only_texts = self.data.name == "classes", self.data.name == "prompts"
-        of_images = "data.split data.class_map data.num_workers data.cache_codes data.codes data.index_cache"
+        of_images = "data.split data.class_map data.cache_codes data.codes data.index_cache"
         return [
             (only_classes, f"{files} data.max_bad_images", 'data.name = "classes" has no images'),
             (only_texts, f"{of_images} data.max_bad_images", 'data.name = "prompts" has no images'),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo.config import Data, Model, Text, UserError, shorten
+from grpo.config import Data, Model, Text, UserError
 from grpo.data.builtin import Digits, Synthetic
 from grpo.data.caption_files import FORMS, CaptionFolder, PromptList, has_captions
 from grpo.data.captions import CaptionRequests, Captions
@@ -19,7 +19,7 @@ from grpo.data.folder import ImageFolder
 from grpo.data.llamagen_requests import LlamaGenRequests
 from grpo.data.webdataset import TarDataset
 from grpo.models import numbered
-from grpo.texts import REMEDY, build_encoder
+from grpo.texts import build_encoder
 
 LARGEST_LABEL = 2**24
 
@@ -82,12 +82,7 @@ def build_text_dataset(data: Data, text: Text, model: Model) -> ImageDataset:
         dataset.requests = LlamaGenRequests(dataset, text, model)
         return dataset
     encoder = build_encoder(text, model)
-    texts = dataset.captions_of.distinct()
-    if missing := encoder.missing(texts):
-        raise UserError(
-            f"text.features {text.features} lacks {len(missing)} of the {len(texts)} texts of the data set, such as "
-            f"{shorten(missing[0])!r}: {REMEDY}"
-        )
+    encoder.require(dataset.captions_of.distinct())
     dataset.requests = CaptionRequests(dataset.captions_of, encoder)
     return dataset
 
