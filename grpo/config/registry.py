@@ -7,11 +7,11 @@ from grpo.config.recipe import Recipe
 from grpo.config.recipes import (
     ClassifierRecipe,
     EncodeRecipe,
-    EncodeTextRecipe,
     GRPORecipe,
     PretrainRecipe,
     TokenizerRecipe,
 )
+from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 
 _ALL = (
