@@ -8,7 +8,7 @@ import numpy as np
 
 from grpo.config import Data, Model, Text, UserError
 from grpo.data.builtin import Digits, Synthetic
-from grpo.data.caption_files import FORMS, CaptionFolder, PromptList, has_captions
+from grpo.data.caption_files import CaptionFolder, PromptList, has_captions
 from grpo.data.captions import CaptionRequests, Captions
 from grpo.data.class_ids import find_class_ids, implied_classes
 from grpo.data.class_list import ClassList
@@ -156,8 +156,8 @@ def _open(data: Data, *, num_classes: int, learned: Sequence[str], with_captions
 
         return StreamedDataset(data=data, with_captions=with_captions)
     kind = _kind_at(Path(data.path), data)
-    if with_captions and kind == "folder":
-        raise UserError(f"data.path {data.path} has no captions: {FORMS}")
+    if with_captions and kind == "folder":  # whose captions may stand deeper, beside the images
+        kind = "captions"
     if not with_captions and kind in ("captions", "prompts"):
         raise UserError(f"data.path {data.path} {_KINDS[kind]}, and this model takes classes: set model.caption_dim")
     if data.name not in ("imagenet", kind):

@@ -82,6 +82,14 @@ def test_forms_of_a_folder(pictures, section, write):
     assert build_text_dataset(section(folder, name="captions"), WORDS, MODEL).fingerprint == dataset.fingerprint
 
 
+def test_captions_beside_images_in_folders(class_folders, section):
+    folder = class_folders(["a", "b"], 3)
+    for number, file in enumerate(sorted(folder.rglob("*.png"))):
+        file.with_suffix(".txt").write_text(TEXTS[number])
+    assert found(build_text_dataset(section(folder), WORDS, MODEL)) == dict(enumerate(TEXTS))
+    assert len(build_dataset(section(folder), num_classes=2)) == 6  # which are classes for a model that takes them
+
+
 def test_tars(tars, section):
     folder = tars(label=lambda index: ("txt", f"picture number {index}\n"))
     dataset = build_text_dataset(section(folder), WORDS, MODEL)
@@ -221,7 +229,7 @@ def test_what_asks_in_another_way_than_the_model_is_told(pictures, class_folders
     beside(folder)
     with pytest.raises(UserError, match="holds images with captions, and this model takes classes"):
         build_dataset(section(folder), num_classes=3)
-    with pytest.raises(UserError, match=r"has no captions: metadata.jsonl, captions.json"):
+    with pytest.raises(UserError, match=r"has no images with captions: metadata.jsonl, captions.json"):
         build_text_dataset(section(class_folders(["a", "b"], 2)), WORDS, MODEL)
     assert len(build_dataset(section(folder), num_classes=None)) == 6  # where images alone matter
 
