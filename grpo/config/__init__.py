@@ -28,7 +28,6 @@ from grpo.config.recipe import (
 from grpo.config.recipes import (
     ClassifierRecipe,
     EncodeRecipe,
-    EncodeTextRecipe,
     GeneratorRecipe,
     GRPORecipe,
     PretrainRecipe,
@@ -51,6 +50,7 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
+from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.text_sections import EncodeText, Text
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url

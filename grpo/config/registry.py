@@ -7,12 +7,12 @@ from grpo.config.recipe import Recipe
 from grpo.config.recipes import (
     ClassifierRecipe,
     EncodeRecipe,
-    EncodeTextRecipe,
     GRPORecipe,
     PretrainRecipe,
     ReaderRecipe,
     TokenizerRecipe,
 )
+from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 
 _ALL = (

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from grpo.config import UserError
 from grpo.kernels import Draw, Dropout
 from grpo.models import GPT, ClassCondition, GPTConfig, TextCondition, get_family, load_gpt, read_weights, save_weights
-from grpo.rollout import generate, sample_codes
+from grpo.models.condition_rows import weigh_first
+from grpo.rollout import cached_sampler, generate, sample_codes
 from grpo.rollout.scoring import hidden_states
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llamagen_t2i"
@@ -48,6 +49,16 @@ def test_logits_and_cross_entropy(gpt, expected, texts):
 @torch.no_grad()
 def test_rows_see_only_what_was_before_them(gpt, expected, texts, length):
     assert_close(gpt(expected["tokens"][:, :length], texts), expected["logits"][:, : length + 1], **ROUNDING)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float32), (119, torch.float32), (107, torch.bfloat16)])
+def test_the_weight_of_the_first_row_is_exact(tokens, dtype):
+    """Without scores the first of 200 rows gets n / (n + 199). A logarithm in bf16 would be off by up to 1.5 %."""
+    queries, keys, values = torch.zeros(3, 1, 1, 200, 64, dtype=dtype)
+    values[:, :, 0] = 1
+    weighed = weigh_first(queries, keys, values, torch.tensor([tokens]))
+    share = F.scaled_dot_product_attention(*weighed, scale=64**-0.5)[0, 0, 0, 0].item()
+    assert share == pytest.approx(tokens / (tokens + 199), rel=3e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 def text(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +98,9 @@ def test_completions_share_the_rows_of_their_text(gpt, texts, monkeypatch):
     assert seen == [8, 4, 4, 4, 24]
     assert torch.equal(shared.tokens, parts.tokens)
     assert torch.equal(shared.tokens, single.tokens)
+    monkeypatch.setattr(cached_sampler, "PREFILL_ROWS", 3 * 120)
+    assert torch.equal(shared.tokens, sample_codes(gpt, texts, **how).tokens)
+    assert seen[-3:] == [3, 3, 2]
 
 
 @torch.no_grad()
