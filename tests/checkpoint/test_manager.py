@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_looked_at_is_not_condemned(world, tmp_path, mon
     with managed(tmp_path, world) as manager:
         save(manager, start(world), 1)
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_bytes", unreadable)
+            patch.setattr("grpo.formats.manifest.open_file", unreadable)
             with pytest.raises(TransientError, match=r"step-000001 cannot be read: .*nothing was changed"):
                 manager.resume_point()
         assert manager.resume_point() == tmp_path / "step-000001"
