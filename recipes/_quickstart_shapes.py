@@ -36,7 +36,7 @@ CONFIGS = SHIPPED_RECIPES / "quickstart_text"
 TITLE = "Quickstart: GRPO on drawings of shapes"
 GUIDANCE, TEMPERATURES = (1.0, 1.5, 2.0, 3.0), (0.8, 1.0)  # the rival row's grid: what sampling alone can do, tuned
 TUNING_SPLIT, TUNING_SHARE = "validation", 0.4  # of the samples of a row, at each point of the grid
-GRID_IMAGES, GRID_COLUMNS = 56, 14  # four of each kind of prompt
+GRID_IMAGES, GRID_COLUMNS = 56, 7  # four of each kind of prompt
 
 COLUMNS = {
     "seen": "seen/all",
