@@ -34,7 +34,7 @@ from grpo.models import Condition
 from grpo.observe import captioned_grid, image_grid, progress
 from grpo.parallel import World, barrier, distributed
 from grpo.rollout import load_sampler
-from grpo.texts import REMEDY, Prompt, TextList, build_encoder, clean_text, read_prompts
+from grpo.texts import Prompt, TextList, build_encoder, clean_text, read_prompts
 
 Draw = Callable[[Condition, Tensor], Tensor]  # (condition of B rows, row_ids [B]) -> [B, 3, H, W] uint8
 
@@ -109,8 +109,7 @@ def drawn_images(
     sampling = recipe.sampling
     if prompts:
         asked = TextList(texts_in_turn(prompts, count), build_encoder(recipe.text, recipe.model, device=device))
-        if missing := asked.encoder.missing(asked.texts):
-            raise UserError(f"text.features {recipe.text.features} has no features of {missing[0]!r}: {REMEDY}")
+        asked.encoder.require(asked.texts)
     else:
         classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
         asked = classes_in_turn(classes, count)

@@ -15,6 +15,7 @@ from grpo.config.job_sections import (
     Sampling,
     TokenizerLoss,
 )
+from grpo.config.judging_recipes import ClassifierRecipe, ReaderRecipe
 from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml, shipped_recipe
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import (
@@ -26,13 +27,10 @@ from grpo.config.recipe import (
     differences,
 )
 from grpo.config.recipes import (
-    ClassifierRecipe,
     EncodeRecipe,
-    EncodeTextRecipe,
     GeneratorRecipe,
     GRPORecipe,
     PretrainRecipe,
-    ReaderRecipe,
     TokenizerRecipe,
 )
 from grpo.config.registry import RECIPES
@@ -51,6 +49,7 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
+from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.text_sections import EncodeText, Text
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url

@@ -8,10 +8,8 @@ from pydantic import Field
 from grpo.config.errors import UserError
 from grpo.config.job_sections import (
     Adversary,
-    Classifier,
     Encode,
     Judge,
-    Reader,
     TokenizerLoss,
 )
 from grpo.config.policy_sections import Objective, Rollout
@@ -19,7 +17,7 @@ from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
 from grpo.config.schedule import Schedule
 from grpo.config.sections import ActivationCheckpoint, Compile, Data, Model, Parallel, Tokenizer
-from grpo.config.text_sections import EncodeText, Text, idle_text_keys, text_problems
+from grpo.config.text_sections import Text, idle_text_keys, text_problems
 
 
 class GeneratorRecipe(TrainingRecipe):
@@ -268,34 +266,6 @@ class TokenizerRecipe(TrainingRecipe):
         ]
 
 
-class ClassifierRecipe(TrainingRecipe):
-    """Training of a small classifier, to reward or to judge."""
-
-    job = "classifier"
-
-    classifier: Classifier = Classifier()
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        return [*super()._idle_keys(), (True, "data.codes data.cache_codes", "a classifier is trained on images")]
-
-
-class ReaderRecipe(TrainingRecipe):
-    """Training of a network that reads drawings of shapes, to judge or to reward."""
-
-    job = "reader"
-
-    reader: Reader = Reader()
-    data: Data = Data(name="shapes", split="reader", image_size=32)
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.data.name != "shapes":
-            yield f'data.name must be "shapes", whose scenes are known, not "{self.data.name}"'
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        return [*super()._idle_keys(), (True, "data.codes data.cache_codes", "a reader is trained on images")]
-
-
 class EncodeRecipe(Recipe):
     """Codes of a whole data set, encoded once."""
 
@@ -322,35 +292,6 @@ class EncodeRecipe(Recipe):
         return [
             (only_crops, "encode.crop_ranges", f'encode.augmentation is "{self.encode.augmentation}"'),
             (True, "data.class_map data.classes data.codes data.cache_codes", "images are encoded as they are"),
-        ]
-
-
-class EncodeTextRecipe(Recipe):
-    """Features of all texts of a data set, by a T5 encoder, computed once."""
-
-    job = "encode-text"
-
-    text: Text = Text()
-    data: Data = Data()
-    encode_text: EncodeText = EncodeText()
-    parallel: Parallel = Parallel()
-
-    def problems(self) -> Iterator[str]:
-        yield from required("encode_text", self.encode_text, "output")
-        yield from required("text", self.text, "path")
-        yield from data_problems(self.data)
-        if self.text.encoder != "t5":
-            yield f'text.encoder = "{self.text.encoder}" needs no features on disk'
-        if self.data.name in ("classes", "codes", "folder"):
-            yield f'data.name = "{self.data.name}" has no texts to encode'
-        if self.data.may_be_stream:
-            yield "data.path must be of files here: a stream's texts are not known beforehand"
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        others = "features llamagen_features llamagen_short_features short_share"
-        return [
-            (True, " ".join(f"text.{key}" for key in others.split()), "features are computed"),
-            (True, "data.class_map data.classes data.codes data.cache_codes data.image_size", "texts alone are read"),
         ]
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo.config import Data, Model, Text, UserError, shorten
+from grpo.config import Data, Model, Text, UserError
 from grpo.data.builtin import Digits, Synthetic
-from grpo.data.caption_files import FORMS, CaptionFolder, PromptList, has_captions
+from grpo.data.caption_files import CaptionFolder, PromptList, has_captions
 from grpo.data.captions import CaptionRequests, Captions
 from grpo.data.class_ids import find_class_ids, implied_classes
 from grpo.data.class_list import ClassList
@@ -20,7 +20,7 @@ from grpo.data.llamagen_requests import LlamaGenRequests
 from grpo.data.shapes import Shapes
 from grpo.data.webdataset import TarDataset
 from grpo.models import numbered
-from grpo.texts import REMEDY, build_encoder
+from grpo.texts import build_encoder
 
 LARGEST_LABEL = 2**24
 
@@ -83,12 +83,7 @@ def build_text_dataset(data: Data, text: Text, model: Model) -> ImageDataset:
         dataset.requests = LlamaGenRequests(dataset, text, model)
         return dataset
     encoder = build_encoder(text, model)
-    texts = dataset.captions_of.distinct()
-    if missing := encoder.missing(texts):
-        raise UserError(
-            f"text.features {text.features} lacks {len(missing)} of the {len(texts)} texts of the data set, such as "
-            f"{shorten(missing[0])!r}: {REMEDY}"
-        )
+    encoder.require(dataset.captions_of.distinct())
     dataset.requests = CaptionRequests(dataset.captions_of, encoder)
     return dataset
 
@@ -164,8 +159,8 @@ def _open(data: Data, *, num_classes: int, learned: Sequence[str], with_captions
 
         return StreamedDataset(data=data, with_captions=with_captions)
     kind = _kind_at(Path(data.path), data)
-    if with_captions and kind == "folder":
-        raise UserError(f"data.path {data.path} has no captions: {FORMS}")
+    if with_captions and kind == "folder":  # whose captions may stand deeper, beside the images
+        kind = "captions"
     if not with_captions and kind in ("captions", "prompts"):
         raise UserError(f"data.path {data.path} {_KINDS[kind]}, and this model takes classes: set model.caption_dim")
     if data.name not in ("imagenet", kind):

@@ -139,8 +139,12 @@ class ImageDataset(Dataset):
         """What samples ask a generator for, and the same in words: a row and a text for each image and its `ask`."""
         if self.requests is not None:
             return self.requests.condition(asked), [one.text for one in asked]
-        condition = ClassCondition(torch.from_numpy(self.class_ids[indices]))
+        condition = self.condition(indices)
         return condition, self.captions(condition)
+
+    def condition(self, indices: Sequence[int]) -> Condition:
+        """The classes of the images, a row each."""
+        return ClassCondition(torch.from_numpy(self.class_ids[indices]))
 
     def captions(self, condition: Condition) -> list[str]:
         """Classes in words, a text for each row: the class name, or nothing where the source has texts instead."""

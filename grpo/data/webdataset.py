@@ -132,22 +132,23 @@ def _remembered(data: Data, root: Path, paths: list[Path], with_captions: bool) 
     kind = f"captions {data.caption_key or ''}" if with_captions else ""
     place = f"{root}/{data.split}/{Path(data.path).name}"
     index = index_file(cache_folder(data.index_cache, root), "tar", f"{place}/{kind}" if kind else place)
-    label = partial(_texts, key=data.caption_key) if with_captions else _label
+    read = partial(index_shard, label=partial(_texts, key=data.caption_key)) if with_captions else index_shard
     known = _read(index)
     names, states = [os.path.relpath(path, root) for path in paths], [_state(path) for path in paths]
     pairs = list(zip(names, states, strict=True))
     is_known = [bool(state[1]) and name in known and known[name].state == state for name, state in pairs]
     unknown = [path for path, found in zip(paths, is_known, strict=True) if not found]
     with ThreadPoolExecutor(THREADS) as threads:
-        indexed = iter(list(threads.map(partial(index_shard, label=label), unknown)))
+        indexed = iter(list(threads.map(read, unknown)))
     shards = [known[name] if found else next(indexed) for name, found in zip(names, is_known, strict=True)]
     if unknown or len(known) != len(names):
         _write(index, dict(zip(names, shards, strict=True)))
     return shards
 
 
-def index_shard(path: Path, label: Callable[[TarSample, TarReader, Path], str]) -> ShardIndex:
-    """Find images and labels of one shard; `label` reads those of a sample. Raises a UserError."""
+def index_shard(path: Path, label: Callable[[TarSample, TarReader, Path], str] | None = None) -> ShardIndex:
+    """Find images and labels of one shard; `label` reads the latter of a sample. Raises a UserError."""
+    label = label or _label
     state, reader = _state(path), TarReader([path])
     keys, labels, offsets, sizes = [], [], [], []
     for sample in read_samples(path):

@@ -32,6 +32,11 @@ class Condition:
         return len(next(iter(self.tensors().values())))
 
     @property
+    def length(self) -> int:
+        """Rows that each takes in a model's sequence."""
+        return 1
+
+    @property
     def device(self) -> torch.device:
         """Where the rows are."""
         return next(iter(self.tensors().values())).device
@@ -110,6 +115,10 @@ class TextCondition(Condition):
             raise ValueError(f"the mask of the text must be {wanted} bool, not {[*mask.shape]} {mask.dtype}")
         if mask.device.type == "cpu" and not mask.any(1).all():
             raise ValueError(f"text {int((~mask.any(1)).nonzero()[0])} has no token: its mask is all zeros")
+
+    @property
+    def length(self) -> int:
+        return self.mask.shape[1]
 
 
 def as_condition(condition: Condition | Tensor) -> Condition:

@@ -31,7 +31,8 @@ from grpo.kernels import (
 from grpo.models.cached_forward import CachedForward
 from grpo.models.condition import Condition
 from grpo.models.condition_rows import text_mask
-from grpo.models.gpt import GPT, Block, KVCache
+from grpo.models.gpt import GPT, Block
+from grpo.models.kv_cache import KVCache
 
 
 class BlockWeights(NamedTuple):

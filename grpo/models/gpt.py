@@ -5,7 +5,7 @@ the first P embed the condition (P is 1 for a class), the others the codes, and 
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from grpo.models.condition import CONDITION_PLACE, Condition, as_condition
 from grpo.models.condition_rows import CaptionEmbedding, ClassEmbedding, attend_evenly, text_mask, weigh_first
+from grpo.models.kv_cache import KVCache, LayerCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,36 +100,6 @@ class Dropout(Protocol):
 
 EMBEDDINGS = 1  # place of dropout before the blocks, beside CONDITION_PLACE
 ATTENTION, FEED_FORWARD = 0, 1  # and in each of them
-
-
-class KVCache(NamedTuple):
-    """Keys and values of every layer for `length` rows; its size never changes, so a step can be captured.
-
-    Row 0 is the whole condition (see `Attention`), which takes one row of the cache however long it is.
-    """
-
-    keys: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
-    values: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
-    first_weight: Tensor  # [B] fp32, the number of tokens that row 0 counts as; 1 for a class
-
-    def upto(self, rows: int) -> "KVCache":
-        """The first rows, in the same memory."""
-        return self._replace(keys=self.keys[:, :, :, :rows], values=self.values[:, :, :, :rows])
-
-    def begin_with(self, prefixes: "KVCache", index: Tensor) -> None:
-        """Begin sequence i as sequence index[i] (of B on the device) of another cache, with all the rows it has."""
-        begun = self.upto(prefixes.keys.shape[3])
-        for own, prefix, dimension in zip(begun, prefixes, (1, 1, 0), strict=True):
-            own.copy_(prefix.index_select(dimension, index))
-
-
-class LayerCache(NamedTuple):
-    """What one attention layer needs to compute one row; `keys` and `values` are updated in place."""
-
-    keys: Tensor  # [B, n_kv_head, length, head_dim]
-    values: Tensor  # [B, n_kv_head, length, head_dim]
-    row: Tensor  # [1] int64, the row being computed
-    mask: Tensor  # [1, 1, 1, length] bool, true up to that row; after a text [B, ...] fp32, what is added to scores
 
 
 def rotary_table(config: GPTConfig) -> Tensor:

@@ -24,7 +24,7 @@ PathLike = str | os.PathLike[str]
 Config = TypeVar("Config")
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"  # [num_classes + 1, D], the last row is unconditional
-_NULL_TEXT = "cls_embedding.uncond_embedding"  # [P, C], of a text-conditional model
+_TEXT_MARK, _NULL_TEXT = "cls_embedding.cap_proj.fc1.weight", "cls_embedding.uncond_embedding"  # [D, C], [P, C]
 _NAMES = "class_names"
 _REMEDIES = {
     "vocab_size": "set tokenizer.codebook_size = {}",
@@ -37,8 +37,8 @@ _REMEDIES = {
 }
 """What to do about a size that the recipe names by itself; the others come with the name of a spec."""
 _OTHER_CONDITION = {
-    True: "the weights are of a text-conditional GPT, the recipe wants a class-conditional one; set model.cls_token_num "
-    "= {cls_token_num} and model.caption_dim = {caption_dim}",
+    True: "the weights are of a text-conditional GPT, the recipe wants a class-conditional one; set "
+    "model.cls_token_num = {cls_token_num} and model.caption_dim = {caption_dim}",
     False: "the weights are of a class-conditional GPT, the recipe wants a text-conditional one; leave out "
     "model.caption_dim and model.cls_token_num",
 }
@@ -58,7 +58,8 @@ def load_gpt(path: PathLike, config: GPTConfig | None = None, *, bare: bool = Fa
     weights = read_weights(path, bare=bare)
     if not new_classes:
         return _build(_GPT, path, weights, config)
-    assert config is not None and config.caption_dim is None, "new classes need a config that counts them"
+    assert config is not None, "new classes need a config that counts them"
+    assert config.caption_dim is None, "a text-conditional model has no classes"
     kept = config.num_classes - new_classes
     found = len(weights[_CLASS_TABLE]) - 1 if _CLASS_TABLE in weights else kept
     if kept not in (0, found):
@@ -103,7 +104,7 @@ def weights_sha256(model: nn.Module) -> str:
 def _gpt_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields and properties of `GPTConfig` that show in the weights."""
     vocab_size, dim = weights[_GPT.mark].shape
-    if _NULL_TEXT in weights:
+    if _TEXT_MARK in weights:
         rows, width = weights[_NULL_TEXT].shape
         condition = {"cls_token_num": rows, "caption_dim": width}
     else:

@@ -10,6 +10,8 @@ from grpo.models import CachedForward, Condition, KVCache
 from grpo.rollout.cuda_graphs import Replay
 from grpo.rollout.scoring import guide
 
+PREFILL_ROWS = 1 << 14  # of conditions that are computed together: enough for any GPU, and little of its memory
+
 
 class SampledCodes(NamedTuple):
     """Sampled images as codes."""
@@ -67,9 +69,12 @@ class CachedSampler:
         model, keys = self.forward.model, self.cache.keys
         like = {"dtype": keys.dtype, "device": keys.device, "length": model.prefix_length}
         prefixes = model.init_cache(condition.rows, **like)
-        hidden = self.forward.prefill(condition, prefixes)
+        hidden, most = [], max(1, PREFILL_ROWS // condition.length)
+        for start in range(0, condition.rows, most):
+            part = slice(start, start + most)
+            hidden.append(self.forward.prefill(condition.select(part), prefixes.sequences(part)))
         self.cache.begin_with(prefixes, index)
-        self._emit(hidden[index])
+        self._emit(torch.cat(hidden)[index])
         self.position = 1
 
     def extend(self) -> None:

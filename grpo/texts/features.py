@@ -14,8 +14,12 @@ LARGEST_TEXT = 2**20  # characters of one text: beyond, it is no caption
 class TextEncoder:
     """Gives texts as a model with P condition rows of C features sees them.
 
-    A subclass says what it is (`identity`), of which texts it has no features (`missing`), and gives them.
+    A subclass says what it is (`identity`), of which texts it has no features (`missing`, in words `lacks` and
+    `remedy`), and gives them.
     """
+
+    lacks = "there are no features of"
+    remedy = "change the text"
 
     def __init__(self, *, rows: int, width: int) -> None:
         self.rows, self.width = rows, width  # P and C
@@ -28,6 +32,12 @@ class TextEncoder:
     def missing(self, texts: Iterable[str]) -> list[str]:
         """Those of the texts that it has no features of, each once."""
         return []
+
+    def require(self, texts: Sequence[str]) -> None:
+        """Raise a UserError where some of the texts have no features."""
+        if missing := self.missing(texts):
+            others = f" (and {len(missing) - 1} more texts)" if len(missing) > 1 else ""
+            raise UserError(f"{self.lacks} {shorten(missing[0])!r}{others}: {self.remedy}")
 
     def features(self, texts: Sequence[str]) -> list[Tensor]:
         """[L, C] fp32 of each text, a row a token, at least one; of more than P the first P are used."""

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from grpo.config import UserError, read_text, reading, shorten
+from grpo.config import UserError, read_text, reading
 from grpo.texts.features import TextEncoder
 
 ABOUT = "features.json"
@@ -46,8 +46,11 @@ class FeatureStore(TextEncoder):
         UserError: no such folder, damaged, not finished, or features of another width than C.
     """
 
+    remedy = "add them with `grpo encode-text`, with the same data and the T5 that made the others"
+
     def __init__(self, folder: str | Path, *, rows: int, width: int) -> None:
         super().__init__(rows=rows, width=width)
+        self.lacks = f"text.features {folder} has no features of"
         self.folder, self.about = Path(folder), read_about(Path(folder))
         if self.about["width"] != width:
             raise UserError(
@@ -93,21 +96,16 @@ class FeatureStore(TextEncoder):
         return [text for text in dict.fromkeys(texts) if self._place(text) is None]
 
     def features(self, texts: Sequence[str]) -> list[Tensor]:
-        return [self._rows_of(text) for text in texts]
+        self.require(texts)
+        return [self._rows_of(self._place(text)) for text in texts]
 
-    def _rows_of(self, text: str) -> Tensor:
+    def _rows_of(self, place: int) -> Tensor:
         """[L, C], L at most P."""
-        place = self._place(text)
-        if place is None:
-            raise UserError(f"text.features {self.folder} has no features of {shorten(text)!r}: {REMEDY}")
         number = int(np.searchsorted(self._first, place, side="right")) - 1
         shard, row = self._shards[number], place - self._first[number]
         start = int(shard.starts[row])
         stop = min(int(shard.starts[row + 1]), start + self.rows)
         return shard.features[start:stop].float()
-
-
-REMEDY = "add them with `grpo encode-text`, with the same data and the T5 that made the others"
 
 
 def text_key(text: str, encoder: Mapping[str, Any]) -> bytes:

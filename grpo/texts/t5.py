@@ -3,11 +3,12 @@
 import hashlib
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from grpo.config import UserError, import_extra, read_text, reading
@@ -15,7 +16,8 @@ from grpo.formats import read_weights
 from grpo.texts.features import TextEncoder
 
 AT_ONCE = 64  # texts in one forward
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+SAFE, SAFE_SHARDS, PICKLE = "model.safetensors", "model-*.safetensors", "pytorch_model.bin"
+EMBEDDING, TIED = "shared.weight", "encoder.embed_tokens.weight"  # one tensor under two names
 
 
 class T5Encoder(TextEncoder):
@@ -37,7 +39,7 @@ class T5Encoder(TextEncoder):
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with reading(f"text.path {folder} is not a folder of transformers' T5"):
             config = json.loads(read_text(self.folder / "config.json"))
-            if config.get("model_type") not in ("t5", "mt5", "umt5"):
+            if config.get("model_type") not in ("t5", "mt5"):
                 raise ValueError(f"config.json is of model_type {config.get('model_type')!r}")
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
@@ -45,7 +47,7 @@ class T5Encoder(TextEncoder):
             sizes = transformers.AutoConfig.for_model(**config)
             with torch.device("meta"):
                 self.network = transformers.T5EncoderModel(sizes)
-        self._load(read_weights(self._weights()))
+        self._load()
         super().__init__(rows=rows, width=sizes.d_model)
         if width not in (None, sizes.d_model):
             raise UserError(
@@ -53,28 +55,33 @@ class T5Encoder(TextEncoder):
                 "T5 that the model was trained with"
             )
 
-    def _weights(self) -> Path:
-        """Their file, or the folder of shards of safetensors."""
-        found = [self.folder / name for name in WEIGHTS if (self.folder / name).is_file()]
-        if not found and list(self.folder.glob("model-*.safetensors")):
-            return self.folder
-        if not found:
-            raise UserError(f"text.path {self.folder} has no {' or '.join(WEIGHTS)}, nor shards of the former")
-        return found[0]
-
-    def _load(self, weights: dict[str, Tensor]) -> None:
-        """Take over the weights of the encoder; those of a decoder beside it are left."""
+    def _load(self) -> None:
+        """Take over the weights of the encoder; those of a decoder beside it are not read where that can be."""
         expected = self.network.state_dict()
-        if "shared.weight" not in weights and "encoder.embed_tokens.weight" in weights:
-            weights["shared.weight"] = weights["encoder.embed_tokens.weight"]
-        weights["encoder.embed_tokens.weight"] = weights.get("shared.weight")  # one tensor under two names
-        wrong = [name for name, tensor in expected.items()
-                 if weights.get(name) is None or weights[name].shape != tensor.shape]  # fmt: skip
+        weights = self._read({*expected, EMBEDDING, TIED})
+        for name, other in ((EMBEDDING, TIED), (TIED, EMBEDDING)):
+            if name in weights:
+                weights.setdefault(other, weights[name])
+        wrong = [
+            name for name, tensor in expected.items() if name not in weights or weights[name].shape != tensor.shape
+        ]
         if wrong:
             raise UserError(f"text.path {self.folder}: the weights are not those of its config.json ({wrong[0]})")
-        weights = {name: weights[name].to(self.dtype) for name in expected}
-        self.network.load_state_dict(weights, assign=True)
+        self.network.load_state_dict({name: weights[name].to(self.dtype) for name in expected}, assign=True)
         self.network = self.network.to(self.device).eval().requires_grad_(False)
+
+    def _read(self, names: Set[str]) -> dict[str, Tensor]:
+        """The tensors of these names in the folder's files."""
+        files = [file for file in [self.folder / SAFE] if file.is_file()] or sorted(self.folder.glob(SAFE_SHARDS))
+        if not files and (self.folder / PICKLE).is_file():
+            return read_weights(self.folder / PICKLE)
+        if not files:
+            raise UserError(f"text.path {self.folder} has no {SAFE}, no shards {SAFE_SHARDS} and no {PICKLE}")
+        weights = {}
+        for file in files:
+            with reading(f"{file} is not a readable .safetensors file"), safe_open(file, framework="pt") as opened:
+                weights |= {name: opened.get_tensor(name).to(self.dtype) for name in names & {*opened.keys()}}
+        return weights
 
     @cached_property
     def identity(self) -> dict[str, str | int]:

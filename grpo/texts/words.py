@@ -3,14 +3,13 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.config import UserError, shorten
 from grpo.texts.features import TextEncoder
 
 COINS = 32  # tosses whose sum stands for a normal number
@@ -27,18 +26,22 @@ class WordEncoder(TextEncoder):
     The numbers come from a hash, as sums of coin tosses: the same on every machine.
     """
 
+    lacks = 'text.encoder = "words" finds no word in'
+
     @property
     def identity(self) -> dict[str, str | int]:
         return {"encoder": "words", "version": VERSION, "width": self.width}
 
+    def missing(self, texts: Iterable[str]) -> list[str]:
+        return [text for text in dict.fromkeys(texts) if not words_of(text)]
+
     def features(self, texts: Sequence[str]) -> list[Tensor]:
+        self.require(texts)
         return [self._vectors(text) for text in texts]
 
     def _vectors(self, text: str) -> Tensor:
         """[L, C]."""
         found = words_of(text)[: self.rows]
-        if not found:
-            raise UserError(f"the text {shorten(text)!r} has no words")
         return torch.from_numpy(np.stack([word_vector(word, place, self.width) for place, word in enumerate(found)]))
 
 

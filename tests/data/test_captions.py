@@ -82,6 +82,14 @@ def test_forms_of_a_folder(pictures, section, write):
     assert build_text_dataset(section(folder, name="captions"), WORDS, MODEL).fingerprint == dataset.fingerprint
 
 
+def test_captions_beside_images_in_folders(class_folders, section):
+    folder = class_folders(["a", "b"], 3)
+    for number, file in enumerate(sorted(folder.rglob("*.png"))):
+        file.with_suffix(".txt").write_text(TEXTS[number])
+    assert found(build_text_dataset(section(folder), WORDS, MODEL)) == dict(enumerate(TEXTS))
+    assert len(build_dataset(section(folder), num_classes=2)) == 6  # which are classes for a model that takes them
+
+
 def test_tars(tars, section):
     folder = tars(label=lambda index: ("txt", f"picture number {index}\n"))
     dataset = build_text_dataset(section(folder), WORDS, MODEL)
@@ -221,7 +229,7 @@ def test_what_asks_in_another_way_than_the_model_is_told(pictures, class_folders
     beside(folder)
     with pytest.raises(UserError, match="holds images with captions, and this model takes classes"):
         build_dataset(section(folder), num_classes=3)
-    with pytest.raises(UserError, match=r"has no captions: metadata.jsonl, captions.json"):
+    with pytest.raises(UserError, match=r"has no images with captions: metadata.jsonl, captions.json"):
         build_text_dataset(section(class_folders(["a", "b"], 2)), WORDS, MODEL)
     assert len(build_dataset(section(folder), num_classes=None)) == 6  # where images alone matter
 
@@ -298,9 +306,7 @@ def test_texts_without_features_are_told_at_the_start(pictures, section, tmp_pat
     beside(folder)
     features = write(tmp_path / "features", [f"text {number}" for number in range(3)])
     small = Model(cls_token_num=8, caption_dim=4)
-    with pytest.raises(
-        UserError, match=r"lacks 6 of the 6 texts of the data set, such as 'picture number 0': add them"
-    ):
+    with pytest.raises(UserError, match=r"has no features of 'picture number 0' \(and 5 more texts\): add them"):
         build_text_dataset(section(folder), Text(features=str(features)), small)
     (folder / "metadata.jsonl").write_text(
         lines([{"file_name": f"{index}.png", "text": f"text {index % 3}"} for index in range(6)])

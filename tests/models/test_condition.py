@@ -6,6 +6,7 @@ import torch
 from grpo.config import Model, Tokenizer, UserError
 from grpo.models import (
     ClassCondition,
+    TextCondition,
     as_condition,
     build_tokenizer,
     generator_sizes,
@@ -35,6 +36,18 @@ def test_dropped_rows_stay_dropped():
     assert both.class_ids.tolist() == [4, 0, 2, 4, 0, 2]
     assert both.dropped.tolist() == [True, False, True, True, True, True]
     assert both.select(slice(1, 2)).dropped.tolist() == [False]
+
+
+def test_texts_are_chosen_repeated_and_compared():
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    texts = TextCondition(torch.arange(24.0).view(2, 3, 4), mask)
+    assert texts.repeat_interleave(2).mask.tolist() == mask[[0, 0, 1, 1]].tolist()
+    both = texts.with_unconditional().select(slice(1, 3))
+    assert both.dropped.tolist() == [False, True]
+    assert torch.equal(both.features, texts.features[[1, 0]])
+    other = TextCondition(texts.features.clone().index_fill_(0, torch.tensor([1]), 0.0), mask)
+    assert texts.equal_rows(other).tolist() == [True, False]
+    assert texts.joined(other).rows == 4
 
 
 def test_a_family_is_found_by_the_name_of_a_spec(tmp_path):

@@ -93,9 +93,7 @@ def test_a_run_on_features_from_disk(flags, run_here, tmp_path):
     lines = run_here("pretrain", *run, "--metrics.run_dir", tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"]
     (tmp_path / "pictures" / "3.txt").write_text("a photo of something else")
-    with pytest.raises(
-        UserError, match=r"lacks 1 of the 24 texts of the data set, such as 'a photo of something else'"
-    ):
+    with pytest.raises(UserError, match="has no features of 'a photo of something else'"):
         run_here("pretrain", *run, "--metrics.run_dir", tmp_path / "other")
     (tmp_path / "pictures" / "3.txt").write_text(TEXTS[4])
     with pytest.raises(UserError, match="text: captions since the checkpoint was written"):

@@ -141,7 +141,7 @@ def test_prompts_through_a_t5(flags, tmp_path):
         ([], "sampling.prompts or sampling.prompt is required"),
         (["--sampling.prompts", "nowhere.txt"], "nowhere.txt does not exist; wanted: prompts"),
         (["--sampling.prompt", " "], "sampling.prompt: the text is empty"),
-        (["--sampling.prompt", "!"], "the text '!' has no words"),
+        (["--sampling.prompt", "!"], "finds no word in '!': change the text"),
         (["--sampling.prompt", "a", "--output.layout", "dpg"], r"output.folder is required with output.layout = .dpg"),
         (["--sampling.prompt", "a", "--text.encoder", "t5"], "text.path or text.features is required"),
     ],

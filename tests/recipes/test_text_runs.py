@@ -30,8 +30,8 @@ def same(lines, others, **tolerance):
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in others], **tolerance)
 
 
-def test_debug_recipe_on_one_and_two_processes_and_resumed(run_here, run_on_two, tmp_path):
-    """Bit-equal where a run goes on, equal but for rounding on two processes."""
+def test_debug_recipe_goes_on_bit_by_bit(run_here, tmp_path):
+    """Several processes: `tests/parallel/test_all_modes.py` has a mode of texts."""
     whole = run_here("train", *DEBUG, "--metrics.run_dir", tmp_path / "whole")
     assert len(whole) == 6
     assert all(line["grad_norm"] > 0 for line in whole)
@@ -39,8 +39,6 @@ def test_debug_recipe_on_one_and_two_processes_and_resumed(run_here, run_on_two,
     resumed = run_here("train", *DEBUG, "--metrics.run_dir", tmp_path / "run")
     for name in ("loss", "grad_norm", "reward_mean", "entropy"):
         assert [line[name] for line in resumed] == [line[name] for line in whole]
-    on_two = run_on_two("train", *DEBUG, "--metrics.run_dir", tmp_path / "two")
-    same(on_two, whole, rel=1e-4, abs=1e-6)
     assert (tmp_path / "whole" / "samples" / "step-000006.png").is_file()
 
 

@@ -47,9 +47,13 @@ def test_long_texts_are_cut(folder):
     torch.testing.assert_close(features, short)
 
 
-def test_weights_in_a_pickle_are_read_safely_and_are_the_same(folder, tmp_path):
+def test_weights_are_the_same_in_every_layout(folder, tmp_path):
     other = save_tiny_t5(tmp_path, safe=False)
     assert encoder(other).identity == encoder(folder).identity
+    (shards := tmp_path / "shards").mkdir()
+    for file in folder.iterdir():
+        (shards / file.name.replace("model.safetensors", "model-00001-of-00001.safetensors")).symlink_to(file)
+    assert encoder(shards).identity == encoder(folder).identity  # as the hub's own cache has them
     assert encoder(save_tiny_t5(tmp_path / "other", seed=1)).identity != encoder(folder).identity
 
 
@@ -65,7 +69,10 @@ def test_the_condition_is_padded_on_the_left(folder):
     [
         (lambda folder: (folder / "config.json").unlink(), r"is not a folder of transformers' T5"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "model_type 'bert'"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors or pytorch_model.bin"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            r"has no model.safetensors, no shards .* and no pytorch_model.bin",
+        ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "not a readable .safetensors file"),
         (lambda folder: change(folder / "config.json", "d_ff", 16), "the weights are not those of its config.json"),
     ],

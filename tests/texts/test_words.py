@@ -35,7 +35,7 @@ def test_case_and_punctuation_do_not_count_and_what_is_over_is_cut():
     condition = encoder(["A red, DOT!", "a red dot", " ".join(["word"] * 10_000)])
     assert torch.equal(condition.features[0], condition.features[1])
     assert condition.mask.sum(1).tolist() == [3, 3, 3]
-    with pytest.raises(UserError, match="the text '!!!' has no words"):
+    with pytest.raises(UserError, match="finds no word in '!!!': change the text"):
         encoder(["!!!"])
 
 
