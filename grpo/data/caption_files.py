@@ -20,6 +20,7 @@ from grpo.texts import read_objects, read_prompts
 METADATA, CAPTION_TABLE = "metadata.jsonl", "captions.json"
 FILE_KEYS = ("file_name", "image_path", "image", "file")
 CAPTION_SUFFIX = ".txt"
+LARGEST_TABLE = 2**32  # bytes of captions.json; COCO's has 2**27
 
 
 class Captioned(NamedTuple):
@@ -138,7 +139,7 @@ def _of_objects(entries: Iterable[tuple[str, Mapping[str, Any]]], data: Data, le
 def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """captions.json as objects with file_name and text."""
     with reading(f"{file} cannot be read"):
-        table = json.loads(read_text(file))
+        table = json.loads(read_text(file, largest=LARGEST_TABLE))
     if isinstance(table, dict) and {"images", "annotations"} <= table.keys():
         with reading(f"{file} is not as COCO's"):
             names = {image["id"]: image["file_name"] for image in table["images"]}

@@ -103,13 +103,21 @@ class RowStream(Iterator[ImageBatch]):
         condition = ClassCondition(torch.tensor([self.dataset.class_id(row) for row in rows]))
         return condition, self.dataset.captions(condition)
 
+    def _require_text(self, row: dict) -> None:
+        """Raise `UnreadableImage` where a row is asked for a text and has none, or one without features."""
+        if self.dataset.requests is not None:
+            texts = self.dataset.texts(row)
+            try:
+                self.dataset.requests.encoder.require(texts)
+            except UserError as error:
+                raise UnreadableImage(error.problems) from error
+
     def _readable(self, rows: Sequence[dict], place: int) -> tuple[dict, Tensor, list[tuple[int, str]]]:
         """The row at that place of the batch, or the next readable one, around; its pixels; the unreadable ones."""
         unreadable = []
         for row in (*rows[place:], *rows[:place]):
             try:
-                if self.dataset.requests is not None:
-                    self.dataset.texts(row)
+                self._require_text(row)
                 pixels = to_pixels(center_crop(self.dataset.image(row), self.dataset.data.image_size))
             except UnreadableImage as error:
                 unreadable.append((self.dataset.key(row), str(error)))

@@ -102,7 +102,8 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     if isinstance(recipe, GRPORecipe):
         schedule = recipe.schedule(ranks=ranks)
     sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
-    rows, all_rows = sequences * sizes.block_size, sequences * family.costs.sequence_rows(sizes)
+    rows, texts = sequences * sizes.block_size, sequences // (schedule.rows_of_a_condition if schedule else 1)
+    all_rows = family.costs.block_rows(sizes, sequences, texts=texts)
     logits = rows * sizes.vocab_size
     policy = sharded_bytes(model, mesh=mesh, parallel=recipe.parallel, training=training, accumulates=micro_batches > 1)
     lasting = {

@@ -1,5 +1,7 @@
 """The rows of a condition before the image in LlamaGen's GPT: their embeddings, and what attention makes of a text."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,6 +60,36 @@ class CaptionEmbedding(nn.Module):
         if condition.dropped is not None:
             features = torch.where(condition.dropped[:, None, None], null.type_as(features), features)
         return self.cap_proj(features)
+
+
+class TextRows(NamedTuple):
+    """Where the rows of texts are in a batch of R sequences, in which groups of neighbours have the same text.
+
+    Where each has a text of its own the batch is [R, P + S, ...]. Where groups share one, its rows exist once: the
+    batch is [R / group * P + R * S, ...], the rows of all texts, then those of all codes.
+    """
+
+    mask: Tensor  # [R / group, P] bool, where a token stands
+    group: int
+
+    def join(self, texts: Tensor, codes: Tensor) -> Tensor:
+        """[R / group, P, ...] and [R, S, ...] as one batch."""
+        if self.group == 1:
+            return torch.cat([texts, codes], dim=1)
+        return torch.cat([texts.flatten(0, 1), codes.flatten(0, 1)])
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts of a batch."""
+        texts, length = self.mask.shape
+        if self.group == 1:
+            return x[:, :length], x[:, length:]
+        rows, sequences = texts * length, texts * self.group
+        codes = x[rows:].unflatten(0, (sequences, (len(x) - rows) // sequences))
+        return x[:rows].unflatten(0, (texts, length)), codes
+
+    def for_each_row(self, x: Tensor) -> Tensor:
+        """[R / group, ...] -> [R, ...]."""
+        return x if self.group == 1 else x.repeat_interleave(self.group, dim=0)
 
 
 def text_mask(condition: Condition) -> Tensor | None:

@@ -28,19 +28,15 @@ from grpo.models.gpt import GPTConfig
 FP32 = torch.float32.itemsize
 
 
-def sequence_rows(config: GPTConfig) -> int:
-    """S."""
-    return config.cls_token_num + config.block_size - 1
+def block_rows(config: GPTConfig, sequences: float, *, texts: float | None = None) -> float:
+    """Rows that the blocks see of so many whole sequences, which share the rows of so many texts; None is one each."""
+    return sequences * config.block_size + (sequences if texts is None else texts) * (config.cls_token_num - 1)
 
 
 def blocks_flops(config: GPTConfig, sequences: float = 1, *, texts: float | None = None) -> float:
-    """Forward operations of the blocks on so many whole sequences, which share the rows of so many texts.
-
-    `texts` is by default one a sequence.
-    """
-    length = config.block_size
-    rows = sequences * length + (sequences if texts is None else texts) * (config.cls_token_num - 1)
-    return config.n_layer * (2 * rows * _block_matrices(config) + 4 * sequences * length**2 * config.dim)
+    """Forward operations of the blocks; arguments as in `block_rows`."""
+    rows, scores = block_rows(config, sequences, texts=texts), sequences * config.block_size**2
+    return config.n_layer * (2 * rows * _block_matrices(config) + 4 * scores * config.dim)
 
 
 def projection_flops(config: GPTConfig, rows: float) -> float:

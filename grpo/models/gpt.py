@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.models.condition import CONDITION_PLACE, Condition, as_condition
-from grpo.models.condition_rows import CaptionEmbedding, ClassEmbedding, attend_evenly, text_mask, weigh_first
+from grpo.models.condition_rows import CaptionEmbedding, ClassEmbedding, TextRows, attend_evenly, text_mask, weigh_first
 from grpo.models.kv_cache import KVCache, LayerCache
 
 
@@ -182,17 +182,19 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.rotary = Rotary(config)
 
-    def forward(self, x: Tensor, text: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        """x [B, S, D]; `text` [B, P] bool says where the first P rows have tokens, None if they are one class row."""
+    def forward(self, x: Tensor, text: TextRows | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x [B, S, D], or as `text` lays it out, where the first rows are not that of a class but a text's."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, n_head + 2 n_kv_head, head_dim]
         if text is None:
             return self.wo(self._attend(heads, cache).type_as(x))
-        rows, (n_head, n_kv_head) = text.shape[1], self.heads
-        attended, mean = attend_evenly(heads[:, :rows, n_head + n_kv_head :], text)
+        tokens, codes = text.split(heads)
+        n_head, n_kv_head = self.heads
+        attended, mean = attend_evenly(tokens[:, :, n_head + n_kv_head :], text.mask)
         first = F.pad(mean[:, None], (0, 0, n_head + n_kv_head, 0))  # [B, 1, heads, head_dim], the text as one row
-        codes = self._attend(torch.cat([first, heads[:, rows:]], dim=1), cache, weight=text.sum(1))[:, 1:]
+        codes = torch.cat([text.for_each_row(first), codes], dim=1)
+        weight = text.for_each_row(text.mask.sum(1))
         attended = attended.repeat_interleave(n_head // n_kv_head, dim=2).flatten(2)
-        return self.wo(torch.cat([attended, codes], dim=1).type_as(x))
+        return self.wo(text.join(attended, self._attend(codes, cache, weight)[:, 1:]).type_as(x))
 
     def _attend(self, heads: Tensor, cache: LayerCache | None, weight: Tensor | None = None) -> Tensor:
         """[B, S, n_head * head_dim] of S rows; the first has the weight of `weight` [B] rows."""
@@ -210,15 +212,8 @@ class Attention(nn.Module):
             queries, keys, values = queries.float(), keys.float(), values.float()
         if cache is None and weight is not None:
             queries, keys, values = weigh_first(queries, keys, values, weight)
-        attended = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.head_dim**-0.5,
-            enable_gqa=n_head != n_kv_head,
-        )
+        settings = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": n_head != n_kv_head}
+        attended = F.scaled_dot_product_attention(queries, keys, values, **settings, scale=self.head_dim**-0.5)
         return attended[..., : self.head_dim].transpose(1, 2).flatten(2)
 
 
@@ -234,9 +229,9 @@ class Block(nn.Module):
         self.rate = config.dropout
 
     def forward(
-        self, x: Tensor, text: Tensor | None = None, cache: LayerCache | None = None, dropout: Dropout | None = None
+        self, x: Tensor, text: TextRows | None = None, cache: LayerCache | None = None, dropout: Dropout | None = None
     ) -> Tensor:
-        """x [B, S, D]; arguments as in `Attention`."""
+        """Arguments as in `Attention`."""
         attended = self.attention(self.attention_norm(x), text, cache)
         x = x + (attended if dropout is None else dropout(attended, self.rate, place=ATTENTION))
         fed = self.feed_forward(self.ffn_norm(x))
@@ -295,14 +290,27 @@ class GPT(nn.Module):
             raise ValueError(f"tokens must be integers, not {tokens.dtype}")
         if dropout is not None and self.config.class_dropout:
             condition = condition.drop(dropout.rows(self.config.class_dropout, place=CONDITION_PLACE))
-        x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
-        text = text_mask(condition)
+        x, text = self._embed(tokens, condition, shares=dropout is None)  # else sequences of one text drop differently
         if dropout is not None:
             x = dropout(x, self.config.embedding_dropout, place=EMBEDDINGS)
         masks = [None] * len(self.layers) if dropout is None else dropout.layers(len(self.layers))
         for layer, mask in zip(self.layers, masks, strict=True):
             x = layer(x, text, dropout=mask)
-        return self.norm(x[:, self.config.cls_token_num - 1 :])
+        if text is not None:
+            tokens, codes = text.split(x)
+            x = torch.cat([text.for_each_row(tokens[:, -1:]), codes], dim=1)
+        return self.norm(x)
+
+    def _embed(self, tokens: Tensor, condition: Condition, *, shares: bool) -> tuple[Tensor, TextRows | None]:
+        """Inputs of the blocks; with `shares` those of a text are there once for the group of rows that has it."""
+        codes, mask = self.tok_embeddings(tokens), text_mask(condition)
+        if mask is None:
+            return torch.cat([self.cls_embedding(condition), codes], dim=1), None
+        group = condition.group if shares else 1
+        if group > 1:
+            condition = condition.one_of_each_group()
+        text = TextRows(mask[::group], group)
+        return text.join(self.cls_embedding(condition), codes), text
 
     prefix_length: ClassVar = 1  # rows of a cache that `prefill` fills
 
@@ -321,9 +329,10 @@ class GPT(nn.Module):
         The rows of a text are computed in one forward, and leave one row in the cache, which is as in `extend`.
         """
         condition = as_condition(condition)
-        x, text = self.cls_embedding(condition), text_mask(condition)
-        if text is not None:
-            cache.first_weight.copy_(text.sum(1))
+        x, mask = self.cls_embedding(condition), text_mask(condition)
+        if mask is not None:
+            cache.first_weight.copy_(mask.sum(1))
+        text = None if mask is None else TextRows(mask, 1)
         return self._cached(x, torch.zeros((), dtype=torch.long, device=x.device), cache, text)
 
     def extend(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
@@ -341,7 +350,7 @@ class GPT(nn.Module):
         return self._cached(self.tok_embeddings(tokens)[:, None], position, cache)
 
     @torch.no_grad()
-    def _cached(self, x: Tensor, position: Tensor, cache: KVCache, text: Tensor | None = None) -> Tensor:
+    def _cached(self, x: Tensor, position: Tensor, cache: KVCache, text: TextRows | None = None) -> Tensor:
         if cache.keys.shape[1] != len(x):
             raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(x)}")
         row, rows = position.view(1), torch.arange(cache.keys.shape[3], device=x.device)

@@ -1,12 +1,13 @@
 """Lists of prompts in files."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo.config import UserError, read_text, reading
-from grpo.texts.features import clean_text
+from grpo.config import UserError, read_text, reading, require_regular
+from grpo.texts.features import LARGEST_TEXT, clean_text
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
 """Where a text stands in an object, the first that is there."""
@@ -41,8 +42,7 @@ def read_prompts(path: str | Path, *, key: str | None = None) -> list[Prompt]:
             for number, (where, entry) in enumerate(read_objects(path))
         ]
     elif path.suffix == ".txt":
-        lines = [(number, line) for number, line in enumerate(_content(path).splitlines(), 1) if line.strip()]
-        found = [_of_text(line, f"{path}:{number}", str(place)) for place, (number, line) in enumerate(lines)]
+        found = [_of_text(line, where, str(place)) for place, (where, line) in enumerate(_lines(path))]
     else:
         raise UserError(f"{path}: prompts are a .txt, a .jsonl, or a folder of .txt files")
     if not found:
@@ -52,10 +52,7 @@ def read_prompts(path: str | Path, *, key: str | None = None) -> list[Prompt]:
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where it stands and the object, of each line of a .jsonl. Raises a UserError for a line that is none."""
-    for number, line in enumerate(_content(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
+    for where, line in _lines(path):
         with reading(f"{where} is not a JSON object"):
             entry = json.loads(line)
             if not isinstance(entry, dict):
@@ -69,6 +66,23 @@ def text_of(entry: Mapping[str, Any], key: str | None, where: str) -> str:
     if found is None or found not in entry:
         raise UserError(f"{where} has no {key or ', '.join(CAPTION_KEYS)}: which key holds the text?")
     return clean_text(entry[found], where)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Where it stands and the text, of each line that is not blank; the file may be larger than the memory."""
+    with reading(f"{path} cannot be read"):
+        require_regular(path)
+        file = path.open(encoding="utf-8-sig")
+    with file:
+        for number in itertools.count(1):
+            with reading(f"{path}:{number} cannot be read"):
+                line = file.readline(LARGEST_TEXT + 1)
+                if len(line) > LARGEST_TEXT:
+                    raise ValueError(f"the line has more than {LARGEST_TEXT} characters")
+            if not line:
+                return
+            if line.strip():
+                yield f"{path}:{number}", line
 
 
 def _content(path: Path) -> str:

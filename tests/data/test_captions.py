@@ -117,10 +117,14 @@ def test_a_saved_data_set_and_parquet_files(saved_dataset, parquet, make_images,
         build_text_dataset(section(folder, caption_key="words"), WORDS, MODEL)
 
 
-def test_a_stream(parquet, tars, section):
+def test_a_stream(parquet, tars, section, caplog):
     folder = parquet(text=lambda index: f"picture number {index}")
     streamed = section(folder, name="stream", shuffle_window=8)
     assert found(build_text_dataset(streamed, WORDS, MODEL), 23) == {i: f"picture number {i}" for i in range(23)}
+    folder = parquet(text=lambda index: {3: "!", 4: " "}.get(index, f"picture {index}"))
+    assert {3, 4}.isdisjoint(found(build_text_dataset(section(folder, name="stream"), WORDS, MODEL), 20))
+    assert "finds no word in '!'" in caplog.text
+    assert "has no caption; the next image takes its place" in caplog.text
     folder = tars(label=lambda index: ("txt", f"picture number {index}\n"))
     dataset = build_text_dataset(section(folder, name="stream"), WORDS, MODEL)
     assert found(dataset, 23)[11] == "picture number 11"

@@ -11,7 +11,7 @@ from grpo.config import GRPORecipe, UserError, load_recipe
 from grpo.estimate import recipe_memory
 from grpo.jobs.memory import main
 from grpo.models import GPT, GPTConfig, TextCondition
-from grpo.models.costs import activation_bytes, sequence_rows
+from grpo.models.costs import activation_bytes, block_rows
 from grpo.parallel import GIB
 from grpo.parallel.activation_checkpoint import checkpoint_activations
 from tests.estimate.live_bytes import LiveBytes
@@ -56,7 +56,7 @@ def test_activations_with_the_rows_of_a_text():
     gradients = [parameter.grad for parameter in model.parameters()]
     with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
         model.hidden(torch.zeros(4, 63, dtype=torch.int64), texts).float().square().sum().backward()
-    estimate = activation_bytes(config, 4 * sequence_rows(config), dtype=torch.float32, mode="none")
+    estimate = activation_bytes(config, block_rows(config, 4), dtype=torch.float32, mode="none")
     assert estimate == pytest.approx(live.peak, rel=0.125)
 
 

@@ -42,6 +42,10 @@ def test_a_text_costs_its_rows_but_no_attention(config):
     assert blocks_flops(text, 6, texts=2) == blocks_flops(config, 6) + 2 * 2 * 2 * 8 * products
     work = work_of(recipe(**AUTOREGRESSIVE | {"rollout.cfg_scale": 2}), text)  # 32 completions of 8 texts
     assert work.flops["rollout"] == blocks_flops(text, 64, texts=16) + projection_flops(text, 32 * 16)
+    for micro_batch, together in ((8, 4), (6, 2), (1, 1)):
+        settings = AUTOREGRESSIVE | {"training.micro_batch_size": micro_batch}
+        update = blocks_flops(text, 32, texts=32 // together) + projection_flops(text, 32 * 16)
+        assert work_of(recipe(**settings), text).flops["update"] == 3 * update
 
 
 def test_flops_are_those_that_torch_counts(config):

@@ -38,6 +38,19 @@ def test_dropped_rows_stay_dropped():
     assert both.select(slice(1, 2)).dropped.tolist() == [False]
 
 
+def test_groups_of_equal_rows_are_known_as_far_as_they_last():
+    rows = ROWS.repeat_interleave(2).repeat_interleave(2)  # 3 groups of 4
+    assert (ROWS.group, rows.group, rows.one_of_each_group().class_ids.tolist()) == (1, 4, [4, 0, 2])
+    assert rows.with_unconditional().group == rows.unconditional().group == rows.to("cpu").group == 4
+    for part, group in ((slice(0, 8), 4), (slice(4, 6), 2), (slice(2, 8), 2), (slice(10, None), 2), (slice(3, 9), 1)):
+        chosen = rows.select(part)
+        assert chosen.group == group
+        assert torch.equal(chosen.one_of_each_group().repeat_interleave(group).class_ids, chosen.class_ids)
+    assert rows.drop(torch.arange(12) == 1).group == rows.map(lambda x: x.roll(1)).group == 1
+    assert rows.select(torch.arange(12)).group == rows.select(slice(None, None, 2)).group == 1
+    assert rows.joined(ROWS.repeat_interleave(2)).group == 2
+
+
 def test_texts_are_chosen_repeated_and_compared():
     mask = torch.tensor([[False, True, True], [True, True, True]])
     texts = TextCondition(torch.arange(24.0).view(2, 3, 4), mask)

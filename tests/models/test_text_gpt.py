@@ -61,6 +61,22 @@ def test_the_weight_of_the_first_row_is_exact(tokens, dtype):
     assert share == pytest.approx(tokens / (tokens + 199), rel=3e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("length", [0, 15])
+def test_sequences_of_one_text_share_its_rows(gpt, expected, texts, length, monkeypatch):
+    """The same numbers and gradients as with rows of their own, from an embedding of each text."""
+    seen, embed = [], gpt.cls_embedding.forward
+    monkeypatch.setattr(gpt.cls_embedding, "forward", lambda texts: seen.append(texts.rows) or embed(texts))
+    tokens = expected["tokens"].repeat_interleave(3, 0).flip(0)[:, :length]
+    shared = texts.repeat_interleave(3).with_unconditional()
+    outcomes = []
+    for condition in (shared, replace(shared, group=1)):
+        logits = gpt(tokens.repeat(2, 1), condition)
+        outcomes.append((logits, *torch.autograd.grad(logits.square().sum(), [*gpt.parameters()], allow_unused=True)))
+    assert seen == [8, 24]
+    for ours, plain in zip(*outcomes, strict=True):
+        assert (ours is None and plain is None) or (ours - plain).norm() <= 2e-6 * plain.norm()
+
+
 def text(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(*shape), torch.ones(*shape[:2], dtype=torch.bool)
 

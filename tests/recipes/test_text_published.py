@@ -1,14 +1,26 @@
 """The recipes of train_configs/text/ in miniature: small networks with random weights, all else as published."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from grpo.config import GRPORecipe, load_recipe
 from grpo.models import GPT, MODEL_SPECS, TOKENIZER_SPECS, VQModel, save_weights
 from tests.recipes.test_published import server, words  # noqa: F401, fixtures
 from tests.vgg import save_vgg16
+
+COMMAND = (
+    "--image-size 32 --downsample-size 4 --gpt-model GPT-tiny --vq-model VQ-tiny --codebook-size 64 "
+    "--sample-batch-size 4 --train-batch-size 2 --gradient-accumulation-steps 4 --num-generations 2 --epochs 2 "
+    "--lr 1e-4 --clip-range 0.2 --aux-ce-weight 0.1 --use-token-noise --token-noise-prob 0.5 --num-workers 0 "
+    "--sample-model-mode train --dropout-p 0.1 --token-dropout-p 0.2 --uncond-prob 0.1 --data-start 1 --data-end 2 "
+    "--mixed-precision fp32 --log-image-every 0 --global-seed 1"
+)
+"""Flags of the reference's text-to-image trainer, of a small run."""
 
 PROMPTS = ["a red dot", "a blue square above a red dot", "two green rings", "a dog"]
 
@@ -98,3 +110,27 @@ def test_pretraining(run_here, small, tmp_path, stage):
     lines = run_here("pretrain", *run)
     assert len(lines) == 2
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+
+
+def test_the_text_trainers_command(run_here, small, tmp_path):
+    """Its flags with LlamaGen's lists and features, of which the update drops some; the ratio stays 1."""
+    (tmp_path / "lists").mkdir()
+    for name in ("a", "b", "c"):
+        entries = []
+        for number in range(4):
+            Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(tmp_path / f"{name}{number}.png")
+            entries.append({"image_path": str(tmp_path / f"{name}{number}.png"), "text": ["a dot. It is red.", "dot"]})
+            for kind, rows in (("long", 5), ("short", 2)):
+                (tmp_path / kind / name).mkdir(parents=True, exist_ok=True)
+                features = np.random.default_rng(number).normal(size=(1, rows, 2048)).astype(np.float32)
+                np.save(tmp_path / kind / name / f"{number}.npy", features)
+        (tmp_path / "lists" / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    files = {"--vq-ckpt": "vq.pt", "--gpt-ckpt": "gpt.pt"}
+    flags = [word for flag, name in files.items() for word in (flag, small[-1].parent / name)]
+    folders = {"--data-path": "lists", "--t5-feat-path": "long", "--short-t5-feat-path": "short"}
+    flags += [word for flag, name in folders.items() for word in (flag, tmp_path / name)]
+    flags += ["--reward.lpips.backbone", save_vgg16(tmp_path / "vgg.pth"), "--metrics.run_dir", tmp_path / "run"]
+    lines = run_here("train", *COMMAND.split(), *flags)
+    assert [line["ratio"] for line in lines] == [1, 1]
+    assert all(line["reward/lpips_mean"] < 0 and line["grad_norm"] > 0 for line in lines)
+    assert all(line["old_log_prob_gap"] > 0.001 for line in lines)  # dropout's: the rollout had none
