@@ -1,6 +1,6 @@
 """The text quickstart with several seeds and settings at once, a process of one thread each: does GRPO help, and where?
 
-python benchmarks/text_seeds.py --folder FOLDER [--seeds 0,1,2] [--workers N] [--seconds N] [--small]
+PYTHONPATH=. python benchmarks/text_seeds.py --folder FOLDER [--seeds 0,1,2] [--workers N] [--seconds N] [--small]
     [--vary "NAME PHASE.SECTION.KEY=VALUE ..."]...
 
 Every seed has a tokenizer, a reader, a generator, and evaluations of the base as it is and with tuned guidance; then
@@ -26,6 +26,8 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from grpo.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = "default"
@@ -238,9 +240,6 @@ def summary(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[
 
 def write_results(folder: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
     """text_seeds.json, complete or not at all."""
-    sys.path.insert(0, str(ROOT))
-    from grpo.environment import environment
-
     found = list(rows(folder, variants, seeds))
     content = {
         **environment(),

@@ -39,16 +39,18 @@ GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75), (0.9, 1.0)  # the rival row's grid: 
 TUNING_SPLIT = "validation"
 GRID_IMAGES, GRID_COLUMNS = 100, 20
 
-COLUMNS = {
-    "reward": "reward_mean",
-    "accuracy": "accuracy",
-    "FID": "fid",
-    "precision": "precision",
-    "recall": "recall",
-    "entropy": "entropy",
-    "gap": "classifier_gap",
+TABLES = {
+    "{count} samples each": {
+        "reward": "reward_mean",
+        "accuracy": "accuracy",
+        "FID": "fid",
+        "precision": "precision",
+        "recall": "recall",
+        "entropy": "entropy",
+        "gap": "classifier_gap",
+    },
 }
-"""Columns of the final table and the metrics in them."""
+"""Tables at the end: their titles, and headings of columns with the metrics in them."""
 
 NOTES = [
     "reward: mean log p(class | image) under the classifier that rewarded. All else is seen by a second classifier of "

@@ -143,6 +143,19 @@ def write_results(options: argparse.Namespace, names: Sequence[str], results: Se
     write_atomically(options.run_dir / "results.json", text + "\n")
 
 
+def result_table(
+    title: str, columns: Mapping[str, str], names: Sequence[str], results: Sequence[Mapping[str, float]]
+) -> Table:
+    """The rows with the metrics of these columns, for the terminal."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title)
+    table.add_column()  # wraps where the terminal is narrow, so that the numbers stay whole
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, metrics in zip(names, results, strict=True):
+        table.add_row(name, *(f"{metrics[key]:.3f}" for key in columns.values()))
+    return table
+
+
 def report(options: argparse.Namespace, phases: Sequence[Phase], console: Console, *, seconds: float) -> None:
     """The table of results in the terminal, and report.html with curves and samples."""
     story = STORIES[options.recipe]
@@ -151,19 +164,17 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
     names = [row_name(phase, metrics) for phase, metrics in zip(evaluations, results, strict=True)]
     write_results(options, names, results)
     count = evaluations[0].recipe.evaluation.num_images
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=f"{count} samples each")
-    table.add_column()  # wraps where the terminal is narrow, so that the numbers stay whole
-    for heading in story.COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, metrics in zip(names, results, strict=True):
-        table.add_row(name, *(f"{metrics[key]:.3f}" for key in story.COLUMNS.values()))
+    tables = [
+        result_table(title.format(count=count), columns, names, results) for title, columns in story.TABLES.items()
+    ]
+    columns = {heading: key for columns in story.TABLES.values() for heading, key in columns.items()}
     data = evaluations[0].recipe.data
     page = write_report(
         options.run_dir,
         title=story.TITLE,
         summary=f"Recipe {options.recipe}, seed {options.seed}",
         table=[
-            {"model": name, **{heading: metrics[key] for heading, key in story.COLUMNS.items()}}
+            {"model": name, **{heading: metrics[key] for heading, key in columns.items()}}
             for name, metrics in zip(names, results, strict=True)
         ],
         images=[
@@ -177,6 +188,6 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
         ],
         notes=[note.format(split=data.split) for note in story.NOTES],
     )
-    console.print(table)
+    console.print(*tables, sep="\n")
     console.print(f"{page}: curves and samples. Done in {seconds / 60:.1f} minutes.", soft_wrap=True)
     console.print(story.NEXT[options.recipe], soft_wrap=True)

@@ -15,6 +15,7 @@ from grpo.config.job_sections import (
     Sampling,
     TokenizerLoss,
 )
+from grpo.config.judging_recipes import ClassifierRecipe, ReaderRecipe
 from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml, shipped_recipe
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import (
@@ -26,12 +27,10 @@ from grpo.config.recipe import (
     differences,
 )
 from grpo.config.recipes import (
-    ClassifierRecipe,
     EncodeRecipe,
     GeneratorRecipe,
     GRPORecipe,
     PretrainRecipe,
-    ReaderRecipe,
     TokenizerRecipe,
 )
 from grpo.config.registry import RECIPES

@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 
 from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
+from grpo.config.judging_recipes import ClassifierRecipe, ReaderRecipe
 from grpo.config.recipe import Recipe
 from grpo.config.recipes import (
-    ClassifierRecipe,
     EncodeRecipe,
     GRPORecipe,
     PretrainRecipe,
-    ReaderRecipe,
     TokenizerRecipe,
 )
 from grpo.config.text_recipe import EncodeTextRecipe

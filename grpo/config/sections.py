@@ -112,11 +112,11 @@ class Data(Section):
     """imagenet: whichever of the next five `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
     captions: images with captions; webdataset: tar files; parquet: Parquet files. stream: such files read from front to
     back, here or behind an address (hf://, https://). codes: what `grpo encode`, or LlamaGen, has written, without
-    images; classes, prompts: no images, for autoregressive GRPO; digits: MNIST digits, which come along; synthetic:
-    random images, to try the machinery."""
+    images; classes, prompts: no images, for autoregressive GRPO; digits: MNIST digits, which come along; shapes:
+    drawings with captions and exact ground truth; synthetic: random images, to try the machinery."""
     path: Annotated[str | None, Wanted("the data set")] = None
     """Folder of the data set; tar and Parquet files also as a file or a pattern, `a-{000..123}.tar`. Required but with
-    classes, digits and synthetic."""
+    classes, digits, shapes and synthetic."""
     class_map: Annotated[str | None, Wanted("which class each class of the data is")] = None
     """File that says which class of the model each class of the data is, by id or by name: .json, .toml, or lines of
     two columns. None compares names."""
@@ -131,7 +131,8 @@ class Data(Section):
     """The classes to draw with the name classes: all of the model, or a list of class ids or names."""
     split: str = "train"
     """Split to read: a key of the saved dataset, a subfolder, a word in the names of tar or Parquet files, or a part
-    of the digits (train, its halves train_a and train_b, validation, test, heldout, all)."""
+    of the digits (train, its halves train_a and train_b, validation, test, heldout, all) or of the shapes (train,
+    reader, validation, test)."""
     image_size: ImageSize = 256
     """Side of the square centre crop, pixels."""
     codes: Annotated[str | None, Wanted("the codes that `grpo encode` wrote")] = None

@@ -29,7 +29,7 @@ class Fitting:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Scenes:
         """Images [N, 3, H, W] in [-1, 1], square, of any size -> what they show, at most `MOST_SEEN` shapes each."""
-        images = (images.float().clamp(-1, 1) + 1) / 2
+        images = (images.float().nan_to_num().clamp(-1, 1) + 1) / 2
         if images.shape[-1] > WORKING_SIZE:
             images = F.interpolate(images, size=(WORKING_SIZE, WORKING_SIZE), mode="area")
         share = _coverage_of_any(images)  # [N, S, S]
