@@ -20,7 +20,7 @@ from grpo.config import AVERAGE_NAME, EXPORT_NAME, SHIPPED_RECIPES
 
 BASES, SEEDS = (3, 4, 5), (0, 1)  # of claims: seeds of tokenizer and pre-training, and of the training that follows
 TUNING_BASE, TUNING_SEED = 0, 100  # settings are chosen on a base, and with a seed, of which nothing is claimed
-GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75, 2.0), (0.8, 0.9, 1.0)
+GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75, 2.0), (0.9, 1.0)
 CHOOSES, JUDGES = ("chooser", "validation"), ("judge", "test")  # a classifier and the split it compares with
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "reward": {"data.split": "train_a", "training.seed": 1},  # the quickstart's
@@ -113,6 +113,7 @@ class Row:
     averaged: bool = False  # whether the moving average of its weights is a row too
     seeds: int = len(SEEDS)
     block: int = 0  # rows of a lower block come first
+    at_best: bool = False  # whether a teacher has the guidance and temperature that are best for the base
 
 
 def rates(*values: float) -> tuple[dict[str, float], ...]:
@@ -122,39 +123,60 @@ def rates(*values: float) -> tuple[dict[str, float], ...]:
 
 FALLING = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 5}
 K3 = {"objective.aux_ce_weight": 0.0, "objective.kl": "k3", "objective.kl_coef": 0.1}
+GRPO = {**FALLING, "objective.aux_ce_weight": 0.1}
+GRPO_MORE_CE = {**FALLING, "objective.aux_ce_weight": 0.2}
 BATCH_64 = {**FALLING, "training.batch_size": 64}
 
 
 def lever(title: str, **flags: Any) -> Row:
-    """A change to "distilled, then GRPO", with one training seed."""
-    given = {**FALLING, **{key.replace("__", "."): value for key, value in flags.items()}}
-    return Row(title, "train", "grpo", given, rates(1e-4), start="start", share=0.5, seeds=1, block=3)
+    """A change to "distilled, then GRPO" at the lower rate, with one training seed."""
+    given = {**GRPO, "optimizer.lr": 1e-4, **{key.replace("__", "."): value for key, value in flags.items()}}
+    return Row(title, "train", "grpo", given, start="start", share=0.5, seeds=1, block=3)
 
 
 ROWS: dict[str, Row] = {
-    "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3)),
+    "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3, 5e-3)),
     "start": Row("its start", "distill", "distill", BATCH_64, rates(5e-4, 1e-3), share=0.5, shown=False),
     "distill+grpo": Row(
-        "distilled, then GRPO", "train", "grpo", {**FALLING, "training.ema_decay": 0.9}, rates(1e-4, 2e-4),
+        "distilled, then GRPO", "train", "grpo", {**GRPO, "training.ema_decay": 0.9}, rates(1e-4, 2e-4),
         start="start", share=0.5, averaged=True,
     ),
     "distill": Row("distilled", "distill", "distill", BATCH_64, rates(5e-4, 1e-3)),
-    "grpo": Row("GRPO", "train", "grpo", FALLING, rates(1e-4, 2e-4)),
+    "grpo": Row("GRPO", "train", "grpo", GRPO, rates(1e-4, 2e-4)),
     "k3": Row(
         "distilled, then GRPO with KL, no CE", "train", "grpo", {**FALLING, **K3}, rates(1e-4),
         start="start", share=0.5, block=1,
     ),
-    "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-5, 1e-4, 3e-4), block=1),
-    "gft": Row("GFT", "finetune", "gft", FALLING, rates(5e-4, 2e-3), block=1),
+    "own start": Row(
+        "its start", "distill", "distill", BATCH_64, rates(1e-3), share=0.5, shown=False, at_best=True, seeds=1,
+        block=1,
+    ),
+    "own": Row(
+        "distilled at the base's best point, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
+        start="own start", share=0.5, seeds=1, block=1,
+    ),
+    "gft start": Row("its start", "finetune", "gft", FALLING, rates(2e-3), share=0.7, shown=False),
+    "gft+grpo": Row("GFT, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4), start="gft start", share=0.3),
+    "ce start": Row("its start", "pretrain", "pretrain", FALLING, rates(5e-3), share=0.4, shown=False),
+    "ce distill": Row(
+        "its start", "distill", "distill", BATCH_64, rates(1e-3), start="ce start", share=0.3, shown=False,
+        at_best=True,
+    ),
+    "ce+distill+grpo": Row(
+        "more cross-entropy, distilled, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
+        start="ce distill", share=0.3,
+    ),
+    "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-5, 1e-4, 3e-4), block=1, seeds=1),
+    "gft": Row("GFT", "finetune", "gft", FALLING, rates(2e-3, 5e-3)),
     # VA-π's pattern, on completions of real digits
-    "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2),
+    "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2, seeds=1),
     "forced reward": Row(
         "teacher-forced, reward alone", "train", "grpo_vapi", {**FALLING, "objective.aux_ce_weight": 0.0},
-        rates(1e-4), block=2,
+        rates(1e-4), block=2, seeds=1,
     ),
     "forced ce": Row(
         "teacher-forced, CE alone", "pretrain", "pretrain",
-        {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2,
+        {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2, seeds=1,
     ),
     "ce weight": replace(
         lever("the same, CE weight .3", objective__aux_ce_weight=0.3), block=1, seeds=len(SEEDS)
@@ -175,7 +197,7 @@ ROWS: dict[str, Row] = {
         "the same, KL to its average, no CE", objective__aux_ce_weight=0.0, objective__kl="k3", objective__kl_coef=0.1,
         objective__reference="ema", training__ema_decay=0.95,
     ),
-    "guided": replace(
+    "guided rollouts": replace(
         lever("GRPO, guided rollouts, loss of the unguided policy", rollout__cfg_scale=1.5,
               rollout__guidance_in_loss="conditional"),
         start=None, share=1.0,
@@ -236,16 +258,18 @@ def _networks(sizes: Sizes) -> Iterator[Cell]:
 
 def _guided(model: str, base: int, name: str, *, order: float, sizes: Sizes) -> Iterator[Cell]:
     """The grid of a model and the best of it; of a base also FID under each guidance at the temperature of the best."""
-    points = [(scale, temperature) for scale in (1.0, *GUIDANCE) for temperature in TEMPERATURES]
-    grid = []
-    for scale, temperature in points:
-        grid.append(f"grid/{name}/{scale}x{temperature}")
-        how = {"judge": CHOOSES, "point": (scale, temperature)}
-        yield look_cell(grid[-1], model, base, order=order, sizes=sizes, **how)
-    best = {"judge": JUDGES, "grid": tuple(grid), "order": order + 1, "sizes": sizes}
+    for cell, point in grid_of(name).items():
+        yield look_cell(cell, model, base, order=order, sizes=sizes, judge=CHOOSES, point=point)
+    best = {"judge": JUDGES, "grid": tuple(grid_of(name)), "order": order + 1, "sizes": sizes}
     yield look_cell(f"guided/{name}", model, base, **best)
     for scale in GUIDANCE if model.startswith("base") else ():
         yield look_cell(f"frontier/{name}/{scale}", model, base, scale=scale, **best)
+
+
+def grid_of(name: str) -> dict[str, tuple[float, float]]:
+    """The looks of a model's grid, and guidance and temperature of each."""
+    points = product((1.0, *GUIDANCE), TEMPERATURES)
+    return {f"grid/{name}/{scale}x{temperature}": (scale, temperature) for scale, temperature in points}
 
 
 def _base_rows(sizes: Sizes) -> Iterator[Cell]:
@@ -272,7 +296,10 @@ def _row(name: str, row: Row, *, order: float, sizes: Sizes) -> Iterator[Cell]:
         run, start = f"{name}/{base}.{seed}", f"{row.start}/{base}.{seed}" if row.start else f"base-{base}"
         settings = {**_settings(row, base, seed, {}), **timed, "start": start, "tuned": looks}
         settings["candidates"] = row.candidates
-        yield Cell(run, "train", order + 40, settings, (start, timed["timed"], *rewards, *looks))
+        if row.at_best:
+            settings["grid"] = tuple(grid_of(f"base/{base}"))
+        needs = (start, timed["timed"], *rewards, *looks, *settings.get("grid", ()))
+        yield Cell(run, "train", order + 40, settings, needs)
         if row.shown:
             yield look_cell(f"look/{run}", run, base, order=order + 60, sizes=sizes, judge=JUDGES)
         if row.averaged:

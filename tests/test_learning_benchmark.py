@@ -45,13 +45,13 @@ def test_every_cell_has_what_it_needs_and_the_table_names_cells_that_exist(learn
 
 
 def test_the_judge_of_claims_chooses_nothing_and_rewards_nothing(rows):
-    for name, cell in rows.declare(rows.Sizes()).items():
+    cells = rows.declare(rows.Sizes())
+    for name, cell in cells.items():
         claimed = cell.kind == "look" and cell.settings["judge"][0] == "judge"
         assert ("judge" in cell.needs) == claimed, name
         assert "@judge" not in str(cell.settings)
         assert "@chooser" not in str(cell.settings)
         chosen_by = cell.settings.get("grid", ()) or cell.settings.get("tuned", ())
-        cells = rows.declare(rows.Sizes())
         assert all(cells[look].settings["judge"] == rows.CHOOSES for look in chosen_by)
 
 
