@@ -48,7 +48,10 @@ def test_activations_are_within_an_eighth_of_the_measured_ones(size, dtype, mode
 
 
 def estimate(*flags, mesh=(8,), memory=80 * GIB):
-    arguments = ["--config", "published/vapi_xxl_384", *flags]
+    """Of the published run in micro-batches of 8 with full recomputation, unless the flags say otherwise."""
+    small = {"--training.micro_batch_size": "8", "--activation_checkpoint.mode": "full"}
+    small |= dict(zip(flags[::2], flags[1::2], strict=True))
+    arguments = ["--config", "published/vapi_xxl_384", *(text for pair in small.items() for text in pair)]
     return recipe_memory(load_recipe(GRPORecipe, arguments), mesh=mesh, memory=memory)
 
 
