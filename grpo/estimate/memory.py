@@ -124,7 +124,7 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
     update = {
         "gathered weights": policy.gathered,
-        "gradients of a micro-batch" if policy.backward else "reduction": policy.backward or policy.reduction,
+        "whole gradients" if policy.backward else "reduction": policy.backward or policy.reduction,
         "activations": family.costs.activation_bytes(sizes, rows, dtype=dtype, mode=recipe.activation_checkpoint.mode),
         "logits": FP32 * (logits if logits <= KEPT_ELEMENTS["cuda"] else CHUNK_ELEMENTS["cuda"])
         + family.costs.projection_bytes(sizes, rows, dtype=dtype)

@@ -131,7 +131,7 @@ class Level(nn.Module):
 
 
 def fold_upsampling(decoder: nn.Module) -> None:
-    """Each enlargement and its convolution become one transposed convolution, in place; for decoders that are not saved.
+    """Make each enlargement and its convolution one transposed convolution, in place; for decoders that are not saved.
 
     Pixels that are doubled and then convolved 3 x 3 are, at each of the four places of a pixel, a 2 x 2 convolution of
     the small map with sums of the taps: 4/9 of the operations, and no enlarged map in memory.

@@ -80,6 +80,15 @@ def test_settings_move_what_they_should():
     assert gathered > 5 * plain.phases["update"]["gathered weights"]
 
 
+def test_one_gpu_holds_the_published_run():
+    """With a tenth to spare; what it gathers stays until the step, and is reduced when the activations are gone."""
+    arguments = ["--config", "published/vapi_xxl_384_one_gpu"]
+    alone = recipe_memory(load_recipe(GRPORecipe, arguments), mesh=(1,), memory=80 * GIB)
+    assert alone.peak < 72 * GIB
+    assert alone.phases["reward"]["gathered weights"] == alone.phases["update"]["gathered weights"] > 2.5 * GIB
+    assert alone.phases["reduction"]["reduction"] == 3 * alone.phases["update"]["whole gradients"]
+
+
 def test_sizes_that_follow_the_free_memory_stay_inside_of_it():
     for memory in (24 * GIB, 80 * GIB):
         free = estimate("--reward.batch_size", "0", "--rollout.batch_size", "1024", *ONE_STEP, memory=memory)
