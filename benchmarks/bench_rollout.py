@@ -24,7 +24,7 @@ from comparison import DEVICE, header, now, random_model, write
 
 import reference_algorithm
 from grpo.estimate import measured_peaks
-from grpo.kernels import Draw, dispatch
+from grpo.kernels import Draw
 from grpo.models import GPT, ClassCondition, family_of
 from grpo.models.costs import extension_bytes
 from grpo.rollout import CodeSampler
@@ -125,7 +125,6 @@ def measure(
     runs = {
         "ours": lambda: samplers["ours"](condition, row_ids=row_ids),
         "step": lambda: step_on_gpu(model, images),
-        "overlapping_step": lambda: step_on_gpu(model, images, overlap=True),
         "library_step": lambda: step_on_gpu(model, images, few_rows=0),
         "plain": lambda: samplers["plain"](condition, row_ids=row_ids),
         "reference": lambda: reference_algorithm.generate(model, class_ids, **SAMPLING),
@@ -133,14 +132,14 @@ def measure(
     for name in without:
         del runs[name]
     if not class_ids.is_cuda:
-        for name in ("step", "overlapping_step", "library_step", "plain"):
+        for name in ("step", "library_step", "plain"):
             runs.pop(name, None)
         for run in runs.values():  # the memory of libraries that are used for the first time is not a side's
             run()
     floor = extension_bytes(model.config, 2 * images, dtype=model.output.weight.dtype) / bandwidth  # both halves
     result = {"images": images, "sides": {}, "failed": {}, "floor_seconds": floor}
     if images > MOST_REFERENCE_IMAGES:
-        for name in ("overlapping_step", "library_step", "plain", "reference"):
+        for name in ("library_step", "plain", "reference"):
             runs.pop(name, None)
         repeats = min(repeats, 1)
     for name, run in runs.items():
@@ -167,7 +166,7 @@ def measure(
         text += f"{result['share_of_bandwidth']:.0%} of bandwidth, {ours['peak_bytes'] / 2**30:.1f} GiB"
     if "plain" in result["sides"]:
         text += f", plain {result['sides']['plain']['seconds']:.2f} s"
-    for name in ("step", "overlapping_step", "library_step"):
+    for name in ("step", "library_step"):
         if name in result:
             text += f", {name} {result[name]['seconds'] * 1e3:.2f} ms, {result[name]['kernels']} kernels"
     if reference:
@@ -181,25 +180,18 @@ def measure(
     return result
 
 
-def step_on_gpu(
-    model: GPT, images: int, *, replays: int = 20, few_rows: int | None = None, overlap: bool = False
-) -> dict:
+def step_on_gpu(model: GPT, images: int, *, replays: int = 20, few_rows: int | None = None) -> dict:
     """Seconds of a replayed step where half of the cache is filled, and what its kernels take, the longest first.
 
-    `few_rows` is up to how many rows our own products are taken, by default as in a rollout; `overlap` whether kernels
-    may start while the one before ends.
+    `few_rows` is up to how many rows our own products are taken, by default as in a rollout.
     """
     forward = family_of(model).cached_forward(model, impl="auto", copies=True)
     forward.few_rows = forward.few_rows if few_rows is None else few_rows
     engine = CachedSampler(forward, images, draw=Draw(), cfg_scale=CFG_SCALE, cfg_interval=-1)
     engine.start(ClassCondition(engine.row_ids), engine.row_ids)
     engine.row.fill_(engine.length // 2)
-    dispatch.OVERLAP = overlap
-    try:
-        for _ in range(3):
-            engine.extend()
-    finally:
-        dispatch.OVERLAP = False
+    for _ in range(3):
+        engine.extend()
     start = now()
     for _ in range(replays):
         engine.extend()

@@ -31,6 +31,7 @@ class ShardedBytes(NamedTuple):
     gathered: int = 0  # whole parameters as computed with, in a training step: the root's, and two blocks' or all
     gathered_whole: int = 0  # the same in a rollout that samples token by token: all parameters
     reduction: int = 0  # a block's whole gradient, and the buffer in which it is reduced
+    backward: int = 0  # where all is one block, which is reduced when the activations are gone: its whole gradient
 
 
 def sharded_bytes(
@@ -64,6 +65,7 @@ def sharded_bytes(
         gathered=element * (root + held),
         gathered_whole=element * whole,
         reduction=(element + reduced) * max(largest, root),
+        backward=0 if apart else element * whole,
     )
 
 
@@ -123,7 +125,7 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
     update = {
         "gathered weights": policy.gathered,
-        "reduction": policy.reduction,
+        "whole gradients" if policy.backward else "reduction": policy.backward or policy.reduction,
         "activations": family.costs.activation_bytes(
             sizes, all_rows, dtype=dtype, mode=recipe.activation_checkpoint.mode
         ),
@@ -131,8 +133,11 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
         + family.costs.projection_bytes(sizes, rows, dtype=dtype)
         + dtype.itemsize * logits * (logits <= KEPT_ELEMENTS["cuda"]),  # their gradient lies beside them
     }
+    ends = {"update": update}
+    if policy.backward:
+        ends["reduction"] = {"gathered weights": policy.gathered, "reduction": policy.reduction}
     if not schedule:
-        return RecipeMemory(lasting, {"update": update})
+        return RecipeMemory(lasting, ends)
     lasting["tokenizer and rewards"] += _reward_networks(recipe.reward, tokenizer)
     # Where rollout and update share a forward, what it keeps waits through the phases between.
     waits = ("gathered weights", "activations", *(("logits",) if logits <= KEPT_ELEMENTS["cuda"] else ()))
@@ -143,7 +148,7 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     room = {"free": free, "kept": int(recipe.rollout.keep_memory * memory)}
     phases = _phases_before_update(recipe, schedule, model, tokenizer, policy, waiting=waiting, **room)
     update |= {name: phases["reward"][name] for name in ("kept sampler",) if name in phases["reward"]}
-    return RecipeMemory(lasting, {**phases, "update": update})
+    return RecipeMemory(lasting, {**phases, **ends})
 
 
 def _micro_batches(recipe: GRPORecipe | PretrainRecipe, schedule: Schedule | None, *, ranks: int) -> tuple[int, int]:

@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.block_sizes import block_sizes
-from grpo.kernels.dispatch import overlap_options
-from grpo.kernels.triton_norm_and_gate import wait_for_previous
+from grpo.kernels.dispatch import arrivals
 
 
 @triton.jit
@@ -21,10 +20,7 @@ def cached_attention_kernel(
     stride_qkv, keys_sequence, keys_head, keys_row, values_sequence, values_head, values_row, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_START: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        wait_for_previous()
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.load(row_ptr)
     start = row * 0
@@ -120,9 +116,9 @@ def launch(
     partial = qkv.new_empty(B * n_head * splits * (options["TILE_D"] + 2), dtype=torch.float32)
     cached_attention_kernel[(splits, n_head, B)](
         qkv, keys, values, row, rotary, row if start is None else start,
-        rotary if first_weight is None else first_weight, partial, _arrivals(qkv.device, B * n_head), out,
+        rotary if first_weight is None else first_weight, partial, arrivals(qkv.device, B * n_head), out,
         qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], head_dim**-0.5,
-        **options, **overlap_options(qkv.device),
+        **options,
     )  # fmt: skip
     return out
 
@@ -136,18 +132,3 @@ def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_
     tiles = {"TILE_D": tile_d, "TILE": tile, "SPLITS": splits, "TILE_SPLITS": triton.next_power_of_2(splits)}
     sizes = {"H": n_head, "GROUP": n_head // n_kv_head, "D": head_dim, "HAS_START": has_start, "HAS_WEIGHT": has_weight}
     return {**sizes, **tiles, "num_warps": blocks["num_warps"], "enable_fp_fusion": True}
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    """Counters of arrived programs, 0 before a launch and after it. Launches on one device follow one another.
-
-    They stay for good, because a CUDA graph may hold them. None is made in a capture: the call before it, which
-    compiles the kernel, has made it.
-    """
-    key = device, max(1 << 16, triton.next_power_of_2(count))
-    if key not in _counters:
-        _counters[key] = torch.zeros(key[1], dtype=torch.int32, device=device)
-    return _counters[key]

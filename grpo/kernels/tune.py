@@ -151,10 +151,10 @@ def sampling_step_works(device: torch.device) -> Iterator[Work]:
     blocks += [(32, 128, 2, 4), (32, 128, 4, 4), (32, 64, 2, 6), (64, 64, 4, 4)]
     candidates = [dict(zip(names, block, strict=True)) for block in blocks]
     yield Work("norm_linear", 1536, 0, None, candidates, lambda: gating(device))
-    sums = [(256, 1, 4), (256, 4, 4), (256, 2, 6), (512, 4, 3), (512, 2, 3), (512, 1, 4), (128, 1, 8), (128, 2, 8)]
-    candidates = [dict(zip(("TILE_K", "num_warps", "num_stages"), block, strict=True)) for block in sums]
+    sums = grid(TILE_K=(256,), num_warps=(1, 2), num_stages=(3, 4), SPLITS=(1, 2, 3, 4))
+    sums += grid(TILE_K=(512,), num_warps=(1, 2, 4), num_stages=(3,), SPLITS=(1, 2))
     for K, above, up_to in ((1536, 0, 2048), (4096, 2048, None)):
-        yield Work("linear_add", K, above, up_to, candidates, lambda K=K: adding(device, K))
+        yield Work("linear_add", K, above, up_to, sums, lambda K=K: adding(device, K))
 
 
 def attending(device: torch.device) -> Run:

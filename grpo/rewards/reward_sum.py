@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import Compile, Rewards, UserError, reward_class
-from grpo.models import Condition, VQModel
+from grpo.models import Condition, VQModel, fold_upsampling
 from grpo.parallel import MetricSums
 from grpo.rewards.base import DecodedBatch, PopulationReward, RewardContext, Term
 from grpo.rewards.networks import decode_batch, reward_dtype
@@ -181,6 +181,8 @@ def build_rewards(
         tokenizer, device, reward_dtype(config.precision, device), class_names, has_prompts, generator, real_images
     )
     context = replace(context, tokenizer=context.prepare(tokenizer))
+    if context.tokenizer is not tokenizer and device.type == "cuda":
+        fold_upsampling(context.tokenizer.decoder)  # of a copy that only draws
     terms, problems = {}, []
     for name, table in config.active.items():
         try:
