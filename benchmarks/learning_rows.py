@@ -143,6 +143,7 @@ ROWS: dict[str, Row] = {
     ),
     "distill": Row("distilled", "distill", "distill", BATCH_64, rates(5e-4, 1e-3)),
     "grpo": Row("GRPO", "train", "grpo", GRPO, rates(1e-4, 2e-4)),
+    "gft": Row("GFT", "finetune", "gft", FALLING, rates(2e-3, 5e-3)),
     "k3": Row(
         "distilled, then GRPO with KL, no CE", "train", "grpo", {**FALLING, **K3}, rates(1e-4),
         start="start", share=0.5, block=1,
@@ -167,7 +168,6 @@ ROWS: dict[str, Row] = {
         start="ce distill", share=0.3,
     ),
     "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-5, 1e-4, 3e-4), block=1, seeds=1),
-    "gft": Row("GFT", "finetune", "gft", FALLING, rates(2e-3, 5e-3)),
     # VA-π's pattern, on completions of real digits
     "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2, seeds=1),
     "forced reward": Row(
@@ -274,7 +274,7 @@ def grid_of(name: str) -> dict[str, tuple[float, float]]:
 
 def _base_rows(sizes: Sizes) -> Iterator[Cell]:
     for base in sizes.bases:
-        model, how = f"base-{base}", {"order": 65, "sizes": sizes}
+        model, how = f"base-{base}", {"order": 30, "sizes": sizes}
         yield look_cell(f"look/base/{base}", model, base, judge=JUDGES, **how)
         yield from _guided(model, base, f"base/{base}", **how)
 
@@ -306,7 +306,7 @@ def _row(name: str, row: Row, *, order: float, sizes: Sizes) -> Iterator[Cell]:
             how = {"order": order + 60, "sizes": sizes, "judge": JUDGES, "file": AVERAGE_NAME}
             yield look_cell(f"look/{name} average/{base}.{seed}", run, base, **how)
         if name == "ce":
-            yield from _guided(run, base, f"ce/{base}.{seed}", order=order + 65, sizes=sizes)
+            yield from _guided(run, base, f"ce/{base}.{seed}", order=order + 50, sizes=sizes)
 
 
 def _tuning(name: str, row: Row) -> tuple[str, ...]:

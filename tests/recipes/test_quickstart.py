@@ -25,7 +25,7 @@ SMALL = {
     "classifier_judge": {"classifier": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
     "pretrain": {"training": {"steps": 3, "batch_size": 4}},
     "pretrain_more": {"training": {"steps": 2, "batch_size": 4}},
-    "distill": {"training": {"steps": 2, "batch_size": 8}},
+    "gft": {"training": {"steps": 2, "batch_size": 8}},
     "grpo": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
     "grpo_vapi": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
     "evaluate": {
@@ -81,7 +81,7 @@ def test_every_phase_runs_on_two_processes_and_ends_in_a_table_and_a_report(firs
     assert len(done(stdout)) == 13
     assert all(done(stdout).values())
     rivals = (rf"{name}, guidance 1.\d+, temperature \d.\d" for name in ("base", "more pre-training"))
-    for name in ("base", *rivals, "distilled", "after GRPO"):
+    for name in ("base", *rivals, "after guidance-free training", "after GRPO"):
         row = next(line for line in stdout.splitlines() if re.match(rf"\W*{name}\s+-?\d", line))
         assert len(re.findall(r"-?\d+\.\d{3}", row)) == 7, row
     page = (folder / "report.html").read_text()
@@ -113,11 +113,11 @@ def test_results_say_how_each_row_was_drawn(first_run):
     folder, _ = first_run
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["forwards_per_image"] for row in rows] == [1, 2, 1, 2, 1, 1]
-    base, rival, more, longer_rival, distilled, after = rows
+    base, rival, more, longer_rival, unguided, after = rows
     for guided in (rival, longer_rival):
         assert guided["cfg_scale"] in (1.25, 1.5, 1.75)
         assert guided["temperature"] in (0.9, 1.0)
-    for row in (base, more, distilled, after):
+    for row in (base, more, unguided, after):
         assert (row["cfg_scale"], row["temperature"], row["seed"]) == (1.0, 1.0, 0)
     assert after["name"] == "after GRPO"
     assert after["fid"] == json.loads((folder / "evaluate_grpo" / "result.json").read_text())["fid"]
