@@ -1,5 +1,6 @@
 """FID and its companions of a checkpoint, or of a folder or .npz of images, against a named reference.
 
+grpo evaluate runs/NAME --evaluation.feature_checkpoint judge.safetensors --evaluation.json_path result.json
 grpo evaluate --evaluation.images samples.npz --evaluation.reference reference.npz \\
     --evaluation.inception_checkpoint weights-inception-2015-12-05-6726825d.pth --evaluation.json_path result.json
 torchrun --nproc_per_node=8 -m grpo evaluate --config evaluate.toml
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import EvaluateRecipe, Evaluation, load_recipe, read_text, reading, writing
+from grpo.config import EvaluateRecipe, Evaluation, load_recipe, of_run, read_text, reading, writing
 from grpo.data import build_dataset, open_captions
 from grpo.environment import environment
 from grpo.evaluation import (
@@ -46,7 +47,7 @@ from grpo.texts import Prompt
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, measure."""
-    recipe = load_recipe(EvaluateRecipe, arguments, needs_files=True)
+    recipe = load_recipe(EvaluateRecipe, of_run(EvaluateRecipe, arguments), needs_files=True)
     if recipe.evaluation.scores is not None:
         add_scores(recipe.evaluation)
         return

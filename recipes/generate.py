@@ -1,5 +1,6 @@
 """Images from a trained generator, by class or by prompt: a PNG grid, a folder of PNGs, an .npz.
 
+grpo generate runs/NAME --output.grid grid.png
 grpo generate --model.checkpoint gpt.pt --tokenizer.checkpoint vq.pt --output.grid grid.png
 grpo generate --config text/generate --sampling.prompt "a dog on a red sofa"
 torchrun --nproc_per_node=8 -m grpo generate --config sample.toml --output.npz samples.npz --output.num_images 50000
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from grpo.config import EvaluateRecipe, GenerateRecipe, Output, Sampling, UserError, load_recipe
+from grpo.config import EvaluateRecipe, GenerateRecipe, Output, Sampling, UserError, load_recipe, of_run
 from grpo.evaluation import (
     DrawnImages,
     NpzWriter,
@@ -41,7 +42,7 @@ Draw = Callable[[Condition, Tensor], Tensor]  # (condition of B rows, row_ids [B
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, draw."""
-    recipe = load_recipe(GenerateRecipe, arguments, needs_files=True)
+    recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, arguments), needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         draw_images(recipe, world)
 

@@ -35,6 +35,7 @@ from grpo.config.recipes import (
 )
 from grpo.config.registry import RECIPES
 from grpo.config.rewards import REWARD_KINDS, Rewards, RewardTable, reward_class
+from grpo.config.run_folder import of_run
 from grpo.config.schedule import Schedule
 from grpo.config.sections import (
     ActivationCheckpoint,

@@ -27,6 +27,7 @@ from grpo.parallel import (
     set_matmul_precision,
 )
 from grpo.rewards import Seen
+from grpo.training.banner import closing, opening
 from grpo.training.fingerprints import take_fingerprints
 from grpo.training.judge import RunJudge, Verdict
 from grpo.training.optimizer import GuardedOptimizer
@@ -84,6 +85,7 @@ class TrainingRun:
         self._open = ExitStack()  # what is given back when the run ends
         self._stop_request = StopRequest(speaks=world.is_main)
         self._best_values: list[float] = []
+        self._closing: list[str] = []  # what to say at the very end
         self._resumed_from: str | None = None
         self._first_step = 0
         if recipe.debug.deterministic:
@@ -135,8 +137,8 @@ class TrainingRun:
             start_step=self._first_step,
         )
         self.observer = self._open.enter_context(observer)
-        for note in notes:
-            self.observer.message(note)
+        for line in (*opening(self.recipe, model, self.world, title=self.title), *notes):
+            self.observer.message(line)
         self._watchdog.start(until=self._open)
         if judge is not None and path is None:
             judged = self._judged(0)
@@ -227,6 +229,8 @@ class TrainingRun:
         if last and self._exports:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
+        if last:
+            self._closing = [*closing(self.recipe)]
 
     def _judged(self, step: int) -> dict[str, float]:
         """What the judge says of the weights as they are, or of their moving average where there is one."""
@@ -301,6 +305,8 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.checkpoints.close()
+            for line in self._closing:
+                self.observer.message(line)
         self._open.__exit__(kind, *error)
 
     def _idle(self, causes: tuple[str, ...]) -> str | None:
