@@ -117,7 +117,8 @@ def step_seconds(
     """
     ranks, shard = math.prod(mesh), mesh[-1]
     schedule, side = recipe.schedule(ranks=ranks), recipe.data.image_size
-    assert recipe.rollout.mode == "teacher_forced" and schedule.on_policy
+    assert recipe.rollout.mode == "teacher_forced"
+    assert schedule.on_policy
     family = get_family(recipe.model.name)
     sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=side)
     with torch.device("meta"):
