@@ -22,7 +22,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from grpo.config import RECIPES, GRPORecipe, PretrainRecipe, UserError, job_of_file, load_recipe
-from grpo.estimate import RecipeMemory, recipe_memory
+from grpo.estimate import RecipeMemory, recipe_memory, step_seconds
 from grpo.models import MODEL_SPECS
 from grpo.parallel import GIB, mesh_shape
 
@@ -92,6 +92,19 @@ def print_parts(recipe: GRPORecipe | PretrainRecipe, own: argparse.Namespace) ->
         f"\nThe recipe's mode, {MODES[chosen]}, {verdict}: {free:.1f} of {own.memory:g} GiB stay free for the CUDA "
         "context, NCCL\nand fragmentation, which need about a tenth. The peak is what lasts and the largest phase."
     )
+    if isinstance(recipe, GRPORecipe) and recipe.rollout.mode == "teacher_forced":
+        print_time(recipe, own)
+
+
+def print_time(recipe: GRPORecipe, own: argparse.Namespace) -> None:
+    """What a step of the recipe's own mode would take on H100s, by the model of docs/scaling.md."""
+    mesh = mesh_shape(recipe.parallel, size=own.gpus, local_size=own.gpus // own.hosts)
+    if not recipe.schedule(ranks=own.gpus).on_policy:
+        return  # several optimizer steps a rollout
+    seconds, traffic = step_seconds(recipe, mesh=mesh, hosts=own.hosts)
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds._asdict().items())
+    sent = ", ".join(f"{getattr(traffic, name) / 1e9:.1f} GB {name}" for name in ("gathered", "reduced", "averaged"))
+    print(f"\nA step on H100s, estimated: {seconds.total:.2f} s ({parts}), with {sent}.")
 
 
 def print_sizes(recipe: GRPORecipe | PretrainRecipe, own: argparse.Namespace) -> None:
