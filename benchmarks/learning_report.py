@@ -39,6 +39,7 @@ class Line(NamedTuple):
     title: str
     looks: Mapping[Pair, str]
     trainings: Mapping[Pair, str]
+    trained_as: str | None = None  # name in ROWS
 
 
 def report(folder: Path, name: str, results: Results, sizes: Sizes) -> None:
@@ -78,7 +79,7 @@ def table_lines(sizes: Sizes) -> list[Line]:
         kinds.append((f"{row.title}, tuned guidance", "guided/ce", name == "ce"))
         for title, prefix, there in kinds:
             looks = {(base, seed): f"{prefix}/{base}.{seed}" for base, seed in trainings}
-            lines += [Line(title, looks, trainings)] if there else []
+            lines += [Line(title, looks, trainings, name)] if there else []
     return lines
 
 
@@ -93,9 +94,27 @@ def row_of(line: Line, results: Results) -> dict[str, Any]:
     row["first_look"] = next(look for look in line.looks.values() if look in results)
     measured = {pair: Measured.of(results[look]) for pair, look in line.looks.items() if look in results}
     row["fid_interval"] = bootstrap({pair: (cell.fid, cell.fid_rounds) for pair, cell in measured.items()})
-    if trainings:
-        row |= {key: float(np.mean([cell[key] for cell in trainings])) for key in ("cpu_seconds", "steps")}
+    if line.trained_as is not None:
+        candidates = ROWS[line.trained_as].candidates
+        tried = [results.get(f"look/{line.trained_as}:{place}", {}).get("fid") for place in range(len(candidates))]
+        found = [fid for fid in tried if fid is not None]
+        row["tuning"] = [{**candidate, "fid": fid} for candidate, fid in zip(candidates, tried, strict=True)]
+        row["chosen"] = candidates[tried.index(min(found))] if found else candidates[0]
+        row["steps"] = float(np.mean([cell["steps"] for cell in trainings])) if trainings else None
+        row["cpu_seconds"] = time_of(line, results)
     return row
+
+
+def time_of(line: Line, results: Results) -> float | None:
+    """Mean CPU time of the row's trainings, those that they start from included, but the base; None where unknown."""
+    total, name = 0.0, line.trained_as
+    while name is not None:
+        cells = [results[key] for base, seed in line.looks if (key := f"{name}/{base}.{seed}") in results]
+        if not cells:
+            return None
+        total += float(np.mean([cell["cpu_seconds"] for cell in cells]))
+        name = ROWS[name].start
+    return total
 
 
 def difference(looks: Mapping[Pair, str], rivals: Mapping[Pair, str], results: Results) -> dict[str, Any] | None:
@@ -177,7 +196,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     heads.append("FID - guided base at its accuracy")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "-"
+        seconds = f"{row['cpu_seconds']:.0f}" if row.get("cpu_seconds") else "-"
         low, high = row["fid_interval"]
         cells = [row["name"], row["forwards_per_image"], row["pairs"], seconds]
         cells += [f"{row['fid']:.3f} [{low:.3f}, {high:.3f}]", f"{row['accuracy']:.3f}", f"{row['recall']:.3f}"]
