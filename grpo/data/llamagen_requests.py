@@ -33,10 +33,11 @@ class LlamaGenRequests(Requests):
                 "the captions with `grpo encode-text` and give text.features"
             )
         self.captions, self.rows, self.width = dataset.captions_of, model.cls_token_num, model.caption_dim
-        self.long = LlamaGenFeatures(text.llamagen_features, width=self.width)
+        sizes = {"rows": self.rows, "width": self.width}
+        self.long = LlamaGenFeatures(text.llamagen_features, **sizes)
         self.short = None
         if text.llamagen_short_features is not None:
-            self.short = LlamaGenFeatures(text.llamagen_short_features, width=self.width)
+            self.short = LlamaGenFeatures(text.llamagen_short_features, **sizes)
         self.short_share = text.short_share if self.short else 0.0
         for features in filter(None, (self.long, self.short)):
             for name in dict.fromkeys(place.name for place in self.listed):

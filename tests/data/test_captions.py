@@ -1,6 +1,7 @@
 """Images with captions in each form, prompts alone, and what is wrong with some of them."""
 
 import json
+import os
 
 import datasets
 import numpy as np
@@ -65,7 +66,7 @@ def as_llamagens(folder):
 def found(dataset, count=6):
     """Red value -> text of each of the samples of an epoch, and the condition's rows agree with the text."""
     stream = build_stream(dataset, batch_size=count, seed=0, num_workers=0, world=ALONE)
-    batch = next(stream)
+    batch = next(stream).to("cpu")
     again = dataset.requests.encoder(list(batch.captions))
     assert torch.equal(batch.condition.features, again.features)
     assert torch.equal(batch.condition.mask, again.mask)
@@ -271,6 +272,16 @@ def test_llamagens_features(llamagens, section):
     assert sorted(listed.captions_of.distinct()) == TEXTS[4:]
 
 
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def archive(file):
+    with file.open("wb") as opened:
+        np.savez(opened, a=np.zeros(3))
+
+
 def broken(folder, array):
     np.save(folder / "part0" / "1.npy", array)
 
@@ -283,7 +294,9 @@ def broken(folder, array):
         (lambda folder: broken(folder, np.zeros((1, 0, 16), dtype=np.float32)), "it has no token"),
         (lambda folder: broken(folder, np.zeros((1, 3, 8), dtype=np.float32)), "have width 8, model.caption_dim is 16"),
         (lambda folder: broken(folder, np.full((1, 3, 16), np.nan, dtype=np.float32)), "are not finite"),
-        (lambda folder: broken(folder, np.array([{}])), "cannot be read: Object arrays"),
+        (lambda folder: broken(folder, np.array([{}])), "cannot be read: "),
+        (lambda folder: pipe(folder / "part0" / "1.npy"), "it is a pipe or a device"),
+        (lambda folder: archive(folder / "part0" / "1.npy"), "it is no .npy"),
     ],
 )
 def test_an_image_whose_features_are_missing_or_wrong_is_passed_over(llamagens, section, caplog, spoil, told):

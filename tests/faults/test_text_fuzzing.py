@@ -80,7 +80,7 @@ def test_features(tmp_path):
         for other, whole in wholes.items():
             (copy / other).write_bytes(content if other == name else whole)
         if name == "0.npy":
-            assert LlamaGenFeatures(tmp_path, width=4).row("copy", 0).isfinite().all()
+            assert LlamaGenFeatures(tmp_path, rows=9, width=4).row("copy", 0).isfinite().all()
             return
         store = FeatureStore(copy, rows=4, width=4)
         for text in ("text 1", "text 2"):
