@@ -1,12 +1,15 @@
 """Sampling with the fused blocks beside the plain model: the same codes. Run by `test_triton.py`."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from grpo.kernels import Draw
-from grpo.models import GPT, ClassCondition, GPTConfig, TextCondition, family_of
+from grpo.models import GPT, ClassCondition, GPTConfig, TextCondition, family_of, load_gpt
 from grpo.models.fused_gpt import FusedGPT
-from grpo.rollout import CodeSampler, sample_codes
+from grpo.rollout import CodeSampler, generate, sample_codes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32] + [torch.float16] * torch.cuda.is_available()
@@ -54,6 +57,18 @@ def check_codes_after_a_text(few_rows, monkeypatch):
         plain, fused = (sample_codes(model, texts, draw=Draw(impl=impl), **asked) for impl in ("reference", "triton"))
         assert torch.equal(fused.tokens, plain.tokens)
         torch.testing.assert_close(fused.log_probs, plain.log_probs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter a minute each")
+@pytest.mark.parametrize(("scale", "interval"), [("1", -1), ("4", -1), ("7.5", 5)])
+def check_greedy_codes_after_texts_equal_llamagens(scale, interval):
+    folder = Path(__file__).parents[2] / "fixtures" / "llamagen_t2i"
+    model = load_gpt(folder / "gpt_t2i.pt", GPTConfig(**json.loads((folder / "config.json").read_text()))).to(DEVICE)
+    expected = torch.load(folder / "expected.pt", map_location=DEVICE, weights_only=True)
+    texts = TextCondition(expected["features"], expected["mask"]).select(slice(0, 2))
+    guidance = {"cfg_scale": float(scale), "cfg_interval": interval}
+    codes = generate(model.requires_grad_(False), texts, top_k=1, impl="triton", **guidance)
+    assert torch.equal(codes, expected[f"greedy_cfg{scale}_interval{interval}"][:2])
 
 
 @pytest.mark.parametrize(("copies", "few_rows"), [(True, 0), (False, 2)])
