@@ -7,7 +7,7 @@ table shows. Here the rival of GRPO is the point of a grid of guidance and tempe
 import argparse
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from grpo.config import (
     SHIPPED_RECIPES,
     ClassifierRecipe,
     EvaluateRecipe,
+    FinetuneRecipe,
     GRPORecipe,
     PretrainRecipe,
+    Recipe,
     TokenizerRecipe,
 )
 from grpo.evaluation import classifier_gap, compare, load_judges, measure_images
 from grpo.jobs.evaluate import open_reference
+from grpo.jobs.finetune import train as finetune
 from grpo.jobs.generate import drawn_images
 from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_classifier import train as train_classifier
@@ -33,7 +36,7 @@ from grpo.training import GRID_NAME, Phase
 CONFIGS = SHIPPED_RECIPES / "quickstart"
 TITLE = "Quickstart: GRPO on digits"
 GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75), (0.9, 1.0)  # the rival row's grid: what sampling alone can do, tuned
-TUNING_SPLIT = "validation"
+TUNING_SPLIT, TUNING_IMAGES = "validation", 1000
 GRID_IMAGES, GRID_COLUMNS = 100, 20
 
 TABLES = {
@@ -56,9 +59,10 @@ NOTES = [
     "FID here is not the FID of the literature, whose features are Inception's; compare it within this table only.",
     "entropy: of the drawn codes, nats a code. gap: how much surer of the class the rewarding classifier is "
     "than the judging one, nats; it grows when the reward is deceived.",
-    "Base with guidance is the rival: nothing to train, but two forward passes to sample. Of a grid of guidance "
-    f"{', '.join(map(str, GUIDANCE))} and temperature {', '.join(map(str, TEMPERATURES))} it is the point whose FID "
-    f"against the digits of the split {TUNING_SPLIT!r} is lowest.",
+    "The rivals are guided: two forward passes to sample. The base needs no more training; the other one had as much "
+    "more pre-training as guidance-free training and GRPO took. Of a grid of guidance "
+    f"{', '.join(map(str, GUIDANCE))} and temperature {', '.join(map(str, TEMPERATURES))} each is drawn at the point "
+    f"whose FID against the digits of the split {TUNING_SPLIT!r} is lowest.",
     "One seed: a run with another seed differs by as much as rows do.",
 ]
 
@@ -72,26 +76,44 @@ NEXT = {
 
 def plan(options: argparse.Namespace, make: Callable[..., Phase]) -> list[Phase]:
     """The phases in their order, each reading what those before it have written."""
-    improved = "grpo" if options.recipe == "class" else "grpo_vapi"
+    free = options.recipe == "class"
+    improved = "grpo" if free else "grpo_vapi"
     seed = {"training.seed": options.seed}
     tokenizer = {"tokenizer.checkpoint": "tokenizer"}
-    base = {**tokenizer, "model.checkpoint": "pretrain"}
-    reward = {"reward.class_log_prob.checkpoint": "classifier_reward"} if options.recipe == "class" else {}
     judges = {
         "evaluation.reward_checkpoint": "classifier_reward",
         "evaluation.feature_checkpoint": "classifier_judge",
     }
-    after = {**tokenizer, "model.checkpoint": improved, **judges}
-    return [
+    reward = {"reward.class_log_prob.checkpoint": "classifier_reward"} if free else {}
+
+    def weights(maker: str) -> dict[str, str]:
+        return {**tokenizer, "model.checkpoint": maker}
+
+    def judged(maker: str, title: str, name: str = "", job: Callable[..., None] = evaluate) -> Phase:
+        return make(name or f"evaluate_{maker}", title, EvaluateRecipe, job, inputs={**weights(maker), **judges})
+
+    def trained(
+        name: str, title: str, recipe: type[Recipe], job: Callable[..., None], inputs: Mapping[str, str]
+    ) -> Phase:
+        return make(name, f"Generator: {title}", recipe, job, inputs=inputs, settings=seed)
+
+    start = "gft" if free else "pretrain"
+    phases = [
         make("tokenizer", "Tokenizer", TokenizerRecipe, train_tokenizer, settings=seed),
         make("classifier_reward", "Classifier that rewards", ClassifierRecipe, train_classifier),
         make("classifier_judge", "Classifier that judges", ClassifierRecipe, train_classifier),
-        make("pretrain", "Generator: pre-training", PretrainRecipe, train_generator, inputs=tokenizer, settings=seed),
-        make(improved, "Generator: GRPO", GRPORecipe, train_policy, inputs={**base, **reward}, settings=seed),
-        make("evaluate_base", "base", EvaluateRecipe, evaluate, inputs={**base, **judges}),
-        make("evaluate_guided", "base, tuned guidance", EvaluateRecipe, evaluate_tuned, inputs={**base, **judges}),
-        make(f"evaluate_{improved}", "after GRPO", EvaluateRecipe, evaluate, inputs=after),
-    ]  # fmt: skip
+        trained("pretrain", "pre-training", PretrainRecipe, train_generator, tokenizer),
+        trained("pretrain_more", "more of it, the rival", PretrainRecipe, train_generator, weights("pretrain")),
+        trained("gft", "guidance-free training", FinetuneRecipe, finetune, weights("pretrain")),
+        trained(improved, "GRPO", GRPORecipe, train_policy, {**weights(start), **reward}),
+        judged("pretrain", "base", "evaluate_base"),
+        judged("pretrain", "base, tuned guidance", "evaluate_guided", evaluate_tuned),
+        judged("pretrain_more", "more pre-training"),
+        judged("pretrain_more", "more pre-training, tuned guidance", "evaluate_more_guided", evaluate_tuned),
+        judged("gft", "after guidance-free training"),
+        judged(improved, "after GRPO"),
+    ]
+    return [phase for phase in phases if free or phase.folder.name not in ("gft", "evaluate_gft")]
 
 
 def evaluate_tuned(recipe: EvaluateRecipe, world: World) -> None:
@@ -102,7 +124,8 @@ def evaluate_tuned(recipe: EvaluateRecipe, world: World) -> None:
     reference, found = look(open_reference(validation)), {}
     for point in itertools.product(GUIDANCE, TEMPERATURES):
         sampling = recipe.sampling.model_copy(update=dict(zip(("cfg_scale", "temperature"), point, strict=True)))
-        images = drawn_images(recipe.model_copy(update={"sampling": sampling}), config.num_images, device=world.device)
+        count = min(TUNING_IMAGES, config.num_images)
+        images = drawn_images(recipe.model_copy(update={"sampling": sampling}), count, device=world.device)
         found[point] = compare(look(images), reference, settings=config, device=world.device)["fid"], sampling
     _, sampling = min(found.values(), key=lambda entry: entry[0])  # the same on every rank
     evaluate(recipe.model_copy(update={"sampling": sampling}), world)

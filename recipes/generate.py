@@ -131,9 +131,9 @@ def prepare(output: Output) -> None:
     """Make the folders of the output; images must not be mixed with those of another run."""
     if output.folder is not None:
         folder = Path(output.folder)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"output.folder {folder} is not empty: empty it or give another one")
         make_writable(folder, key="output.folder", folder=True)
+        if any(folder.iterdir()):
+            raise UserError(f"output.folder {folder} is not empty: empty it or give another one")
     for key, path, suffix in (("grid", output.grid, ".png"), ("npz", output.npz, ".npz")):
         if path is not None and not path.endswith(suffix):
             raise UserError(f"output.{key} {path} must end in {suffix}")

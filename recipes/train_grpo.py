@@ -86,6 +86,8 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     schedule = recipe.schedule(ranks=world.size)
     dataset = build_data(recipe)
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
+    if recipe.compile.enabled:
+        tokenizer.encoder.compile()
     length = (recipe.data.image_size // recipe.tokenizer.downsample_size) ** 2
     codes = build_codes(dataset, tokenizer, length=length, augmented=False, images=recipe.reads_images)
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers

@@ -25,6 +25,7 @@ from grpo.config.user_files import reason, shorten
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
 DEEPEST = 20  # tables and lists in each other in a recipe
+MOST_KEYS = 1000  # of a recipe, and flags: beyond, it is something else, and each unknown key takes a millisecond
 Flag = tuple[str, str | None]  # --name, and the text after it if there is one
 
 
@@ -58,7 +59,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._origin, self._folder = origin, folder
         try:
             file = tomli.loads(text)
-            _require_shallow(file)
+            _require_modest(file)
         except (ValueError, RecursionError, MemoryError) as error:  # numbers and nestings beyond Python's limits too
             self.give_up(f"{origin}: is not valid TOML: {reason(error)}")
             return
@@ -79,6 +80,8 @@ class RecipeBuilder(Generic[RecipeT]):
 
     def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None, needs_files: bool = False) -> RecipeT:
         """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name."""
+        if len(flags) > MOST_KEYS:
+            raise UserError(f"the command line has {len(flags)} flags: a recipe has at most {MOST_KEYS} keys")
         if self._is_grpo:
             self._selects_text = any(_selects_text(*flag) for flag in flags)
             self._find_rewards(flags)
@@ -107,7 +110,8 @@ class RecipeBuilder(Generic[RecipeT]):
         recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
             self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.[\w-]+)+", problem))
-        for line in (*recipe.missing_files(), *recipe.overwritten_inputs()) if needs_files else ():
+        read = {f"--{CONFIG}": self._origin} if self._origin else {}
+        for line in (*recipe.missing_files(), *recipe.overwritten_inputs(read)) if needs_files else ():
             self._report_combination(line, [line.partition(":")[0]])
         if self._problems:
             raise UserError(self._problems)
@@ -191,6 +195,10 @@ class RecipeBuilder(Generic[RecipeT]):
             self._problems.append(f"{origin}: {subject}must be {key.allowed}{_broken_limit(error)}{typed}")
             self._suspects.add(name)
             return
+        if "\0" in (given if isinstance(given, str) else ""):
+            self._problems.append(f"{origin}: {name} must be text without NUL characters")
+            self._suspects.add(name)
+            return
         if given is not None and key.is_path:
             given = os.path.abspath(given if is_text else self._folder / given)
         self._values[name], self._sources[name] = given, origin
@@ -266,7 +274,7 @@ class RecipeBuilder(Generic[RecipeT]):
             for key, value in defaults.items():
                 self._values.setdefault(key, value)
         ranks = os.environ.get("WORLD_SIZE", "1")
-        ranks = int(ranks) if ranks.isdecimal() else 1
+        ranks = int(ranks[:9]) if ranks.isdecimal() else 1  # a wrong one is told when the ranks meet
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
         is_its_command = not self._origin and not used.keys().isdisjoint(reference.ALL_FLAGS)
         if is_its_command or any(flag in used for flags in reference.BATCH_FLAGS.values() for flag in flags):
@@ -311,14 +319,20 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(f"{text}; set it by {flag} or in the recipe file")
 
 
-def _require_shallow(values: Any) -> None:
-    """Raise a RecursionError for nesting that no key has; dotted names nest without an end in the parser."""
-    level = [values]
+def _require_modest(values: Any) -> None:
+    """Raise a RecursionError for nesting that no key has; dotted names nest without an end in the parser.
+
+    A ValueError for more keys than a recipe has.
+    """
+    level, count = [values], 0
     for _ in range(DEEPEST):
+        count += sum(len(value) for value in level if isinstance(value, dict))
         level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
         level = [value for value in level if isinstance(value, dict | list)]
     if level:
         raise RecursionError
+    if count > MOST_KEYS:
+        raise ValueError(f"it has {count} keys, a recipe at most {MOST_KEYS}")
 
 
 def _selects_text(flag: str, text: str | None) -> bool:
@@ -339,7 +353,7 @@ def _free_value(text: str) -> Any:
     """What a flag gives to a table of free keys: a TOML value, or else text."""
     try:
         value = tomli.loads(f"value = {text}")["value"]
-        _require_shallow([value])
+        _require_modest([value])
     except (ValueError, RecursionError):
         return text
     return value

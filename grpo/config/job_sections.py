@@ -11,6 +11,7 @@ from grpo.config.types import (
     LARGEST_COUNT,
     LARGEST_IMAGE,
     LARGEST_INT,
+    VGG16,
     ClassIds,
     CropRanges,
     DiscriminatorLayers,
@@ -37,6 +38,7 @@ from grpo.config.types import (
     TopP,
     Wanted,
     Written,
+    backbone_file,
 )
 
 
@@ -93,9 +95,13 @@ class TokenizerLoss(Section):
     """First optimizer steps without quantisation, after which the codebook is set from encoded images."""
     perceptual_weight: NonNegativeFloat = 0.0
     """Weight of LPIPS, a learned perceptual distance, to the image; 0 does without. LlamaGen's is 1."""
-    perceptual_backbone: Annotated[str | None, Wanted("torchvision's VGG16, vgg16-397923af.pth")] = None
+    perceptual_backbone: Annotated[str | None, Wanted(f"torchvision's VGG16, {VGG16}")] = None
     """File of torchvision's VGG16, vgg16-397923af.pth, that LPIPS needs. None looks for it where torch keeps its
     downloads, in hub/checkpoints of TORCH_HOME; nothing is downloaded."""
+
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
+        if self.perceptual_weight:
+            yield backbone_file("perceptual_backbone", self.perceptual_backbone)
 
 
 class Adversary(Section):
@@ -300,9 +306,9 @@ class Judge(Section):
         if self.reference is not None and self.split is not None:
             yield "judge.split: the reference is that of judge.reference; leave one of them out"
 
-    def missing_files(self) -> Iterator[str]:
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
         if self.interval:
-            yield from super().missing_files()
+            yield from super().files()
 
 
 class Convert(Section):

@@ -8,6 +8,7 @@ line for all that it finds, so that a user mends a recipe once. The line names e
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import tomli_w
@@ -61,10 +62,13 @@ class Recipe(BaseModel):
         for name in self.sections():
             yield from (f"{name}.{line}" for line in getattr(self, name).missing_files())
 
-    def overwritten_inputs(self) -> Iterator[str]:
-        """A line for each file or folder that the job would both read and write, beginning with the key that writes."""
+    def overwritten_inputs(self, others: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+        """A line for each file or folder that the job would both read and write, beginning with the key that writes.
+
+        `others` are read too, by the names of their flags.
+        """
         named = list(self._named_paths())
-        inputs = [(key, path) for key, path, kind in named if isinstance(kind, Wanted)]
+        inputs = [*others.items(), *((key, path) for key, path, kind in named if isinstance(kind, Wanted))]
         outputs = [(key, path, kind.folder) for key, path, kind in named if isinstance(kind, Written)]
         for key, path, is_folder in [*outputs, *((key, path, False) for key, path in self.written_files())]:
             for read_key, read_path in inputs:
@@ -129,6 +133,8 @@ class TrainingRecipe(Recipe):
             yield from (f'data.name = "{self.data.name}" has no images: {use}' for use in self.image_uses())
         if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
             yield 'parallel.reshard_after_forward = "always" needs parallel.data_parallel = "fsdp", not "sdp"'
+        if self.checkpoint.dir.startswith("memory://"):
+            yield f"checkpoint.dir = {self.checkpoint.dir} is gone when the process ends: give a folder or a store"
 
     def image_uses(self) -> Iterator[str]:
         """A line for everything in the recipe that takes the data set's images."""

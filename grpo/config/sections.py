@@ -243,22 +243,25 @@ class Parallel(FreeSection):
     replicate_size: MinusOneOrMore = -1
     """Shard groups in hsdp, each with the whole model. -1 fills in: all ranks / shard_size."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
-    """Free a block's gathered parameters after its forward. always saves memory, never a gather; auto: never in sdp."""
+    """Free a block's gathered parameters after its forward and its backward. always saves memory; never gathers once an
+    optimizer step; auto: never in sdp and on one rank."""
     defer_gradient_sync: bool = True
     """Reduce gradients over ranks once an optimizer step; until its last micro-batch each rank holds the gradient of
     the whole model. false: every micro-batch reduces, and ranks hold their shards only."""
     shard_blocks: bool = True
-    """Gather and reduce each block apart; false: the whole model, where latency counts more than bytes."""
+    """Gather and reduce each block apart; false, and on one rank: the whole model, where latency counts more than
+    bytes."""
     timeout: PositiveInt = 600
     """Seconds after which a collective or checkpoint that a rank does not join ends the run. A start waits as long for
     another process that still writes into the run's folder."""
 
 
 class Compile(FreeSection):
-    """torch.compile over the GPT blocks and, in `train`, the networks of the rewards."""
+    """torch.compile over the GPT blocks and, in `train`, the tokenizer and the networks of the rewards."""
 
     enabled: bool = False
-    """Compile each block, where identical blocks share one compilation, and each network of the rewards."""
+    """Compile each block, where identical blocks share one compilation, the tokenizer and each network of the
+    rewards."""
 
 
 class ActivationCheckpoint(FreeSection):
@@ -306,7 +309,7 @@ class Metrics(FreeSection):
     image_interval: NonNegativeInt = 100
     """Steps between image grids; 0 draws none."""
     keep_grids: NonNegativeInt = 200
-    """Grids to keep at most; beyond, every other one is deleted. 0 keeps all."""
+    """Grids to keep at most, spread over the run: beyond, the one closest to its neighbours goes. 0 keeps all."""
     image_groups: PositiveInt = 4
     """Images of one grid, each with its completions."""
     wandb: bool = False

@@ -11,12 +11,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from grpo.config import Data, UserError
-from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, SavedDataset, caption_column, first_column
+from grpo.config import Data, UserError, reason
+from grpo.data.huggingface import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    SavedDataset,
+    caption_column,
+    check_arrow,
+    first_column,
+)
 from grpo.data.index_cache import cache_folder, on_main_rank
 from grpo.data.shard_files import shard_files, shard_root
-
-_ERRORS = (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
 
 
 class ParquetDataset(SavedDataset):
@@ -70,7 +75,10 @@ def _to_arrow(files: list[Path], columns: list[str], data: Data) -> datasets.Dat
     names = [glob.escape(str(file)) for file in files]
     datasets.disable_progress_bars()
     with _told(f"data.path {data.path} cannot be read"):
-        return datasets.Dataset.from_parquet(names, cache_dir=folder and str(folder / "arrow"), columns=columns)
+        rows = datasets.Dataset.from_parquet(names, cache_dir=folder and str(folder / "arrow"), columns=columns)
+        for file in rows.cache_files:  # it may have come with the data
+            check_arrow(Path(file["filename"]))
+        return rows
 
 
 @contextmanager
@@ -78,7 +86,9 @@ def _told(what: str) -> Iterator[None]:
     """Errors of the libraries in one line; they wrap what went wrong into more than one layer."""
     try:
         yield
-    except _ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # libraries of formats raise all kinds
         while error.__cause__ is not None:
             error = error.__cause__
-        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{what}: {reason(error)}") from error

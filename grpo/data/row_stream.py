@@ -24,7 +24,7 @@ from grpo.data.images import center_crop, to_pixels
 from grpo.data.streamed import StreamedDataset
 from grpo.data.unreadable import UnreadableImage
 from grpo.data.worker import worker_count
-from grpo.models import ClassCondition, Condition, normalize
+from grpo.models import ClassCondition, Condition
 from grpo.parallel import World
 
 
@@ -86,7 +86,7 @@ class RowStream(Iterator[ImageBatch]):
         sample_ids = range(start + first, start + first + size)
         condition, captions = self._request([row for row, _, _ in found], sample_ids)
         batch = ImageBatch(
-            images=normalize(torch.stack([pixels for _, pixels, _ in found])),
+            images=torch.stack([pixels for _, pixels, _ in found]),
             condition=condition,
             sample_ids=torch.tensor(sample_ids),
             captions=captions,

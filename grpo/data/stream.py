@@ -22,7 +22,7 @@ from grpo.data.batch import ImageBatch
 from grpo.data.captions import Asked
 from grpo.data.dataset import NO_PIXELS, ImageDataset, UnreadableImage
 from grpo.data.worker import init_worker, worker_count
-from grpo.models import Condition, normalize
+from grpo.models import Condition
 from grpo.parallel import World
 
 
@@ -110,7 +110,7 @@ class ImageStream(Iterator[ImageBatch]):
             raise
         self.samples += self.batch_size
         return ImageBatch(
-            images=normalize(fetched.pixels),
+            images=fetched.pixels,
             condition=fetched.condition,
             sample_ids=torch.arange(first, first + size),
             indices=torch.tensor(fetched.indices),

@@ -1,7 +1,6 @@
 """A data set whose rows come one after the other, through `datasets`' streaming."""
 
 import io
-import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -10,10 +9,9 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-import pyarrow
 from PIL import Image
 
-from grpo.config import Data, UserError
+from grpo.config import Data, UserError, reason
 from grpo.data.captions import Captions, texts_in, texts_of
 from grpo.data.dataset import ImageDataset, decoded
 from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, caption_column, check_arrow, first_column
@@ -26,10 +24,6 @@ from grpo.data.webdataset import IMAGE_ENDINGS, JSON_KEYS
 
 KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 Row = TypeVar("Row")
-_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, EOFError, tarfile.TarError, pyarrow.ArrowException,
-    datasets.exceptions.DatasetsError,
-)  # fmt: skip
 
 
 class StreamedDataset(ImageDataset):
@@ -94,7 +88,7 @@ class StreamedDataset(ImageDataset):
         """The same rows; what goes wrong in reading them is a UserError."""
         try:
             yield from rows
-        except _ERRORS as error:
+        except Exception as error:  # libraries of formats raise all kinds
             raise UserError(f"data.path {self.data.path} cannot be read on: {_reason(error)}") from error
 
     def image(self, row: dict) -> Image.Image:
@@ -145,7 +139,7 @@ class StreamedDataset(ImageDataset):
                 if "://" not in file:
                     check_arrow(Path(file))
             return datasets.load_dataset(self._kind, data_files={"rows": files}, split="rows", streaming=True)
-        except _ERRORS as error:
+        except Exception as error:
             raise UserError(f"data.path {self.data.path} cannot be read: {_reason(error)}") from error
 
 
@@ -163,7 +157,7 @@ def _files(data: Data) -> list[str]:
     try:
         patterns = expand_braces(data.path)
         return list(datasets.data_files.DataFilesList.from_patterns(patterns))
-    except _ERRORS as error:
+    except Exception as error:
         raise UserError(f"data.path {data.path} cannot be listed: {_reason(error)}") from error
 
 
@@ -177,4 +171,4 @@ def _reason(error: BaseException) -> str:
     """What went wrong below the layers of the library, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return reason(error)

@@ -101,8 +101,8 @@ def to_class_ids(labels: list[str], source: str) -> tuple[np.ndarray, list[str]]
         numbers = {label: int(label) for label in set(labels)}
     except ValueError:
         names = sorted(set(labels))
-        if number := next((name for name in names if name.lstrip("-").isdigit()), None):
-            word = next(name for name in names if not name.lstrip("-").isdigit())
+        if number := next((name for name in names if name.lstrip("-").isdecimal()), None):
+            word = next(name for name in names if not name.lstrip("-").isdecimal())
             raise UserError(f"{source} has both {number} and {word!r} for labels: use numbers or names") from None
         numbers = {name: place for place, name in enumerate(names)}
         return np.array([numbers[label] for label in labels], dtype=np.int64), names
@@ -173,6 +173,7 @@ def _label(sample: TarSample, reader: TarReader, path: Path) -> str:
     try:
         text = reader.read(0, member).decode("utf-8")
         label = text.strip() if ending == "cls" else _of_json(json.loads(text))
+        label.encode()  # JSON can hold half of a surrogate pair
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: its .{ending} cannot be read: {error}") from error
     if not 0 < len(label) <= LONGEST_LABEL or "\0" in label:

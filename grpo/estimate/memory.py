@@ -11,7 +11,7 @@ from torch import nn
 from grpo.config import GRPORecipe, Parallel, PretrainRecipe, Rewards, Schedule, Training
 from grpo.kernels import CHUNK_ELEMENTS, KEPT_ELEMENTS
 from grpo.models import VQModel, generator_sizes, get_family, tokenizer_sizes
-from grpo.parallel import compute_dtype, mixed_precision_policy, reshards_after_forward
+from grpo.parallel import compute_dtype, mixed_precision_policy, reshards_after_forward, shards_blocks
 from grpo.rewards.networks import MEMORY_SHARE as DECODING_SHARE
 from grpo.rewards.networks import bytes_per_image, reward_dtype
 from grpo.rollout.autoregressive import MEMORY_SHARE as SAMPLING_SHARE
@@ -31,6 +31,7 @@ class ShardedBytes(NamedTuple):
     gathered: int = 0  # whole parameters as computed with, in a training step: the root's, and two blocks' or all
     gathered_whole: int = 0  # the same in a rollout that samples token by token: all parameters
     reduction: int = 0  # a block's whole gradient, and the buffer in which it is reduced
+    backward: int = 0  # where all is one block, which is reduced when the activations are gone: its whole gradient
 
 
 def sharded_bytes(
@@ -47,12 +48,15 @@ def sharded_bytes(
     """
     shards = FP32 * sum(math.ceil(len(p) / mesh[-1]) * math.prod(p.shape[1:]) for p in model.parameters())
     policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
-    if math.prod(mesh) == 1 and policy.param_dtype is None:
+    ranks = math.prod(mesh)
+    if ranks == 1 and policy.param_dtype is None:
         return ShardedBytes(shards, shards, 2 * shards)
     element, reduced = (policy.param_dtype or torch.float32).itemsize, policy.reduce_dtype.itemsize
-    whole, blocks = count_parameters(model), [count_parameters(block) for block in model.layers]
-    root, largest = whole - sum(blocks), max(blocks)
-    held = min(BLOCKS_IN_FLIGHT, len(blocks)) * largest if reshards_after_forward(parallel) else sum(blocks)
+    apart = shards_blocks(parallel, ranks=ranks)
+    whole, blocks = count_parameters(model), [count_parameters(block) for block in model.layers if apart]
+    root, largest = whole - sum(blocks), max(blocks, default=0)
+    freed = reshards_after_forward(parallel, ranks=ranks)
+    held = min(BLOCKS_IN_FLIGHT, len(blocks)) * largest if freed else sum(blocks)
     return ShardedBytes(
         parameters=shards,
         gradients=shards,
@@ -61,6 +65,7 @@ def sharded_bytes(
         gathered=element * (root + held),
         gathered_whole=element * whole,
         reduction=(element + reduced) * max(largest, root),
+        backward=0 if apart else element * whole,
     )
 
 
@@ -114,30 +119,36 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     }
     if training.ema_decay is not None:
         lasting["average"] = policy.parameters
+    stays_gathered = not reshards_after_forward(recipe.parallel, ranks=ranks)  # until an optimizer step frees it
     if schedule and (frozen := recipe.frozen_generators()):
-        lasting["reference"] = len(frozen) * policy.parameters
+        lasting["reference"] = len(frozen) * (policy.parameters + stays_gathered * policy.gathered)
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
     update = {
         "gathered weights": policy.gathered,
-        "reduction": policy.reduction,
+        "whole gradients" if policy.backward else "reduction": policy.backward or policy.reduction,
         "activations": family.costs.activation_bytes(
             sizes, all_rows, dtype=dtype, mode=recipe.activation_checkpoint.mode
         ),
-        "logits": FP32 * min(logits, CHUNK_ELEMENTS["cuda"])
+        "logits": FP32 * (logits if logits <= KEPT_ELEMENTS["cuda"] else CHUNK_ELEMENTS["cuda"])
         + family.costs.projection_bytes(sizes, rows, dtype=dtype)
         + dtype.itemsize * logits * (logits <= KEPT_ELEMENTS["cuda"]),  # their gradient lies beside them
     }
+    ends = {"update": update}
+    if policy.backward:
+        ends["reduction"] = {"gathered weights": policy.gathered, "reduction": policy.reduction}
     if not schedule:
-        return RecipeMemory(lasting, {"update": update})
+        return RecipeMemory(lasting, ends)
     lasting["tokenizer and rewards"] += _reward_networks(recipe.reward, tokenizer)
     # Where rollout and update share a forward, what it keeps waits through the phases between.
     waits = ("gathered weights", "activations", *(("logits",) if logits <= KEPT_ELEMENTS["cuda"] else ()))
     waiting = {name: update[name] for name in waits if schedule.trains_sampling_forward}
+    if stays_gathered and recipe.rollout.mode == "teacher_forced":
+        waiting["gathered weights"] = policy.gathered
     free = memory - sum(lasting.values()) - sum(waiting.values())
     room = {"free": free, "kept": int(recipe.rollout.keep_memory * memory)}
     phases = _phases_before_update(recipe, schedule, model, tokenizer, policy, waiting=waiting, **room)
     update |= {name: phases["reward"][name] for name in ("kept sampler",) if name in phases["reward"]}
-    return RecipeMemory(lasting, {**phases, "update": update})
+    return RecipeMemory(lasting, {**phases, **ends})
 
 
 def _micro_batches(recipe: GRPORecipe | PretrainRecipe, schedule: Schedule | None, *, ranks: int) -> tuple[int, int]:

@@ -15,6 +15,9 @@ from grpo.evaluation.distances import FeatureStatistics
 from grpo.models import ClassCondition, Condition, as_condition
 from grpo.texts import TextList
 
+UNPACKED_BYTES, UNPACKED_TIMES = 2**30, 100
+"""An array may unpack to so many bytes, or to so many times its own: zeros without an end shrink a thousandfold."""
+
 
 class ImageSource:
     """Numbered images, all or the first `limit` of `count`; a subclass gives their `pixels`.
@@ -82,8 +85,15 @@ def read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
         require_regular(path)
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip archive, as numpy.savez writes")
+        with zipfile.ZipFile(path) as packed:
+            for info in packed.infolist():
+                if info.file_size > max(UNPACKED_BYTES, UNPACKED_TIMES * info.compress_size):
+                    raise ValueError(f"{info.filename} would unpack to {info.file_size} bytes")
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
+            arrays = {name: archive[name] for name in names if name in archive}
+            if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{other[0]} is no array")
+            return arrays
 
 
 def _statistics(path: str | Path, mu: np.ndarray, sigma: np.ndarray) -> FeatureStatistics:

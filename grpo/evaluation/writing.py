@@ -44,9 +44,10 @@ def make_writable(path: str | Path, *, key: str, folder: bool = False) -> None:
     parent = Path(path) if folder else Path(path).parent
     with writing(f"{key} {path}", remedy="give another path"):
         parent.mkdir(parents=True, exist_ok=True)
+        is_folder = Path(path).is_dir()  # an error for a name that is too long
     if not os.access(parent, os.W_OK):
         raise UserError(f"{key} {path} cannot be written: its folder is read-only; give another path")
-    if not folder and Path(path).is_dir():
+    if is_folder and not folder:
         raise UserError(f"{key} {path} is a folder: give the name of a file")
 
 
@@ -59,7 +60,8 @@ def save_image(image: Image.Image, path: str | Path) -> None:
             image.save(partial, "PNG")
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it was not made: its name is longer than the file's
+            partial.unlink(missing_ok=True)
 
 
 def save_pngs(folder: str | Path, pixels: Tensor, row_ids: Tensor) -> None:

@@ -11,5 +11,5 @@ from grpo.models.gpt import GPT, GPTConfig
 from grpo.models.kv_cache import KVCache
 from grpo.models.lpips import LPIPS, load_lpips
 from grpo.models.specs import TOKENIZER_SPECS, get_tokenizer_spec, tokenizer_sizes
-from grpo.models.vq import VQConfig, VQModel, normalize, to_uint8
+from grpo.models.vq import VQConfig, VQModel, fold_upsampling, normalize, to_uint8
 from grpo.models.weights import build_tokenizer, load_gpt, load_vq, weights_sha256

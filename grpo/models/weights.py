@@ -191,6 +191,7 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
         "missing": [name for name in expected if name not in weights],
         "unknown": [name for name in weights if name not in expected],
         "misshapen": [name for name in weights if name in expected and weights[name].shape != expected[name].shape],
+        "without floats": [name for name in expected if name in weights and not weights[name].is_floating_point()],
     }
     if told := [f"{len(names)} {problem} ({names[0]}, ...)" for problem, names in problems.items() if names]:
         raise UserError(f"{path}: the weights do not fit the model: {'; '.join(told)}")

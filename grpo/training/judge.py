@@ -168,6 +168,8 @@ class RunJudge:
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
         self.records, self._run_seconds = [dict(record) for record in state["records"]], state["run_seconds"]
+        if any(type(value) not in (int, float) for record in self.records for value in record.values()):
+            raise TypeError("a record of the judge holds something else than numbers")
         self._reward_sum, self._reward_steps = state["reward_sum"], state["reward_steps"]
 
 

@@ -19,6 +19,7 @@ from grpo.config import (
     Rollout,
     Schedule,
     TokenizerRecipe,
+    UserError,
     changes_that_matter,
     differences,
     load_recipe,
@@ -384,3 +385,13 @@ def test_a_missing_generator_is_told_with_a_file_of_its_size(name, wanted):
     assert list(Model(name=name, checkpoint="none.pt").missing_files()) == [
         f"checkpoint: none.pt does not exist; wanted: {wanted}"
     ]
+
+
+def test_an_address_in_place_of_a_file_is_told():
+    (line,) = Model(checkpoint="s3://bucket/run/step-000100").missing_files()
+    assert line.startswith("checkpoint: s3://bucket/run/step-000100 is an address: bring it to a file or folder here")
+
+
+def test_checkpoints_that_end_with_the_process_are_refused():
+    with pytest.raises(UserError, match=r"checkpoint\.dir = memory://x is gone when the process ends"):
+        load_recipe(GRPORecipe, ["--config", "debug", "--checkpoint.dir", "memory://x"])

@@ -61,7 +61,10 @@ def test_activations_with_the_rows_of_a_text():
 
 
 def estimate(*flags, mesh=(8,), memory=80 * GIB):
-    arguments = ["--config", "published/vapi_xxl_384", *flags]
+    """Of the published run in micro-batches of 8 with full recomputation, unless the flags say otherwise."""
+    small = {"--training.micro_batch_size": "8", "--activation_checkpoint.mode": "full"}
+    small |= dict(zip(flags[::2], flags[1::2], strict=True))
+    arguments = ["--config", "published/vapi_xxl_384", *(text for pair in small.items() for text in pair)]
     return recipe_memory(load_recipe(GRPORecipe, arguments), mesh=mesh, memory=memory)
 
 
@@ -88,6 +91,15 @@ def test_settings_move_what_they_should():
     assert estimate("--activation_checkpoint.mode", "none").peak > plain.peak
     gathered = estimate("--parallel.data_parallel", "sdp").phases["update"]["gathered weights"]
     assert gathered > 5 * plain.phases["update"]["gathered weights"]
+
+
+def test_one_gpu_holds_the_published_run():
+    """With a tenth to spare; what it gathers stays until the step, and is reduced when the activations are gone."""
+    arguments = ["--config", "published/vapi_xxl_384_one_gpu"]
+    alone = recipe_memory(load_recipe(GRPORecipe, arguments), mesh=(1,), memory=80 * GIB)
+    assert alone.peak < 72 * GIB
+    assert alone.phases["reward"]["gathered weights"] == alone.phases["update"]["gathered weights"] > 2.5 * GIB
+    assert alone.phases["reduction"]["reduction"] == 3 * alone.phases["update"]["whole gradients"]
 
 
 def test_sizes_that_follow_the_free_memory_stay_inside_of_it():
