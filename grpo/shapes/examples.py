@@ -43,10 +43,11 @@ UNSEEN_CATEGORIES = ("counting", "colors", "position", "color_attr", "scenes")
 """Those whose captions can ask for a combination that is held out."""
 
 TRAIN_WEIGHTS = {
-    "single_object": 1, "two_object": 1, "counting": 2, "colors": 2, "position": 2, "color_attr": 3, "sizes": 1,
-    "places": 1, "scenes": 7,
+    "single_object": 1, "two_object": 1, "counting": 2, "colors": 3, "position": 2, "color_attr": 3, "sizes": 1,
+    "places": 2, "scenes": 6,
 }  # fmt: skip
-"""How often a category comes in `train` and `reader`."""
+"""How often a category comes in `train` and `reader`: half of the scenes have one thing, from which words are learned
+soonest."""
 
 KEPT_APART = ("color_attr", "scenes")
 GAP, MARGIN, CLEARNESS = 0.06, 0.015, 0.04
@@ -166,7 +167,7 @@ def _scene(draw: Draw, wanted: str, *, anything: bool) -> tuple[tuple[Thing, ...
     number = 2
     if wanted == "counting":
         number = 2 + _one_of(draw, len(NUMBERS))
-    elif wanted in ("single_object", "colors", "sizes", "places") or (wanted == "scenes" and draw() < 0.35):
+    elif wanted in ("single_object", "colors", "sizes", "places") or (wanted == "scenes" and draw() < 0.5):
         number = 1
     while True:
         drawn = [Thing(*(_one_of(draw, len(known)) for known in (SHAPES, COLORS, SIZES))) for _ in range(number)]
@@ -182,8 +183,8 @@ def _said(draw: Draw, wanted: str, things: tuple[Thing, ...], relation: int, pla
         color, size = draw() < 0.5, draw() < 0.25
         said = (Thing(things[0].shape, things[0].color if color else NO, things[0].size if size else NO),) * len(things)
         return Request(said)
-    has_color, has_size = (0.9, 0.4) if wanted == "scenes" else (wanted in ("colors", "color_attr"), wanted == "sizes")
-    relates, locates = (0.75, 0.6) if wanted == "scenes" else (wanted == "position", wanted == "places")
+    has_color, has_size = (0.9, 0.5) if wanted == "scenes" else (wanted in ("colors", "color_attr"), wanted == "sizes")
+    relates, locates = (0.9, 0.8) if wanted == "scenes" else (wanted == "position", wanted == "places")
     said = tuple(
         Thing(thing.shape, thing.color if draw() < has_color else NO, thing.size if draw() < has_size else NO)
         for thing in things
