@@ -19,6 +19,7 @@ from grpo.parallel.distributed import (
     broadcast_object,
     distributed,
     gather_numbers,
+    launched_world,
     next_row,
     sum_over_ranks,
 )
