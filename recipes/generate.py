@@ -22,7 +22,7 @@ from grpo.evaluation import (
     DrawnImages,
     NpzWriter,
     batches_in_order,
-    classes_in_turn,
+    drawn_classes,
     make_writable,
     save_image,
     save_pngs,
@@ -73,7 +73,8 @@ def drawn_images(recipe: GenerateRecipe | EvaluateRecipe, count: int, *, device:
     sampling = recipe.sampling
     classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
     sampler = load_sampler(recipe.model, recipe.tokenizer, sampling, device=device)
-    return DrawnImages(classes_in_turn(classes, count), sampler)
+    condition = drawn_classes(classes, count, order=sampling.class_order, seed=sampling.seed)
+    return DrawnImages(condition, sampler)
 
 
 def saving_pngs(draw: Draw, folder: str) -> Draw:

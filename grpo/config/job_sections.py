@@ -153,11 +153,15 @@ class Sampling(Section):
     """How images are drawn from a trained generator."""
 
     class_ids: ClassIds = "all"
-    """Classes to draw, taken in turn until the number of images is reached: "all" or a list of class ids."""
+    """Classes to draw: "all" or a list of class ids."""
     image_size: ImageSize = 256
     """Side of the images that the generator was trained on, pixels."""
+    class_order: Literal["in_turn", "random"] = "in_turn"
+    """in_turn: the classes one after the other, again and again; random: each image's class is drawn, by the seed."""
     resize_to: ImageSize | None = None
-    """Side to which drawn images are resized (bicubic, antialiased), pixels; none keeps them."""
+    """Side to which drawn images are resized, pixels; none keeps them."""
+    resize_filter: Literal["bicubic_antialiased", "bicubic"] = "bicubic_antialiased"
+    """How they are resized; LlamaGen's evaluation does it without antialiasing."""
     temperature: Temperature = 1.0
     """Divides the logits."""
     top_k: NonNegativeInt = 0
@@ -218,6 +222,9 @@ class Evaluation(Section):
     """Images in each random subset of KID."""
     kid_subsets: Size = 100
     """Number of those subsets."""
+    protocol: Literal["none", "llamagen"] = "none"
+    """llamagen sets every key that LlamaGen's published numbers fix and the recipe leaves alone: 50,000 images of
+    random classes, guidance by the model's size, no top-k, 256 pixels; and measures as ADM's evaluator does."""
     json_path: Annotated[str | None, Written()] = None
     """File for the results with their settings; none prints them only."""
 

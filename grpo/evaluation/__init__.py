@@ -3,5 +3,12 @@
 from grpo.evaluation.distances import FeatureStatistics, frechet_distance
 from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge, judge_files, load_judges
 from grpo.evaluation.measure import Measured, classifier_gap, compare, measure_images
-from grpo.evaluation.sources import DatasetImages, DrawnImages, ImageSource, classes_in_turn, open_images
+from grpo.evaluation.sources import (
+    DatasetImages,
+    DrawnImages,
+    ImageSource,
+    classes_in_turn,
+    drawn_classes,
+    open_images,
+)
 from grpo.evaluation.writing import NpzWriter, batches_in_order, make_writable, save_image, save_pngs
