@@ -26,6 +26,7 @@ JOBS = {
     "encode": "encode",
     "generate": "generate",
     "evaluate": "evaluate",
+    "compare": "compare",
     "convert": "convert",
     "quickstart": "quickstart",
     "memory": "memory",

@@ -3,6 +3,7 @@
 from grpo.evaluation.distances import FeatureStatistics, frechet_distance
 from grpo.evaluation.judges import ClassifierJudge, InceptionJudge, Judge, judge_files, load_judges
 from grpo.evaluation.measure import Measured, classifier_gap, compare, measure_images
+from grpo.evaluation.results import Result, read_result, require_comparable, shown, unequal_settings
 from grpo.evaluation.sources import (
     DatasetImages,
     DrawnImages,
