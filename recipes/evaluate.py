@@ -33,6 +33,7 @@ from grpo.evaluation import (
     measure_images,
     open_images,
 )
+from grpo.formats import ADAPTER_WEIGHTS
 from grpo.jobs.generate import drawn_images
 from grpo.observe import progress, write_atomically
 from grpo.parallel import World, distributed
@@ -121,9 +122,12 @@ def describe_images(recipe: EvaluateRecipe) -> dict[str, object]:
     sampling, described_apart = recipe.sampling, {"class_ids", "resize_to", "resize_filter"}
     if recipe.evaluation.images is not None:
         return {"source": fingerprint(recipe.evaluation.images), "resize": "none"}
+    adapter = {}
+    if recipe.model.adapter is not None:
+        adapter = {"adapter": fingerprint(f"{recipe.model.adapter}/{ADAPTER_WEIGHTS}")}
     return {
         "source": {
-            "model": {"spec": recipe.model.name, **fingerprint(recipe.model.checkpoint)},
+            "model": {"spec": recipe.model.name, **fingerprint(recipe.model.checkpoint), **adapter},
             "tokenizer": {"spec": recipe.tokenizer.name, **fingerprint(recipe.tokenizer.checkpoint)},
         },
         "sampler": {"method": "autoregressive", **sampling.model_dump(exclude=described_apart)},

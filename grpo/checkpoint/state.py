@@ -46,9 +46,12 @@ def training_tensors(
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live weights of a parallelized model by name, sharded as they are."""
+    """The live weights of a parallelized model by name, sharded as they are; of one with an adapter, only that."""
     reshard(model)  # a forward without backward may have left parameters gathered
-    return state_dict.get_model_state_dict(model)
+    trained_only = getattr(model, "adapter", None) is not None
+    return state_dict.get_model_state_dict(
+        model, options=state_dict.StateDictOptions(ignore_frozen_params=trained_only)
+    )
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

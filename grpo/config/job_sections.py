@@ -288,6 +288,8 @@ class Convert(Section):
 
     input: Annotated[str | None, Wanted("weights in any layout")] = None
     """Weights to read: a LlamaGen file, .safetensors, or a checkpoint folder."""
+    adapter: Annotated[str | None, Wanted("a LoRA adapter in PEFT's layout, with adapter_config.json")] = None
+    """Folder of a LoRA adapter that belongs to the input and is merged into it."""
     output: Annotated[str | None, Written()] = None
     """File or folder to write; it must not exist."""
     format: Literal["auto", "llamagen", "safetensors", "distributed"] = "auto"

@@ -17,7 +17,7 @@ from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Pa
 from grpo.config.types import Section, Wanted, Written, is_url, same_file
 
 ORDER = (
-    "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
+    "convert", "model", "lora", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
     "encode", "evaluation", "rollout", "reward", "objective", "distill", "finetune", "optimizer", "training",
     "parallel", "compile", "activation_checkpoint", "checkpoint", "metrics", "judge", "debug",
 )  # fmt: skip
@@ -29,6 +29,7 @@ DATA_IN_FILES = ("imagenet", "huggingface", "folder", "webdataset", "parquet", "
 
 EXPORT_NAME = "model.safetensors"
 AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
+ADAPTER_NAMES = {EXPORT_NAME: "adapter", AVERAGE_NAME: "adapter_ema"}  # folders of the adapter beside merged weights
 RUN_FILES = (EXPORT_NAME, AVERAGE_NAME)
 """What a run leaves in its folder for the next job."""
 

@@ -17,7 +17,7 @@ from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
 from grpo.config.schedule import Schedule
-from grpo.config.sections import ActivationCheckpoint, Compile, Data, Model, Parallel, Tokenizer
+from grpo.config.sections import ActivationCheckpoint, Compile, Data, Lora, Model, Parallel, Tokenizer
 
 
 class GeneratorRecipe(TrainingRecipe):
@@ -25,16 +25,27 @@ class GeneratorRecipe(TrainingRecipe):
 
     model: Model = Model()
     tokenizer: Tokenizer = Tokenizer()
+    lora: Lora = Lora()
     compile: Compile = Compile()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     judge: Judge = Judge()
 
     def _beginnings(self) -> set[str]:
-        return {"model.checkpoint"}
+        if self.lora.rank:  # the weights are never changed, and not in the checkpoints
+            return {"model.adapter"}
+        return set() if self._start_stays_in_use() else {"model.checkpoint", "model.adapter"}
+
+    def _start_stays_in_use(self) -> bool:
+        """Whether the weights that the run starts from are a reference or teacher too."""
+        return False
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from model_problems(self.model)
+        if self.lora.rank and self.model.trained != "all":
+            yield f'model.trained must be "all" with lora.rank = {self.lora.rank}: only the adapter is trained'
+        if self.lora.rank and self.model.new_classes:
+            yield "model.new_classes must be 0 with lora.rank: an adapter has no embeddings"
         yield from self.judge.problems(self.data, self.checkpoint)
         yield from image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
         if self.tokenizer.checkpoint is None and self.data.name != "synthetic" and self.needs_tokenizer:
@@ -51,6 +62,7 @@ class GeneratorRecipe(TrainingRecipe):
         return [
             *super()._idle_keys(),
             (self.model.checkpoint is None, "model.new_classes", reason),
+            (not self.lora.rank, "lora.alpha lora.targets", "lora.rank is 0"),
             (not self.judge.interval, judge, "judge.interval is 0"),
             (self.job != "train", "judge.patience judge.stop", "only `train` has a reward to compare with"),
         ]
@@ -103,8 +115,8 @@ class GRPORecipe(GeneratorRecipe):
             named.add(objective.reference_checkpoint)
         return {name or self.model.checkpoint for name in named}
 
-    def _beginnings(self) -> set[str]:
-        return set() if self.model.checkpoint in self.frozen_generators() else super()._beginnings()
+    def _start_stays_in_use(self) -> bool:
+        return self.model.checkpoint in self.frozen_generators()
 
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
@@ -292,7 +304,9 @@ class EncodeRecipe(Recipe):
 
 
 def model_problems(model: Model) -> Iterator[str]:
-    """Text-conditional models, with many condition tokens, are another family."""
+    """Text-conditional models, with many condition tokens, are another family; an adapter has a base."""
+    if model.adapter is not None and model.checkpoint is None:
+        yield "model.adapter needs model.checkpoint: the weights that it belongs to"
     if model.cls_token_num != 1:
         yield "model.cls_token_num must be 1: models here are class-conditional"
     if model.new_classes > model.num_classes:

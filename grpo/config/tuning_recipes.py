@@ -13,8 +13,8 @@ class DistillRecipe(GeneratorRecipe):
 
     distill: Distill = Distill()
 
-    def _beginnings(self) -> set[str]:
-        return super()._beginnings() if self.distill.teacher_checkpoint else set()  # else it stays the teacher
+    def _start_stays_in_use(self) -> bool:
+        return self.distill.teacher_checkpoint is None  # it stays the teacher
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -36,9 +36,8 @@ class FinetuneRecipe(PretrainRecipe):
 
     finetune: Finetune = Finetune()
 
-    def _beginnings(self) -> set[str]:
-        is_reference = self.finetune.loss == "cca" and self.finetune.reference_checkpoint is None
-        return set() if is_reference else super()._beginnings()
+    def _start_stays_in_use(self) -> bool:
+        return self.finetune.loss == "cca" and self.finetune.reference_checkpoint is None
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

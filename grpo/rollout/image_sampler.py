@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from grpo.config import Model, Sampling
 from grpo.config import Tokenizer as TokenizerConfig
-from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, get_family, to_uint8
+from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, load_generator, to_uint8
 from grpo.parallel import MetricSums, compute_dtype, require_backend, set_matmul_precision
 from grpo.rollout.autoregressive import CodeSampler
 from grpo.rollout.modes import build_draw
@@ -62,6 +62,6 @@ def load_sampler(model: Model, tokenizer: TokenizerConfig, sampling: Sampling, *
     sizes = generator_sizes(model, tokenizer, image_size=sampling.image_size)
     dtype = compute_dtype(sampling.mixed_precision)
     set_matmul_precision(sampling.mixed_precision)
-    generator = get_family(model.name).load(model.checkpoint, sizes, bare=model.from_fsdp).to(device, dtype)
+    generator = load_generator(model, sizes).to(device, dtype)
     decoder = build_tokenizer(tokenizer, device=device).to(dtype)
     return ImageSampler(generator.requires_grad_(False), decoder, sampling, device=device)

@@ -1,7 +1,7 @@
 """The life of a training run, its optimizer, the policy update and the loop of supervised jobs."""
 
 from grpo.training.adversary import ADVERSARY_NAME, Adversary
-from grpo.training.build import autocast, build_classifier, build_generator, build_trainable_tokenizer
+from grpo.training.build import autocast, build_classifier, build_frozen, build_generator, build_trainable_tokenizer
 from grpo.training.codebook import Codebook
 from grpo.training.judge import RunJudge, build_judge
 from grpo.training.moving_average import MovingAverage
