@@ -168,6 +168,9 @@ class Data(Section):
 class Optimizer(Section):
     """AdamW; norms and biases are not decayed."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: its two moments in fp32; adamw_8bit: torchao's, with moments of 8 bits in blocks of 256, a quarter of the
+    memory (pip install 'autoregressive-grpo[low-bit]')."""
     lr: LearningRate = 1e-5
     """Learning rate (peak)."""
     weight_decay: NonNegativeFloat = 0.01
