@@ -92,7 +92,7 @@ def load_tensors(tensors: dict[str, Tensor], reader: ShardReader) -> None:
 def _parts(name: str, state: Tensor) -> dict[str, Tensor]:
     """A tensor by its name; of one in blocks of 8 bits (torchao's `OptimState8bit`) its codes and scales.
 
-    Scales are cut over ranks like the rows whose blocks they belong to, see `grpo.training.low_bit`.
+    Scales are cut over ranks like the rows whose blocks they belong to, see `grpo.parallel.low_bit`.
     """
     local = state.to_local() if isinstance(state, DTensor) else state
     if not hasattr(local, "codes"):

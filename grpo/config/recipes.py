@@ -33,11 +33,12 @@ class GeneratorRecipe(TrainingRecipe):
     def _beginnings(self) -> set[str]:
         if self.lora.rank:  # the weights are never changed, and not in the checkpoints
             return {"model.adapter"}
-        return set() if self._start_stays_in_use() else {"model.checkpoint", "model.adapter"}
+        stays = self.model.checkpoint in self.frozen_generators()  # a reference or a teacher too
+        return set() if stays else {"model.checkpoint", "model.adapter"}
 
-    def _start_stays_in_use(self) -> bool:
-        """Whether the weights that the run starts from are a reference or teacher too."""
-        return False
+    def frozen_generators(self) -> set[str | None]:
+        """Weights of the generators beside the trained one and its moving average: references and teachers."""
+        return set()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -108,15 +109,12 @@ class GRPORecipe(GeneratorRecipe):
         return Schedule.of(**sections, ranks=ranks, whole_batch_rewards=bool(waits))
 
     def frozen_generators(self) -> set[str | None]:
-        """Weights of the generators beside the policy and its moving average: of the KL term, and of rewards."""
+        """Those of the KL term, and of rewards."""
         objective, tables = self.objective, self.reward.active.values()
         named = {table.checkpoint for table in tables if "generator" in reward_class(table.kind).needs}
         if objective.kl_estimator != "none" and objective.reference == "start":
             named.add(objective.reference_checkpoint)
         return {name or self.model.checkpoint for name in named}
-
-    def _start_stays_in_use(self) -> bool:
-        return self.model.checkpoint in self.frozen_generators()
 
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations

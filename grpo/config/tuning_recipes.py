@@ -13,8 +13,8 @@ class DistillRecipe(GeneratorRecipe):
 
     distill: Distill = Distill()
 
-    def _start_stays_in_use(self) -> bool:
-        return self.distill.teacher_checkpoint is None  # it stays the teacher
+    def frozen_generators(self) -> set[str | None]:
+        return {self.distill.teacher_checkpoint or self.model.checkpoint}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -36,8 +36,10 @@ class FinetuneRecipe(PretrainRecipe):
 
     finetune: Finetune = Finetune()
 
-    def _start_stays_in_use(self) -> bool:
-        return self.finetune.loss == "cca" and self.finetune.reference_checkpoint is None
+    def frozen_generators(self) -> set[str | None]:
+        if self.finetune.loss != "cca":
+            return set()
+        return {self.finetune.reference_checkpoint or self.model.checkpoint}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from grpo.config import Optimizer, TrainingRecipe
-from grpo.parallel import World, clip_grad_norm, grad_scaler
-from grpo.training.low_bit import adamw_8bit
+from grpo.parallel import World, adamw_8bit, clip_grad_norm, grad_scaler
 from grpo.training.moving_average import MovingAverage
 
 

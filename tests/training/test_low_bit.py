@@ -15,8 +15,8 @@ from grpo.checkpoint.state import optimizer_tensors
 from grpo.config import Optimizer, UserError
 from grpo.formats import read_tensors
 from grpo.jobs.train_grpo import main
+from grpo.parallel import has_low_bit_state
 from grpo.training import GuardedOptimizer
-from grpo.training.low_bit import has_low_bit_state
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")

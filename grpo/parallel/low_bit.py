@@ -33,15 +33,30 @@ def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opt
     return AdamW8bit(groups, block_size=BLOCK, **settings)
 
 
-def has_low_bit_state(parameter: Tensor) -> bool:
-    """Whether it is large enough, every rank has whole blocks of it, and their scales are cut like its rows."""
+def has_low_bit_state(parameter: Tensor, *, ranks: int | None = None) -> bool:
+    """Whether it is large enough, every rank has whole blocks of it, and their scales are cut like its rows.
+
+    `ranks` share it; None asks the parameter, which is then sharded already.
+    """
     rows, per_row = len(parameter), parameter.numel() // len(parameter)
-    ranks = 1
-    if isinstance(parameter, DTensor):
-        sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
-        ranks = next((size for placement, size in sizes if isinstance(placement, Shard)), 1)
+    if ranks is None:
+        ranks = _ranks_that_share(parameter)
     most = -(-rows // ranks)
     fewest = rows - (ranks - 1) * most  # of the last rank; the others have most
     if parameter.numel() < SMALLEST or fewest <= 0:
         return False
     return per_row % BLOCK == 0 or (rows % ranks == 0 and most * per_row % BLOCK == 0)
+
+
+def moment_bytes(parameter: Tensor, shard: int, *, ranks: int, low_bit: bool) -> int:
+    """Bytes of both moments of AdamW for a shard of so many numbers of a parameter that `ranks` share."""
+    if low_bit and has_low_bit_state(parameter, ranks=ranks):
+        return 2 * (shard + 4 * shard // BLOCK)  # codes, and a scale in fp32 for each block
+    return 2 * 4 * shard
+
+
+def _ranks_that_share(parameter: Tensor) -> int:
+    if not isinstance(parameter, DTensor):
+        return 1
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    return next((size for placement, size in sizes if isinstance(placement, Shard)), 1)
