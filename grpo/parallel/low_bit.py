@@ -16,7 +16,7 @@ def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opt
     """torchao's AdamW8bit for parameter groups; raises a UserError where it is not installed.
 
     A parameter's moments are in 8 bits on all ranks or on none, by its whole size, so that a checkpoint has the same
-    tensors everywhere (the library decides on each rank by the shard, pytorch/ao issue 4912). torch's own Adafactor,
+    tensors everywhere (the library decides on each rank by the shard: pytorch/ao#4912). torch's own Adafactor,
     which factors the second moment instead, refuses sharded parameters (torch 2.15).
     """
     base = import_extra("torchao.optim", extra="low-bit", wanted_by="optimizer.name = adamw_8bit").AdamW8bit

@@ -101,3 +101,46 @@ def test_mistakes_are_told_in_one_line(results, tmp_path, monkeypatch, arguments
         compare.main(arguments)
     assert message in str(caught.value)
     assert len(caught.value.problems) == 1
+
+
+@pytest.fixture
+def folders(tmp_path, results):
+    """Two folders of runs with a result file each."""
+
+    def make(**changes):
+        made = []
+        for number, file in enumerate(results(**changes)):
+            folder = tmp_path / f"run-{number}"
+            folder.mkdir()
+            lines = [json.dumps({"step": step, "reward_mean": step + number}) for step in (1, 2, 3)]
+            (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+            (folder / "recipe.toml").write_text(f"[training]\nsteps = {3 + number}\n")
+            (folder / "result.json").write_text((tmp_path / file).read_text())
+            (folder / "other.json").write_text("[]")
+            made.append(str(folder))
+        return made
+
+    return make
+
+
+def test_runs_on_the_terminal_and_on_a_page(folders, tmp_path, capsys):
+    better = {"inception": {"fid": 3.25, "inception_score": 80.0}}
+    compare.main([*folders(metrics=better), "--html", str(tmp_path / "page.html")])
+    told = capsys.readouterr().out
+    for words in ("training.steps", "Reward", "result.json", "3.25 (-0.25)"):
+        assert words in told, words
+    text = (tmp_path / "page.html").read_text()
+    assert "inception fid" in text
+    assert "run-0" in text
+
+
+def test_results_in_runs_that_were_not_measured_alike(folders, capsys):
+    compare.main(folders(settings__nearest_k=5))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Not measured alike: settings.nearest_k: 3, 5" in told
+    assert "3.25" not in told
+
+
+def test_runs_and_results_do_not_mix(folders, results):
+    with pytest.raises(UserError, match=r"a.json is not the folder of a run"):
+        compare.main([folders()[0], results()[0]])
