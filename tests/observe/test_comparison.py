@@ -94,7 +94,8 @@ def test_nothing_overflows_on_a_phone(runs, tmp_path):
         "onload = () => { const page = document.querySelector('iframe').contentDocument.documentElement;"
         "document.querySelector('p').textContent = `widths ${page.scrollWidth} ${page.clientWidth}`; };</script>"
     )
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--allow-file-access-from-files"]
     command += ["--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout
     widths = re.search(r"widths (\d+) (\d+)", dom)
