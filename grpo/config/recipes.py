@@ -90,6 +90,8 @@ DROPOUT_REMARK = (
 )
 """What a run says about its dropout."""
 
+ADAPTER_REMARK = "model.adapter is trained further: the frozen reference is model.checkpoint without it"
+
 
 class GRPORecipe(GeneratorRecipe):
     """Reinforcement learning of the generator: rollout, reward, advantage, update."""
@@ -194,7 +196,9 @@ class GRPORecipe(GeneratorRecipe):
 
     def remarks(self) -> list[str]:
         drops = self.training.dropout_mode != "eval" and (self.model.dropout or self.model.class_dropout)
-        return [DROPOUT_REMARK] if drops else []
+        goes_on = self.lora.rank and self.model.adapter is not None
+        to_base = goes_on and self.model.checkpoint in self.frozen_generators()
+        return [remark for remark, holds in ((DROPOUT_REMARK, drops), (ADAPTER_REMARK, to_base)) if holds]
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         rollout, objective = self.rollout, self.objective

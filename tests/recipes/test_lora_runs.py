@@ -103,6 +103,7 @@ def test_another_base_is_noticed(run_here, base, flags, tmp_path):
         ("finetune", ("--finetune.loss", "cca")),
         ("finetune", ("--finetune.loss", "gft")),
         ("train", ("--rollout.mode", "autoregressive", "--rollout.cfg_scale", 1.5, "--reward.log_ratio.weight", 1)),
+        ("train", ("--training.mixed_precision", "bf16", "--activation_checkpoint.mode", "selective")),
         ("train", ("--training.ema_decay", 0.5, "--objective.reference", "ema", "--objective.kl", "k3")),
     ],
 )
@@ -157,6 +158,7 @@ def test_an_adapter_is_trained_further(run_here, base, flags, tmp_path):
     further = ("--model.adapter", tmp_path / "first/adapter")
     lines = run_here("train", *GRPO, *flags(*further, "--metrics.run_dir", tmp_path / "second"))
     assert lines[0]["kl"] > 0  # to the base
+    assert "the frozen reference is model.checkpoint without it" in (tmp_path / "second/log.txt").read_text()
     with pytest.raises(UserError, match=r"it takes lora.rank = 2, lora.alpha = 4, lora.targets = w2,wqkv"):
         run_here("train", *GRPO, *flags(*further, "--metrics.run_dir", tmp_path / "third", lora=("--lora.rank", 3)))
 
