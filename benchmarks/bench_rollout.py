@@ -15,7 +15,7 @@ of the cache that is filled, at the copy bandwidth measured in the same run.
 import argparse
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from comparison import DEVICE, header, now, random_model, write
 
 import reference_algorithm
 from grpo.estimate import measured_peaks
-from grpo.kernels import Draw, dispatch
+from grpo.kernels import Draw
 from grpo.models import GPT, ClassCondition, family_of
 from grpo.models.costs import extension_bytes
 from grpo.rollout import CodeSampler
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measured calls of ours after the first")
     parser.add_argument("--sweep", action="store_true", help="also how both grow with each size; plots beside --json")
     parser.add_argument("--batches", type=int, nargs="+", help="images at once, in place of the preset's")
+    parser.add_argument("--without", nargs="+", default=(), help="sides to leave out")
     options = parser.parse_args()
     sizes = PRESETS[options.preset]
     model = build(sizes)
@@ -76,7 +77,8 @@ def main() -> None:
             result.update({name: row.get(name) for name in ("sides", "speedup", "memory_ratio")})
             write(result | {"batches": [*before, row]}, options.json)
 
-        result["batches"].append(measure(model, images, bandwidth=bandwidth, repeats=options.repeats, note=note))
+        how = {"bandwidth": bandwidth, "repeats": options.repeats, "without": options.without}
+        result["batches"].append(measure(model, images, **how, note=note))
     if options.sweep:
         del model
         result["sweeps"] = sweep(sizes, bandwidth)
@@ -105,7 +107,13 @@ def build(sizes: Sizes) -> GPT:
 
 
 def measure(
-    model: GPT, images: int, *, bandwidth: float, repeats: int, note: Callable[[dict], None] = lambda _: None
+    model: GPT,
+    images: int,
+    *,
+    bandwidth: float,
+    repeats: int,
+    without: Sequence[str] = (),
+    note: Callable[[dict], None] = lambda _: None,
 ) -> dict:
     """All sides for one number of images: ours first, for the reference takes long. `note` is told after each."""
     class_ids = torch.arange(images, device=DEVICE) % 1000
@@ -117,20 +125,21 @@ def measure(
     runs = {
         "ours": lambda: samplers["ours"](condition, row_ids=row_ids),
         "step": lambda: step_on_gpu(model, images),
-        "overlapping_step": lambda: step_on_gpu(model, images, overlap=True),
         "library_step": lambda: step_on_gpu(model, images, few_rows=0),
         "plain": lambda: samplers["plain"](condition, row_ids=row_ids),
         "reference": lambda: reference_algorithm.generate(model, class_ids, **SAMPLING),
     }
+    for name in without:
+        del runs[name]
     if not class_ids.is_cuda:
-        for name in ("step", "overlapping_step", "library_step", "plain"):
-            del runs[name]
+        for name in ("step", "library_step", "plain"):
+            runs.pop(name, None)
         for run in runs.values():  # the memory of libraries that are used for the first time is not a side's
             run()
     floor = extension_bytes(model.config, 2 * images, dtype=model.output.weight.dtype) / bandwidth  # both halves
     result = {"images": images, "sides": {}, "failed": {}, "floor_seconds": floor}
     if images > MOST_REFERENCE_IMAGES:
-        for name in ("overlapping_step", "library_step", "plain", "reference"):
+        for name in ("library_step", "plain", "reference"):
             runs.pop(name, None)
         repeats = min(repeats, 1)
     for name, run in runs.items():
@@ -157,7 +166,7 @@ def measure(
         text += f"{result['share_of_bandwidth']:.0%} of bandwidth, {ours['peak_bytes'] / 2**30:.1f} GiB"
     if "plain" in result["sides"]:
         text += f", plain {result['sides']['plain']['seconds']:.2f} s"
-    for name in ("step", "overlapping_step", "library_step"):
+    for name in ("step", "library_step"):
         if name in result:
             text += f", {name} {result[name]['seconds'] * 1e3:.2f} ms, {result[name]['kernels']} kernels"
     if reference:
@@ -171,25 +180,18 @@ def measure(
     return result
 
 
-def step_on_gpu(
-    model: GPT, images: int, *, replays: int = 20, few_rows: int | None = None, overlap: bool = False
-) -> dict:
+def step_on_gpu(model: GPT, images: int, *, replays: int = 20, few_rows: int | None = None) -> dict:
     """Seconds of a replayed step where half of the cache is filled, and what its kernels take, the longest first.
 
-    `few_rows` is up to how many rows our own products are taken, by default as in a rollout; `overlap` whether kernels
-    may start while the one before ends.
+    `few_rows` is up to how many rows our own products are taken, by default as in a rollout.
     """
     forward = family_of(model).cached_forward(model, impl="auto", copies=True)
     forward.few_rows = forward.few_rows if few_rows is None else few_rows
     engine = CachedSampler(forward, images, draw=Draw(), cfg_scale=CFG_SCALE, cfg_interval=-1)
     engine.start(ClassCondition(engine.row_ids), engine.row_ids)
     engine.row.fill_(engine.length // 2)
-    dispatch.OVERLAP = overlap
-    try:
-        for _ in range(3):
-            engine.extend()
-    finally:
-        dispatch.OVERLAP = False
+    for _ in range(3):
+        engine.extend()
     start = now()
     for _ in range(replays):
         engine.extend()

@@ -60,10 +60,8 @@ PRESETS = {
         100,
     ),
     "vapi-xxl-384": Preset(
-        "published/vapi_xxl_384",
-        "--rollout.batch_size 128 --training.batch_size 1024 --training.micro_batch_size 8 "
-        "--data.num_workers 4 --data.cache_codes false --activation_checkpoint.mode none --compile.enabled true "
-        "--reward.batch_size 64",
+        "published/vapi_xxl_384_one_gpu",
+        "--data.num_workers 4 --data.cache_codes false --reward.batch_size 64",
         100,
     ),
 }

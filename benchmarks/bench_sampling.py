@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from grpo.kernels import sample_tokens
-from harness import DEVICE, Case, Target, compiled, main
+from grpo.kernels import Draw, project_logits, sample_tokens
+from harness import DEVICE, Case, Target, compiled, main, peers
 from llamagen_filter import filtered
 
 N, V = (512, 16384) if DEVICE.type == "cuda" else (128, 16384)
@@ -33,8 +33,44 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     """One and eight draws; no truncation, top-k, top-p, both."""
     logits = 2 * torch.randn(N, V, device=DEVICE)  # entropy about 7.7 nats
     ways = {"eager": eager, **compiled(eager, options)}
+    yield projected_case()
     for num_samples, top_k, top_p in ((8, 0, 1.0), (1, 0, 1.0), (8, 1000, 0.9), (8, 1000, 1.0), (8, 0, 0.9)):
         yield case(logits, ways, num_samples, top_k, top_p)
+
+
+def flash_sampling():
+    from flash_sampling import draw
+
+    return draw
+
+
+def projected_case() -> Case:
+    """One draw of each row from hidden states, as a sampling step of 64 images of GPT-XXL makes it."""
+    D, rows = (1536, 64) if DEVICE.type == "cuda" else (64, 16)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    hidden = torch.randn(rows, D, device=DEVICE).to(dtype)
+    weight = (2 * torch.randn(V, D, device=DEVICE) / D**0.5).to(dtype)
+    numbers = torch.arange(rows, device=DEVICE)
+
+    def ours():
+        return Draw().sample_projection(hidden, weight, row_ids=numbers, num_samples=1)
+
+    def multinomial(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return eager(project_logits(hidden, weight), 1, 0, 1.0)
+
+    def errors():
+        tokens, log_probs, _ = ours()
+        truth = (hidden.double() @ weight.double().t()).log_softmax(-1)
+        return {"log_probs": (log_probs - truth.gather(1, tokens)).abs().max().item()}
+
+    sides = {"eager": multinomial, **peers(flash_sampling=flash_sampling)}
+    return Case(
+        name=f"G=1 from a projection, N={rows}",
+        sizes={"N": rows, "V": V, "D": D},
+        sides={"ours": ours, **{side: (lambda way=way: way(hidden, weight)) for side, way in sides.items()}},
+        error=errors,
+        bytes=weight.numel() * weight.element_size(),
+    )
 
 
 def case(logits: Tensor, ways: dict, num_samples: int, top_k: int, top_p: float) -> Case:

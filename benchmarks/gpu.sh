@@ -5,17 +5,19 @@
 #
 # smoke       the kernels against their references, in parallel processes; the debug recipe in both modes on NCCL
 # kernels     the four kernel benchmarks at the sizes of their targets
-# tune        block sizes timed on this GPU
+# tune        block sizes timed on this GPU, into the table of this checkout, which the parts after it use
+# variants    settings of the update, decoders and encoders beside one another
 # run         the published run: some steps of it, phase by phase
 # rollout     autoregressive sampling of GPT-XXL beside LlamaGen's sampler and the memory's bandwidth
 # profile     tables of the profiler: update, decoder, sampling; counters of single kernels where ncu may read them
 # quickstart  the whole quickstart
 #
-# Each part is planned for two minutes or less, quickstart for five. After every step of a part OUT_FOLDER/results.tgz
+# Each part is planned for two or three minutes or less, quickstart for five. After every step of a part OUT_FOLDER/results.tgz
 # holds all that is there so far: logs, JSON files, plots, and summary.txt with one line a step. Wheels in .whl
 # (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
 # TESTS="FILE..." makes smoke run these tests alone, KERNELS="NAME..." kernels these benchmarks. BENCH (of each of them),
-# ROLLOUT, RUN and TUNE are further arguments, such as ROLLOUT="--batches 8".
+# ROLLOUT, RUN, TUNE and VARIANTS are further arguments, such as ROLLOUT="--batches 8"; SMOKE_SECONDS, RUN_SECONDS and so
+# on are the most that a part, of kernels each benchmark, may take.
 # SMALL=1 is a rehearsal on a CPU of everything but the speed: small sizes, the kernels in Triton's interpreter, six times
 # the time. SITE=FOLDER is put on the path there in place of the wheels.
 set -u -o pipefail
@@ -83,7 +85,7 @@ smoke() {
     ) > "$work/debug-recipes.txt" 2>&1 &
   fi
   # shellcheck disable=SC2086
-  step kernel-tests 85 "$python" -m pytest -q -W ignore -n "$processes" --timeout $((patience * 80)) \
+  step kernel-tests "${SMOKE_SECONDS:-85}" "$python" -m pytest -q -W ignore -n "$processes" --timeout $((patience * 80)) \
     --junitxml "$work/kernel-tests.xml" -o "python_functions=test_* check_*" \
     ${TESTS:-tests/kernels/test_kernels_on_gpu.py tests/rollout/test_sampling_on_gpu.py \
     tests/kernels/triton_checks/check_*.py}
@@ -99,21 +101,33 @@ kernels() {
   local name
   for name in ${KERNELS:-token_log_probs linear_log_probs sampling loss}; do
     # shellcheck disable=SC2086
-    bench "$name" 75 --seconds 1 --deadline $((patience * 55)) ${BENCH:-}
+    local limit=${KERNELS_SECONDS:-75}
+    bench "$name" "$limit" --seconds 1 --deadline $((patience * limit * 3 / 4)) ${BENCH:-}
   done
 }
 
 tune() {
   # shellcheck disable=SC2086
-  step tune 120 "$python" -m grpo.kernels.tune --out "$work/$stamp-block_sizes.json" ${TUNE:-}
+  step tune "${TUNE_SECONDS:-120}" "$python" -m grpo.kernels.tune ${TUNE:-}
+  cp grpo/kernels/block_sizes.json "$work/$stamp-block_sizes.json"
+  pack
+}
+
+variants() {
+  local limit=${VARIANTS_SECONDS:-240}
+  # shellcheck disable=SC2086
+  bench variants "$limit" --preset "$run_preset" --deadline $((patience * limit * 4 / 5)) ${VARIANTS:-}
 }
 
 run() {
   # shellcheck disable=SC2086
-  bench run 180 --preset "$run_preset" --steps 2 $run_flags ${RUN:-}
+  bench run "${RUN_SECONDS:-180}" --preset "$run_preset" --steps 2 $run_flags ${RUN:-}
 }
 
-rollout() { bench rollout 120 --preset "$rollout_preset" --repeats 2 ${ROLLOUT:-}; }
+rollout() {
+  # shellcheck disable=SC2086
+  bench rollout "${ROLLOUT_SECONDS:-120}" --preset "$rollout_preset" --repeats 2 ${ROLLOUT:-}
+}
 
 profile() {
   # shellcheck disable=SC2086
@@ -143,7 +157,7 @@ fi
 for part in "$@"; do
   echo "==== $part"
   case $part in
-    smoke | kernels | tune | run | rollout | profile | quickstart) "$part" ;;
+    smoke | kernels | tune | variants | run | rollout | profile | quickstart) "$part" ;;
     *) echo "$part: unknown part" ;;
   esac
 done

@@ -75,7 +75,7 @@ than once, after changes to the code, has a line for each time, the latest last.
 
 def page(folder: Path = RESULTS) -> str:
     """The text."""
-    parts = [INTRODUCTION, *checks(folder)]
+    parts = [INTRODUCTION, *checks(folder), *variants(folder)]
     for name, (title, targets) in BENCHMARKS.items():
         rows = [line for target in targets for line in target_lines(target, measurements(folder, name))]
         columns = "| target | wanted | expected | measured | | date | hardware | versions |"
@@ -135,6 +135,28 @@ def checks(folder: Path) -> list[str]:
             ["## Checks", "", "| what | result | date | hardware | versions |", "|---|---|---|---|---|", *lines, ""]
         )
     ]
+
+
+def variants(folder: Path) -> Iterator[str]:
+    """Settings of a step beside one another: seconds, and of the update its share of the peak and the memory."""
+    for content in measurements(folder, "variants"):
+        images, (day, hardware, versions) = content["images"], origin(content)
+        parts = content["variants"]
+        lines = [
+            f"## Settings of the published run's step (`bench_variants.py`): {day}, {hardware}, {versions}",
+            "",
+            f"| {images} images: blocks, recomputation, images at once | rollout s | update s | its MFU | peak GB |",
+            "|---|---|---|---|---|",
+        ]
+        for name, run in {**parts.get("updates", {}), **parts.get("more updates", {})}.items():
+            numbers = [run["rollout"], run["update"], run["mfu/update"], run["peak_gb"]]
+            lines.append(f"| {name} | {' | '.join(f'{number:.3g}' for number in numbers)} |")
+        lines += ["", "| 1,024 completions: decoder, completions at once | decode s | LPIPS s |", "|---|---|---|"]
+        for name, run in {**parts.get("decoders", {}), **parts.get("small decoders", {})}.items():
+            lines.append(f"| {name} | {run['decode']:.3g} | {run['reward/lpips']:.3g} |")
+        lines += ["", "| 128 images: encoder | encode s |", "|---|---|"]
+        lines += [f"| {name} | {run['seconds']:.3g} |" for name, run in parts.get("encoders", {}).items()]
+        yield "\n".join([*lines, ""])
 
 
 def collect(folder: Path) -> dict[str, Any]:

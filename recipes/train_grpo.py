@@ -17,9 +17,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from grpo.config import GRPORecipe, Schedule, load_recipe
-from grpo.data import ImageBatch, ImageStream, build_codes, build_dataset, build_stream, sample_images
+from grpo.data import ImageBatch, ImageStream, build_codes, build_stream, sample_images
 from grpo.estimate import Work, grpo_work
-from grpo.models import build_tokenizer, learned_classes
+from grpo.models import build_tokenizer
 from grpo.objectives import credit
 from grpo.observe import SampleRow
 from grpo.parallel import MetricSums, World, distributed
@@ -29,6 +29,7 @@ from grpo.training import (
     PolicyUpdate,
     RunJudge,
     TrainingRun,
+    build_data,
     build_frozen,
     build_generator,
     build_judge,
@@ -92,9 +93,10 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     """Data, models, rollout, rewards and update of a recipe."""
     training, objective, world, seed = recipe.training, recipe.objective, run.world, recipe.training.seed
     schedule = recipe.schedule(ranks=world.size)
-    learned = learned_classes(recipe.model)
-    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
+    dataset = build_data(recipe)
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
+    if recipe.compile.enabled:
+        tokenizer.encoder.compile()
     length = (recipe.data.image_size // recipe.tokenizer.downsample_size) ** 2
     codes = build_codes(dataset, tokenizer, length=length, augmented=False, images=recipe.reads_images)
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
@@ -115,6 +117,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         compile=recipe.compile,
         generator=lambda checkpoint: frozen(checkpoint or recipe.model.checkpoint),
         real_images=partial(sample_images, dataset, world=world),
+        has_prompts=dataset.requests is not None,
     )
     if objective.kl_estimator != "none" and follows:
         reference = build_generator(recipe, checkpoint=recipe.model.checkpoint, **places).eval().requires_grad_(False)

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.models import Condition
+from grpo.models import Condition, normalize
 
 
 class ImageBatch(NamedTuple):
     """Images of one step on this rank.
 
-    images      [B, 3, H, W] fp32 in [-1, 1]; empty, with H = W = 0, where the data set has conditions only
+    images      [B, 3, H, W] uint8 as a stream hands them out, fp32 in [-1, 1] after `to`: a quarter of the bytes go to
+                the device; empty, with H = W = 0, where the data set has conditions only
     condition   B rows, what a generator would be asked for to draw them
     sample_ids  [B] int64, running numbers over the whole run and all ranks: row ids of counter-based randomness
     indices     [B] int64, places in the data set, or None: keys of `CodeCache`
@@ -35,7 +36,9 @@ class ImageBatch(NamedTuple):
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same batch on another device, except for `indices`: the host reads them, and must not wait for a GPU."""
         codes = None if self.codes is None else self.codes.to(device)
-        return ImageBatch(*(field.to(device) for field in self[:3]), self.indices, self.captions, codes)
+        images, condition, sample_ids = (field.to(device) for field in self[:3])
+        images = normalize(images) if images.dtype == torch.uint8 else images
+        return ImageBatch(images, condition, sample_ids, self.indices, self.captions, codes)
 
     def select(self, rows: slice) -> "ImageBatch":
         """Some of the images."""

@@ -20,7 +20,7 @@ from grpo.config import (
 )
 from grpo.kernels import CHUNK_ELEMENTS, KEPT_ELEMENTS
 from grpo.models import VQModel, generator_sizes, get_family, mark_trained, tokenizer_sizes
-from grpo.parallel import compute_dtype, mixed_precision_policy, moment_bytes, reshards_after_forward
+from grpo.parallel import compute_dtype, mixed_precision_policy, moment_bytes, reshards_after_forward, shards_blocks
 from grpo.rewards.networks import MEMORY_SHARE as DECODING_SHARE
 from grpo.rewards.networks import bytes_per_image, reward_dtype
 from grpo.rollout.autoregressive import KEEP_MEMORY
@@ -42,6 +42,7 @@ class ShardedBytes(NamedTuple):
     gathered: int = 0  # whole parameters as computed with, in a training step: the root's, and two blocks' or all
     gathered_whole: int = 0  # the same in a rollout that samples token by token: all parameters
     reduction: int = 0  # a block's whole gradient, and the buffer in which it is reduced
+    backward: int = 0  # where all is one block, which is reduced when the activations are gone: its whole gradient
 
 
 def sharded_bytes(
@@ -76,19 +77,23 @@ def sharded_bytes(
         "trained": FP32 * sum(map(shard, trained)),
     }
     policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
-    if math.prod(mesh) == 1 and policy.param_dtype is None:
+    ranks = math.prod(mesh)
+    if ranks == 1 and policy.param_dtype is None:
         return ShardedBytes(**lasting)
     element, reduced = (policy.param_dtype or torch.float32).itemsize, policy.reduce_dtype.itemsize
-    whole, blocks = count_parameters(model), [count_parameters(block) for block in model.layers]
-    root, largest = whole - sum(blocks), max(blocks)
-    held = min(BLOCKS_IN_FLIGHT, len(blocks)) * largest if reshards_after_forward(parallel) else sum(blocks)
-    learned, of_blocks = count_trained(model), [count_trained(block) for block in model.layers]
+    apart = shards_blocks(parallel, ranks=ranks)
+    whole, blocks = count_parameters(model), [count_parameters(block) for block in model.layers if apart]
+    root, largest = whole - sum(blocks), max(blocks, default=0)
+    freed = reshards_after_forward(parallel, ranks=ranks)
+    held = min(BLOCKS_IN_FLIGHT, len(blocks)) * largest if freed else sum(blocks)
+    learned, of_blocks = count_trained(model), [count_trained(block) for block in model.layers if apart]
     return ShardedBytes(
         **lasting,
         unreduced=reduced * learned if accumulates and parallel.defer_gradient_sync else 0,
         gathered=element * (root + held),
         gathered_whole=element * whole,
-        reduction=(element + reduced) * max(*of_blocks, learned - sum(of_blocks)),
+        reduction=(element + reduced) * max([*of_blocks, learned - sum(of_blocks)]),
+        backward=0 if apart else element * learned,
     )
 
 
@@ -135,7 +140,8 @@ def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int
     if isinstance(recipe, GRPORecipe):
         schedule = recipe.schedule(ranks=ranks)
     sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
-    rows = sequences * sizes.block_size
+    rows, texts = sequences * sizes.block_size, sequences // (schedule.rows_of_a_condition if schedule else 1)
+    all_rows = family.costs.block_rows(sizes, sequences, texts=texts)
     logits = rows * sizes.vocab_size
     policy = sharded_bytes(
         model,
@@ -154,37 +160,43 @@ def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int
     if training.ema_decay is not None:  # a reference that moves is a whole model
         moves = schedule and recipe.objective.kl_estimator != "none" and recipe.objective.reference == "ema"
         lasting["average"] = policy.parameters if moves else policy.trained
+    stays_gathered = not reshards_after_forward(recipe.parallel, ranks=ranks)  # until an optimizer step frees it
     own = {recipe.model.checkpoint} if recipe.lora.rank else set()  # the model itself without its adapter
     if frozen := recipe.frozen_generators() - own:
-        lasting["reference"] = len(frozen) * policy.parameters
+        lasting["reference"] = len(frozen) * (policy.parameters + stays_gathered * policy.gathered)
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
+    mode, adapter = recipe.activation_checkpoint.mode, getattr(model, "adapter", None)
     update = {
         "gathered weights": policy.gathered,
-        "reduction": policy.reduction,
-        "activations": family.costs.activation_bytes(
-            sizes, rows, dtype=dtype, mode=recipe.activation_checkpoint.mode, adapter=getattr(model, "adapter", None)
-        ),
-        "logits": FP32 * min(logits, CHUNK_ELEMENTS["cuda"])
+        "whole gradients" if policy.backward else "reduction": policy.backward or policy.reduction,
+        "activations": family.costs.activation_bytes(sizes, all_rows, dtype=dtype, mode=mode, adapter=adapter),
+        "logits": FP32 * (logits if logits <= KEPT_ELEMENTS["cuda"] else CHUNK_ELEMENTS["cuda"])
         + family.costs.projection_bytes(sizes, rows, dtype=dtype, trained=model.output.weight.requires_grad)
         + dtype.itemsize * logits * (logits <= KEPT_ELEMENTS["cuda"]),  # their gradient lies beside them
     }
+    ends = {"update": update}
+    if policy.backward:
+        ends["reduction"] = {"gathered weights": policy.gathered, "reduction": policy.reduction}
     if isinstance(recipe, DistillRecipe):
         update["teacher"] = FP32 * min(logits, CHUNK_ELEMENTS["cuda"]) + dtype.itemsize * rows * sizes.dim
         room = {"free": memory - sum(lasting.values()), "kept": int(KEEP_MEMORY * memory)}
         sampled = {"rows": training.images // ranks, "max_rows": recipe.distill.max_rows, "guided": False}
         phases, kept = _sampling(model, policy, dtype=dtype, **sampled, **room)
-        return RecipeMemory(lasting, {"rollout": phases, "update": update | kept})
+        update |= kept
+        return RecipeMemory(lasting, {"rollout": phases, **ends})
     if not schedule:
-        return RecipeMemory(lasting, {"update": update})
+        return RecipeMemory(lasting, ends)
     lasting["tokenizer and rewards"] += _reward_networks(recipe.reward, tokenizer)
     # Where rollout and update share a forward, what it keeps waits through the phases between.
     waits = ("gathered weights", "activations", *(("logits",) if logits <= KEPT_ELEMENTS["cuda"] else ()))
     waiting = {name: update[name] for name in waits if schedule.trains_sampling_forward}
+    if stays_gathered and recipe.rollout.mode == "teacher_forced":
+        waiting["gathered weights"] = policy.gathered
     free = memory - sum(lasting.values()) - sum(waiting.values())
     room = {"free": free, "kept": int(recipe.rollout.keep_memory * memory)}
     phases = _phases_before_update(recipe, schedule, model, tokenizer, policy, waiting=waiting, **room)
     update |= {name: phases["reward"][name] for name in ("kept sampler",) if name in phases["reward"]}
-    return RecipeMemory(lasting, {**phases, "update": update})
+    return RecipeMemory(lasting, {**phases, **ends})
 
 
 def _micro_batches(recipe: GeneratorRecipe, schedule: Schedule | None, *, ranks: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
-OVERLAP = False  # see `overlap_options`: on an H200 a step of sampling took 3.18 ms with it, 2.47 ms without
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
@@ -44,18 +43,6 @@ def has_ex2() -> bool:
     return torch.cuda.is_available() and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
 
 
-def overlap_options(device: torch.device) -> dict[str, bool]:
-    """Launch options of kernels of a sampling step: `OVERLAP`, and what Triton needs for it.
-
-    With it a kernel begins to start while the one before it still runs, and waits, before it touches memory, until that
-    one has ended (programmatic dependent launch, compute capability 9 and later). Every kernel that is launched so must
-    wait: otherwise the one after it could run ahead of the one before it.
-    """
-    if not OVERLAP or device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
-
-
 def row_obstacle(**matrices: Tensor) -> str | None:
     """Why a kernel cannot read rows of these matrices, by their names; None if it can."""
     for name, matrix in matrices.items():
@@ -75,3 +62,18 @@ def check_temperature(temperature: float) -> None:
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """fp32, or fp64 where an input already is: the reference then serves as the truth of the tests."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def arrivals(device: torch.device, count: int) -> Tensor:
+    """Counters of arrived programs, 0 before a launch and after it. Launches on one device follow one another.
+
+    They stay for good, because a CUDA graph may hold them. None is made in a capture: the call before it, which
+    compiles the kernel, has made it.
+    """
+    key = device, max(1 << 16, 1 << (count - 1).bit_length())
+    if key not in _counters:
+        _counters[key] = torch.zeros(key[1], dtype=torch.int32, device=device)
+    return _counters[key]

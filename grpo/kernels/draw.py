@@ -93,7 +93,7 @@ def sample_and_score(
     """`sample_tokens` of softmax(hidden @ weight.T / temperature) and `linear_token_log_probs` of what it draws.
 
     The logits of a chunk are computed once for both. The backward pass takes those of the forward pass, and uses them
-    up, where they fit into 64 MB on a CPU or are one chunk on a GPU; else it computes them again.
+    up, where they fit into 64 MB on a CPU or `KEPT_ELEMENTS` on a GPU; else it computes them again.
 
     `hidden` is [N, D], `weight` [V, D]; `targets` [N] int64 are given tokens to be scored as well. For `row_ids` [N]
     int64 and the settings see `sample_tokens`.
@@ -148,8 +148,8 @@ class _SampleAndScore(torch.autograd.Function):
 def _keeps_logits(hidden: Tensor, weight: Tensor) -> bool:
     """The one place that decides whether logits outlive the forward pass.
 
-    A CPU keeps 64 MB at most: another product costs it more than reading them. A GPU keeps one chunk, which its
-    backward pass would hold anyway: more of [N, V] is what it has no memory for.
+    A CPU keeps 64 MB at most: another product costs it more than reading them. A GPU keeps up to 2.1 GB, a small part
+    of what the blocks of a model with as many rows keep: more of [N, V] is what it has no memory for.
     """
     return len(hidden) * len(weight) <= _KEPT_ELEMENTS.get(hidden.device.type, 0)
 

@@ -47,7 +47,7 @@ def linear_token_log_probs(
     `hidden` [N, D] and `weight` [V, D] of one or two float types (taken to the wider one). With `return_entropy` also
     the entropy [N] fp32 of each row, in nats. Both have gradients with respect to `hidden` and `weight`; that of an
     input that needs none is not computed. Logits exist in chunks of rows, in fp32, and are computed again in the
-    backward pass; on a GPU those of one chunk alone, up to `KEPT_ELEMENTS`, are kept until then. Every sum is
+    backward pass; on a GPU up to `KEPT_ELEMENTS` are kept until then. Every sum is
     accumulated in fp32 in a fixed order, the weight gradient included. Tokens must lie in 0 .. V-1; see
     `token_log_probs`. Raises ValueError for shapes or values out of range.
     """

@@ -11,19 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.block_sizes import block_sizes
-from grpo.kernels.dispatch import overlap_options
-from grpo.kernels.triton_norm_and_gate import wait_for_previous
+from grpo.kernels.dispatch import arrivals
 
 
 @triton.jit
 def cached_attention_kernel(
-    qkv_ptr, keys_ptr, values_ptr, row_ptr, rotary_ptr, start_ptr, partial_ptr, arrivals_ptr, out_ptr,
+    qkv_ptr, keys_ptr, values_ptr, row_ptr, rotary_ptr, start_ptr, weight_ptr, partial_ptr, arrivals_ptr, out_ptr,
     stride_qkv, keys_sequence, keys_head, keys_row, values_sequence, values_head, values_row, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_START: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_START: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        wait_for_previous()
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.load(row_ptr)
     start = row * 0
@@ -34,7 +31,7 @@ def cached_attention_kernel(
     if (split > last) | (split < first):
         return
 
-    # The filled part of the tile. Row `row` comes from the new keys and values: nobody waits for it to be written.
+    # The filled part of the tile, as it lies in memory until it is used: registers bound how many programs run at once.
     d = tl.arange(0, TILE_D)
     rows = split * TILE + tl.arange(0, TILE)
     inside = d < D
@@ -42,8 +39,8 @@ def cached_attention_kernel(
     kv_head = head // GROUP
     key_row_ptr = keys_ptr + sequence * keys_sequence + kv_head * keys_head
     value_row_ptr = values_ptr + sequence * values_sequence + kv_head * values_head
-    keys = tl.load(key_row_ptr + rows[:, None] * keys_row + d[None, :], mask=filled, other=0.0).to(tl.float32)
-    values = tl.load(value_row_ptr + rows[:, None] * values_row + d[None, :], mask=filled, other=0.0).to(tl.float32)
+    keys = tl.load(key_row_ptr + rows[:, None] * keys_row + d[None, :], mask=filled, other=0.0)
+    values = tl.load(value_row_ptr + rows[:, None] * values_row + d[None, :], mask=filled, other=0.0)
 
     # The new row: its query and key turned, and rounded as the cache is.
     dtype = keys_ptr.dtype.element_ty
@@ -65,15 +62,18 @@ def cached_attention_kernel(
         tl.store(key_row_ptr + row * keys_row + d, new_key, mask=inside)
         tl.store(value_row_ptr + row * values_row + d, new_value, mask=inside)
 
-    is_new = (rows == row)[:, None]
-    keys = tl.where(is_new, new_key.to(tl.float32)[None, :], keys)
-    values = tl.where(is_new, new_value.to(tl.float32)[None, :], values)
-    scores = tl.sum(keys * query[None, :], axis=1) * scale
-    scores = tl.where((rows <= row) & (rows >= start), scores, float("-inf"))
-    peak = tl.max(scores, axis=0)
-    weights = tl.exp(scores - peak)  # every tile from `first` to `last` has a row, so the peak is finite
-    total = tl.sum(weights, axis=0)
-    attended = tl.sum(values * weights[:, None], axis=0)
+    # Row `row` is the last split's, and comes from the new key and value: nobody waits for it to be written.
+    scores = tl.sum(keys.to(tl.float32) * query[None, :], axis=1) * scale
+    if HAS_WEIGHT:
+        scores += tl.where(rows == 0, tl.log(tl.load(weight_ptr + sequence)), 0.0)
+    scores = tl.where((rows < row) & (rows >= start), scores, float("-inf"))
+    new_score = tl.sum(new_key.to(tl.float32) * query, axis=0) * scale
+    new_score = tl.where(split == last, new_score, float("-inf"))
+    peak = tl.maximum(tl.max(scores, axis=0), new_score)
+    weights = tl.exp(scores - peak)  # every split from `first` to `last` has a row, so the peak is finite
+    new_weight = tl.exp(new_score - peak)
+    total = tl.sum(weights, axis=0) + new_weight
+    attended = tl.sum(values.to(tl.float32) * weights[:, None], axis=0) + new_weight * new_value.to(tl.float32)
 
     head_index = sequence * H + head
     head_out_ptr = out_ptr + head_index * D
@@ -101,11 +101,14 @@ def cached_attention_kernel(
         tl.store(arrivals_ptr + head_index, 0)  # for the next launch
 
 
-def launch(qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, start: Tensor | None) -> Tensor:
+def launch(
+    qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, start: Tensor | None,
+    first_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`cached_attention` on checked inputs."""
     B, n_kv_head, length, head_dim = keys.shape
     n_head = qkv.shape[1] // head_dim - 2 * n_kv_head
-    options = kernel_options(n_head, n_kv_head, head_dim, length, start is not None)
+    options = kernel_options(n_head, n_kv_head, head_dim, length, start is not None, first_weight is not None)
     out = qkv.new_empty(B, n_head * head_dim)
     if not B:
         return out
@@ -113,34 +116,19 @@ def launch(qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tenso
     partial = qkv.new_empty(B * n_head * splits * (options["TILE_D"] + 2), dtype=torch.float32)
     cached_attention_kernel[(splits, n_head, B)](
         qkv, keys, values, row, rotary, row if start is None else start,
-        partial, _arrivals(qkv.device, B * n_head), out,
+        rotary if first_weight is None else first_weight, partial, arrivals(qkv.device, B * n_head), out,
         qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], head_dim**-0.5,
-        **options, **overlap_options(qkv.device),
+        **options,
     )  # fmt: skip
     return out
 
 
-def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_start: bool) -> dict:
+def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_start: bool, has_weight: bool) -> dict:
     """Compile-time options of the kernel, as the launcher and the compile tests use them."""
     tile_d = max(16, triton.next_power_of_2(head_dim))
     blocks = block_sizes("cached_attention", head_dim)
     tile = blocks["TILE"]
     splits = triton.cdiv(length, tile)
     tiles = {"TILE_D": tile_d, "TILE": tile, "SPLITS": splits, "TILE_SPLITS": triton.next_power_of_2(splits)}
-    sizes = {"H": n_head, "GROUP": n_head // n_kv_head, "D": head_dim, "HAS_START": has_start}
+    sizes = {"H": n_head, "GROUP": n_head // n_kv_head, "D": head_dim, "HAS_START": has_start, "HAS_WEIGHT": has_weight}
     return {**sizes, **tiles, "num_warps": blocks["num_warps"], "enable_fp_fusion": True}
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    """Counters of arrived programs, 0 before a launch and after it. Launches on one device follow one another.
-
-    They stay for good, because a CUDA graph may hold them. None is made in a capture: the call before it, which
-    compiles the kernel, has made it.
-    """
-    key = device, max(1 << 16, triton.next_power_of_2(count))
-    if key not in _counters:
-        _counters[key] = torch.zeros(key[1], dtype=torch.int32, device=device)
-    return _counters[key]

@@ -11,36 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.block_sizes import block_sizes
-from grpo.kernels.dispatch import overlap_options
-from grpo.kernels.triton_norm_and_gate import wait_for_previous
-
-
-@triton.jit
-def prefetch(matrix_ptr, stride, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr):
-    """Asks for rows of a matrix from memory into the second-level cache, a line of 128 bytes at a time."""
-    LINE: tl.constexpr = 1024 // matrix_ptr.dtype.element_ty.primitive_bitwidth
-    rows = tl.minimum(rows, ROWS - 1)
-    columns = tl.minimum(tl.arange(0, LINES) * LINE, COLUMNS - 1)
-    lines = (matrix_ptr + rows[:, None] * stride + columns[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
+from grpo.kernels.dispatch import arrivals
 
 
 @triton.jit
 def norm_linear_kernel(
     x_ptr, squares_ptr, norm_ptr, weight_ptr, up_ptr, out_ptr, N, S, stride_x, stride_weight, stride_up, eps,
     D: tl.constexpr, F: tl.constexpr, TILE_S: tl.constexpr, TILE_N: tl.constexpr, TILE_F: tl.constexpr,
-    TILE_D: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE_D: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     features = tl.program_id(0) * TILE_F + tl.arange(0, TILE_F)
-    if OVERLAP:
-        # No kernel writes weights: their way from memory need not wait for the kernel before.
-        prefetch(weight_ptr, stride_weight, features, F, D, LINES)
-        if GATED:
-            prefetch(up_ptr, stride_up, features, F, D, LINES)
-        wait_for_previous()
     dtype = x_ptr.dtype.element_ty
     parts = tl.arange(0, TILE_S)
     inside = (rows < N)[:, None]
@@ -78,24 +59,36 @@ def norm_linear_kernel(
 
 @triton.jit
 def linear_add_kernel(
-    x_ptr, weight_ptr, residual_ptr, total_ptr, squares_ptr, N, S, stride_x, stride_weight, stride_residual,
+    x_ptr, weight_ptr, residual_ptr, total_ptr, squares_ptr, partial_ptr, arrivals_ptr,
+    N, S, stride_x, stride_weight, stride_residual,
     K: tl.constexpr, D: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_K: tl.constexpr,
-    PRECISION: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A tile's sum may be cut into SPLITS of PART features: the program that arrives last adds them in their order."""
     rows = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     columns = tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)
-    if OVERLAP:
-        prefetch(weight_ptr, stride_weight, columns, D, K, LINES)
-        wait_for_previous()
     dtype = x_ptr.dtype.element_ty
     inside = (rows < N)[:, None]
     product = tl.zeros((TILE_N, TILE_D), tl.float32)
-    for start in range(0, K, TILE_K):
-        k = start + tl.arange(0, TILE_K)
+    first = tl.program_id(2) * PART
+    for start in range(0, PART, TILE_K):
+        k = first + start + tl.arange(0, TILE_K)
         mask = (columns < D)[:, None] & (k < K)[None, :]
         weight = tl.load(weight_ptr + columns[:, None] * stride_weight + k[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + rows[:, None] * stride_x + k[None, :], mask=inside & (k < K)[None, :], other=0.0)
         product = tl.dot(x, tl.trans(weight), product, input_precision=PRECISION)
+    if SPLITS > 1:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        place = tl.arange(0, TILE_N)[:, None] * TILE_D + tl.arange(0, TILE_D)[None, :]
+        parts_ptr = partial_ptr + tile * (SPLITS * TILE_N * TILE_D) + place
+        tl.store(parts_ptr + tl.program_id(2) * (TILE_N * TILE_D), product)
+        tl.debug_barrier()  # the atomic is one thread's: its release covers what the others stored before the barrier
+        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
+            return
+        product = tl.zeros((TILE_N, TILE_D), tl.float32)
+        for split in tl.static_range(SPLITS):  # past the first-level cache, which other programs' stores do not reach
+            product += tl.load(parts_ptr + split * (TILE_N * TILE_D), cache_modifier=".cg")
+        tl.store(arrivals_ptr + tile, 0)  # for the next launch
     stored = inside & (columns < D)[None, :]
     residual = tl.load(residual_ptr + rows[:, None] * stride_residual + columns[None, :], mask=stored, other=0.0)
     total = (residual.to(tl.float32) + product.to(dtype).to(tl.float32)).to(dtype)
@@ -116,7 +109,7 @@ def launch_norm_linear(
         grid = (triton.cdiv(F, options["TILE_F"]), triton.cdiv(N, options["TILE_N"]))
         norm_linear_kernel[grid](
             x, squares, norm_weight, weight, up, out, N, squares.shape[1],
-            x.stride(0), weight.stride(0), up.stride(0), eps, **options, **overlap_options(x.device),
+            x.stride(0), weight.stride(0), up.stride(0), eps, **options,
         )  # fmt: skip
     return out
 
@@ -127,10 +120,14 @@ def launch_linear_add(x: Tensor, weight: Tensor, residual: Tensor, squares_of: i
     total, squares = x.new_empty(N, D), x.new_empty(N, triton.cdiv(D, squares_of), dtype=torch.float32)
     if N:
         options = linear_add_options(N, K, D, squares_of, x.element_size())
-        grid = (triton.cdiv(D, options["TILE_D"]), triton.cdiv(N, options["TILE_N"]))
-        linear_add_kernel[grid](
-            x, weight, residual, total, squares, N, squares.shape[1],
-            x.stride(0), weight.stride(0), residual.stride(0), **options, **overlap_options(x.device),
+        tiles, splits = (triton.cdiv(D, options["TILE_D"]), triton.cdiv(N, options["TILE_N"])), options["SPLITS"]
+        count = tiles[0] * tiles[1]
+        partial = squares  # not used
+        if splits > 1:
+            partial = squares.new_empty(count * splits * options["TILE_N"] * options["TILE_D"])
+        linear_add_kernel[(*tiles, splits)](
+            x, weight, residual, total, squares, partial, arrivals(x.device, count), N, squares.shape[1],
+            x.stride(0), weight.stride(0), residual.stride(0), **options,
         )  # fmt: skip
     return total, squares
 
@@ -140,14 +137,17 @@ def norm_linear_options(N: int, D: int, F: int, S: int, gated: bool, element_siz
     blocks = block_sizes("norm_linear", D)
     sizes = {"D": D, "F": F, "TILE_S": triton.next_power_of_2(S), "GATED": gated}
     tiles = {"TILE_F": blocks["TILE_F"], "TILE_D": _tile(blocks["TILE_D"], D, N)}
-    return {**sizes, **tiles, **_launch(blocks, N, D, element_size)}
+    return {**sizes, **tiles, **_launch(blocks, N, element_size)}
 
 
 def linear_add_options(N: int, K: int, D: int, squares_of: int, element_size: int) -> dict:
     """Compile-time options, as the launcher and the compile tests use them."""
     blocks = block_sizes("linear_add", K)
     tiles = {"TILE_D": squares_of, "TILE_K": _tile(blocks["TILE_K"], K, N)}
-    return {"K": K, "D": D, **tiles, **_launch(blocks, N, K, element_size)}
+    splits = min(blocks["SPLITS"], triton.cdiv(K, tiles["TILE_K"]))
+    part = triton.cdiv(triton.cdiv(K, tiles["TILE_K"]), splits) * tiles["TILE_K"]
+    tiles |= {"SPLITS": splits, "PART": part}
+    return {"K": K, "D": D, **tiles, **_launch(blocks, N, element_size)}
 
 
 def _tile(tile: int, size: int, N: int) -> int:
@@ -155,10 +155,9 @@ def _tile(tile: int, size: int, N: int) -> int:
     return max(16, min(tile if N <= 16 else tile // 2, triton.next_power_of_2(size)))
 
 
-def _launch(blocks: Mapping[str, int], N: int, columns: int, element_size: int) -> dict:
+def _launch(blocks: Mapping[str, int], N: int, element_size: int) -> dict:
     half = element_size == 2
     return {
-        "LINES": triton.next_power_of_2(triton.cdiv(columns * element_size, 128)),
         "TILE_N": 16 if N <= 16 else 32,
         "PRECISION": "tf32" if half else "ieee",  # has no effect on half-precision operands
         "num_warps": blocks["num_warps"],

@@ -43,9 +43,10 @@ def absorb_tile(logits, scale, peak, total, moment, AXIS: tl.constexpr, WITH_ENT
 def forward_kernel(
     logits_ptr, tokens_ptr, log_probs_ptr, lse_ptr, entropy_ptr,
     stride_row, inverse_temperature,
-    V: tl.constexpr, M: tl.constexpr, TILE_M: tl.constexpr, TILE: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-    EX2: tl.constexpr,
+    V: tl.constexpr, M: tl.constexpr, TILE_M: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, EX2: tl.constexpr,
 ):  # fmt: skip
+    """With AHEAD above 1 so many tiles are on their way to shared memory while one is computed."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     columns = tl.arange(0, TILE)
@@ -54,7 +55,7 @@ def forward_kernel(
     total = tl.full((), 0.0, tl.float32)
     moment = tl.full((), 0.0, tl.float32)
     scale = inverse_temperature * LOG2_E
-    for start in range(0, V, TILE):
+    for start in tl.range(0, V, TILE, num_stages=AHEAD):
         logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
         peak, total, moment = absorb_tile(logits, scale, peak, total, moment, 0, WITH_ENTROPY, EX2)
     log_total = tl.log(total)
@@ -152,5 +153,7 @@ def kernel_options(op: str, V: int, M: int, with_entropy: bool) -> dict:
     """Compile-time options of a kernel, "log_probs_forward" or "log_probs_backward", as launcher and tests use them."""
     sizes = block_sizes(op, V)
     tiles = {"TILE": min(triton.next_power_of_2(V), sizes["TILE"]), "TILE_M": max(1, triton.next_power_of_2(M))}
+    if op == "log_probs_forward":
+        tiles["AHEAD"] = sizes["AHEAD"]
     launch = {"num_warps": sizes["num_warps"], "enable_fp_fusion": True}
     return {"V": V, "M": M, "WITH_ENTROPY": with_entropy, "EX2": has_ex2(), **tiles, **launch}

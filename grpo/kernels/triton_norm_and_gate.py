@@ -4,23 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.dispatch import overlap_options
-
-
-@triton.jit
-def wait_for_previous():
-    """For kernels launched with `overlap_options`: lets the next kernel begin to start, waits for the one before."""
-    tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
-
 
 @triton.jit
 def norm_kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, stride_x, stride_residual, eps,
-    D: tl.constexpr, TILE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     mask = columns < D
@@ -38,11 +27,7 @@ def norm_kernel(
 
 
 @triton.jit
-def gate_kernel(
-    gate_ptr, up_ptr, out_ptr, stride_gate, stride_up, F: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr
-):
-    if OVERLAP:
-        wait_for_previous()
+def gate_kernel(gate_ptr, up_ptr, out_ptr, stride_gate, stride_up, F: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = columns < F
@@ -62,7 +47,7 @@ def launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) 
         other = x if residual is None else residual
         norm_kernel[(N,)](
             x, other, weight, normed, total, x.stride(0), other.stride(0), eps,
-            **norm_options(D, residual is not None), **overlap_options(x.device),
+            **norm_options(D, residual is not None),
         )  # fmt: skip
     return normed, total
 
@@ -74,7 +59,7 @@ def launch_gate(gate: Tensor, up: Tensor) -> Tensor:
     if N:
         options = gate_options(F)
         grid = (triton.cdiv(F, options["TILE"]), N)
-        gate_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), **options, **overlap_options(gate.device))
+        gate_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), **options)
     return out
 
 

@@ -32,6 +32,8 @@ V, M = 16384, 8  # of LlamaGen's tokenizers; completions of an image
 WORTH = 0.98  # a candidate must take less than this share of the present time: the rest is noise
 TOLERANCE = 1e-3  # relative, in the norm: a sum in another order, not another result
 
+SPLITS = ((128, 8), (128, 4), (128, 16), (64, 8), (64, 4), (64, 2), (32, 4), (32, 2), (32, 1), (256, 8), (256, 16))
+
 Settings = dict[str, int]
 Run = Callable[[], Sequence[Tensor]]
 Clock = Callable[[Run], float]
@@ -118,7 +120,11 @@ def works(device: torch.device) -> Iterator[Work]:
 
     for op, options in (("sample", {}), ("sample_truncated", {"top_k": 1000, "top_p": 0.9})):
         yield Work(op, V, V // 2, V, warps, lambda options=options: sampling(logits(512, torch.float32), options))
-    yield Work("log_probs_forward", V, V // 2, None, tiles, lambda: scoring(logits(rows), tokens()))
+    ahead = [{"TILE": 16384, "num_warps": 16, "AHEAD": 1}]
+    ahead += grid(TILE=(1024, 2048), num_warps=(2, 4), AHEAD=(2, 3, 4)) + grid(
+        TILE=(4096,), num_warps=(8, 16), AHEAD=(1, 2, 3)
+    )
+    yield Work("log_probs_forward", V, V // 2, None, ahead, lambda: scoring(logits(rows), tokens()))
     yield Work("log_probs_backward", V, V // 2, None, tiles, lambda: slopes(logits(rows), tokens()))
     products = [
         {"library": 1},
@@ -138,17 +144,17 @@ def works(device: torch.device) -> Iterator[Work]:
 
 def sampling_step_works(device: torch.device) -> Iterator[Work]:
     """The ops of a block of GPT-XXL that samples 8 images with guidance: 16 rows of 1536."""
-    tiles = [{"TILE": tile, "num_warps": warps} for tile, warps in ((128, 8), (64, 2), (64, 4), (32, 2))]
+    tiles = [{"TILE": tile, "num_warps": warps} for tile, warps in SPLITS]
     yield Work("cached_attention", 64, 32, 64, tiles, lambda: attending(device))
     names = ("TILE_F", "TILE_D", "num_warps", "num_stages")
     blocks = [(16, 128, 1, 4), (16, 128, 2, 6), (16, 128, 4, 4), (16, 256, 2, 3), (16, 256, 4, 3), (16, 256, 1, 4)]
     blocks += [(32, 128, 2, 4), (32, 128, 4, 4), (32, 64, 2, 6), (64, 64, 4, 4)]
     candidates = [dict(zip(names, block, strict=True)) for block in blocks]
     yield Work("norm_linear", 1536, 0, None, candidates, lambda: gating(device))
-    sums = [(256, 1, 4), (256, 4, 4), (256, 2, 6), (512, 4, 3), (512, 2, 3), (512, 1, 4), (128, 1, 8), (128, 2, 8)]
-    candidates = [dict(zip(("TILE_K", "num_warps", "num_stages"), block, strict=True)) for block in sums]
+    sums = grid(TILE_K=(256,), num_warps=(1, 2), num_stages=(3, 4), SPLITS=(1, 2, 3, 4))
+    sums += grid(TILE_K=(512,), num_warps=(1, 2, 4), num_stages=(3,), SPLITS=(1, 2))
     for K, above, up_to in ((1536, 0, 2048), (4096, 2048, None)):
-        yield Work("linear_add", K, above, up_to, candidates, lambda K=K: adding(device, K))
+        yield Work("linear_add", K, above, up_to, sums, lambda K=K: adding(device, K))
 
 
 def attending(device: torch.device) -> Run:

@@ -130,6 +130,25 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
+def fold_upsampling(decoder: nn.Module) -> None:
+    """Make each enlargement and its convolution one transposed convolution, in place; for decoders that are not saved.
+
+    Pixels that are doubled and then convolved 3 x 3 are, at each of the four places of a pixel, a 2 x 2 convolution of
+    the small map with sums of the taps: 4/9 of the operations, and no enlarged map in memory.
+    """
+    for level in decoder.conv_blocks:
+        if isinstance(level.upsample, nn.Identity):
+            continue
+        conv = level.upsample.conv
+        weight = conv.weight.data.double().transpose(0, 1)  # [inputs, outputs, 3, 3]
+        for dim in (2, 3):
+            before, middle, after = weight.unbind(dim)
+            weight = torch.stack([after, middle + after, before + middle, before], dim=dim)
+        folded = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device="meta")
+        folded.weight, folded.bias = nn.Parameter(weight.to(conv.weight), False), conv.bias
+        level.upsample = folded
+
+
 def _middle(width: int, config: VQConfig) -> nn.Sequential:
     return nn.Sequential(ResnetBlock(width, width, config), AttnBlock(width, config), ResnetBlock(width, width, config))
 

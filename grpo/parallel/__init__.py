@@ -2,7 +2,15 @@
 
 from torch.distributed import barrier
 
-from grpo.parallel.apply import clip_grad_norm, gathered, gradient_sync, parallelize, reshard, reshards_after_forward
+from grpo.parallel.apply import (
+    clip_grad_norm,
+    gathered,
+    gradient_sync,
+    parallelize,
+    reshard,
+    reshards_after_forward,
+    shards_blocks,
+)
 from grpo.parallel.device_memory import GIB, free_memory, read_peak_memory
 from grpo.parallel.distributed import (
     World,

@@ -26,8 +26,10 @@ def parallelize(
 ) -> nn.Module:
     """Apply activation checkpointing, per-block compilation and sharding, in this order, in place.
 
-    One rank is treated like many, so that mixed precision has one mechanism; only in full precision there is nothing
-    left to do, and the parameters stay plain. Weights are loaded afterwards, then the optimizer is built.
+    One rank is treated like many, so that mixed precision has one mechanism; but it gathers the whole model as one,
+    once an optimizer step, because hooks of each block would cost the host more time than the GPU has work. In full
+    precision there is nothing left to do, and the parameters stay plain. Weights are loaded afterwards, then the
+    optimizer is built.
 
     Gradients are averaged over ranks: a loss that is to be normalised by a global count must be divided by
     `count / world.size` on each rank. The root's own parameters stay gathered from a forward to its backward, so
@@ -43,20 +45,29 @@ def parallelize(
     policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
     if mesh.size() == 1 and policy.param_dtype is None:
         return model  # nothing to shard or cast, and sharded tensors double the time of a small model's step
-    for block in model.layers if parallel.shard_blocks else ():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards_after_forward(parallel))
+    reshards = reshards_after_forward(parallel, ranks=mesh.size())
+    for block in model.layers if shards_blocks(parallel, ranks=mesh.size()) else ():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for name in getattr(model, "forward_methods", ()):
         register_fsdp_forward_method(model, name)
-    model.defers_gradient_sync = parallel.defer_gradient_sync
+    model.defers_gradient_sync, model.reshards = parallel.defer_gradient_sync, reshards
     return model
 
 
-def reshards_after_forward(parallel: Parallel) -> bool:
-    """Whether blocks free their gathered parameters between forward and backward."""
+def reshards_after_forward(parallel: Parallel, *, ranks: int) -> bool:
+    """Whether blocks free their gathered parameters after each forward and backward, or keep them until the step.
+
+    A single rank has nothing to gather: it casts, and what it casts it keeps.
+    """
     if parallel.reshard_after_forward == "auto":
-        return parallel.data_parallel != "sdp"
+        return parallel.data_parallel != "sdp" and ranks > 1
     return parallel.reshard_after_forward == "always"
+
+
+def shards_blocks(parallel: Parallel, *, ranks: int) -> bool:
+    """Whether each block is gathered and reduced by itself. A single rank has nothing to overlap that with."""
+    return parallel.shard_blocks and ranks > 1
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> None:
@@ -64,9 +75,11 @@ def gradient_sync(model: nn.Module, enabled: bool) -> None:
 
     Switch it off for all micro-batches of an optimizer step but the last. It stays on where the recipe does without
     `parallel.defer_gradient_sync`: gradients that are not reduced are those of the whole model, on every rank.
+    Parameters that are not freed after a forward stay gathered for the next micro-batch too.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled or not model.defers_gradient_sync)
+        model.set_reshard_after_backward(enabled or model.reshards)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import Compile, Rewards, UserError, reward_class
-from grpo.models import Condition, VQModel
+from grpo.models import Condition, VQModel, fold_upsampling
 from grpo.parallel import MetricSums
 from grpo.rewards.base import DecodedBatch, PopulationReward, RewardContext, Term
 from grpo.rewards.networks import decode_batch, reward_dtype
@@ -112,7 +112,7 @@ class RewardSum:
         """Completions [B*G, T], numbered [B*G], in batches, decoded, each with the number of its first completion."""
         config, weight = self.tokenizer.config, self.tokenizer.post_quant_conv.weight
         most = self.batch_size or decode_batch(config, flat.shape[1], dtype=weight.dtype, device=weight.device)
-        size = most - most % group if most > group else most  # whole groups, so that a real image is in one batch only
+        size = whole_groups(len(flat), group, most)
         for start in range(0, len(flat), size):
             part = flat[start : start + size]
             with timer("decode"):
@@ -137,6 +137,16 @@ class RewardSum:
         others = components.nanmean(dim=2, keepdim=True).masked_fill(absent.all(dim=2, keepdim=True), 0.0)
         weights = components.new_tensor([term.weight for term in self.terms.values()])
         return torch.einsum("kbg,k->bg", torch.where(absent, others, components), weights)
+
+
+def whole_groups(total: int, group: int, most: int) -> int:
+    """Completions of a batch, at most `most` of `total`: whole groups where one fits, so that a real image is in one
+    batch only, and batches of equal size where up to twice as many as needed are equal: each size is compiled anew."""
+    if most < group:
+        return most
+    groups, fewest = -(-total // group), -(-total // (most - most % group))
+    equal = (parts for parts in range(fewest, 2 * fewest) if groups % parts == 0)
+    return group * -(-groups // next(equal, fewest))
 
 
 @contextmanager
@@ -171,6 +181,8 @@ def build_rewards(
         tokenizer, device, reward_dtype(config.precision, device), class_names, has_prompts, generator, real_images
     )
     context = replace(context, tokenizer=context.prepare(tokenizer))
+    if context.tokenizer is not tokenizer and device.type == "cuda":
+        fold_upsampling(context.tokenizer.decoder)  # of a copy that only draws
     terms, problems = {}, []
     for name, table in config.active.items():
         try:

@@ -15,11 +15,13 @@ from grpo.config import (
     Compile,
     GeneratorRecipe,
     Lora,
+    ReaderRecipe,
     TokenizerRecipe,
     Training,
     TrainingRecipe,
     UserError,
 )
+from grpo.data import ImageDataset, build_dataset, build_text_dataset
 from grpo.models import (
     Classifier,
     ClassifierConfig,
@@ -27,6 +29,7 @@ from grpo.models import (
     WithoutAdapter,
     generator_sizes,
     get_family,
+    learned_classes,
     load_adapter,
     load_generator,
     load_vq,
@@ -34,8 +37,17 @@ from grpo.models import (
     tokenizer_sizes,
 )
 from grpo.parallel import World, compute_dtype, load_full_state_dict, parallelize
+from grpo.shapes import Reader, ReaderConfig
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def build_data(recipe: GeneratorRecipe, *, new_classes: int = 0) -> ImageDataset:
+    """The data set that a generator is trained on, which asks for images in the model's classes or in texts."""
+    if recipe.model.is_text:
+        return build_text_dataset(recipe.data, recipe.text, recipe.model)
+    learned = learned_classes(recipe.model)
+    return build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned, new_classes=new_classes)
 
 
 def build_generator(
@@ -53,7 +65,8 @@ def build_generator(
     classes, or a LoRA adapter, which one that is not `trained` lacks.
     """
     section, lora = recipe.model, recipe.lora if trained else Lora()
-    sizes = generator_sizes(section, recipe.tokenizer, image_size=recipe.data.image_size, class_names=class_names)
+    names = class_names or None  # a text-conditional model has none
+    sizes = generator_sizes(section, recipe.tokenizer, image_size=recipe.data.image_size, class_names=names)
 
     def make() -> nn.Module:
         return mark_trained(get_family(section.name).build(sizes), section, lora)
@@ -112,6 +125,15 @@ def build_classifier(
     except ValueError as error:
         raise UserError(f"classifier.width: {error}") from error
     return _spread(partial(Classifier, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
+
+
+def build_reader(recipe: ReaderRecipe, *, mesh: DeviceMesh, world: World) -> Reader:
+    """The recipe's reader of shapes."""
+    try:
+        sizes = ReaderConfig(width=recipe.reader.width)
+    except ValueError as error:
+        raise UserError(f"reader.width: {error}") from error
+    return _spread(partial(Reader, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
 
 
 def autocast(training: Training, device: torch.device) -> torch.autocast:

@@ -30,7 +30,7 @@ from grpo.rewards import Seen
 from grpo.training.fingerprints import take_fingerprints
 from grpo.training.judge import RunJudge, Verdict
 from grpo.training.optimizer import GuardedOptimizer
-from grpo.training.resume import canonical, find_checkpoint, read_run_state, require_classes
+from grpo.training.resume import NO_STATE, canonical, find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.step_trace import traced
 from grpo.training.stop_request import StopRequest
@@ -289,9 +289,7 @@ class TrainingRun:
         """Write a checkpoint, in the background if the recipe says so."""
         run_state = {
             "step": step,
-            "stream": self._stream.state_dict(),
-            "optimizer_step": self._optimizer.state_dict(),
-            "extra": {name: state.state_dict() for name, state in self._counted()},
+            **self._counts(),
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
             "fingerprints": self._fingerprints,
@@ -346,22 +344,34 @@ class TrainingRun:
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
+        own = {"step": 0, **self._counts()}
         state, changes = read_run_state(
-            self.recipe, self.checkpoints, path, named=named, fingerprints=self._fingerprints
+            self.recipe, self.checkpoints, path, named=named, fingerprints=self._fingerprints, own=own
         )
-        require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
+        place = self.checkpoints.place_of(path)
+        require_classes(place, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         self.checkpoints.load(path, **trained)
-        self._optimizer.load_state_dict(state["optimizer_step"])
-        self._stream.load_state_dict(state["stream"])
-        for name, counted in self._counted():
-            if name not in state.get("extra", {}):
-                raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
-            counted.load_state_dict(state["extra"][name])
+        if missing := [name for name, _ in self._counted() if name not in state["extra"]]:
+            raise UserError(f"{place} has no state of {missing[0]}: use the recipe that wrote it")
+        try:
+            self._optimizer.load_state_dict(state["optimizer_step"])
+            self._stream.load_state_dict(state["stream"])
+            for name, counted in self._counted():
+                counted.load_state_dict(state["extra"][name])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of a crafted state
+            raise UserError(f"{place}: {NO_STATE}") from error
         self._first_step = state["step"]
         self._resumed_from = canonical(self.recipe.checkpoint.resume) if named else state.get("resumed_from")
-        place = self.recipe.checkpoint.resume if named else self.checkpoints.place_of(path)
         return [f"resumed from {place}", *(f"changed since then: {line}" for line in changes)]
+
+    def _counts(self) -> dict[str, Any]:
+        """What a run goes on from beside tensors: counters, and the place in the data."""
+        return {
+            "stream": self._stream.state_dict(),
+            "optimizer_step": self._optimizer.state_dict(),
+            "extra": {name: state.state_dict() for name, state in self._counted()},
+        }
 
     def _counted(self) -> list[tuple[str, Any]]:
         """Those of the extra states that have counters besides their tensors."""

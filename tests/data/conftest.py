@@ -154,7 +154,7 @@ def numbered_images() -> Callable[[Iterable[ImageBatch]], dict[int, tuple[int, i
     def number(batches: Iterable[ImageBatch]) -> dict[int, tuple[int, int]]:
         found = {}
         for batch in batches:
-            red = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+            red = batch.images[:, 0, 0, 0].tolist()
             pairs = zip(red, batch.condition.class_ids.tolist(), strict=True)
             found |= dict(zip(batch.sample_ids.tolist(), pairs, strict=True))
         return found

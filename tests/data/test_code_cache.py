@@ -39,7 +39,7 @@ def test_cached_equals_encoded(dataset, codebook_size):
     cache = CodeCache(tokenizer, num_images=len(dataset), enabled=True)
     stream = build_stream(dataset, batch_size=4, seed=0, num_workers=0, world=WORLD)
     for _ in range(10):  # four epochs, with batches of known and new images
-        batch = next(stream)
+        batch = next(stream).to("cpu")
         codes = cache.codes(batch)
         assert codes.dtype == torch.int64
         assert torch.equal(codes, uncached.encode(batch.images))

@@ -69,9 +69,9 @@ def kernels():
         triton_norm_and_gate.norm_kernel,
         triton_norm_and_gate.gate_kernel,
     )
-    types = "*bf16 *bf16 *bf16 *i64 *fp32 *i64 *fp32 *i32 *bf16 " + "i64 " * 7 + "fp32"
+    types = "*bf16 *bf16 *bf16 *i64 *fp32 *i64 *fp32 *fp32 *i32 *bf16 " + "i64 " * 7 + "fp32"
     for heads in ((24, 24, 64), (32, 32, 100), (32, 8, 128)):
-        options = triton_cached_attention.kernel_options(*heads, 576, heads[2] == 128)
+        options = triton_cached_attention.kernel_options(*heads, 576, heads[2] == 128, heads[2] == 64)
         yield f"cached_attention_{heads[2]}", attention, types, options
     for D in (1536, 4096):
         yield (
@@ -84,7 +84,7 @@ def kernels():
         types = "*bf16 *fp32 *bf16 *bf16 *bf16 *bf16 i32 i32 i64 i64 i64 fp32"
         options = triton_few_rows.norm_linear_options(N, 1536, 4096, 96, True, 2)
         yield f"norm_linear_{N}", triton_few_rows.norm_linear_kernel, types, options
-        types = "*bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 i64 i64 i64"
+        types = "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *i32 i32 i32 i64 i64 i64"
         options = triton_few_rows.linear_add_options(N, 4096, 1536, 16, 2)
         yield f"linear_add_{N}", triton_few_rows.linear_add_kernel, types, options
     yield "gate", gate, "*bf16 *bf16 *bf16 i64 i64", triton_norm_and_gate.gate_options(4096)
@@ -94,9 +94,6 @@ def compile_kernel(kernel, types: str, options: dict, target: GPUTarget):
     """The compiled kernel. Pointers and 64-bit strides are taken as multiples of 16, as at production shapes."""
     if "EX2" in options:
         options = {**options, "EX2": target.backend == "cuda"}
-    if "OVERLAP" in kernel.arg_names:  # as `overlap_options` on such a device
-        overlaps = target.backend == "cuda" and target.arch >= 90
-        options = {**options, "OVERLAP": overlaps, **({"launch_pdl": True} if overlaps else {})}
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     types = types.split()
     signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from grpo.models import TOKENIZER_SPECS, VQConfig, VQModel
+from grpo.models import TOKENIZER_SPECS, VQConfig, VQModel, fold_upsampling
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -34,6 +34,16 @@ def test_training_losses_are_llamagens(named_vq, expected):
     assert_close(vq_loss, expected[f"{name}_vq_loss"])
     assert_close(commit_loss, expected[f"{name}_commit_loss"])
     assert torch.equal(codes, expected[f"{name}_indices"])
+
+
+@torch.no_grad()
+def test_folded_upsampling_decodes_the_same():
+    model = tiny_vq(ch_mult=(1, 1, 2)).double()
+    codes = torch.randint(0, 16, (2, 9), generator=torch.Generator().manual_seed(1))
+    plain = model.decode(codes)
+    fold_upsampling(model.decoder)
+    assert sum(isinstance(module, nn.ConvTranspose2d) for module in model.decoder.modules()) == 2
+    assert_close(model.decode(codes), plain, rtol=1e-10, atol=1e-12)
 
 
 def test_each_loss_reaches_its_own_side_of_the_codebook():

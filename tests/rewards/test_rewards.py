@@ -16,6 +16,7 @@ from grpo.rewards.class_log_prob import ClassLogProb
 from grpo.rewards.embedding_cosine import EmbeddingCosine
 from grpo.rewards.jpeg_size import JPEGSize
 from grpo.rewards.reconstruction import Reconstruction
+from grpo.rewards.reward_sum import whole_groups
 
 SHAPES = {"teacher_forced": (3, 4), "autoregressive": (12, 1)}  # R, M of 3 conditions with 4 completions each
 NAN, INF = float("nan"), float("inf")
@@ -72,6 +73,23 @@ def test_embedding_cosine_is_zero_for_the_real_codes_own_vectors(tokenizer, cont
     cosine = (latents * vectors).sum(1) / (latents.norm(dim=1) * vectors.norm(dim=1))
     torch.testing.assert_close(own, cosine - 1, rtol=1e-5, atol=1e-6)
     assert (own > other).all()
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "size"),
+    [
+        (64, 113, 64),
+        (128, 113, 64),
+        (256, 113, 64),
+        (512, 113, 64),
+        (88, 50, 48),
+        (128, 5, 5),
+        (8, 8, 8),
+        (120, 64, 40),
+    ],
+)
+def test_batches_are_whole_groups_of_equal_size(total, most, size):
+    assert whole_groups(total, 8, most) == size
 
 
 @pytest.mark.parametrize("mode", SHAPES)

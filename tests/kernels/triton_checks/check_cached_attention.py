@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from grpo.kernels import add_rms_norm, cached_attention, linear_add, norm_linear, silu_mul
+from grpo.kernels.block_sizes import trying
 from grpo.kernels.triton_cached_attention import kernel_options
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,12 +31,12 @@ def cache_case(B, n_head, n_kv_head, head_dim, length, row, *, dtype=torch.float
     return qkv, keys, values, torch.tensor([row], device=DEVICE), rotary, start
 
 
-def attend(qkv, keys, values, row, rotary, start, impl):
+def attend(qkv, keys, values, row, rotary, start, impl, first_weight=None):
     """Result, and the cache's rows that are filled now; the reference sees zeros in place of what is hidden."""
     keys, values = keys.clone(), values.clone()
     if impl == "reference":
         keys, values = keys.nan_to_num(0), values.nan_to_num(0)
-    out = cached_attention(qkv, keys, values, row=row, rotary=rotary, start=start, impl=impl)
+    out = cached_attention(qkv, keys, values, row=row, rotary=rotary, start=start, first_weight=first_weight, impl=impl)
     filled = int(row) + 1
     return out, keys[:, :, int(row) : filled], values[:, :, int(row) : filled]
 
@@ -70,6 +71,22 @@ def check_attention(B, n_head, n_kv_head, head_dim, length, row, padded, dtype):
     assert_as_good_as_torch(attend(*case, "triton"), attend(*case, "reference"), truth)
 
 
+@pytest.mark.parametrize(("length", "row"), [(20, 0), (20, 7), (300, 299)])
+def check_a_first_row_that_stands_for_many(length, row):
+    """As if row 0 stood there so many times."""
+    qkv, keys, values, row, rotary, _ = cache_case(2, 4, 2, 16, length, row)
+    counts = torch.tensor([3.0, 120.0], device=DEVICE)
+    weighed = attend(qkv, keys, values, row, rotary, None, "triton", counts)
+    truth = attend(qkv.double(), keys.double(), values.double(), row, rotary, None, "reference", counts)
+    assert_as_good_as_torch(weighed, attend(qkv, keys, values, row, rotary, None, "reference", counts), truth)
+    if int(row):
+        for sequence, count in enumerate(counts.int().tolist()):
+            many = [torch.cat([x[:, :, :1].expand(-1, -1, count - 1, -1), x], dim=2) for x in (keys, values)]
+            angles = torch.cat([rotary[:1].expand(count - 1, -1, -1), rotary])
+            out = attend(qkv, *many, row + count - 1, angles, None, "reference")[0]
+            torch.testing.assert_close(weighed[0][sequence], out[sequence])
+
+
 def check_attention_writes_one_row():
     qkv, keys, values, row, rotary, _ = cache_case(2, 4, 2, 48, 40, 21)
     before = keys.clone(), values.clone()
@@ -83,7 +100,7 @@ def check_attention_of_a_row_does_not_depend_on_the_batch():
     """Over several splits, again and again: the counters of arrived programs are back at 0."""
     case = cache_case(5, 4, 2, 64, 400, 390)
     whole = attend(*case, "triton")
-    assert kernel_options(4, 2, 64, 400, False)["SPLITS"] == 4
+    assert kernel_options(4, 2, 64, 400, False, False)["SPLITS"] == 4
     for part in (slice(0, 2), slice(2, 5)):
         qkv, keys, values, row, rotary, _ = case
         again = attend(qkv[part], keys[part], values[part], row, rotary, None, "triton")
@@ -126,8 +143,10 @@ def check_gate(N, F, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "K", "D"), [(1, 16, 16), (5, 100, 40), (16, 600, 48), (18, 64, 33)])
-def check_product_with_residual_and_norm(N, K, D, dtype):
+@pytest.mark.parametrize(
+    ("N", "K", "D", "splits"), [(1, 16, 16, 1), (5, 100, 40, 4), (16, 600, 48, 1), (16, 600, 48, 3), (18, 64, 33, 2)]
+)
+def check_product_with_residual_and_norm(N, K, D, splits, dtype):
     """The stream and its sums of squares, then the products that take them up, with and without a gate."""
     x, residual, weight = random(N, K, dtype=dtype), random(N, D, dtype=dtype, seed=1), random(D, K, dtype=dtype) / 8
     norm, gate, up = (random(*shape, dtype=dtype, seed=2) for shape in ((D,), (K, D), (K, D)))
@@ -139,7 +158,8 @@ def check_product_with_residual_and_norm(N, K, D, dtype):
 
     inputs = x, weight, residual, norm, gate, up
     truth = run("reference", *(tensor.double() for tensor in inputs))
-    assert_as_good_as_torch(run("triton", *inputs), run("reference", *inputs), truth)
+    with trying("linear_add", {"TILE_K": 64, "num_warps": 1, "num_stages": 2, "SPLITS": splits}):
+        assert_as_good_as_torch(run("triton", *inputs), run("reference", *inputs), truth)
 
 
 def check_products_of_a_row_do_not_depend_on_the_batch():
