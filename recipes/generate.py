@@ -27,7 +27,7 @@ from grpo.evaluation import (
     SaveImages,
     batches_in_order,
     build_layout,
-    classes_in_turn,
+    drawn_classes,
     make_writable,
     save_image,
 )
@@ -113,7 +113,7 @@ def drawn_images(
         asked.encoder.require(asked.texts)
     else:
         classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
-        asked = classes_in_turn(classes, count)
+        asked = drawn_classes(classes, count, order=sampling.class_order, seed=sampling.seed)
     return DrawnImages(asked, load_sampler(recipe.model, recipe.tokenizer, sampling, device=device))
 
 

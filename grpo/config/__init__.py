@@ -19,6 +19,7 @@ from grpo.config.judging_recipes import ClassifierRecipe, ReaderRecipe
 from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml, shipped_recipe
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import (
+    ADAPTER_NAMES,
     AVERAGE_NAME,
     EXPORT_NAME,
     Recipe,
@@ -43,6 +44,7 @@ from grpo.config.sections import (
     Compile,
     Data,
     Debug,
+    Lora,
     Metrics,
     Model,
     Optimizer,

@@ -163,6 +163,8 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
     """The model of these weights. What differs is found before anything is allocated."""
     if kind.mark not in weights:
         other = next((f"; they are those of {other.what}" for other in (_GPT, _VQ) if other.mark in weights), "")
+        if any(".lora_A." in name for name in weights):
+            other = "; they are a LoRA adapter's: give its folder as model.adapter and its base as model.checkpoint"
         raise UserError(f"{path}: these are not the weights of {kind.what} (no {kind.mark}){other}")
     try:
         found = kind.sizes(weights)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from grpo.checkpoint import CheckpointManager, ExtraState
-from grpo.config import AVERAGE_NAME, EXPORT_NAME, TrainingRecipe, UserError, is_url
+from grpo.config import ADAPTER_NAMES, AVERAGE_NAME, EXPORT_NAME, TrainingRecipe, UserError, is_url
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
-from grpo.formats import require_finite
-from grpo.models import save_weights
+from grpo.formats import merged, require_finite, save_adapter
+from grpo.models import adapter_matrices, save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import (
     MetricSums,
@@ -258,10 +258,17 @@ class TrainingRun:
                 self._write_weights(AVERAGE_NAME)
 
     def _write_weights(self, name: str) -> None:
-        weights = full_state_dict(self._model)
-        if self.world.is_main:
-            require_finite(f"{self.run_dir / name} is not written", weights)
-            save_weights(self.run_dir / name, weights, config=self._model.config)
+        """Write the weights; of a model with an adapter that alone too, in a folder, and the weights merged with it."""
+        weights, adapter = full_state_dict(self._model), getattr(self._model, "adapter", None)
+        if not self.world.is_main:
+            return
+        require_finite(f"{self.run_dir / name} is not written", weights)
+        if adapter is not None:
+            matrices = adapter_matrices(weights)
+            save_adapter(self.run_dir / ADAPTER_NAMES[name], adapter, matrices)
+            weights = {name: weight for name, weight in weights.items() if name not in matrices}
+            weights = merged(weights, adapter, matrices)
+        save_weights(self.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
