@@ -4,6 +4,7 @@
 """
 
 import ast
+import json
 import os
 import signal
 import sys
@@ -23,16 +24,21 @@ JOBS = {
     "finetune": "finetune",
     "tokenizer": "train_tokenizer",
     "classifier": "train_classifier",
+    "reader": "train_reader",
     "encode": "encode",
+    "encode-text": "encode_text",
     "generate": "generate",
     "evaluate": "evaluate",
     "convert": "convert",
     "quickstart": "quickstart",
     "memory": "memory",
+    "doctor": "doctor",
 }
 """Word of the command -> module of `grpo.jobs`, the folder recipes/ of a checkout."""
 
-RECIPES_HELP = "grpo recipes lists the shipped recipes, grpo recipes NAME prints one, to copy and change."
+RECIPES_HELP = """\
+grpo recipes lists the shipped recipes, grpo recipes NAME prints one, to copy and change;
+grpo recipes --schema JOB prints the JSON Schema of a job's recipes, for editors."""
 
 
 def main() -> NoReturn:
@@ -85,12 +91,22 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
 def _show_recipes(arguments: Sequence[str]) -> NoReturn:
     if help_topics(arguments) is not None:
         _show(RECIPES_HELP)
+    if arguments[:1] == ["--schema"]:
+        _show_schema(arguments[1:])
     if len(arguments) > 1:
         _refuse(f"recipes takes one name, got {len(arguments)}")
     try:
         _show(shipped_recipe(*arguments))
     except UserError as error:
         _refuse(str(error))
+
+
+def _show_schema(jobs: Sequence[str]) -> NoReturn:
+    if len(jobs) != 1 or jobs[0] not in RECIPES:
+        _refuse(f"--schema takes one job: {', '.join(RECIPES)}")
+    from grpo.config.schema import recipe_schema  # imports the kinds of rewards, and with them torch
+
+    _show(json.dumps(recipe_schema(jobs[0]), indent=2))
 
 
 def _documentation(job: str) -> str:

@@ -9,9 +9,8 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("convert")
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from grpo.config import ConvertRecipe, UserError, load_recipe
+from grpo.config import ConvertRecipe, UserError, exists, load_recipe
 from grpo.evaluation import make_writable
 from grpo.formats import read_config, read_weights, require_finite, save_weights
 
@@ -19,7 +18,7 @@ from grpo.formats import read_config, read_weights, require_finite, save_weights
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, then the weights with their sizes, if they have any, then write them."""
     convert = load_recipe(ConvertRecipe, arguments, needs_files=True).convert
-    if Path(convert.output).exists():
+    if exists(convert.output):
         raise UserError(f"convert.output: {convert.output} exists and is not overwritten; give another name")
     make_writable(convert.output, key="convert.output")
     weights, sizes = read_weights(convert.input), read_config(convert.input)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from grpo.config import DistillRecipe, load_recipe
-from grpo.data import ImageBatch, build_dataset
+from grpo.data import ImageBatch
 from grpo.kernels import Draw, linear_kl
-from grpo.models import Condition, build_tokenizer, learned_classes
+from grpo.models import Condition, build_tokenizer
 from grpo.parallel import World, distributed
 from grpo.rollout import CodeSampler, hidden_states
-from grpo.training import TrainingRun, build_generator, build_judge, build_optimizer, minimise
+from grpo.training import TrainingRun, build_data, build_generator, build_judge, build_optimizer, minimise
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,8 +51,7 @@ def train(recipe: DistillRecipe, world: World) -> None:
     """The whole job on this rank."""
     training, distill = recipe.training, recipe.distill
     with TrainingRun(recipe, world, title="Distillation") as run:
-        learned = learned_classes(recipe.model)
-        dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
+        dataset = build_data(recipe)
         dataset.reads_images = False  # conditions are enough
         generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
         student = generator(checkpoint=recipe.model.checkpoint)

@@ -1,8 +1,10 @@
 """FID and its companions of a checkpoint, or of a folder or .npz of images, against a named reference.
 
+grpo evaluate runs/NAME --evaluation.feature_checkpoint judge.safetensors --evaluation.json_path result.json
 grpo evaluate --evaluation.images samples.npz --evaluation.reference reference.npz \\
     --evaluation.inception_checkpoint weights-inception-2015-12-05-6726825d.pth --evaluation.json_path result.json
 torchrun --nproc_per_node=8 -m grpo evaluate --config evaluate.toml
+grpo evaluate --evaluation.scores geneval/results.jsonl --evaluation.json_path result.json
 """
 
 if __name__ == "__main__":  # before the imports, so that --help does without torch
@@ -20,27 +22,35 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import EvaluateRecipe, load_recipe, writing
-from grpo.data import build_dataset
+from grpo.config import EvaluateRecipe, Evaluation, load_recipe, of_run, read_text, reading, writing
+from grpo.data import build_dataset, open_captions
 from grpo.environment import environment
 from grpo.evaluation import (
     DatasetImages,
     ImageSource,
+    KeptImages,
     compare,
     judge_files,
     load_judges,
     make_writable,
     measure_images,
+    measure_shapes,
     open_images,
+    read_scores,
 )
-from grpo.jobs.generate import drawn_images
+from grpo.jobs.generate import asked_prompts, drawn_images
 from grpo.observe import progress, write_atomically
 from grpo.parallel import World, distributed
+from grpo.shapes import Fitting
+from grpo.texts import Prompt
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, measure."""
-    recipe = load_recipe(EvaluateRecipe, arguments, needs_files=True)
+    recipe = load_recipe(EvaluateRecipe, of_run(EvaluateRecipe, arguments), needs_files=True)
+    if recipe.evaluation.scores is not None:
+        add_scores(recipe.evaluation)
+        return
     with distributed(recipe.parallel.timeout) as world:
         evaluate(recipe, world)
 
@@ -54,7 +64,8 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     reward = judges.pop("reward", None)
     reference = open_reference(recipe)
     if config.images is None:
-        images = drawn_images(recipe, config.num_images, device=world.device)
+        prompts = asked_texts(recipe, config.num_images)
+        images = KeptImages(drawn_images(recipe, config.num_images, prompts, device=world.device))
     else:
         images = open_images(config.images, limit=config.num_images)
     metrics = {}
@@ -64,6 +75,11 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
         against, seen = look(reference), look(images, reward=reward)
         if world.is_main:
             metrics[name] = compare(seen, against, settings=config, device=world.device)
+    if "reader" in judges:
+        texts = [prompt.text for prompt in prompts]
+        readers = {"reader": judges["reader"].read, "fit": Fitting()}
+        read = measure_shapes(images, texts, readers, batch_size=config.batch_size, device=world.device)
+        metrics = {name: {**metrics.get(name, {}), **read.get(name, {})} for name in (*judges, "fit")}
     if not world.is_main:
         return
     for name, values in metrics.items():
@@ -79,12 +95,43 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
         print(f"written to {config.json_path}")
 
 
+def asked_texts(recipe: EvaluateRecipe, count: int) -> list[Prompt]:
+    """What a model of texts draws: `count` prompts in turn, or the captions of so many reference images.
+
+    Nothing for a model that takes classes.
+    """
+    prompts = asked_prompts(recipe.sampling)
+    if recipe.asks_captions:
+        captions = open_captions(recipe.data).captions_of
+        texts = [captions.of(index)[0] for index in range(min(count, len(captions)))]
+        prompts = [Prompt(text, str(number), {"prompt": text}) for number, text in enumerate(texts)]
+    return [prompts[number % len(prompts)] for number in range(count)] if prompts else []
+
+
+def add_scores(config: Evaluation) -> None:
+    """Put what a published scorer found into the results, whose other metrics stay as they are."""
+    name, scores = read_scores(config.scores)
+    path, result = Path(config.json_path), {}
+    make_writable(path, key="evaluation.json_path")
+    if path.exists():
+        with reading(f"evaluation.json_path {path} cannot be read", remedy="give another path"):
+            result = json.loads(read_text(path))
+            result["metrics"] = {**result.get("metrics", {})}
+    metrics = {**result.get("metrics", {}), name: scores}
+    sources = {**result.get("scores", {}), name: fingerprint(config.scores)}
+    with writing(f"evaluation.json_path {path}"):
+        write_atomically(path, json.dumps({**result, "metrics": metrics, "scores": sources}, indent=2) + "\n")
+    print(name, *(f"  {metric:<20} {value:.6g}" for metric, value in scores.items()), sep="\n")
+    print(f"written to {path}")
+
+
 def open_reference(recipe: EvaluateRecipe) -> ImageSource:
     """A folder or .npz, or the images of [data]."""
     config = recipe.evaluation
     if config.reference is not None:
         return open_images(config.reference, limit=config.num_reference_images)
-    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes)  # counted, not compared
+    num_classes = None if recipe.model.is_text else recipe.model.num_classes
+    dataset = build_dataset(recipe.data, num_classes=num_classes)  # counted, not compared
     return DatasetImages(dataset, limit=config.num_reference_images)
 
 
@@ -112,8 +159,19 @@ def describe_images(recipe: EvaluateRecipe) -> dict[str, object]:
             "tokenizer": {"spec": recipe.tokenizer.name, **fingerprint(recipe.tokenizer.checkpoint)},
         },
         "sampler": {"method": "autoregressive", **sampling.model_dump(exclude={"class_ids", "resize_to"})},
+        **describe_prompts(recipe),
         "resize": "none" if sampling.resize_to is None else f"bicubic, antialiased, to {sampling.resize_to}",
     }
+
+
+def describe_prompts(recipe: EvaluateRecipe) -> dict[str, object]:
+    """By which texts images were drawn, and what encoded them; nothing for classes."""
+    sampling, text = recipe.sampling, recipe.text
+    if not recipe.model.is_text:
+        return {}
+    files = {name: path for name, path in (("features", text.features), ("path", text.path)) if path is not None}
+    asked = fingerprint(sampling.prompts) if sampling.prompts else {"prompt": sampling.prompt}
+    return {"prompts": asked, "text": {"encoder": text.encoder, **(files if text.encoder == "t5" else {})}}
 
 
 def describe_reference(recipe: EvaluateRecipe, reference: ImageSource) -> dict[str, object]:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import FinetuneRecipe, load_recipe
-from grpo.data import ImageBatch, build_codes, build_dataset
+from grpo.data import ImageBatch, build_codes
 from grpo.kernels import Dropout, linear_token_log_probs
-from grpo.models import CONDITION_PLACE, Condition, build_tokenizer, learned_classes
+from grpo.models import CONDITION_PLACE, Condition, build_tokenizer
 from grpo.objectives import contrastive_alignment, guidance_free_log_probs
 from grpo.parallel import World, distributed, next_row
-from grpo.training import TrainingRun, build_generator, build_judge, build_optimizer, minimise
+from grpo.training import TrainingRun, build_data, build_generator, build_judge, build_optimizer, minimise
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,8 +55,7 @@ def train(recipe: FinetuneRecipe, world: World) -> None:
     """The whole job on this rank."""
     training, finetune = recipe.training, recipe.finetune
     with TrainingRun(recipe, world, title=finetune.loss.upper()) as run:
-        learned = learned_classes(recipe.model)
-        dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
+        dataset = build_data(recipe)
         tokenizer = None
         if recipe.needs_tokenizer or recipe.tokenizer.checkpoint is not None:
             tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)

@@ -1,6 +1,8 @@
-"""Images from a trained generator: a PNG grid, a folder of PNGs, an .npz.
+"""Images from a trained generator, by class or by prompt: a PNG grid, a folder of PNGs, an .npz.
 
+grpo generate runs/NAME --output.grid grid.png
 grpo generate --model.checkpoint gpt.pt --tokenizer.checkpoint vq.pt --output.grid grid.png
+grpo generate --config text/generate --sampling.prompt "a dog on a red sofa"
 torchrun --nproc_per_node=8 -m grpo generate --config sample.toml --output.npz samples.npz --output.num_images 50000
 """
 
@@ -15,47 +17,57 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from grpo.config import EvaluateRecipe, GenerateRecipe, Output, UserError, load_recipe
+from grpo.config import EvaluateRecipe, GenerateRecipe, Output, Sampling, UserError, load_recipe, of_run
 from grpo.evaluation import (
     DrawnImages,
     NpzWriter,
+    SaveImages,
     batches_in_order,
+    build_layout,
     classes_in_turn,
     make_writable,
     save_image,
-    save_pngs,
 )
 from grpo.models import Condition
-from grpo.observe import image_grid, progress
+from grpo.observe import captioned_grid, image_grid, progress
 from grpo.parallel import World, barrier, distributed
 from grpo.rollout import load_sampler
+from grpo.texts import Prompt, TextList, build_encoder, clean_text, read_prompts
 
 Draw = Callable[[Condition, Tensor], Tensor]  # (condition of B rows, row_ids [B]) -> [B, 3, H, W] uint8
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, draw."""
-    recipe = load_recipe(GenerateRecipe, arguments, needs_files=True)
+    recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, arguments), needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         draw_images(recipe, world)
 
 
 def draw_images(recipe: GenerateRecipe, world: World) -> None:
     """The whole job on this rank; the images do not depend on the number of ranks."""
-    output = recipe.output
+    output, prompts = recipe.output, asked_prompts(recipe.sampling)
     if world.is_main:
         prepare(output)
     barrier()  # the folder is there
-    images = drawn_images(recipe, output.num_images, device=world.device)
+    count = output.num_images
+    if output.layout != "plain":
+        prompts = [prompt for prompt in prompts for _ in range(output.images_per_prompt)]
+        count = len(prompts)
+    images = drawn_images(recipe, count, prompts, device=world.device)
     if output.folder is not None:
-        images = DrawnImages(images.condition, saving_pngs(images.draw, output.folder))
+        save = build_layout(output, prompts)
+        images = DrawnImages(images.condition, saving_pngs(images.draw, save))
     side = recipe.sampling.resize_to or recipe.sampling.image_size
     writes_npz = output.npz is not None and world.is_main
     show = partial(progress, description="generate", show=world.is_main)
     kept: list[Tensor] = []
-    with NpzWriter(output.npz, images.class_ids, size=(side, side)) if writes_npz else nullcontext() as npz:
+    with (
+        NpzWriter(output.npz, images.class_ids, size=(side, side), count=count) if writes_npz else nullcontext() as npz
+    ):
         for pixels in batches_in_order(images, batch_size=recipe.sampling.batch_size, progress=show):
             if npz is not None:
                 npz.write(pixels)
@@ -63,25 +75,54 @@ def draw_images(recipe: GenerateRecipe, world: World) -> None:
                 kept.append(pixels)
     if world.is_main:
         if output.grid is not None:
-            save_image(image_grid(torch.cat(kept), columns=output.grid_columns), output.grid)
+            save_image(draw_grid(torch.cat(kept), output, prompts), output.grid)
         written = [path for path in (output.grid, output.folder, output.npz) if path is not None]
-        print(f"{output.num_images} images: {', '.join(written)}")
+        print(f"{count} images: {', '.join(written)}")
 
 
-def drawn_images(recipe: GenerateRecipe | EvaluateRecipe, count: int, *, device: torch.device) -> DrawnImages:
-    """Images that the recipe's generator draws when they are looked at; their `draw` is its `ImageSampler`."""
+def draw_grid(images: Tensor, output: Output, prompts: Sequence[Prompt]) -> Image.Image:
+    """All images in one picture, with their prompts where there are any."""
+    if not prompts:
+        return image_grid(images, columns=output.grid_columns)
+    return captioned_grid(images, texts_in_turn(prompts, len(images)), columns=output.grid_columns)
+
+
+def asked_prompts(sampling: Sampling) -> list[Prompt]:
+    """The prompts of a text-conditional model; none for one that takes classes."""
+    if sampling.prompt is not None:
+        text = clean_text(sampling.prompt, "sampling.prompt")
+        return [Prompt(text, "0", {"prompt": text})]
+    return read_prompts(sampling.prompts) if sampling.prompts is not None else []
+
+
+def texts_in_turn(prompts: Sequence[Prompt], count: int) -> list[str]:
+    """`count` texts, one after the other, again and again."""
+    return [prompts[number % len(prompts)].text for number in range(count)]
+
+
+def drawn_images(
+    recipe: GenerateRecipe | EvaluateRecipe, count: int, prompts: Sequence[Prompt], *, device: torch.device
+) -> DrawnImages:
+    """Images of prompts, or else of classes, in turn, that the recipe's generator draws when they are looked at.
+
+    Their `draw` is its `ImageSampler`.
+    """
     sampling = recipe.sampling
-    classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
-    sampler = load_sampler(recipe.model, recipe.tokenizer, sampling, device=device)
-    return DrawnImages(classes_in_turn(classes, count), sampler)
+    if prompts:
+        asked = TextList(texts_in_turn(prompts, count), build_encoder(recipe.text, recipe.model, device=device))
+        asked.encoder.require(asked.texts)
+    else:
+        classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
+        asked = classes_in_turn(classes, count)
+    return DrawnImages(asked, load_sampler(recipe.model, recipe.tokenizer, sampling, device=device))
 
 
-def saving_pngs(draw: Draw, folder: str) -> Draw:
-    """The same draw, which writes each image into `folder` too."""
+def saving_pngs(draw: Draw, save: SaveImages) -> Draw:
+    """The same draw, which writes each image too."""
 
     def draw_and_save(condition: Condition, row_ids: Tensor) -> Tensor:
         pixels = draw(condition, row_ids)
-        save_pngs(folder, pixels, row_ids)
+        save(pixels, row_ids)
         return pixels
 
     return draw_and_save
@@ -91,9 +132,9 @@ def prepare(output: Output) -> None:
     """Make the folders of the output; images must not be mixed with those of another run."""
     if output.folder is not None:
         folder = Path(output.folder)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"output.folder {folder} is not empty: empty it or give another one")
         make_writable(folder, key="output.folder", folder=True)
+        if any(folder.iterdir()):
+            raise UserError(f"output.folder {folder} is not empty: empty it or give another one")
     for key, path, suffix in (("grid", output.grid, ".png"), ("npz", output.npz, ".npz")):
         if path is not None and not path.endswith(suffix):
             raise UserError(f"output.{key} {path} must end in {suffix}")

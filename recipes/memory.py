@@ -43,6 +43,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"{error.argument_name}: {error.message}") from error
     if own.gpus < 1 or own.hosts < 1 or own.gpus % own.hosts:
         raise UserError(f"--gpus {own.gpus} must be a multiple of --hosts {own.hosts}, both positive")
+    if not 0 < own.memory <= 1e6:  # NaN is neither
+        raise UserError(f"--memory {own.memory} must be the GiB of one GPU, more than 0")
     recipe = load(rest)
     (print_sizes if own.all_sizes else print_parts)(recipe, own)
 

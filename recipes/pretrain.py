@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from grpo.config import PretrainRecipe, load_recipe
-from grpo.data import ImageBatch, build_codes, build_dataset
+from grpo.data import ImageBatch, build_codes
 from grpo.kernels import Dropout, linear_token_log_probs
-from grpo.models import build_tokenizer, learned_classes
+from grpo.models import build_tokenizer
 from grpo.parallel import World, distributed
-from grpo.training import TrainingRun, build_generator, build_judge, build_optimizer, minimise
+from grpo.training import TrainingRun, build_data, build_generator, build_judge, build_optimizer, minimise
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,9 +32,8 @@ def train(recipe: PretrainRecipe, world: World) -> None:
     """The whole job on this rank."""
     training = recipe.training
     with TrainingRun(recipe, world, title="Pre-training") as run:
-        learned = learned_classes(recipe.model)
         new = recipe.model.new_classes if recipe.model.checkpoint else 0  # of random weights all classes are new
-        dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned, new_classes=new)
+        dataset = build_data(recipe, new_classes=new)
         tokenizer = None
         if recipe.needs_tokenizer or recipe.tokenizer.checkpoint is not None:
             tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)

@@ -1,13 +1,14 @@
-"""From nothing to an image generator that GRPO has improved, in minutes: digits, on two CPU cores or one GPU.
+"""From nothing to an image generator that GRPO has improved, in minutes, on two CPU cores or one GPU.
 
-grpo quickstart [--recipe class|vapi] [--seed N] [--run-dir FOLDER] [--configs FOLDER]
+grpo quickstart [--recipe class|vapi|text] [--seed N] [--run-dir FOLDER] [--configs FOLDER]
 
---recipe    class (default): free-running samples, rewarded by a classifier; vapi: teacher-forced, rewarded by likeness
+--recipe    class (default): digits, free-running samples, rewarded by a classifier; vapi: digits, teacher-forced,
+            rewarded by likeness; text: drawings of coloured shapes by their captions, rewarded for what is drawn
 --seed      of tokenizer, generator and GRPO; default 0
---run-dir   default runs/quickstart
---configs   folder of the phases' recipes: a changed copy of train_configs/quickstart, which is the default
+--run-dir   default runs/quickstart, for text runs/quickstart_text
+--configs   folder of the phases' recipes: a changed copy of train_configs/quickstart or quickstart_text, the defaults
 
-Every phase is a job with a recipe of its own in train_configs/quickstart and can be run by itself as well, for instance
+Every phase is a job with a recipe of its own in that folder and can be run by itself as well, for instance
 `grpo pretrain --config quickstart/pretrain`. A finished phase is not done again unless its recipe, or a phase that it
 builds on, has changed.
 """
@@ -18,7 +19,6 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("quickstart")
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -26,72 +26,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from grpo.config import (
-    SHIPPED_RECIPES,
-    ClassifierRecipe,
-    EvaluateRecipe,
-    GRPORecipe,
-    PretrainRecipe,
-    Recipe,
-    TokenizerRecipe,
-    load_recipe,
-)
+from grpo.config import EvaluateRecipe, Recipe, load_recipe
 from grpo.environment import environment
-from grpo.evaluation import classifier_gap, compare, load_judges, measure_images
-from grpo.jobs.evaluate import open_reference
-from grpo.jobs.generate import drawn_images
-from grpo.jobs.pretrain import train as train_generator
-from grpo.jobs.train_classifier import train as train_classifier
-from grpo.jobs.train_grpo import train as train_policy
-from grpo.jobs.train_tokenizer import train as train_tokenizer
-from grpo.observe import History, image_grid, progress, write_atomically, write_report
-from grpo.parallel import World, distributed
-from grpo.training import EXPORT_NAME, Phase, run_phases
+from grpo.jobs import _quickstart_digits, _quickstart_shapes
+from grpo.observe import History, write_atomically, write_report
+from grpo.parallel import distributed
+from grpo.training import EXPORT_NAME, GRID_NAME, Phase, run_phases
 
-CONFIGS = SHIPPED_RECIPES / "quickstart"
-GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75), (0.9, 1.0)  # the rival row's grid: what sampling alone can do, tuned
-TUNING_SPLIT = "validation"
-GRID_NAME, GRID_IMAGES, GRID_COLUMNS = "samples.png", 100, 20
+STORIES: Mapping[str, ModuleType] = {
+    "class": _quickstart_digits,
+    "vapi": _quickstart_digits,
+    "text": _quickstart_shapes,
+}
+"""Recipe -> the module that tells its phases and what is shown of them."""
+TUNED = ", tuned guidance"  # ends the names of rows whose sampling their phase finds
 TIMEOUT_SECONDS = 600
 CPU_RANKS = 2
-
-COLUMNS = {
-    "reward": "reward_mean",
-    "accuracy": "accuracy",
-    "FID": "fid",
-    "precision": "precision",
-    "recall": "recall",
-    "entropy": "entropy",
-    "gap": "classifier_gap",
-}
-"""Columns of the final table and the metrics in them."""
-
-NOTES = [
-    "reward: mean log p(class | image) under the classifier that rewarded. All else is seen by a second classifier of "
-    "other digits: accuracy, FID, precision and recall in its features, against the digits of the split "
-    "{split!r}, on which no phase was trained.",
-    "FID here is not the FID of the literature, whose features are Inception's; compare it within this table only.",
-    "entropy: of the drawn codes, nats a code. gap: how much surer of the class the rewarding classifier is "
-    "than the judging one, nats; it grows when the reward is deceived.",
-    "Base with guidance is the rival: nothing to train, but two forward passes to sample. Of a grid of guidance "
-    f"{', '.join(map(str, GUIDANCE))} and temperature {', '.join(map(str, TEMPERATURES))} it is the point whose FID "
-    f"against the digits of the split {TUNING_SPLIT!r} is lowest.",
-    "One seed: a run with another seed differs by as much as rows do.",
-]
-
-NEXT = {
-    "class": "Next: the teacher-forced recipe on the same base model, grpo quickstart --recipe vapi; or "
-    f"set aux_ce_weight = 0 in a copy of {CONFIGS} (--configs) and watch recall fall.",
-    "vapi": "Next: the free-running recipe on the same base model, grpo quickstart; or your own images, "
-    "docs/quickstart.md.",
-}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -124,36 +81,19 @@ def start_on_cpu(arguments: Sequence[str]) -> NoReturn:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="grpo quickstart", allow_abbrev=False, add_help=False)
-    parser.add_argument("--recipe", choices=("class", "vapi"), default="class")
+    parser.add_argument("--recipe", choices=tuple(STORIES), default="class")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--configs", type=Path, default=CONFIGS)
-    return parser.parse_args(arguments)
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--configs", type=Path)
+    options = parser.parse_args(arguments)
+    shipped = STORIES[options.recipe].CONFIGS
+    options.configs, options.run_dir = options.configs or shipped, options.run_dir or Path("runs") / shipped.name
+    return options
 
 
 def plan(options: argparse.Namespace) -> list[Phase]:
     """The phases in their order, each reading what those before it have written."""
-    improved = "grpo" if options.recipe == "class" else "grpo_vapi"
-    make = partial(phase, options.run_dir, options.configs)
-    seed = {"training.seed": options.seed}
-    tokenizer = {"tokenizer.checkpoint": "tokenizer"}
-    base = {**tokenizer, "model.checkpoint": "pretrain"}
-    reward = {"reward.class_log_prob.checkpoint": "classifier_reward"} if options.recipe == "class" else {}
-    judges = {
-        "evaluation.reward_checkpoint": "classifier_reward",
-        "evaluation.feature_checkpoint": "classifier_judge",
-    }
-    after = {**tokenizer, "model.checkpoint": improved, **judges}
-    return [
-        make("tokenizer", "Tokenizer", TokenizerRecipe, train_tokenizer, settings=seed),
-        make("classifier_reward", "Classifier that rewards", ClassifierRecipe, train_classifier),
-        make("classifier_judge", "Classifier that judges", ClassifierRecipe, train_classifier),
-        make("pretrain", "Generator: pre-training", PretrainRecipe, train_generator, inputs=tokenizer, settings=seed),
-        make(improved, "Generator: GRPO", GRPORecipe, train_policy, inputs={**base, **reward}, settings=seed),
-        make("evaluate_base", "base", EvaluateRecipe, evaluate, inputs={**base, **judges}),
-        make("evaluate_guided", "base, tuned guidance", EvaluateRecipe, evaluate_tuned, inputs={**base, **judges}),
-        make(f"evaluate_{improved}", "after GRPO", EvaluateRecipe, evaluate, inputs=after),
-    ]  # fmt: skip
+    return STORIES[options.recipe].plan(options, partial(phase, options.run_dir, options.configs))
 
 
 def phase(
@@ -164,67 +104,33 @@ def phase(
     recipe_class: type[Recipe],
     job: Callable[..., None],
     *,
+    config: str | None = None,
     inputs: Mapping[str, str] = MappingProxyType({}),
     settings: Mapping[str, object] = MappingProxyType({}),
 ) -> Phase:
     """A phase with its recipe read from its file.
 
     Args:
+        config: name of that file; None is "evaluate" for an evaluation, and else the name of the phase.
         inputs: key of the recipe that takes weights -> the phase that makes them.
         settings: other keys that are set from here.
     """
-    folder, file = run_dir / name, name
-    product = folder / EXPORT_NAME
-    given = {"metrics.run_dir": folder}
-    if recipe_class is EvaluateRecipe:
-        file, product = "evaluate", folder / "result.json"
-        given = {"evaluation.json_path": product}
-        title = f"Evaluation: {title}"
+    folder, evaluates = run_dir / name, recipe_class is EvaluateRecipe
+    product = folder / ("result.json" if evaluates else EXPORT_NAME)
+    given: dict[str, object] = {"evaluation.json_path": product} if evaluates else {"metrics.run_dir": folder}
     given |= {key: run_dir / maker / EXPORT_NAME for key, maker in inputs.items()} | dict(settings)
     flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-    recipe = load_recipe(recipe_class, ["--config", str(configs / f"{file}.toml"), *flags])
-    return Phase(title, recipe, job, product, tuple(inputs.values()))
-
-
-def evaluate_tuned(recipe: EvaluateRecipe, world: World) -> None:
-    """`evaluate` at the point of the grid that has the lowest FID on the tuning split."""
-    judge, config = load_judges(recipe.evaluation, device=world.device)["classifier"], recipe.evaluation
-    look = partial(measure_images, judge=judge, batch_size=config.batch_size, device=world.device)
-    validation = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": TUNING_SPLIT})})
-    reference, found = look(open_reference(validation)), {}
-    for point in itertools.product(GUIDANCE, TEMPERATURES):
-        sampling = recipe.sampling.model_copy(update=dict(zip(("cfg_scale", "temperature"), point, strict=True)))
-        images = drawn_images(recipe.model_copy(update={"sampling": sampling}), config.num_images, device=world.device)
-        found[point] = compare(look(images), reference, settings=config, device=world.device)["fid"], sampling
-    _, sampling = min(found.values(), key=lambda entry: entry[0])  # the same on every rank
-    evaluate(recipe.model_copy(update={"sampling": sampling}), world)
-
-
-def evaluate(recipe: EvaluateRecipe, world: World) -> None:
-    """Draw samples, show them to both classifiers, write result.json and samples.png beside it."""
-    config, judges = recipe.evaluation, load_judges(recipe.evaluation, device=world.device)
-    look = partial(measure_images, batch_size=config.batch_size, device=world.device)
-    reference = look(open_reference(recipe), judges["classifier"])
-    samples = drawn_images(recipe, config.num_images, device=world.device)
-    show = partial(progress, description="Samples", show=world.is_main)
-    seen = look(samples, judges["classifier"], reward=judges["reward"], progress=show)
-    entropy = samples.draw.entropy()
-    if not world.is_main:
-        return
-    metrics = compare(seen, reference, settings=config, device=world.device)
-    metrics |= {"entropy": entropy, "classifier_gap": classifier_gap(seen)}
-    metrics |= recipe.sampling.model_dump(include={"cfg_scale", "temperature"})
-    path = Path(config.json_path)
-    image_grid(samples.pixels(0, GRID_IMAGES), columns=GRID_COLUMNS).save(path.with_name(GRID_NAME))
-    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    file = configs / f"{config or ('evaluate' if evaluates else name)}.toml"
+    recipe = load_recipe(recipe_class, ["--config", str(file), *flags])
+    return Phase(f"Evaluation: {title}" if evaluates else title, recipe, job, product, tuple(inputs.values()))
 
 
 def row_name(phase: Phase, metrics: Mapping[str, float]) -> str:
     """The name of a row: of the rival with what was found for it."""
     name = phase.title.removeprefix("Evaluation: ")
-    if phase.job is not evaluate_tuned:
+    if not name.endswith(TUNED):
         return name
-    return f"base, guidance {metrics['cfg_scale']}, temperature {metrics['temperature']}"
+    return f"{name.removesuffix(TUNED)}, guidance {metrics['cfg_scale']}, temperature {metrics['temperature']}"
 
 
 def write_results(options: argparse.Namespace, names: Sequence[str], results: Sequence[Mapping[str, float]]) -> None:
@@ -237,26 +143,38 @@ def write_results(options: argparse.Namespace, names: Sequence[str], results: Se
     write_atomically(options.run_dir / "results.json", text + "\n")
 
 
+def result_table(
+    title: str, columns: Mapping[str, str], names: Sequence[str], results: Sequence[Mapping[str, float]]
+) -> Table:
+    """The rows with the metrics of these columns, for the terminal."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title)
+    table.add_column()  # wraps where the terminal is narrow, so that the numbers stay whole
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, metrics in zip(names, results, strict=True):
+        table.add_row(name, *(f"{metrics[key]:.3f}" for key in columns.values()))
+    return table
+
+
 def report(options: argparse.Namespace, phases: Sequence[Phase], console: Console, *, seconds: float) -> None:
     """The table of results in the terminal, and report.html with curves and samples."""
+    story = STORIES[options.recipe]
     evaluations = [phase for phase in phases if isinstance(phase.recipe, EvaluateRecipe)]
     results = [json.loads(phase.product.read_text()) for phase in evaluations]
     names = [row_name(phase, metrics) for phase, metrics in zip(evaluations, results, strict=True)]
     write_results(options, names, results)
     count = evaluations[0].recipe.evaluation.num_images
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=f"{count} samples each")
-    table.add_column()  # wraps where the terminal is narrow, so that the numbers stay whole
-    for heading in COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, metrics in zip(names, results, strict=True):
-        table.add_row(name, *(f"{metrics[key]:.3f}" for key in COLUMNS.values()))
+    tables = [
+        result_table(title.format(count=count), columns, names, results) for title, columns in story.TABLES.items()
+    ]
+    columns = {heading: key for columns in story.TABLES.values() for heading, key in columns.items()}
     data = evaluations[0].recipe.data
     page = write_report(
         options.run_dir,
-        title="Quickstart: GRPO on digits",
+        title=story.TITLE,
         summary=f"Recipe {options.recipe}, seed {options.seed}",
         table=[
-            {"model": name, **{heading: metrics[key] for heading, key in COLUMNS.items()}}
+            {"model": name, **{heading: metrics[key] for heading, key in columns.items()}}
             for name, metrics in zip(names, results, strict=True)
         ],
         images=[
@@ -268,8 +186,8 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
             for phase in phases
             if phase not in evaluations
         ],
-        notes=[note.format(split=data.split) for note in NOTES],
+        notes=[note.format(split=data.split) for note in story.NOTES],
     )
-    console.print(table)
+    console.print(*tables, sep="\n")
     console.print(f"{page}: curves and samples. Done in {seconds / 60:.1f} minutes.", soft_wrap=True)
-    console.print(NEXT[options.recipe], soft_wrap=True)
+    console.print(story.NEXT[options.recipe], soft_wrap=True)

@@ -17,15 +17,15 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from grpo.config import GRPORecipe, Schedule, load_recipe
-from grpo.data import ImageBatch, ImageStream, build_codes, build_dataset, build_stream, sample_images
+from grpo.data import ImageBatch, ImageStream, build_codes, build_stream, sample_images
 from grpo.estimate import Work, grpo_work
-from grpo.models import build_tokenizer, learned_classes
+from grpo.models import build_tokenizer
 from grpo.objectives import credit
 from grpo.observe import SampleRow
 from grpo.parallel import MetricSums, World, distributed
 from grpo.rewards import Rewarded, RewardSum, RewardWatch, build_rewards
 from grpo.rollout import Trajectory, build_draw, build_rollout
-from grpo.training import PolicyUpdate, RunJudge, TrainingRun, build_generator, build_judge, build_optimizer
+from grpo.training import PolicyUpdate, RunJudge, TrainingRun, build_data, build_generator, build_judge, build_optimizer
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,8 +84,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     """Data, models, rollout, rewards and update of a recipe."""
     training, objective, world, seed = recipe.training, recipe.objective, run.world, recipe.training.seed
     schedule = recipe.schedule(ranks=world.size)
-    learned = learned_classes(recipe.model)
-    dataset = build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned)
+    dataset = build_data(recipe)
     tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=seed)
     if recipe.compile.enabled:
         tokenizer.encoder.compile()
@@ -108,6 +107,7 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         compile=recipe.compile,
         generator=lambda checkpoint: untrained(checkpoint or recipe.model.checkpoint, False),
         real_images=partial(sample_images, dataset, world=world),
+        has_prompts=dataset.requests is not None,
     )
     policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
     if objective.kl_estimator != "none":

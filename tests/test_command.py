@@ -1,5 +1,6 @@
 """The command `grpo`: its help is cheap, its mistakes are told in a line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_jobs_have_recipes_and_scripts() -> None:
-    assert JOBS.keys() - RECIPES.keys() == {"quickstart", "memory"}
+    assert JOBS.keys() - RECIPES.keys() == {"quickstart", "memory", "doctor"}
     assert RECIPES.keys() <= JOBS.keys()
     assert {f"{module}.py" for module in JOBS.values()} == {path.name for path in (ROOT / "recipes").glob("[!_]*.py")}
 
@@ -91,6 +92,10 @@ def test_shipped_recipes_are_listed_and_printed() -> None:
     assert printed == (ROOT / "train_configs/own_classes/pretrain.toml").read_text(encoding="utf-8")
 
 
+def test_the_schema_of_a_job_is_printed() -> None:
+    assert json.loads(run("-m", "grpo", "recipes", "--schema", "convert").stdout)["properties"]["convert"]
+
+
 def test_scripts_give_the_same_help() -> None:
     by_script, by_command = run("recipes/train_grpo.py", "--help"), run("-m", "grpo", "train", "--help")
     assert by_script.returncode == 0, by_script.stderr
@@ -109,6 +114,7 @@ def test_scripts_give_the_same_help() -> None:
             "did you mean the shipped recipe own_classes/pretrain?",
         ),
         (["recipes", "a", "b"], "recipes takes one name"),
+        (["recipes", "--schema", "trian"], "--schema takes one job: train, "),
         (["train", "--config", "quickstart/pretrain"], "is a recipe of `grpo pretrain`, not of `grpo train`"),
     ],
 )

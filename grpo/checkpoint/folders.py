@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo.config import UserError
-from grpo.formats import RUN_STATE_NAME, FileSum, check_format, file_sums
+from grpo.config import UserError, reason
+from grpo.formats import RUN_STATE_NAME, FileSum, check_format, file_sums, read_file
 
 STEP_NAME = "resume_step.txt"
 STATE_TYPE_NAME = "state_type.txt"
@@ -49,9 +49,9 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
     """run_state.json. Raises a UserError if it is not there, damaged, or of another format."""
     file = Path(path) / RUN_STATE_NAME
     try:
-        return parse_run_file(file.read_bytes(), file)
-    except OSError as error:
-        raise UserError(f"{path} is not a checkpoint of a run: {RUN_STATE_NAME}: {error.strerror}.") from None
+        return parse_run_file(read_file(file), file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a checkpoint of a run: {RUN_STATE_NAME}: {reason(error)}.") from None
 
 
 def parse_run_file(text: bytes, file: str | Path) -> dict[str, Any]:

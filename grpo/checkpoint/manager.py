@@ -5,8 +5,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class CheckpointManager:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._origins: dict[Path, str] = {}  # of what was brought to the stage
 
     def save(
         self,
@@ -160,8 +162,8 @@ class CheckpointManager:
         return storage.local / name
 
     def place_of(self, path: Path) -> str:
-        """Where a checkpoint that `resume_point` has found is kept: the path itself, or the URL of its origin."""
-        return f"{self.storage}/{path.name}"
+        """Where a checkpoint that `resume_point` or `named` has found is kept: the path itself, or its URL."""
+        return self._origins.get(path, str(path))
 
     def _seen_by_all(self, wait_seconds: float) -> list[str]:
         """The checkpoints' names, newest first, which every rank has to find."""
@@ -226,6 +228,7 @@ class CheckpointManager:
         if not storage.is_remote:
             return
         problem = None
+        self._origins[storage.local / name] = f"{storage}/{name}"
         if self.world.local_rank == 0:
             try:
                 storage.fetch(name, sums)
@@ -238,7 +241,8 @@ class CheckpointManager:
 
     def read_run_state(self, path: str | Path) -> dict[str, Any]:
         """The `run_state` of a checkpoint. Raises a UserError if this is no checkpoint folder, or a damaged one."""
-        return folders.read_run_file(path)["run"]
+        with self._told_by_origin(Path(path)):
+            return folders.read_run_file(path)["run"]
 
     def load(
         self,
@@ -252,11 +256,21 @@ class CheckpointManager:
 
         Raises a UserError: incomplete, damaged, not to be trusted, or of another model.
         """
-        folders.read_run_file(path)
-        load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
+        with self._told_by_origin(Path(path)):
+            folders.read_run_file(path)
+            load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
         self._gather(None)
         if Path(path).parent == self._stage and self.world.local_rank == 0:
             shutil.rmtree(path)
+
+    @contextmanager
+    def _told_by_origin(self, path: Path) -> Iterator[None]:
+        """A user knows the place that a checkpoint came from, not the stage where it lies for a moment."""
+        try:
+            yield
+        except UserError as error:
+            lines = [line.replace(str(path), self.place_of(path)) for line in error.problems]
+            raise type(error)(lines) from error
 
     def _write(self, step: int, run_text: str, sizes: Any, tensors: dict[str, Any]) -> None:
         """Write a checkpoint together; `sizes` are the model's config, for weights in one file."""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -31,12 +31,14 @@ class ObjectStore(Storage):
         super().__init__(stage)
         self._url, scheme = url.rstrip("/"), url.partition("://")[0]
         self._known: dict[str, dict[str, int]] = {}
-        options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
+        self._has_folders = scheme in ("file", "local")  # which stay when the last file in them has gone
+        options = {"auto_mkdir": True} if self._has_folders else {}
         try:
             with _told(self._url):
                 self._fs, self._root = fsspec.url_to_fs(self._url, **options)
         except ImportError as error:
-            raise UserError(f"{url}: {error}; for s3:// pip install 'autoregressive-grpo[s3]'") from error
+            remedy = "; pip install 'autoregressive-grpo[s3]'" if scheme in ("s3", "s3a") else ""
+            raise UserError(f"{url}: {error}{remedy}") from error
 
     def __str__(self) -> str:
         return self._url
@@ -104,11 +106,18 @@ class ObjectStore(Storage):
         for file in sorted(self.sizes(name), key=lambda file: file != MANIFEST_NAME):
             with _told(f"{self._url}/{name}/{file}"):
                 self._fs.mv(self._key(name, file), self._key(other, file))
+        self._drop_folder(name)
 
     def _remove(self, name: str, files: Collection[str]) -> None:
         for file in sorted(files, key=lambda file: file != MANIFEST_NAME):
             with _told(f"{self._url}/{name}/{file}"):
                 self._fs.rm_file(self._key(name, file))
+        self._drop_folder(name)
+
+    def _drop_folder(self, name: str) -> None:
+        if self._has_folders:
+            with suppress(OSError):
+                self._fs.rmdir(f"{self._root}/{name}")
 
     def _download(self, name: str, folder: Path, files: Collection[str]) -> None:
         for file in files:

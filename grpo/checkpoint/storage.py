@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from grpo.checkpoint import folders
-from grpo.config import Checkpoint, TransientError, UserError
-from grpo.formats import MANIFEST_NAME, RUN_STATE_NAME, FileSum, parse_manifest
+from grpo.config import Checkpoint, TransientError, UserError, reason
+from grpo.formats import MANIFEST_NAME, RUN_STATE_NAME, FileSum, parse_manifest, read_file
 
 
 class Storage(ABC):
@@ -43,7 +43,7 @@ class Storage(ABC):
 
     @abstractmethod
     def read(self, name: str, file: str) -> bytes:
-        """A small file of a checkpoint. Raises an OSError."""
+        """A small file of a checkpoint. Raises an OSError, or a ValueError for one that is not small."""
 
     @abstractmethod
     def write_probe(self) -> UserError | None:
@@ -98,10 +98,12 @@ class Storage(ABC):
         try:
             text, found = self.read(name, MANIFEST_NAME), self.sizes(name)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            reason = f"{MANIFEST_NAME}: {error.strerror or 'No such file'}"
-            return f"{path} is not a whole checkpoint of a run: {reason}; take another checkpoint", {}
+            why = f"{MANIFEST_NAME}: {error.strerror or 'No such file'}"
+            return f"{path} is not a whole checkpoint of a run: {why}; take another checkpoint", {}
+        except ValueError as error:
+            return f"{path} is damaged: {MANIFEST_NAME}: {reason(error)}; take another checkpoint", {}
         except OSError as error:
-            raise TransientError(f"{path} cannot be read: {error.strerror}; nothing was changed") from error
+            raise TransientError(f"{path} cannot be read: {reason(error)}; nothing was changed") from error
         try:
             sums = parse_manifest(text, f"{path}/{MANIFEST_NAME}")
         except UserError as error:
@@ -138,10 +140,10 @@ class Storage(ABC):
         """What a checkpoint is ranked by for keep_best; None if it has no such number."""
         try:
             state = folders.parse_run_file(self.read(name, RUN_STATE_NAME), f"{self}/{name}/{RUN_STATE_NAME}")
-        except (UserError, OSError):
+        except (UserError, OSError, ValueError):
             return None
         score = state.get("score")
-        return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+        return score if isinstance(score, float) and math.isfinite(score) else None
 
 
 class LocalFolder(Storage):
@@ -158,7 +160,7 @@ class LocalFolder(Storage):
         return {file.name: file.stat().st_size for file in (self.local / name).iterdir() if file.is_file()}
 
     def read(self, name: str, file: str) -> bytes:
-        return (self.local / name / file).read_bytes()
+        return read_file(self.local / name / file)
 
     def write_probe(self) -> UserError | None:
         probe = self.local / f".probe-{os.getpid()}"

@@ -1,7 +1,7 @@
 """Recipes: typed sections from TOML and flags. Only this package knows of TOML and of the command line."""
 
 from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
-from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra
+from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra, printable
 from grpo.config.help import help_text
 from grpo.config.job_sections import (
     Classifier,
@@ -15,6 +15,7 @@ from grpo.config.job_sections import (
     Sampling,
     TokenizerLoss,
 )
+from grpo.config.judging_recipes import ClassifierRecipe, ReaderRecipe
 from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml, shipped_recipe
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import (
@@ -26,7 +27,6 @@ from grpo.config.recipe import (
     differences,
 )
 from grpo.config.recipes import (
-    ClassifierRecipe,
     EncodeRecipe,
     GeneratorRecipe,
     GRPORecipe,
@@ -35,6 +35,7 @@ from grpo.config.recipes import (
 )
 from grpo.config.registry import RECIPES
 from grpo.config.rewards import REWARD_KINDS, Rewards, RewardTable, reward_class
+from grpo.config.run_folder import of_run
 from grpo.config.schedule import Schedule
 from grpo.config.sections import (
     ActivationCheckpoint,
@@ -49,6 +50,8 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
+from grpo.config.text_recipe import EncodeTextRecipe
+from grpo.config.text_sections import EncodeText, Text
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url
-from grpo.config.user_files import read_text, reading, reason, require_regular, writing
+from grpo.config.user_files import read_bytes, read_text, reading, reason, require_regular, shorten, writing

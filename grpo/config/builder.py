@@ -25,6 +25,7 @@ from grpo.config.user_files import reason, shorten
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
 DEEPEST = 20  # tables and lists in each other in a recipe
+MOST_KEYS = 1000  # of a recipe, and flags: beyond, it is something else, and each unknown key takes a millisecond
 Flag = tuple[str, str | None]  # --name, and the text after it if there is one
 
 
@@ -49,6 +50,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._origin, self._folder = "", Path()
         self._values: dict[str, Any] = {}  # by the full name of the key, as are their sources
         self._sources: dict[str, str] = {}
+        self._selects_text = False
         self._problems: list[str] = []
         self._suspects: set[str] = set()
 
@@ -57,7 +59,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._origin, self._folder = origin, folder
         try:
             file = tomli.loads(text)
-            _require_shallow(file)
+            _require_modest(file)
         except (ValueError, RecursionError, MemoryError) as error:  # numbers and nestings beyond Python's limits too
             self.give_up(f"{origin}: is not valid TOML: {reason(error)}")
             return
@@ -78,7 +80,10 @@ class RecipeBuilder(Generic[RecipeT]):
 
     def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None, needs_files: bool = False) -> RecipeT:
         """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name."""
+        if len(flags) > MOST_KEYS:
+            raise UserError(f"the command line has {len(flags)} flags: a recipe has at most {MOST_KEYS} keys")
         if self._is_grpo:
+            self._selects_text = any(_selects_text(*flag) for flag in flags)
             self._find_rewards(flags)
         self._keys = section_keys(self._sections)
         self._flags = {f"--{key}": key for key in (CONFIG, *self._keys)}
@@ -105,7 +110,8 @@ class RecipeBuilder(Generic[RecipeT]):
         recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
             self._report_combination(problem, re.findall(r"[a-z]\w*(?:\.[\w-]+)+", problem))
-        for line in (*recipe.missing_files(), *recipe.overwritten_inputs()) if needs_files else ():
+        read = {f"--{CONFIG}": self._origin} if self._origin else {}
+        for line in (*recipe.missing_files(), *recipe.overwritten_inputs(read)) if needs_files else ():
             self._report_combination(line, [line.partition(":")[0]])
         if self._problems:
             raise UserError(self._problems)
@@ -189,6 +195,10 @@ class RecipeBuilder(Generic[RecipeT]):
             self._problems.append(f"{origin}: {subject}must be {key.allowed}{_broken_limit(error)}{typed}")
             self._suspects.add(name)
             return
+        if "\0" in (given if isinstance(given, str) else ""):
+            self._problems.append(f"{origin}: {name} must be text without NUL characters")
+            self._suspects.add(name)
+            return
         if given is not None and key.is_path:
             given = os.path.abspath(given if is_text else self._folder / given)
         self._values[name], self._sources[name] = given, origin
@@ -213,6 +223,8 @@ class RecipeBuilder(Generic[RecipeT]):
                 kinds[name] = kind or kinds.get(name, name)
         if all(origin in reference.ALL_FLAGS for origin in origins.values()):
             kinds.setdefault(REFERENCE_REWARD, REFERENCE_REWARD)
+            if self._is_text_command:
+                kinds.setdefault("lpips", "lpips")
         for name, kind in kinds.items():
             title, origin = f"reward.{name}", origins.get(name, self._origin)
             try:
@@ -247,13 +259,22 @@ class RecipeBuilder(Generic[RecipeT]):
             self._suspects.add("reward.NAME")
         return tables
 
+    @property
+    def _is_text_command(self) -> bool:
+        """Whether this is a command line of the reference's text-to-image trainer, without a recipe file."""
+        return self._selects_text and not self._origin
+
     def _translate(self) -> None:
         """Set what flags of the reference mean beyond their own keys; its batches count on each process."""
         if self._values.get("training.dropout_mode", "eval") != "eval":
             for key in ("model.dropout", "model.class_dropout"):
                 self._values.setdefault(key, reference.DROPOUT_RATE)
+        if self._selects_text:
+            defaults = reference.TEXT_MODEL | (reference.TEXT_COMMAND if self._is_text_command else {})
+            for key, value in defaults.items():
+                self._values.setdefault(key, value)
         ranks = os.environ.get("WORLD_SIZE", "1")
-        ranks = int(ranks) if ranks.isdecimal() else 1
+        ranks = int(ranks[:9]) if ranks.isdecimal() else 1  # a wrong one is told when the ranks meet
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
         is_its_command = not self._origin and not used.keys().isdisjoint(reference.ALL_FLAGS)
         if is_its_command or any(flag in used for flags in reference.BATCH_FLAGS.values() for flag in flags):
@@ -298,14 +319,25 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(f"{text}; set it by {flag} or in the recipe file")
 
 
-def _require_shallow(values: Any) -> None:
-    """Raise a RecursionError for nesting that no key has; dotted names nest without an end in the parser."""
-    level = [values]
+def _require_modest(values: Any) -> None:
+    """Raise a RecursionError for nesting that no key has; dotted names nest without an end in the parser.
+
+    A ValueError for more keys than a recipe has.
+    """
+    level, count = [values], 0
     for _ in range(DEEPEST):
+        count += sum(len(value) for value in level if isinstance(value, dict))
         level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
         level = [value for value in level if isinstance(value, dict | list)]
     if level:
         raise RecursionError
+    if count > MOST_KEYS:
+        raise ValueError(f"it has {count} keys, a recipe at most {MOST_KEYS}")
+
+
+def _selects_text(flag: str, text: str | None) -> bool:
+    """Whether a flag of the reference trainer means a text-conditional model."""
+    return flag in reference.TEXT_FLAGS or (flag == "--cls-token-num" and text is not None and text not in ("0", "1"))
 
 
 def _broken_limit(error: ValidationError) -> str:
@@ -321,7 +353,7 @@ def _free_value(text: str) -> Any:
     """What a flag gives to a table of free keys: a TOML value, or else text."""
     try:
         value = tomli.loads(f"value = {text}")["value"]
-        _require_shallow([value])
+        _require_modest([value])
     except (ValueError, RecursionError):
         return text
     return value

@@ -11,12 +11,14 @@ from grpo.config.job_sections import (
 from grpo.config.recipe import Recipe, data_problems, required
 from grpo.config.recipes import image_size_problems, model_problems
 from grpo.config.sections import Data, Model, Parallel, Tokenizer
+from grpo.config.text_sections import Text, idle_text_keys, text_problems
 
 
 class DrawingRecipe(Recipe):
     """Base of the recipes that draw images from a trained generator."""
 
     model: Model = Model()
+    text: Text = Text()
     tokenizer: Tokenizer = Tokenizer()
     sampling: Sampling = Sampling()
     parallel: Parallel = Parallel()
@@ -24,6 +26,8 @@ class DrawingRecipe(Recipe):
     def problems(self) -> Iterator[str]:
         model, tokenizer, class_ids = self.model, self.tokenizer, self.sampling.class_ids
         yield from model_problems(model)
+        yield from text_problems(self.text, model)
+        yield from self._prompt_problems()
         yield from required("model", model, "checkpoint")
         yield from required("tokenizer", tokenizer, "checkpoint")
         yield from image_size_problems("sampling.image_size", self.sampling.image_size, tokenizer)
@@ -31,6 +35,25 @@ class DrawingRecipe(Recipe):
             yield "model.new_classes must be 0: images are drawn by weights that have all their classes"
         if class_ids != "all" and not all(class_id < model.num_classes for class_id in class_ids):
             yield f"sampling.class_ids must be below model.num_classes = {model.num_classes}"
+
+    def _prompt_problems(self) -> Iterator[str]:
+        """Texts are asked for where the model reads them."""
+        given = [key for key in ("prompt", "prompts") if getattr(self.sampling, key) is not None]
+        if not self.model.is_text:
+            yield from (f"sampling.{key} needs model.caption_dim: this model takes classes" for key in given)
+        elif not given:
+            yield "sampling.prompts or sampling.prompt is required: what the images show"
+        elif self.text.encoder == "t5" and not (self.text.features or self.text.path):
+            yield "text.path or text.features is required: what makes features of the prompts"
+
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        own = "text.llamagen_features text.llamagen_short_features text.short_share"
+        return [
+            *idle_text_keys(self.text, self.model),
+            (self.model.is_text, own, "prompts are no captions of LlamaGen's lists"),
+            (self.model.is_text, "sampling.class_ids", "the model reads texts"),
+            (self.sampling.prompt is not None, "sampling.prompts", "sampling.prompt is drawn in their place"),
+        ]
 
 
 class GenerateRecipe(DrawingRecipe):
@@ -44,6 +67,23 @@ class GenerateRecipe(DrawingRecipe):
         yield from super().problems()
         if not (self.output.grid or self.output.folder or self.output.npz):
             yield "nothing to write: set output.grid, output.folder or output.npz"
+        layout = self.output.layout
+        if layout != "plain" and not self.output.folder:
+            yield f'output.folder is required with output.layout = "{layout}"'
+        if layout != "plain" and not self.model.is_text:
+            yield f'output.layout = "{layout}" is of images by prompts, and needs model.caption_dim'
+        if layout == "dpg" and self.output.images_per_prompt != 4:
+            yield f'output.images_per_prompt must be 4 with output.layout = "dpg", not {self.output.images_per_prompt}'
+        if layout == "dpg" and self.sampling.batch_size % 4:
+            yield f'sampling.batch_size = {self.sampling.batch_size} must be a multiple of 4 with output.layout = "dpg"'
+
+    def _idle_keys(self) -> list[tuple[bool, str, str]]:
+        is_plain = self.output.layout == "plain"
+        return [
+            *super()._idle_keys(),
+            (is_plain, "output.images_per_prompt", 'output.layout is "plain"'),
+            (not is_plain, "output.num_images", "each prompt has output.images_per_prompt images"),
+        ]
 
 
 class EvaluateRecipe(DrawingRecipe):
@@ -56,6 +96,10 @@ class EvaluateRecipe(DrawingRecipe):
 
     def problems(self) -> Iterator[str]:
         data, sampling, evaluation = self.data, self.sampling, self.evaluation
+        if evaluation.scores is not None:
+            if evaluation.json_path is None:
+                yield "evaluation.json_path is required with evaluation.scores: where the scores are added"
+            return
         if evaluation.images is None:
             yield from super().problems()
         if evaluation.reference is None:
@@ -65,18 +109,37 @@ class EvaluateRecipe(DrawingRecipe):
             if evaluation.images is None and data.image_size != (sampling.resize_to or sampling.image_size):
                 key = "sampling.resize_to" if sampling.resize_to else "sampling.image_size"
                 yield f"{key} must equal data.image_size = {data.image_size} of the reference images"
-        if evaluation.feature_checkpoint is None and evaluation.inception_checkpoint is None:
+        judges = evaluation.feature_checkpoint, evaluation.inception_checkpoint, evaluation.reader_checkpoint
+        if judges == (None, None, None):
             yield "evaluation.feature_checkpoint or evaluation.inception_checkpoint is required"
+        if evaluation.reader_checkpoint and (evaluation.images is not None or not self.model.is_text):
+            yield "evaluation.reader_checkpoint reads what prompts ask for: it needs images drawn by a model of texts"
+
+    @property
+    def asks_captions(self) -> bool:
+        """Whether images are drawn by the captions of the reference images, in place of prompts that are given."""
+        given = self.sampling.prompt is not None or self.sampling.prompts is not None
+        return self.model.is_text and not given and self.evaluation.reference is None
+
+    def _prompt_problems(self) -> Iterator[str]:
+        yield from () if self.asks_captions and self.text.encoder == "words" else super()._prompt_problems()
 
     def missing_files(self) -> Iterator[str]:
-        unread = ("model.", "tokenizer.") if self.evaluation.images is not None else ()
+        if self.evaluation.scores is not None:
+            unread = tuple(f"{name}." for name in self.sections() if name != "evaluation")
+            yield from (line for line in super().missing_files() if not line.startswith(unread))
+            return
+        unread = ("model.", "tokenizer.", "text.", "sampling.") if self.evaluation.images is not None else ()
         unread += ("data.",) if self.evaluation.reference is not None else ()
         yield from (line for line in super().missing_files() if not line.startswith(unread))
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         keys = ["model.checkpoint", "tokenizer.checkpoint", *(f"sampling.{key}" for key in Sampling.model_fields)]
         are_given = self.evaluation.images is not None
+        others = " ".join(f"evaluation.{key}" for key in Evaluation.model_fields if key not in ("scores", "json_path"))
         return [
+            *super()._idle_keys(),
+            (self.evaluation.scores is not None, others, "evaluation.scores are read, no images are looked at"),
             (are_given, " ".join(keys), "evaluation.images are not drawn from a model"),
             (True, "data.classes", "reference images have classes of their own"),
             (True, "data.codes data.cache_codes", "reference images are looked at, not encoded"),

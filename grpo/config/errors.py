@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from types import ModuleType
 
+LONGEST_LINE = 2000
+"""Letters of a line for the user: a name in a file from elsewhere may have millions."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend: says what, where, and what to do.
@@ -17,7 +20,7 @@ class UserError(Exception):
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = [printable(line) for line in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = [_line(text) for text in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
 
@@ -26,6 +29,12 @@ class TransientError(UserError):
 
     A launcher that restarts is then let do so; after any other `UserError` a restart ends at once.
     """
+
+
+def _line(text: str) -> str:
+    text = printable(text)
+    half = LONGEST_LINE // 2  # what is wrong comes first, what to do about it last
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 def printable(text: str) -> str:

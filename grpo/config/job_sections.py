@@ -11,6 +11,7 @@ from grpo.config.types import (
     LARGEST_COUNT,
     LARGEST_IMAGE,
     LARGEST_INT,
+    VGG16,
     ClassIds,
     CropRanges,
     DiscriminatorLayers,
@@ -37,6 +38,7 @@ from grpo.config.types import (
     TopP,
     Wanted,
     Written,
+    backbone_file,
 )
 
 
@@ -93,9 +95,13 @@ class TokenizerLoss(Section):
     """First optimizer steps without quantisation, after which the codebook is set from encoded images."""
     perceptual_weight: NonNegativeFloat = 0.0
     """Weight of LPIPS, a learned perceptual distance, to the image; 0 does without. LlamaGen's is 1."""
-    perceptual_backbone: Annotated[str | None, Wanted("torchvision's VGG16, vgg16-397923af.pth")] = None
+    perceptual_backbone: Annotated[str | None, Wanted(f"torchvision's VGG16, {VGG16}")] = None
     """File of torchvision's VGG16, vgg16-397923af.pth, that LPIPS needs. None looks for it where torch keeps its
     downloads, in hub/checkpoints of TORCH_HOME; nothing is downloaded."""
+
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
+        if self.perceptual_weight:
+            yield backbone_file("perceptual_backbone", self.perceptual_backbone)
 
 
 class Adversary(Section):
@@ -149,11 +155,25 @@ class Classifier(Section):
     """Training images are shifted at random by up to this many pixels each way, so that fewer of them suffice."""
 
 
+class Reader(Section):
+    """A small convolutional network that reads drawings of the world of shapes, to judge or to reward."""
+
+    width: Size = 16
+    """Channels of the first stage, a multiple of 8; the second has twice as many."""
+    noise: Fraction = 0.15
+    """Standard deviation, at most, of the noise on training images in [-1, 1]; blur, too, is of random strength."""
+
+
 class Sampling(Section):
     """How images are drawn from a trained generator."""
 
     class_ids: ClassIds = "all"
     """Classes to draw, taken in turn until the number of images is reached: "all" or a list of class ids."""
+    prompts: Annotated[str | None, Wanted("prompts")] = None
+    """Texts to draw, taken in turn: a .txt with one a line, a .jsonl with objects that have it under prompt, text or
+    caption, or a folder of .txt files, one a text."""
+    prompt: str | None = None
+    """One text to draw, in place of those."""
     image_size: ImageSize = 256
     """Side of the images that the generator was trained on, pixels."""
     resize_to: ImageSize | None = None
@@ -177,6 +197,10 @@ class Sampling(Section):
     kernels: KernelBackend = "auto"
     """Backend of sampling: Triton on a GPU and plain torch elsewhere, or one of them always."""
 
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
+        if self.prompt is None:
+            yield from super().files()
+
 
 class Output(Section):
     """Where drawn images go; at least one of grid, folder and npz."""
@@ -189,6 +213,11 @@ class Output(Section):
     """Images in one row of the grid."""
     folder: Annotated[str | None, Written(folder=True)] = None
     """Folder of one PNG file an image."""
+    layout: Literal["plain", "geneval", "dpg"] = "plain"
+    """How images lie in `folder`. plain: 000123.png by number; geneval: 00012/samples/0000.png and 00012/metadata.jsonl
+    by the number of the prompt; dpg: one PNG a prompt with its four images, named as the prompt's file."""
+    images_per_prompt: Size = 4
+    """Images of each prompt in the layouts geneval and dpg."""
     npz: Annotated[str | None, Written()] = None
     """File with `arr_0` [N, H, W, 3] uint8 and `arr_1` [N] int64, the class ids."""
 
@@ -204,6 +233,9 @@ class Evaluation(Section):
     """Classifier, as `grpo classifier` writes it, whose features and accuracy are used."""
     inception_checkpoint: Annotated[str | None, Wanted("weights-inception-2015-12-05-6726825d.pth")] = None
     """Inception v3 weights of the published FID, for features and inception score; nothing is downloaded."""
+    reader_checkpoint: Annotated[str | None, Wanted("weights of a reader of shapes")] = None
+    """Reader, as `grpo reader` writes it, of the world of shapes: tells how much of what the prompts ask for is drawn,
+    beside a fit of the renderer."""
     reward_checkpoint: Annotated[str | None, Wanted("weights of a classifier")] = None
     """Classifier that rewarded the run: its mean log p(class | image) is reported as the reward."""
     num_images: ImageCount = 50_000
@@ -218,6 +250,9 @@ class Evaluation(Section):
     """Images in each random subset of KID."""
     kid_subsets: Size = 100
     """Number of those subsets."""
+    scores: Annotated[str | None, Wanted("results of GenEval or DPG-Bench")] = None
+    """Read the scores from a file that GenEval (results.jsonl) or DPG-Bench (results .txt) has written, and add them to
+    `json_path`; nothing else is done."""
     json_path: Annotated[str | None, Written()] = None
     """File for the results with their settings; none prints them only."""
 
@@ -271,9 +306,9 @@ class Judge(Section):
         if self.reference is not None and self.split is not None:
             yield "judge.split: the reference is that of judge.reference; leave one of them out"
 
-    def missing_files(self) -> Iterator[str]:
+    def files(self) -> Iterator[tuple[str, str, Wanted]]:
         if self.interval:
-            yield from super().missing_files()
+            yield from super().files()
 
 
 class Convert(Section):

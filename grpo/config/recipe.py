@@ -8,6 +8,7 @@ line for all that it finds, so that a user mends a recipe once. The line names e
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import tomli_w
@@ -17,14 +18,14 @@ from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Pa
 from grpo.config.types import Section, Wanted, Written, is_url, same_file
 
 ORDER = (
-    "convert", "model", "tokenizer", "tokenizer_loss", "adversary", "classifier", "sampling", "output", "data",
-    "encode", "evaluation", "rollout", "reward", "objective", "distill", "finetune", "optimizer", "training",
-    "parallel", "compile", "activation_checkpoint", "checkpoint", "metrics", "judge", "debug",
+    "convert", "model", "text", "tokenizer", "tokenizer_loss", "adversary", "classifier", "reader", "sampling",
+    "output", "data", "encode", "encode_text", "evaluation", "rollout", "reward", "objective", "distill", "finetune",
+    "optimizer", "training", "parallel", "compile", "activation_checkpoint", "checkpoint", "metrics", "judge", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
 
-DATA_IN_FILES = ("imagenet", "huggingface", "folder", "webdataset", "parquet", "stream", "codes")
+DATA_IN_FILES = ("imagenet", "huggingface", "folder", "captions", "webdataset", "parquet", "stream", "codes", "prompts")
 
 
 EXPORT_NAME = "model.safetensors"
@@ -61,10 +62,13 @@ class Recipe(BaseModel):
         for name in self.sections():
             yield from (f"{name}.{line}" for line in getattr(self, name).missing_files())
 
-    def overwritten_inputs(self) -> Iterator[str]:
-        """A line for each file or folder that the job would both read and write, beginning with the key that writes."""
+    def overwritten_inputs(self, others: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+        """A line for each file or folder that the job would both read and write, beginning with the key that writes.
+
+        `others` are read too, by the names of their flags.
+        """
         named = list(self._named_paths())
-        inputs = [(key, path) for key, path, kind in named if isinstance(kind, Wanted)]
+        inputs = [*others.items(), *((key, path) for key, path, kind in named if isinstance(kind, Wanted))]
         outputs = [(key, path, kind.folder) for key, path, kind in named if isinstance(kind, Written)]
         for key, path, is_folder in [*outputs, *((key, path, False) for key, path in self.written_files())]:
             for read_key, read_path in inputs:
@@ -129,6 +133,8 @@ class TrainingRecipe(Recipe):
             yield from (f'data.name = "{self.data.name}" has no images: {use}' for use in self.image_uses())
         if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":
             yield 'parallel.reshard_after_forward = "always" needs parallel.data_parallel = "fsdp", not "sdp"'
+        if self.checkpoint.dir.startswith("memory://"):
+            yield f"checkpoint.dir = {self.checkpoint.dir} is gone when the process ends: give a folder or a store"
 
     def image_uses(self) -> Iterator[str]:
         """A line for everything in the recipe that takes the data set's images."""
@@ -144,9 +150,11 @@ class TrainingRecipe(Recipe):
         wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
         best = "checkpoint.best_metric checkpoint.best_is"
         files = "data.path data.split data.class_map data.num_workers data.cache_codes data.codes data.index_cache"
-        only_classes = self.data.name == "classes"
+        only_classes, only_texts = self.data.name == "classes", self.data.name == "prompts"
+        of_images = "data.split data.class_map data.cache_codes data.codes data.index_cache"
         return [
             (only_classes, f"{files} data.max_bad_images", 'data.name = "classes" has no images'),
+            (only_texts, f"{of_images} data.max_bad_images", 'data.name = "prompts" has no images'),
             (self.data.name == "codes", "data.split data.codes", 'data.name = "codes": data.path holds the codes'),
             (self.data.has_codes, "data.cache_codes", "the codes are on disk"),
             (not self.data.may_be_stream, "data.shuffle_window", "only rows of a stream are shuffled in windows"),
@@ -166,6 +174,7 @@ class TrainingRecipe(Recipe):
         """
         files = {f"{name}.{key}": path for name in self.sections() for key, path, _ in getattr(self, name).files()}
         others = {"data.path", "data.codes", *self._beginnings()}
+        others |= {key for key in files if key.startswith("text.")}  # as large, and told by `ImageDataset.requests`
         return {key: path for key, path in files.items() if key not in others}
 
     def _beginnings(self) -> set[str]:

@@ -8,7 +8,6 @@ from pydantic import Field
 from grpo.config.errors import UserError
 from grpo.config.job_sections import (
     Adversary,
-    Classifier,
     Encode,
     Judge,
     TokenizerLoss,
@@ -18,12 +17,14 @@ from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
 from grpo.config.schedule import Schedule
 from grpo.config.sections import ActivationCheckpoint, Compile, Data, Model, Parallel, Tokenizer
+from grpo.config.text_sections import Text, idle_text_keys, text_problems
 
 
 class GeneratorRecipe(TrainingRecipe):
     """Base of the recipes that train the generator."""
 
     model: Model = Model()
+    text: Text = Text()
     tokenizer: Tokenizer = Tokenizer()
     compile: Compile = Compile()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
@@ -35,6 +36,9 @@ class GeneratorRecipe(TrainingRecipe):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from model_problems(self.model)
+        yield from text_problems(self.text, self.model, self.data, judge=bool(self.judge.interval))
+        if self.data.name in ("captions", "prompts") and not self.model.is_text:
+            yield f'data.name = "{self.data.name}" needs model.caption_dim: this model takes classes'
         yield from self.judge.problems(self.data, self.checkpoint)
         yield from image_size_problems("data.image_size", self.data.image_size, self.tokenizer)
         if self.tokenizer.checkpoint is None and self.data.name != "synthetic" and self.needs_tokenizer:
@@ -50,6 +54,10 @@ class GeneratorRecipe(TrainingRecipe):
         judge = " ".join(f"judge.{key}" for key in Judge.model_fields if key != "interval")
         return [
             *super()._idle_keys(),
+            *idle_text_keys(self.text, self.model),
+            (self.model.is_text, "text.path", "features of texts are read, not computed"),
+            (self.model.is_text, "data.class_map data.classes", "the model reads texts"),
+            (not self.model.is_text, "data.caption_key data.first_list data.last_list", "the model takes classes"),
             (self.model.checkpoint is None, "model.new_classes", reason),
             (not self.judge.interval, judge, "judge.interval is 0"),
             (self.job != "train", "judge.patience judge.stop", "only `train` has a reward to compare with"),
@@ -136,6 +144,9 @@ class GRPORecipe(GeneratorRecipe):
                 yield f'rollout.num_generations must be at least 2 with reward.{name}.normalise = "group"'
             if table.normalise == "batch" and objective.advantage == "gdpo" and not table.separate:
                 yield f'reward.{name}.normalise = "batch" contradicts objective.advantage = "gdpo": by group'
+        lacking, other = ("classes", "texts") if self.model.is_text else ("prompts", "classes")
+        for name in self._rewards_needing(lacking):
+            yield f"reward.{name}.weight must be 0: it needs {lacking}, and the model takes {other} (model.caption_dim)"
         if self.data.may_be_stream:
             for name, table in self.reward.active.items():
                 uses = (f"reward.{name}.{use}" for use in table.image_uses())
@@ -183,7 +194,7 @@ class GRPORecipe(GeneratorRecipe):
         return [*super().notes(), *(f"reward.{name} has no effect: its weight is 0" for name in off)]
 
     def remarks(self) -> list[str]:
-        drops = self.training.dropout_mode != "eval" and (self.model.dropout or self.model.class_dropout)
+        drops = self.training.dropout_mode != "eval" and self.model.drops
         return [DROPOUT_REMARK] if drops else []
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
@@ -193,7 +204,7 @@ class GRPORecipe(GeneratorRecipe):
         of_kl = ("kl_coef", "kl_level", "reference", "reference_checkpoint")
         steering = "objective.entropy_dead_band objective.entropy_gain"
         is_whole = not rollout.top_k and rollout.top_p == 1
-        mode, rates = self.training.dropout_mode, (self.model.dropout, self.model.class_dropout)
+        mode = self.training.dropout_mode
         return [
             *super()._idle_keys(),
             (no_kl, " ".join(f"objective.{key}" for key in of_kl), 'the KL term is off (objective.kl = "none")'),
@@ -208,8 +219,12 @@ class GRPORecipe(GeneratorRecipe):
                 "rollout.max_rows rollout.keep_memory",
                 "teacher-forced rollouts have no cache",
             ),
-            (mode == "eval", "model.dropout model.class_dropout", 'training.dropout_mode is "eval"'),
-            (not any(rates), "training.dropout_mode", "model.dropout and model.class_dropout are 0"),
+            (
+                mode == "eval",
+                "model.dropout model.class_dropout model.token_dropout",
+                'training.dropout_mode is "eval"',
+            ),
+            (not self.model.drops, "training.dropout_mode", "model.dropout and model.class_dropout are 0"),
         ]
 
 
@@ -251,17 +266,6 @@ class TokenizerRecipe(TrainingRecipe):
         ]
 
 
-class ClassifierRecipe(TrainingRecipe):
-    """Training of a small classifier, to reward or to judge."""
-
-    job = "classifier"
-
-    classifier: Classifier = Classifier()
-
-    def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        return [*super()._idle_keys(), (True, "data.codes data.cache_codes", "a classifier is trained on images")]
-
-
 class EncodeRecipe(Recipe):
     """Codes of a whole data set, encoded once."""
 
@@ -292,9 +296,7 @@ class EncodeRecipe(Recipe):
 
 
 def model_problems(model: Model) -> Iterator[str]:
-    """Text-conditional models, with many condition tokens, are another family."""
-    if model.cls_token_num != 1:
-        yield "model.cls_token_num must be 1: models here are class-conditional"
+    """Numbers of classes that do not fit together."""
     if model.new_classes > model.num_classes:
         yield f"model.new_classes = {model.new_classes} must be at most model.num_classes = {model.num_classes}"
 

@@ -7,10 +7,12 @@ from grpo.config.types import PositiveInt, Section
 
 _TABLE = """
 model: name gpt-model, checkpoint gpt-ckpt, from_fsdp from-fsdp, num_classes num-classes, cls_token_num cls-token-num,
-  class_dropout uncond-prob
+  class_dropout uncond-prob, dropout dropout-p, token_dropout token-dropout-p
+text: llamagen_features t5-feat-path, llamagen_short_features short-t5-feat-path
 tokenizer: name vq-model, checkpoint vq-ckpt, codebook_size codebook-size, codebook_embed_dim codebook-embed-dim,
   downsample_size downsample-size
-data: name dataset, path data-path, image_size image-size, num_workers num-workers
+data: name dataset, path data-path, image_size image-size, num_workers num-workers,
+  first_list data-start, last_list data-end
 rollout: batch_size sample-batch-size, num_generations num-generations, temperature temperature, top_k top-k,
   top_p top-p, use_context_noise use-token-noise, context_noise token-noise-prob
 reward: reconstruction.distance reward-rec-type, reconstruction.weight reward-rec-weight,
@@ -65,6 +67,15 @@ SWITCHES: Mapping[str, tuple[str, float]] = {
 
 DROPOUT_RATE = 0.1
 """Of the reference's dropouts, where its update has them and no flag says otherwise."""
+
+TEXT_FLAGS = ("--t5-feat-path", "--short-t5-feat-path")
+"""Flags of its text-to-image trainer that select that one's defaults, as --cls-token-num above 1 does."""
+
+TEXT_MODEL: Mapping[str, int] = {"model.cls_token_num": 120, "model.caption_dim": 2048}
+"""Keys of the model under these flags, unless they are set."""
+
+TEXT_COMMAND: Mapping[str, float] = {"data.image_size": 384, "reward.lpips.weight": 1.0}
+"""Other defaults of its text-to-image trainer, of a command line without a recipe file."""
 
 BATCH_FLAGS: Mapping[str, Mapping[str, int]] = {
     "rollout.batch_size": {"--sample-batch-size": 32},

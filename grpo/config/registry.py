@@ -3,19 +3,20 @@
 from collections.abc import Mapping
 
 from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
+from grpo.config.judging_recipes import ClassifierRecipe, ReaderRecipe
 from grpo.config.recipe import Recipe
 from grpo.config.recipes import (
-    ClassifierRecipe,
     EncodeRecipe,
     GRPORecipe,
     PretrainRecipe,
     TokenizerRecipe,
 )
+from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 
 _ALL = (
-    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, EncodeRecipe,
-    GenerateRecipe, EvaluateRecipe, ConvertRecipe,
+    GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, ReaderRecipe,
+    EncodeRecipe, EncodeTextRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe,
 )  # fmt: skip
 RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 """Recipe class of each job."""

@@ -20,6 +20,7 @@ REWARD_KINDS: dict[str, str] = {
     "lpips": "grpo.rewards.lpips:PerceptualSimilarity",
     "patchgan": "grpo.rewards.patchgan:PatchGAN",
     "jpeg_size": "grpo.rewards.jpeg_size:JPEGSize",
+    "shapes": "grpo.rewards.shapes:ShapesReward",
     "clip": "grpo.rewards.clip:CLIP",
     "hps_v2": "grpo.rewards.hps_v2:HPSv2",
     "pick_score": "grpo.rewards.pick_score:PickScore",

@@ -1,5 +1,6 @@
 """How a rollout is cut into parts, optimizer steps and micro-batches: computed once, read by everyone."""
 
+import math
 from dataclasses import dataclass
 
 from grpo.config.errors import UserError
@@ -21,6 +22,7 @@ class Schedule:
     epochs: int = 1  # times that a rollout passes through the optimizer steps
     micro_batch_size: int  # rows of one forward and backward, at most
     scores_targets: bool  # whether the codes of real images are part of the loss
+    rows_of_a_condition: int = 1  # neighbours in a forward of the update that were asked the same and drop nothing
     dropout_passes: tuple[bool, ...] = (False,)  # of an optimizer step over its batch; whether each is with dropout
     trains_sampling_forward: bool
     """Whether the update trains on the graph that a teacher-forced rollout keeps: where `in_parts`, in the pass without
@@ -58,7 +60,9 @@ class Schedule:
         passes = DROPOUT_PASSES[training.dropout_mode]
         waits = whole_batch_rewards or objective.advantage == "batch_std"
         one_step = step == drawn and training.epochs_per_rollout == 1
-        in_parts = rollout.mode == "teacher_forced" and one_step and not waits
+        forced = rollout.mode == "teacher_forced"
+        in_parts = forced and one_step and not waits
+        alone = forced or any(passes)
         return Schedule(
             ranks=ranks,
             images=rollout.batch_size // ranks,
@@ -69,6 +73,7 @@ class Schedule:
             trains_sampling_forward=in_parts and False in passes,
             in_parts=in_parts,
             scores_targets=objective.aux_ce_weight > 0,
+            rows_of_a_condition=1 if alone else math.gcd(group, share, training.micro_batch_size),
             dropout_passes=passes,
         )
 

@@ -59,12 +59,28 @@ class Model(Section):
     trained: Literal["all", "embeddings"] = "all"
     """What is trained: the whole generator, or the embeddings of its classes alone."""
     cls_token_num: PositiveInt = 1
-    """Condition tokens before the image; must be 1, as in every class-conditional model."""
+    """Condition rows P before the image: 1 for a class, the most tokens of a text in a text-conditional model, 120 in
+    LlamaGen's."""
+    caption_dim: Size | None = None
+    """Width C of the features of a text, 2048 for flan-t5-xl: makes the model text-conditional. None: it takes
+    classes."""
     class_dropout: Fraction = 0.0
     """Share of rows that see the unconditional class: in `pretrain`, and in the update of `train` where
     training.dropout_mode is not eval, which makes the default 0.1."""
     dropout: ProperFraction = 0.0
     """Dropout of embeddings and of the outputs of attention and feed-forward, there too and with the same default."""
+    token_dropout: ProperFraction | None = None
+    """Dropout of embeddings alone; None is dropout."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether any dropout is not 0."""
+        return any((self.dropout, self.class_dropout, self.token_dropout))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is asked by texts, and not by classes."""
+        return self.caption_dim is not None
 
     def missing_files(self) -> Iterator[str]:
         example = f", such as LlamaGen's {PUBLISHED[self.name]}" if self.name in PUBLISHED else ""
@@ -90,25 +106,33 @@ class Data(Section):
     """The images."""
 
     name: Literal[
-        "imagenet", "huggingface", "folder", "webdataset", "parquet", "stream", "codes", "classes", "digits",
-        "synthetic",
+        "imagenet", "huggingface", "folder", "captions", "webdataset", "parquet", "stream", "codes", "classes",
+        "prompts", "digits", "shapes", "synthetic",
     ] = "imagenet"  # fmt: skip
-    """imagenet: whichever of the next four `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
-    webdataset: tar files; parquet: Parquet files. stream: such files read from front to back,
-    here or behind an address (hf://, https://). codes: what `grpo encode`, or LlamaGen, has written, without images;
-    classes: no images, for autoregressive GRPO; digits: MNIST digits, which come along; synthetic: random images, to
-    try the machinery."""
+    """imagenet: whichever of the next five `path` is. huggingface: what `save_to_disk` wrote; folder: a folder a class;
+    captions: images with captions; webdataset: tar files; parquet: Parquet files. stream: such files read from front to
+    back, here or behind an address (hf://, https://). codes: what `grpo encode`, or LlamaGen, has written, without
+    images; classes, prompts: no images, for autoregressive GRPO; digits: MNIST digits, which come along; shapes:
+    drawings with captions and exact ground truth; synthetic: random images, to try the machinery."""
     path: Annotated[str | None, Wanted("the data set")] = None
     """Folder of the data set; tar and Parquet files also as a file or a pattern, `a-{000..123}.tar`. Required but with
-    classes, digits and synthetic."""
+    classes, digits, shapes and synthetic."""
     class_map: Annotated[str | None, Wanted("which class each class of the data is")] = None
     """File that says which class of the model each class of the data is, by id or by name: .json, .toml, or lines of
     two columns. None compares names."""
+    caption_key: str | None = None
+    """Column, or key of a JSON object, that holds the captions. None takes the first of text, caption, captions and
+    prompt that is there, and in the jobs that need neither (tokenizer, encode) looks for classes first."""
+    first_list: NonNegativeInt = 0
+    """Number of the first of LlamaGen's lists of images that is read, of those in `path` in the order of names."""
+    last_list: MinusOneOrMore = -1
+    """Number of the last one; -1 reads all that follow."""
     classes: ClassNames = "all"
     """The classes to draw with the name classes: all of the model, or a list of class ids or names."""
     split: str = "train"
     """Split to read: a key of the saved dataset, a subfolder, a word in the names of tar or Parquet files, or a part
-    of the digits (train, its halves train_a and train_b, validation, test, heldout, all)."""
+    of the digits (train, its halves train_a and train_b, validation, test, heldout, all) or of the shapes (train,
+    reader, validation, test)."""
     image_size: ImageSize = 256
     """Side of the square centre crop, pixels."""
     codes: Annotated[str | None, Wanted("the codes that `grpo encode` wrote")] = None
@@ -129,7 +153,7 @@ class Data(Section):
     @property
     def has_images(self) -> bool:
         """Whether there are images in this data set."""
-        return self.name not in ("classes", "codes")
+        return self.name not in ("classes", "codes", "prompts")
 
     @property
     def may_be_stream(self) -> bool:
@@ -142,7 +166,7 @@ class Data(Section):
         return self.name == "codes" or self.codes is not None
 
     def files(self) -> Iterator[tuple[str, str, Wanted]]:
-        if self.name not in ("digits", "synthetic"):  # which read no folder
+        if self.name not in ("digits", "shapes", "synthetic"):  # which read no folder
             yield from super().files()
 
     def missing_files(self) -> Iterator[str]:
@@ -285,7 +309,7 @@ class Metrics(FreeSection):
     image_interval: NonNegativeInt = 100
     """Steps between image grids; 0 draws none."""
     keep_grids: NonNegativeInt = 200
-    """Grids to keep at most; beyond, every other one is deleted. 0 keeps all."""
+    """Grids to keep at most, spread over the run: beyond, the one closest to its neighbours goes. 0 keeps all."""
     image_groups: PositiveInt = 4
     """Images of one grid, each with its completions."""
     wandb: bool = False

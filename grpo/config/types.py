@@ -107,7 +107,9 @@ class Section(BaseModel):
     def missing_files(self) -> Iterator[str]:
         """A line for each of `files` that is not there; it begins with the key."""
         for key, path, wanted in self.files():
-            if not exists(path):
+            if is_url(path):
+                yield f"{key}: {path} is an address: bring it to a file or folder here; wanted: {wanted.what}"
+            elif not exists(path):
                 yield f"{key}: {path} does not exist; wanted: {wanted.what}"
 
 
@@ -128,6 +130,22 @@ def same_file(one: str | Path, other: str | Path) -> bool:
         return os.path.samefile(one, other)
     except (OSError, ValueError):  # one is not there, or no path
         return False
+
+
+VGG16 = "vgg16-397923af.pth"
+"""torchvision's VGG16, which LPIPS needs, by the name of its download."""
+
+
+def lpips_backbone(path: str | os.PathLike[str] | None) -> str:
+    """The file of VGG16's weights: `path`, or where torch keeps its downloads (the rule of `torch.hub.get_dir`)."""
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.path.expanduser(os.environ.get("TORCH_HOME", f"{caches}/torch"))
+    return os.path.join(home, "hub", "checkpoints", VGG16) if path is None else os.fspath(path)
+
+
+def backbone_file(key: str, path: str | None) -> tuple[str, str, Wanted]:
+    """That file among the `files` of a section whose `key` may name it."""
+    return key, lpips_backbone(path), Wanted(f"torchvision's VGG16, {VGG16}, there, in TORCH_HOME, or by this key")
 
 
 def exists(path: str) -> bool:

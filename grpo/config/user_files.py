@@ -71,11 +71,16 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
 
 
-def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST_TEXT) -> str:
-    """A text file in UTF-8, with or without a byte order mark. Raises an OSError or ValueError, for `reading`."""
+def read_bytes(path: str | os.PathLike[str], *, largest: int = LARGEST_TEXT) -> bytes:
+    """A file that is small. Raises an OSError, also for a pipe or a device, or a ValueError, for `reading`."""
     require_regular(path)
     with Path(path).open("rb") as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise ValueError(f"it has more than {largest} bytes")
-    return content.decode("utf-8-sig")
+    return content
+
+
+def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST_TEXT) -> str:
+    """A text file in UTF-8, with or without a byte order mark; otherwise as `read_bytes`."""
+    return read_bytes(path, largest=largest).decode("utf-8-sig")

@@ -4,10 +4,11 @@ import csv
 import json
 import re
 import unicodedata
+from collections import Counter
 
 import tomli
 
-from grpo.config import UserError, read_text, reading
+from grpo.config import UserError, read_text, reading, shorten
 
 
 def nfc(name: str) -> str:
@@ -50,7 +51,7 @@ def read_class_map(path: str) -> dict[str, str]:
     pairs = [(nfc(name), str(value)) for name, value in pairs]
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        twice = next(name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise UserError(f"{where} has {twice!r} twice: leave one of them")
     return mapping
 
@@ -64,5 +65,5 @@ def _columns(line: str, where: str) -> tuple[str, str]:
     columns = [column.strip() for column in columns]
     if len(columns) != 2 or not all(columns):
         quotes = "; put what has commas in double quotes" if len(columns) > 2 else ""
-        raise UserError(f"{where}: {line!r} is not a class and its id or name{quotes}")
+        raise UserError(f"{where}: {shorten(repr(line))} is not a class and its id or name{quotes}")
     return columns[0], columns[1]

@@ -8,18 +8,20 @@ is whole, with a `codes-00000.json` of the images that could not be read; `codes
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grpo.config import UserError
-from grpo.data.code_reader import CodeReader
+from grpo.config import TransientError, UserError, read_text, reason
+from grpo.data.code_reader import CodeReader, read_array
 from grpo.data.dataset import UnreadableImage
 
 ABOUT = "codes.json"
 LABELS = "labels.npy"
 FORMAT = 1
+UNFINISHED = ".unfinished"  # ends the name of a file that is being written
 PLAIN_FIRST = ("none", "flip")  # augmentations whose first variant is the image as it is
 _TYPES = {"count": int, "variants": int, "length": int, "codebook_size": int, "shard_size": int, "complete": bool}
 
@@ -83,18 +85,25 @@ def read_about(folder: Path) -> dict[str, Any]:
     sound = sound and all(type(about.get(key)) is kind and about[key] >= 0 for key, kind in _TYPES.items())
     sound = sound and isinstance(about.get("fingerprint"), dict) and isinstance(about.get("unreadable"), dict)
     sound = sound and isinstance(about.get("class_names"), list) and isinstance(about.get("augmentation"), str)
-    sound = sound and all(str(index).isdecimal() for index in about["unreadable"]) and about["shard_size"] > 0
+    sound = sound and all(type(name) is str and _is_text(name) for name in about["class_names"])
+    sound = sound and all(index.isdecimal() and len(index) < 16 for index in about["unreadable"])
+    sound = sound and min(about[key] for key in ("shard_size", "variants", "length")) > 0
     if not sound:
         raise UserError(f"{file} is damaged, or of another version: encode the data set again")
     return about
 
 
+def _is_text(name: str) -> bool:
+    """Whether it can be written: JSON can hold half of a surrogate pair."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """An object in a file. Raises a UserError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}; encode the data set again") from error
+        raise UserError(f"{file} cannot be read: {reason(error)}; encode the data set again") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} is damaged: encode the data set again")
     return value
@@ -109,7 +118,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 def write_file(path: Path, write: Any) -> None:
     """Make a file by `write(file)`, whole or not at all, on disk before it appears. Raises a UserError."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
             write(file)
@@ -117,7 +126,11 @@ def write_file(path: Path, write: Any) -> None:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}; free space there and start again") from error
+        with suppress(OSError):
+            unfinished.unlink()
+        raise TransientError(
+            f"{path} could not be written: {error.strerror}; free space there and start again"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -128,10 +141,9 @@ def write_json(path: Path, value: Any) -> None:
 def _read_array(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     """An .npy of whole numbers, memory-mapped."""
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"{file} cannot be read: {reason}; remove it and start `grpo encode` again") from error
-    if array.shape != shape or array.dtype.kind not in "iu":
+        array = read_array(file, mapped=True)
+    except UserError as error:
+        raise UserError(f"{error}; remove it and start `grpo encode` again") from error
+    if array.shape != shape:
         raise UserError(f"{file} is {array.dtype} {list(array.shape)}, expected whole numbers {list(shape)}")
     return array

@@ -1,8 +1,10 @@
 """What every source of codes on disk has in common."""
 
+from pathlib import Path
+
 import numpy as np
 
-from grpo.config import UserError
+from grpo.config import UserError, reason, require_regular
 from grpo.data.dataset import UnreadableImage
 
 
@@ -47,5 +49,22 @@ class CodeReader:
             variant = int(np.random.default_rng((seed, sample_id, 1)).integers(count))
         codes = self.row(index, variant).astype(np.int64)
         if codes.min() < 0 or (self.codebook_size is not None and codes.max() >= self.codebook_size):
-            raise UnreadableImage(f"codes of image {index} of {self} are not all in 0..{self.codebook_size - 1}")
+            size = self.codebook_size
+            limits = "below 0" if size is None else f"not all in 0..{size - 1}"
+            raise UnreadableImage(f"codes of image {index} of {self} are {limits}")
         return codes
+
+
+def read_array(file: Path, *, mapped: bool = False) -> np.ndarray:
+    """An .npy of whole numbers, read or memory-mapped. Raises `UnreadableImage`."""
+    try:
+        require_regular(file)
+        with open(file, "rb") as opened:
+            if opened.read(6) != b"\x93NUMPY":  # numpy would open an archive too
+                raise ValueError("it is no .npy")
+        array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except Exception as error:  # a header is a Python expression of a few kinds
+        raise UnreadableImage(f"{file} cannot be read: {reason(error)}") from error
+    if array.dtype.kind not in "iu":
+        raise UnreadableImage(f"{file} holds {array.dtype}, not whole numbers")
+    return array

@@ -10,6 +10,7 @@ from grpo.config import UserError
 from grpo.data.code_files import (
     ABOUT,
     LABELS,
+    UNFINISHED,
     CodeFolder,
     differences,
     read_about,
@@ -46,16 +47,17 @@ class CodeWriter:
     def _start(self) -> list[int]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            is_empty = not any(self.folder.iterdir())
+            is_empty = all(file.name.endswith(UNFINISHED) for file in self.folder.iterdir())
         except OSError as error:
             raise UserError(f"encode.output {self.folder} cannot be written: {error.strerror}") from error
         if (self.folder / ABOUT).exists():
             self._compare(read_about(self.folder))
         elif is_empty:
-            write_file(self.folder / LABELS, lambda file: np.save(file, self.labels))
             write_json(self.folder / ABOUT, {**self.about, "unreadable": {}, "complete": False})
         else:
             raise UserError(f"encode.output {self.folder} is not empty and holds no codes: give another folder")
+        if not (self.folder / LABELS).exists():
+            write_file(self.folder / LABELS, lambda file: np.save(file, self.labels))
         return [number for number in range(len(self.shards)) if not (self.folder / shard_name(number)).exists()]
 
     def _compare(self, found: Mapping[str, Any]) -> None:

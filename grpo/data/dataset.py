@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from grpo.config import Data, UserError, reason
+from grpo.data.captions import Asked, Captions, Requests
 from grpo.data.images import center_crop, to_pixels, to_rgb
+from grpo.data.unreadable import UnreadableImage
 from grpo.models import ClassCondition, Condition, normalize
 
 logger = logging.getLogger(__name__)
@@ -21,10 +23,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_SPLIT = Data.model_fields["split"].default
 
 NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
-
-
-class UnreadableImage(UserError):
-    """One image that is missing or damaged."""
 
 
 def decoded(read: Callable[[], Image.Image], name: Callable[[], str]) -> Image.Image:
@@ -67,6 +65,8 @@ class ImageDataset(Dataset):
         class_ids: [N] int64 (numpy), the class of each image; as the source numbers them, then, from `build_dataset`
             on, as the model does.
         class_names: names of the classes, by class id; `build_dataset` adds numbers where the source has no names.
+        captions_of: the texts of the images, where the source has texts and no classes; else None.
+        requests: how samples ask for images by these texts (`build_text_dataset`); None where they ask for classes.
         source_names: of the classes as the source numbers and names them; empty where it has no names.
         unreadable: indices of the unreadable images met so far by this process's stream.
     """
@@ -74,8 +74,11 @@ class ImageDataset(Dataset):
     has_images = True
     is_stream = False
 
-    def __init__(self, class_ids: np.ndarray, class_names: list[str], *, data: Data) -> None:
-        self.data = data
+    def __init__(
+        self, class_ids: np.ndarray, class_names: list[str], *, data: Data, captions: Captions | None = None
+    ) -> None:
+        self.data, self.captions_of = data, captions
+        self.requests: Requests | None = None
         self.class_ids = np.asarray(class_ids, dtype=np.int64)
         self.class_names, self.source_names = list(class_names), tuple(class_names)
         self.unreadable: set[int] = set()
@@ -128,12 +131,25 @@ class ImageDataset(Dataset):
         """Image [3, S, S] fp32 in [-1, 1] and its class id. Raises `UnreadableImage`."""
         return normalize(self.pixels(index)), int(self.class_ids[index])
 
+    def ask(self, index: int, sample_id: int, seed: int) -> Asked | None:
+        """The text of a sample, with its features; None of a class. Raises `UnreadableImage`: there are no features."""
+        return None if self.requests is None else self.requests.draw(index, sample_id, seed)
+
+    def request(self, indices: Sequence[int], asked: Sequence[Asked | None]) -> tuple[Condition, list[str]]:
+        """What samples ask a generator for, and the same in words: a row and a text for each image and its `ask`."""
+        if self.requests is not None:
+            return self.requests.condition(asked), [one.text for one in asked]
+        condition = self.condition(indices)
+        return condition, self.captions(condition)
+
     def condition(self, indices: Sequence[int]) -> Condition:
-        """What the images ask a generator for, a row each."""
+        """The classes of the images, a row each."""
         return ClassCondition(torch.from_numpy(self.class_ids[indices]))
 
     def captions(self, condition: Condition) -> list[str]:
-        """A condition of this data set in words, a text for each row: the class name."""
+        """Classes in words, a text for each row: the class name, or nothing where the source has texts instead."""
+        if self.captions_of is not None:
+            return [""] * condition.rows
         return [self.class_names[class_id] for class_id in condition.class_ids.tolist()]
 
     def record_unreadable(self, index: int, reason: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from grpo.config import Data, UserError
+from grpo.data.captions import Captions
 from grpo.data.dataset import DEFAULT_SPLIT, ImageDataset
 from grpo.data.folder_scan import Listing, remembered_scan, scan_folder
 from grpo.data.images import read_image
@@ -40,11 +41,12 @@ class ImageFiles(ImageDataset):
         data: Data,
         root: str | Path = "",
         sizes: Sequence[int] = (),
+        captions: Captions | None = None,
     ) -> None:
         # One array, not a million str objects: counting references would copy those into every worker's memory.
         self._files = np.array([os.fsencode(file) for file in files])
         self._root, self._sizes = os.fspath(root), np.array(sizes, dtype=np.int64)
-        super().__init__(np.array(class_ids), class_names, data=data)
+        super().__init__(np.array(class_ids), class_names, data=data, captions=captions)
 
     def identify(self) -> Iterable[bytes]:
         return self._files.tobytes(), self._sizes.tobytes()

@@ -12,24 +12,41 @@ import pyarrow
 from PIL import Image
 
 from grpo.config import Data, UserError, read_text, reading, require_regular
+from grpo.data.captions import Captions, LeftOut, texts_in
 from grpo.data.dataset import DEFAULT_SPLIT, ImageDataset
 from grpo.data.images import read_image
+from grpo.texts import CAPTION_KEYS
 
 IMAGE_COLUMNS = ("image", "image_path", "file", "filepath")
 LABEL_COLUMNS = ("label", "labels")
+TEXT_AT_ONCE = 1000  # rows
 
 
 class SavedDataset(ImageDataset):
-    """Rows of a saved data set: an image, bytes or a path (relative to the data set's folder), and an integer label.
+    """Rows of a saved data set: an image, bytes or a path (relative to the data set's folder), and an integer label, or
+    one or several captions.
 
     Images are decoded here and not by `datasets`, so that a damaged one can be named and skipped.
     """
 
-    def __init__(self, *, data: Data, rows: datasets.Dataset | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        data: Data,
+        with_captions: bool = False,
+        rows: datasets.Dataset | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self._folder = folder or Path(data.path)
+        self._numbers: list[int] | None = None  # of the rows in their source, where some are left out
         rows = rows or _load_split(data)
+        if with_captions:
+            rows, captions, self._numbers = captioned_rows(rows, data)
         self._column = first_column(rows.column_names, IMAGE_COLUMNS, "an image", data)
         self._rows = _undecoded(rows.select_columns([self._column]), self._column, data)
+        if with_captions:
+            super().__init__(np.zeros(len(rows)), [], data=data, captions=captions)
+            return
         label_column = first_column(rows.column_names, LABEL_COLUMNS, "a label", data)
         class_names = getattr(rows.features[label_column], "names", [])  # a ClassLabel has them
         super().__init__(_read_labels(rows, label_column, data), class_names, data=data)
@@ -47,7 +64,11 @@ class SavedDataset(ImageDataset):
     def describe(self, index: int) -> str:
         _, path = self._stored(index)
         name = f" ({path})" if path else ""
-        return f"image {index}{name} of split {self.data.split!r} of {self._folder}"
+        return f"image {self.number(index)}{name} of split {self.data.split!r} of {self._folder}"
+
+    def number(self, index: int) -> int:
+        """Of a row in its source."""
+        return int(index) if self._numbers is None else self._numbers[index]
 
     def _stored(self, index: int) -> tuple[bytes | None, str | None]:
         """The row's encoded image and its path; either may be missing."""
@@ -104,6 +125,31 @@ def first_column(columns: list[str], names: tuple[str, ...], what: str, data: Da
         f"{where or f'data.path {data.path}'} has the columns {columns}; {what} is looked for in "
         f"{' or '.join(repr(name) for name in names)}: rename a column"
     )
+
+
+def caption_column(columns: list[str], data: Data, *, where: str = "") -> str:
+    """The column of the captions. Raises a UserError if there is none."""
+    names = CAPTION_KEYS if data.caption_key is None else (data.caption_key,)
+    return first_column(columns, names, "a caption", data, where=where)
+
+
+def captioned_rows(rows: datasets.Dataset, data: Data) -> tuple[datasets.Dataset, Captions, list[int]]:
+    """The rows that have captions, those, and the numbers of the rows; rows without are left out and counted."""
+    column = caption_column(rows.column_names, data)
+    texts, kept, left_out = [], [], LeftOut(data)
+    for batch in rows.select_columns([column]).with_format(None).iter(TEXT_AT_ONCE):
+        for value in batch[column]:
+            where = f"row {len(texts)} of data.path {data.path}"
+            texts.append(texts_in(value, where))
+            if texts[-1]:
+                kept.append(len(texts) - 1)
+            else:
+                left_out.note(f"{where} has no caption in {column!r}")
+    left_out.tell()
+    if not kept:
+        raise UserError(f"data.path {data.path} has no row with a caption in {column!r}: check data.caption_key")
+    rows = rows if len(kept) == len(texts) else rows.select(kept)
+    return rows, Captions([texts[row] for row in kept]), kept
 
 
 def _read_labels(rows: datasets.Dataset, column: str, data: Data) -> np.ndarray:

@@ -7,7 +7,6 @@ one that is damaged is made anew.
 import hashlib
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from grpo.config import UserError
+from grpo.config import UserError, require_regular
 from grpo.parallel import broadcast_object
 
 logger = logging.getLogger(__name__)
@@ -80,10 +79,12 @@ def read_index(path: Path | None, names: Sequence[str]) -> dict[str, np.ndarray]
     if path is None:
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, MemoryError):
+        require_regular(path)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in names}
+    except Exception:  # it lies beside the data and may be anyone's: zip archives and arrays raise all kinds
         return None
+    return arrays if all(isinstance(array, np.ndarray) for array in arrays.values()) else None
 
 
 def write_index(path: Path | None, arrays: dict[str, np.ndarray]) -> None:

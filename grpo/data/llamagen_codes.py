@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo.config import Data, UserError
-from grpo.data.code_reader import CodeReader
+from grpo.data.code_reader import CodeReader, read_array
 from grpo.data.dataset import UnreadableImage
 from grpo.data.folder_scan import Listing, scan_folder
 from grpo.data.index_cache import cache_folder, index_file, on_main_rank, read_index, write_index
@@ -36,9 +36,9 @@ class LlamaGenCodes(CodeReader):
 
     def _load(self, index: int) -> np.ndarray:
         """[A, T]."""
-        codes = _load(self.path / f"{index}.npy")
+        codes = read_array(self.path / f"{index}.npy")
         codes = codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
-        if codes.ndim != 2 or (index and codes.shape != (self.variants, self.length)):
+        if codes.ndim != 2 or not codes.size or (index and codes.shape != (self.variants, self.length)):
             raise UnreadableImage(f"{self.path / f'{index}.npy'} has shape {list(codes.shape)}: not the others'")
         return codes
 
@@ -94,18 +94,9 @@ def _check_numbers(folder: Path, listing: Listing, count: int) -> None:
 
 
 def _label(file: Path) -> int:
-    label = _load(file)
+    label = read_array(file)
     if label.size != 1:
         raise UserError(f"{file} has shape {list(label.shape)}: one label is expected")
-    return int(label.reshape(-1)[0])
-
-
-def _load(file: Path) -> np.ndarray:
-    try:
-        array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UnreadableImage(f"{file} cannot be read: {reason}") from error
-    if array.dtype.kind not in "iu":
-        raise UnreadableImage(f"{file} holds {array.dtype}, not whole numbers")
-    return array
+    if (value := int(label.reshape(-1)[0])) >= 2**63:
+        raise UserError(f"{file} holds {value}, which is no label")
+    return value

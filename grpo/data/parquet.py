@@ -11,12 +11,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from grpo.config import Data, UserError
-from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, SavedDataset, first_column
+from grpo.config import Data, UserError, reason
+from grpo.data.huggingface import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    SavedDataset,
+    caption_column,
+    check_arrow,
+    first_column,
+)
 from grpo.data.index_cache import cache_folder, on_main_rank
 from grpo.data.shard_files import shard_files, shard_root
-
-_ERRORS = (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
 
 
 class ParquetDataset(SavedDataset):
@@ -27,32 +32,37 @@ class ParquetDataset(SavedDataset):
     made again when the files' time stamps change.
     """
 
-    def __init__(self, *, data: Data) -> None:
+    def __init__(self, *, data: Data, with_captions: bool = False) -> None:
         self._files = shard_files(data, ".parquet")
-        counts, columns = on_main_rank(partial(_inspect, self._files, data))
+        counts, columns = on_main_rank(partial(_inspect, self._files, data, with_captions))
         self._starts = np.cumsum([0, *counts])
         if not self._starts[-1]:
             raise UserError(f"data.path {data.path} has no rows: check the files")
         on_main_rank(lambda: bool(_to_arrow(self._files, columns, data)))
-        super().__init__(data=data, rows=_to_arrow(self._files, columns, data), folder=shard_root(data))
+        rows = _to_arrow(self._files, columns, data)
+        super().__init__(data=data, with_captions=with_captions, rows=rows, folder=shard_root(data))
 
     def identify(self) -> Iterable[bytes]:
         return (f"{file.name} {file.stat().st_size}".encode() for file in self._files)
 
     def describe(self, index: int) -> str:
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return f"row {index - self._starts[file]} of {self._files[file]}"
+        number = self.number(index)
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return f"row {number - self._starts[file]} of {self._files[file]}"
 
 
-def _inspect(files: list[Path], data: Data) -> tuple[list[int], list[str]]:
-    """Rows of each file, and the columns of images and labels, from what stands at the files' ends."""
+def _inspect(files: list[Path], data: Data, with_captions: bool) -> tuple[list[int], list[str]]:
+    """Rows of each file, and the columns of images and of labels or captions, from what stands at the files' ends."""
     counts, columns = [], []
     for file in files:
         with _told(f"{file} cannot be read as a Parquet file"), pyarrow.parquet.ParquetFile(file) as opened:
             counts.append(opened.metadata.num_rows)
             names = opened.schema_arrow.names
         image = first_column(names, IMAGE_COLUMNS, "an image", data, where=str(file))
-        label = first_column(names, LABEL_COLUMNS, "a label", data, where=str(file))
+        if with_captions:
+            label = caption_column(names, data, where=str(file))
+        else:
+            label = first_column(names, LABEL_COLUMNS, "a label", data, where=str(file))
         if columns and columns != [image, label]:
             raise UserError(f"{file} has the columns {[image, label]}, {files[0]} {columns}: they must be alike")
         columns = [image, label]
@@ -65,7 +75,10 @@ def _to_arrow(files: list[Path], columns: list[str], data: Data) -> datasets.Dat
     names = [glob.escape(str(file)) for file in files]
     datasets.disable_progress_bars()
     with _told(f"data.path {data.path} cannot be read"):
-        return datasets.Dataset.from_parquet(names, cache_dir=folder and str(folder / "arrow"), columns=columns)
+        rows = datasets.Dataset.from_parquet(names, cache_dir=folder and str(folder / "arrow"), columns=columns)
+        for file in rows.cache_files:  # it may have come with the data
+            check_arrow(Path(file["filename"]))
+        return rows
 
 
 @contextmanager
@@ -73,7 +86,9 @@ def _told(what: str) -> Iterator[None]:
     """Errors of the libraries in one line; they wrap what went wrong into more than one layer."""
     try:
         yield
-    except _ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # libraries of formats raise all kinds
         while error.__cause__ is not None:
             error = error.__cause__
-        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{what}: {reason(error)}") from error

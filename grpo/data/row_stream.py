@@ -19,11 +19,12 @@ from torch import Tensor
 
 from grpo.config import UserError
 from grpo.data.batch import ImageBatch
-from grpo.data.dataset import UnreadableImage
+from grpo.data.captions import pick_text
 from grpo.data.images import center_crop, to_pixels
 from grpo.data.streamed import StreamedDataset
+from grpo.data.unreadable import UnreadableImage
 from grpo.data.worker import worker_count
-from grpo.models import ClassCondition
+from grpo.models import ClassCondition, Condition
 from grpo.parallel import World
 
 
@@ -82,20 +83,41 @@ class RowStream(Iterator[ImageBatch]):
         size = self.batch_size // self.world.size
         first = self.world.rank * size
         found = list(self._decoders.map(partial(self._readable, rows), range(first, first + size)))
-        condition = ClassCondition(torch.tensor([self.dataset.class_id(row) for row, _, _ in found]))
+        sample_ids = range(start + first, start + first + size)
+        condition, captions = self._request([row for row, _, _ in found], sample_ids)
         batch = ImageBatch(
             images=torch.stack([pixels for _, pixels, _ in found]),
             condition=condition,
-            sample_ids=torch.arange(start + first, start + first + size),
-            captions=self.dataset.captions(condition),
+            sample_ids=torch.tensor(sample_ids),
+            captions=captions,
         )
         return _Prepared(batch, places[-1], [bad for *_, met in found for bad in met])
+
+    def _request(self, rows: Sequence[dict], sample_ids: Sequence[int]) -> tuple[Condition, list[str]]:
+        """What rows ask for, and the same in words."""
+        requests = self.dataset.requests
+        if requests is not None:
+            of_rows = zip(map(self.dataset.texts, rows), sample_ids, strict=True)
+            texts = [pick_text(texts, number, self.seed) for texts, number in of_rows]
+            return requests.encoder(texts), texts
+        condition = ClassCondition(torch.tensor([self.dataset.class_id(row) for row in rows]))
+        return condition, self.dataset.captions(condition)
+
+    def _require_text(self, row: dict) -> None:
+        """Raise `UnreadableImage` where a row is asked for a text and has none, or one without features."""
+        if self.dataset.requests is not None:
+            texts = self.dataset.texts(row)
+            try:
+                self.dataset.requests.encoder.require(texts)
+            except UserError as error:
+                raise UnreadableImage(error.problems) from error
 
     def _readable(self, rows: Sequence[dict], place: int) -> tuple[dict, Tensor, list[tuple[int, str]]]:
         """The row at that place of the batch, or the next readable one, around; its pixels; the unreadable ones."""
         unreadable = []
         for row in (*rows[place:], *rows[:place]):
             try:
+                self._require_text(row)
                 pixels = to_pixels(center_crop(self.dataset.image(row), self.dataset.data.image_size))
             except UnreadableImage as error:
                 unreadable.append((self.dataset.key(row), str(error)))

@@ -19,8 +19,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from grpo.config import UserError
 from grpo.data.batch import ImageBatch
+from grpo.data.captions import Asked
 from grpo.data.dataset import NO_PIXELS, ImageDataset, UnreadableImage
 from grpo.data.worker import init_worker, worker_count
+from grpo.models import Condition
 from grpo.parallel import World
 
 
@@ -31,6 +33,8 @@ class _Fetched(NamedTuple):
     indices: list[int]  # [B]
     unreadable: list[tuple[int, str]]  # met for the first time by this worker
     codes: Tensor | None = None  # [B, T] int64
+    condition: Condition | None = None  # B rows
+    captions: tuple[str, ...] = ()  # B texts
     failure: UserError | None = None
 
 
@@ -48,12 +52,14 @@ class _Samples(Dataset):
             samples = [self._read(sample_id) for sample_id in sample_ids]
         except UserError as error:
             return _Fetched(None, [], list(self._unreadable.items())[known:], failure=error)
-        indices, pixels, codes = zip(*samples, strict=True)
+        indices, pixels, codes, asked = zip(*samples, strict=True)
         codes = None if self.dataset.codes is None else torch.from_numpy(np.stack(codes))
-        return _Fetched(torch.stack(pixels), list(indices), list(self._unreadable.items())[known:], codes)
+        condition, captions = self.dataset.request(list(indices), asked)
+        unreadable = list(self._unreadable.items())[known:]
+        return _Fetched(torch.stack(pixels), list(indices), unreadable, codes, condition, tuple(captions))
 
-    def _read(self, sample_id: int) -> tuple[int, Tensor, np.ndarray | None]:
-        """Index, pixels and codes of the sample, or of the next readable image of its epoch's order, around."""
+    def _read(self, sample_id: int) -> tuple[int, Tensor, np.ndarray | None, Asked | None]:
+        """Index, pixels, codes and text of the sample, or of the next readable image of its epoch's order, around."""
         length = len(self.dataset)
         epoch, place = divmod(sample_id, length)
         if epoch != self._epoch:
@@ -65,7 +71,8 @@ class _Samples(Dataset):
                 continue
             try:
                 codes = self.dataset.codes and self.dataset.codes.draw(index, sample_id, self.seed)
-                return index, self.dataset.pixels(index) if self.dataset.reads_images else NO_PIXELS, codes
+                asked = self.dataset.ask(index, sample_id, self.seed)
+                return index, self.dataset.pixels(index) if self.dataset.reads_images else NO_PIXELS, codes, asked
             except UnreadableImage as error:
                 self._unreadable[index] = str(error)
                 if len(self._unreadable) > self.dataset.data.max_bad_images:
@@ -102,13 +109,12 @@ class ImageStream(Iterator[ImageBatch]):
             self.close()
             raise
         self.samples += self.batch_size
-        condition = self.dataset.condition(fetched.indices)
         return ImageBatch(
             images=fetched.pixels,
-            condition=condition,
+            condition=fetched.condition,
             sample_ids=torch.arange(first, first + size),
             indices=torch.tensor(fetched.indices),
-            captions=self.dataset.captions(condition),
+            captions=fetched.captions,
             codes=fetched.codes,
         )
 
@@ -168,5 +174,6 @@ def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_worke
             f"the data set has {len(dataset)} images, fewer than one batch of {batch_size}: lower the batch size "
             f"({keys}) or add images"
         )
-    workers = worker_count(num_workers) if dataset.reads_images or dataset.codes else 0
+    has_work = dataset.reads_images or dataset.codes or dataset.requests
+    workers = worker_count(num_workers) if has_work else 0
     return ImageStream(dataset, batch_size, seed, workers, world)

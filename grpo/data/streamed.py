@@ -1,7 +1,6 @@
 """A data set whose rows come one after the other, through `datasets`' streaming."""
 
 import io
-import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -10,24 +9,21 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-import pyarrow
 from PIL import Image
 
-from grpo.config import Data, UserError
+from grpo.config import Data, UserError, reason
+from grpo.data.captions import Captions, texts_in, texts_of
 from grpo.data.dataset import ImageDataset, decoded
-from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, check_arrow, first_column
+from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, caption_column, check_arrow, first_column
 from grpo.data.images import read_image
 from grpo.data.index_cache import on_main_rank
 from grpo.data.shard_files import shard_files
 from grpo.data.tar_files import expand_braces
+from grpo.data.unreadable import UnreadableImage
 from grpo.data.webdataset import IMAGE_ENDINGS, JSON_KEYS
 
 KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 Row = TypeVar("Row")
-_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, EOFError, tarfile.TarError, pyarrow.ArrowException,
-    datasets.exceptions.DatasetsError,
-)  # fmt: skip
 
 
 class StreamedDataset(ImageDataset):
@@ -42,7 +38,7 @@ class StreamedDataset(ImageDataset):
 
     is_stream = True
 
-    def __init__(self, *, data: Data) -> None:
+    def __init__(self, *, data: Data, with_captions: bool = False) -> None:
         self.files = on_main_rank(partial(_files, data))
         suffixes = {Path(file).suffix for file in self.files}
         if len(suffixes) != 1 or not suffixes <= set(KINDS):
@@ -54,10 +50,15 @@ class StreamedDataset(ImageDataset):
         if self._kind == "webdataset":
             endings = {column.lower(): column for column in columns}
             self._image = endings[first_column(list(endings), IMAGE_ENDINGS, "an image", data)]
-            self._label = endings[first_column(list(endings), ("cls", "json"), "a label", data)]
+            wanted = ("txt", "json") if with_captions else ("cls", "json")
+            self._label = endings[first_column(list(endings), wanted, "a label or caption", data)]
         else:
             self._image = first_column(columns, IMAGE_COLUMNS, "an image", data)
-            self._label = first_column(columns, LABEL_COLUMNS, "a label", data)
+            label = caption_column(columns, data) if with_captions else None
+            self._label = label or first_column(columns, LABEL_COLUMNS, "a label", data)
+        if with_captions:
+            super().__init__(np.empty(0), [], data=data, captions=Captions([]))
+            return
         names = getattr(features[self._label], "names", [])  # a ClassLabel has them
         super().__init__(np.arange(len(names)), names, data=data)
 
@@ -68,6 +69,8 @@ class StreamedDataset(ImageDataset):
         return f"class {self.source_names[index]!r} of data.path {self.data.path}"
 
     def captions(self, condition: Any) -> list[str]:
+        if self.captions_of is not None:
+            return super().captions(condition)
         names = dict(enumerate(self.class_names))
         return [names.get(class_id, str(class_id)) for class_id in condition.class_ids.tolist()]
 
@@ -85,7 +88,7 @@ class StreamedDataset(ImageDataset):
         """The same rows; what goes wrong in reading them is a UserError."""
         try:
             yield from rows
-        except _ERRORS as error:
+        except Exception as error:  # libraries of formats raise all kinds
             raise UserError(f"data.path {self.data.path} cannot be read on: {_reason(error)}") from error
 
     def image(self, row: dict) -> Image.Image:
@@ -119,13 +122,24 @@ class StreamedDataset(ImageDataset):
             )
         return int(self.class_ids[label]) if len(self.class_ids) else label
 
+    def texts(self, row: dict) -> list[str]:
+        """The captions of a row. Raises `UnreadableImage` where there is none."""
+        value, where = row[self._label], f"{_name(row, self._image)} of {self.data.path}"
+        if isinstance(value, dict):
+            found = texts_of(value, self.data.caption_key, where)
+        else:
+            found = texts_in(value.splitlines() if self._kind == "webdataset" else value, where)
+        if not found:
+            raise UnreadableImage(f"{where} has no caption")
+        return found
+
     def _open(self, files: list[str]) -> datasets.IterableDataset:
         try:
             for file in files if self._kind == "arrow" else ():
                 if "://" not in file:
                     check_arrow(Path(file))
             return datasets.load_dataset(self._kind, data_files={"rows": files}, split="rows", streaming=True)
-        except _ERRORS as error:
+        except Exception as error:
             raise UserError(f"data.path {self.data.path} cannot be read: {_reason(error)}") from error
 
 
@@ -143,7 +157,7 @@ def _files(data: Data) -> list[str]:
     try:
         patterns = expand_braces(data.path)
         return list(datasets.data_files.DataFilesList.from_patterns(patterns))
-    except _ERRORS as error:
+    except Exception as error:
         raise UserError(f"data.path {data.path} cannot be listed: {_reason(error)}") from error
 
 
@@ -157,4 +171,4 @@ def _reason(error: BaseException) -> str:
     """What went wrong below the layers of the library, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return reason(error)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from grpo.config import UserError
+from grpo.config import UserError, reason
 
 OPEN_FILES = 128  # of one process
 LARGEST_TEXT = 2**20  # bytes of a label or caption
@@ -60,13 +60,16 @@ def _members(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
     """Headers one by one. The library takes a damaged one for the end, so what follows is looked at."""
     try:
         with tarfile.open(path, "r:") as tar:
+            end = 0
             while (info := tar.next()) is not None:
-                tar.members = []  # the library would remember them all
+                if tar.offset <= end:
+                    raise ValueError(f"{info.name!r} has a size below 0")
+                end, tar.members = tar.offset, []  # the library would remember them all
                 yield info
             end = tar.offset
-    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
-        reason = "it is compressed: unpack it with gunzip" if _is_gzip(path) else str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a tar file that can be read: {reason}") from error
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError, MemoryError) as error:
+        why = "it is compressed: unpack it with gunzip" if _is_gzip(path) else reason(error)
+        raise UserError(f"{path} is not a tar file that can be read: {why}") from error
     with open(path, "rb") as file:
         file.seek(end)
         block = file.read(tarfile.BLOCKSIZE)

@@ -107,7 +107,8 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     if isinstance(recipe, GRPORecipe):
         schedule = recipe.schedule(ranks=ranks)
     sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
-    rows = sequences * sizes.block_size
+    rows, texts = sequences * sizes.block_size, sequences // (schedule.rows_of_a_condition if schedule else 1)
+    all_rows = family.costs.block_rows(sizes, sequences, texts=texts)
     logits = rows * sizes.vocab_size
     policy = sharded_bytes(model, mesh=mesh, parallel=recipe.parallel, training=training, accumulates=micro_batches > 1)
     lasting = {
@@ -125,7 +126,9 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     update = {
         "gathered weights": policy.gathered,
         "whole gradients" if policy.backward else "reduction": policy.backward or policy.reduction,
-        "activations": family.costs.activation_bytes(sizes, rows, dtype=dtype, mode=recipe.activation_checkpoint.mode),
+        "activations": family.costs.activation_bytes(
+            sizes, all_rows, dtype=dtype, mode=recipe.activation_checkpoint.mode
+        ),
         "logits": FP32 * (logits if logits <= KEPT_ELEMENTS["cuda"] else CHUNK_ELEMENTS["cuda"])
         + family.costs.projection_bytes(sizes, rows, dtype=dtype)
         + dtype.itemsize * logits * (logits <= KEPT_ELEMENTS["cuda"]),  # their gradient lies beside them

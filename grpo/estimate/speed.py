@@ -30,20 +30,21 @@ def grpo_work(recipe: GRPORecipe, sizes: Any, schedule: Schedule) -> Work:
     contexts = schedule.images if forced else schedule.completions
     sampled, scored = (1 if scale == 1.0 else 2 for scale in (rollout.cfg_scale, rollout.loss_cfg_scale))
 
-    def forward(sequences: int, copies: int = 1) -> float:
+    def forward(sequences: int, copies: int = 1, *, of_a_text: int = 1) -> float:
         """With guidance the blocks see two copies, the projection one."""
         project = costs.projection_flops(sizes, sequences * sizes.block_size)
-        return costs.blocks_flops(sizes, copies * sequences) + project
+        texts = copies * sequences // of_a_text
+        return costs.blocks_flops(sizes, copies * sequences, texts=texts) + project
 
     # A group that spreads over several optimizer steps passes through the model in each of them.
     splits = schedule.epochs * (max(1, schedule.group_size // schedule.completions_per_step) if forced else 1)
     passes = len(schedule.dropout_passes)
     others = int(not schedule.on_policy) + int(recipe.objective.kl_estimator != "none")  # old policy, reference
     forwards = passes * (3 * splits + others) - int(schedule.trains_sampling_forward)  # a backward is as much as two
-    update = forwards * forward(contexts, scored)
+    update = forwards * forward(contexts, scored, of_a_text=schedule.rows_of_a_condition)
     if not forced and schedule.scores_targets:
         update += passes * 3 * schedule.epochs * forward(schedule.images)
-    flops = {"rollout": forward(contexts, sampled), "update": update}
+    flops = {"rollout": forward(contexts, sampled, of_a_text=contexts // schedule.images), "update": update}
     if forced:
         return Work(flops)
     dtype = compute_dtype(recipe.training.mixed_precision)

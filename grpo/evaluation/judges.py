@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grpo.config import Evaluation, UserError
 from grpo.models import load_classifier, normalize, read_weights
+from grpo.shapes import Reader, load_reader
 
 
 class Judge(Protocol):
@@ -33,6 +34,19 @@ class ClassifierJudge(Judge):
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.classifier.features(normalize(pixels))
         return features.float(), self.classifier.head(features).float()
+
+
+class ReaderJudge(Judge):
+    """A reader of shapes: its features, and logits of the shapes that it sees. `read` tells what is shown."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader.eval()
+        self.read = reader.read
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        images = normalize(pixels)
+        return self.reader.features(images).float(), self.reader.shape_logits(images).float()
 
 
 class InceptionJudge(Judge):
@@ -69,10 +83,11 @@ class InceptionJudge(Judge):
 
 
 def judge_files(evaluation: Evaluation) -> dict[str, str]:
-    """The weights of the judges that a recipe asks for, by the judges' names: classifier, inception, reward."""
+    """The weights of the judges that a recipe asks for, by the judges' names: classifier, inception, reader, reward."""
     files = {
         "classifier": evaluation.feature_checkpoint,
         "inception": evaluation.inception_checkpoint,
+        "reader": evaluation.reader_checkpoint,
         "reward": evaluation.reward_checkpoint,
     }
     return {name: file for name, file in files.items() if file is not None}
@@ -84,6 +99,8 @@ def load_judges(evaluation: Evaluation, *, device: torch.device) -> dict[str, Ju
     for name, file in judge_files(evaluation).items():
         if name == "inception":
             judges[name] = InceptionJudge(file, device=device)
+        elif name == "reader":
+            judges[name] = ReaderJudge(load_reader(file).to(device))
         else:
             judges[name] = ClassifierJudge(load_classifier(file).to(device))
     return judges

@@ -13,6 +13,10 @@ from grpo.config import Data, UserError, exists, reading, require_regular
 from grpo.data import LARGEST_LABEL, ImageDataset, ImageFiles, image_files, to_pixels
 from grpo.evaluation.distances import FeatureStatistics
 from grpo.models import ClassCondition, Condition, as_condition
+from grpo.texts import TextList
+
+UNPACKED_BYTES, UNPACKED_TIMES = 2**30, 100
+"""An array may unpack to so many bytes, or to so many times its own: zeros without an end shrink a thousandfold."""
 
 
 class ImageSource:
@@ -81,8 +85,15 @@ def read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
         require_regular(path)
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip archive, as numpy.savez writes")
+        with zipfile.ZipFile(path) as packed:
+            for info in packed.infolist():
+                if info.file_size > max(UNPACKED_BYTES, UNPACKED_TIMES * info.compress_size):
+                    raise ValueError(f"{info.filename} would unpack to {info.file_size} bytes")
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
+            arrays = {name: archive[name] for name in names if name in archive}
+            if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{other[0]} is no array")
+            return arrays
 
 
 def _statistics(path: str | Path, mu: np.ndarray, sigma: np.ndarray) -> FeatureStatistics:
@@ -98,7 +109,8 @@ class DatasetImages(ImageSource):
     """The cropped images of a data set."""
 
     def __init__(self, dataset: ImageDataset, *, limit: int = 0) -> None:
-        super().__init__(len(dataset), torch.from_numpy(dataset.class_ids), limit=limit)
+        class_ids = torch.from_numpy(dataset.class_ids) if dataset.captions_of is None else None
+        super().__init__(len(dataset), class_ids, limit=limit)
         self._dataset = dataset
 
     def pixels(self, start: int, stop: int) -> Tensor:
@@ -141,17 +153,32 @@ class DrawnImages(ImageSource):
     """Images that a model draws when they are asked for, so that none is kept.
 
     Args:
-        condition: N rows, what each image is asked to be, or class ids [N].
+        condition: N rows, what each image is asked to be, or class ids [N]; texts may come as a list that makes rows.
         draw: (condition of B rows, row_ids [B]) -> images [B, 3, H, W] uint8 on any device; an image may depend on its
             row of the condition and its row id, which is its number, and on nothing else.
     """
 
-    def __init__(self, condition: Condition | Tensor, draw: Callable[[Condition, Tensor], Tensor]) -> None:
-        self.condition, self.draw = as_condition(condition), draw
+    def __init__(self, condition: Condition | TextList | Tensor, draw: Callable[[Condition, Tensor], Tensor]) -> None:
+        self.condition = as_condition(condition) if isinstance(condition, Tensor) else condition
+        self.draw = draw
         super().__init__(self.condition.rows, getattr(self.condition, "class_ids", None))
 
     def pixels(self, start: int, stop: int) -> Tensor:
         return self.draw(self.condition.select(slice(start, stop)), torch.arange(start, min(stop, len(self))))
+
+
+class KeptImages(ImageSource):
+    """The images of another source, of which each range is taken once and kept: they may be looked at several times."""
+
+    def __init__(self, source: ImageSource) -> None:
+        super().__init__(len(source), source.class_ids)
+        self.source = source
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def pixels(self, start: int, stop: int) -> Tensor:
+        if (start, stop) not in self._kept:
+            self._kept[start, stop] = self.source.pixels(start, stop)
+        return self._kept[start, stop]
 
 
 def open_images(path: str | Path, *, limit: int = 0) -> ImageSource:

@@ -44,16 +44,11 @@ def make_writable(path: str | Path, *, key: str, folder: bool = False) -> None:
     parent = Path(path) if folder else Path(path).parent
     with writing(f"{key} {path}", remedy="give another path"):
         parent.mkdir(parents=True, exist_ok=True)
+        is_folder = Path(path).is_dir()  # an error for a name that is too long
     if not os.access(parent, os.W_OK):
         raise UserError(f"{key} {path} cannot be written: its folder is read-only; give another path")
-    if not folder and Path(path).is_dir():
+    if is_folder and not folder:
         raise UserError(f"{key} {path} is a folder: give the name of a file")
-
-
-def save_pngs(folder: str | Path, pixels: Tensor, row_ids: Tensor) -> None:
-    """Writes images [B, 3, H, W] uint8 as `folder`/000123.png, named by their row ids [B]."""
-    for image, row_id in zip(pixels.cpu(), row_ids.tolist(), strict=True):
-        save_image(to_image(image), Path(folder) / f"{row_id:06d}.png")
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
@@ -65,27 +60,37 @@ def save_image(image: Image.Image, path: str | Path) -> None:
             image.save(partial, "PNG")
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it was not made: its name is longer than the file's
+            partial.unlink(missing_ok=True)
+
+
+def save_pngs(folder: str | Path, pixels: Tensor, row_ids: Tensor) -> None:
+    """Writes images [B, 3, H, W] uint8 as `folder`/000123.png, named by their row ids [B]."""
+    for image, row_id in zip(pixels.cpu(), row_ids.tolist(), strict=True):
+        save_image(to_image(image), Path(folder) / f"{row_id:06d}.png")
 
 
 class NpzWriter:
-    """Writes an .npz of images batch by batch: `arr_0` [N, H, W, 3] uint8 and `arr_1` [N] int64, the class ids.
+    """Writes an .npz of images batch by batch: `arr_0` [N, H, W, 3] uint8 and `arr_1` [N] int64, the class ids, if any.
 
     The file appears under its name, in place of an older one, when it is complete. Uncompressed, as numpy.savez writes
-    it; this is the layout that ADM's evaluation suite reads. `size` is (height, width) in pixels.
+    it; this is the layout that ADM's evaluation suite reads. `size` is (height, width) in pixels; `count` is N
+    where there are no classes.
     """
 
-    def __init__(self, path: str | Path, class_ids: Tensor, *, size: tuple[int, int]) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, class_ids: Tensor | None, *, size: tuple[int, int], count: int | None = None
+    ) -> None:
+        self.path, self._missing = Path(path), len(class_ids) if count is None else count
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         with writing(self.path):
             self._archive = zipfile.ZipFile(self._partial, "w")
-            with self._archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, class_ids.numpy())
+            if class_ids is not None:
+                with self._archive.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(member, class_ids.numpy())
             self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(class_ids), *size, 3)}
+            header = {"descr": "|u1", "fortran_order": False, "shape": (self._missing, *size, 3)}
             np.lib.format.write_array_header_1_0(self._images, header)
-        self._missing = len(class_ids)
 
     def write(self, pixels: Tensor) -> None:
         """Adds images [B, 3, H, W] uint8."""

@@ -7,6 +7,7 @@ from grpo.formats.manifest import (
     file_sums,
     manifest_text,
     parse_manifest,
+    read_file,
     read_manifest,
 )
 from grpo.formats.shards import ShardReader, load_shards, rank_shards, read_tensors, shard_files, write_shards

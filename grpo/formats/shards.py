@@ -7,7 +7,6 @@ executes nothing, follows no link out of it, and gives no memory that the files 
 
 import json
 import math
-import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -30,9 +29,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from grpo.config import UserError
+from grpo.formats.manifest import SHARDS, open_file
 
 PICKLED_METADATA = ".metadata"
 """What makes a folder of the library's older layout, which cannot be read without unpickling."""
+
+WHOLE = "model.safetensors"
+"""All weights in one file: of a run at its end, and by the custom of others."""
 
 _PLACES = "DCP_SHARDING_INFO"  # in the metadata of a shard, as the library writes it
 
@@ -51,9 +54,10 @@ def write_shards(folder: str | Path, tensors: Mapping[str, Any], *, group: dist.
 
 
 def shard_files(folder: str | Path) -> list[Path]:
-    """The shards of a folder: what several ranks have written, or else all .safetensors files there."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return [file for file in files if file.name.startswith("shard-")] or files
+    """The shards of a folder: what several ranks have written, or model.safetensors, or all .safetensors files."""
+    folder = Path(folder)
+    whole = [file for file in [folder / WHOLE] if file.exists()]  # a run's folder has other weights beside it
+    return sorted(folder.glob(SHARDS)) or whole or sorted(folder.glob("*.safetensors"))
 
 
 def rank_shards(folder: str | Path, rank: int) -> list[Path]:
@@ -91,8 +95,7 @@ class ShardReader(HuggingFaceStorageReader):
 
     def _add_pieces(self, path: Path) -> None:
         """Note the pieces in a file, and where in their tensors they belong."""
-        if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead out of the folder, a pipe never ends
-            raise UserError(f"{path} is a link or no file: copy the file itself there, if you trust it")
+        open_file(path).close()
         with safe_open(path, framework="pt") as file:
             places = json.loads((file.metadata() or {}).get(_PLACES, "null"))
             for name in file.keys():  # noqa: SIM118, it is no mapping

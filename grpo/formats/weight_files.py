@@ -22,13 +22,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grpo.config import TransientError, UserError, reading
-from grpo.formats.manifest import check_files
-from grpo.formats.shards import read_tensors, shard_files, write_shards
+from grpo.formats.manifest import check_files, read_file
+from grpo.formats.shards import WHOLE, read_tensors, shard_files, write_shards
 
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
 _WRAPPERS = ("model", "module", "state_dict", "params")
 _LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
+_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+}  # fmt: skip
+"""Of tensors in files of weights: what a network's numbers are stored as, and its counters and masks."""
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 CONSOLIDATED = "consolidated.pth"  # all weights of a checkpoint in one file that LlamaGen loads
 RUN_STATE_NAME = "run_state.json"  # of a checkpoint folder
@@ -43,7 +48,8 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str |
       an `argparse.Namespace`, and nothing else that is not plain data;
     - a `.safetensors` file;
     - a folder of safetensors shards, as a run's checkpoints are, of which the entries under `model` are taken, or all
-      tensors if nothing is there; else a folder with `consolidated.pth`. A manifest's checksums are compared.
+      tensors if nothing is there; else a folder with `consolidated.pth`. A manifest's checksums are compared;
+    - a folder with `model.safetensors`, as a run's is at its end.
 
     `bare` insists that a pickle is the state dict itself, as LlamaGen's FSDP trainer writes it; `key` that it is under
     this key of a pickle, or that a `.safetensors` file holds it alone, and then a folder is refused.
@@ -58,12 +64,12 @@ def read_weights(path: str | os.PathLike[str], *, bare: bool = False, key: str |
             check_files(path, [CONSOLIDATED])
             return _read_pickle(consolidated, bare=bare)
         check_files(path, [file.name for file in shard_files(path)])
-        return read_tensors(path, prefix="model.") or read_tensors(path)
+        return _plain(path, read_tensors(path, prefix="model.") or read_tensors(path))
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the weights")
     if path.suffix == ".safetensors":
         with reading(f"{path}: not a readable .safetensors file"):
-            return safetensors.torch.load_file(path)
+            return _plain(path, safetensors.torch.load_file(path))
     return _read_pickle(path, bare=bare, key=key)
 
 
@@ -74,10 +80,13 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     path = Path(path)
     in_folder = path / RUN_STATE_NAME
+    is_checkpoint = os.path.lexists(in_folder)
+    if path.is_dir() and not is_checkpoint:
+        path = path / WHOLE
     try:
-        if in_folder.is_file():
+        if is_checkpoint:
             check_files(path, [RUN_STATE_NAME])
-            state = json.loads(in_folder.read_text(encoding="utf-8"))
+            state = json.loads(read_file(in_folder))
             config = state.get(_CONFIG)
             check_format(state, in_folder)
         elif path.suffix == ".safetensors" and path.is_file():
@@ -131,25 +140,26 @@ def _read_pickle(path: Path, *, bare: bool, key: str | None = None) -> dict[str,
         form = "a bare state dict (model.from_fsdp)" if bare else f"a state dict, bare or under {', '.join(_WRAPPERS)}"
         form = form if key is None else f"a state dict under the key {key}"
         raise UserError(f"{path}: this checkpoint does not hold {form}")
-    for name, tensor in content.items():
-        _require_plain(path, name, tensor)
-    return dict(content)
+    return _plain(path, content)
 
 
-def _require_plain(path: Path, name: object, tensor: Tensor) -> None:
-    """Raise a UserError for what a pickle may hold beside tensors of numbers that are all there."""
-    if not isinstance(name, str):
-        raise UserError(f"{path}: this checkpoint has a tensor by the name {name!r}, which is no text")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
-        kind = "quantized" if tensor.is_quantized else f"{tensor.layout} {tensor.dtype} on {tensor.device}"
-        raise UserError(f"{path}: {name} is {kind.replace('torch.', '')}; save it as a dense tensor of real numbers")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UserError(f"{path}: damaged, {name} has more elements than are stored")
+def _plain(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """The same. Raises a UserError for what files may hold beside tensors of numbers that are all there."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: this checkpoint has a tensor by the name {name!r}, which is no text")
+        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES or tensor.device.type != "cpu":
+            kind = "quantized" if tensor.is_quantized else f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+            raise UserError(f"{path}: {name} is {kind.replace('torch.', '')}; save it as a dense tensor of floats")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: damaged, {name} has more elements than are stored")
+    return dict(tensors)
 
 
 def require_finite(path: object, tensors: Mapping[str, Tensor]) -> None:
     """Raise a UserError if a tensor has a number that is NaN or infinite; integers have none."""
     for name, tensor in tensors.items():
+        tensor = tensor.float() if tensor.itemsize == 1 else tensor  # sums of 8-bit floats are not there
         if not tensor.is_floating_point() or tensor.sum().isfinite():  # ten times as fast as to look at each
             continue
         if not tensor.isfinite().all():  # else the sum alone was beyond the dtype

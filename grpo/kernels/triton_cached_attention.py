@@ -16,10 +16,10 @@ from grpo.kernels.dispatch import arrivals
 
 @triton.jit
 def cached_attention_kernel(
-    qkv_ptr, keys_ptr, values_ptr, row_ptr, rotary_ptr, start_ptr, partial_ptr, arrivals_ptr, out_ptr,
+    qkv_ptr, keys_ptr, values_ptr, row_ptr, rotary_ptr, start_ptr, weight_ptr, partial_ptr, arrivals_ptr, out_ptr,
     stride_qkv, keys_sequence, keys_head, keys_row, values_sequence, values_head, values_row, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_START: tl.constexpr,
+    SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_START: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.load(row_ptr)
@@ -64,6 +64,8 @@ def cached_attention_kernel(
 
     # Row `row` is the last split's, and comes from the new key and value: nobody waits for it to be written.
     scores = tl.sum(keys.to(tl.float32) * query[None, :], axis=1) * scale
+    if HAS_WEIGHT:
+        scores += tl.where(rows == 0, tl.log(tl.load(weight_ptr + sequence)), 0.0)
     scores = tl.where((rows < row) & (rows >= start), scores, float("-inf"))
     new_score = tl.sum(new_key.to(tl.float32) * query, axis=0) * scale
     new_score = tl.where(split == last, new_score, float("-inf"))
@@ -99,11 +101,14 @@ def cached_attention_kernel(
         tl.store(arrivals_ptr + head_index, 0)  # for the next launch
 
 
-def launch(qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, start: Tensor | None) -> Tensor:
+def launch(
+    qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, start: Tensor | None,
+    first_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`cached_attention` on checked inputs."""
     B, n_kv_head, length, head_dim = keys.shape
     n_head = qkv.shape[1] // head_dim - 2 * n_kv_head
-    options = kernel_options(n_head, n_kv_head, head_dim, length, start is not None)
+    options = kernel_options(n_head, n_kv_head, head_dim, length, start is not None, first_weight is not None)
     out = qkv.new_empty(B, n_head * head_dim)
     if not B:
         return out
@@ -111,19 +116,19 @@ def launch(qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tenso
     partial = qkv.new_empty(B * n_head * splits * (options["TILE_D"] + 2), dtype=torch.float32)
     cached_attention_kernel[(splits, n_head, B)](
         qkv, keys, values, row, rotary, row if start is None else start,
-        partial, arrivals(qkv.device, B * n_head), out,
+        rotary if first_weight is None else first_weight, partial, arrivals(qkv.device, B * n_head), out,
         qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], head_dim**-0.5,
         **options,
     )  # fmt: skip
     return out
 
 
-def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_start: bool) -> dict:
+def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_start: bool, has_weight: bool) -> dict:
     """Compile-time options of the kernel, as the launcher and the compile tests use them."""
     tile_d = max(16, triton.next_power_of_2(head_dim))
     blocks = block_sizes("cached_attention", head_dim)
     tile = blocks["TILE"]
     splits = triton.cdiv(length, tile)
     tiles = {"TILE_D": tile_d, "TILE": tile, "SPLITS": splits, "TILE_SPLITS": triton.next_power_of_2(splits)}
-    sizes = {"H": n_head, "GROUP": n_head // n_kv_head, "D": head_dim, "HAS_START": has_start}
+    sizes = {"H": n_head, "GROUP": n_head // n_kv_head, "D": head_dim, "HAS_START": has_start, "HAS_WEIGHT": has_weight}
     return {**sizes, **tiles, "num_warps": blocks["num_warps"], "enable_fp_fusion": True}

@@ -33,7 +33,7 @@ class CachedForward:
 
     def prefill(self, condition: Condition, cache: Any) -> Tensor:
         """As the model's."""
-        return self.model.prefill(condition, cache)
+        return self.model.prefill(condition, cache)  # all rows of a condition in one forward, whose products are large
 
     def extend(self, tokens: Tensor, position: Tensor, cache: Any) -> Tensor:
         """As the model's."""

@@ -73,7 +73,9 @@ def load_classifier(path: str | os.PathLike[str]) -> Classifier:
         names = written_names(path, num_classes)
         with torch.device("meta"):  # the sizes may be anyone's, and are only allocated if they are the weights'
             model = Classifier(ClassifierConfig(width=width, num_classes=num_classes, class_names=names))
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(
+            {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}, assign=True
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a classifier; train one with grpo classifier") from error
     return model.eval()

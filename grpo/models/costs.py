@@ -1,12 +1,14 @@
 """What a GPT costs, by its sizes alone: floating-point operations, bytes that are kept, bytes that are read.
 
 L layers of width D, F the feed-forward's width, Q that of queries, keys and values together, K that of queries and
-keys, H heads, V codes, S rows of a sequence, e bytes of a number in the dtype of the computation.
+keys, H heads, V codes, T of an image, P rows of a condition, S = P + T - 1 rows of a sequence, e bytes of a number in
+the dtype of the computation.
 
-Operations are those of matrix products, a multiply-add as two: L (2 S (D Q + D D + 3 D F) + 4 S S D) for one sequence
-forward in the blocks, 2 S D V in the output projection, and twice as many backward. Attention counts all S x S scores,
-as is usual (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B), although half of them are masked. What is computed
-again only to save memory is no progress and does not count.
+Operations are those of matrix products, a multiply-add as two: L (2 S (D Q + D D + 3 D F) + 4 T T D) for one sequence
+forward in the blocks, 2 T D V in the output projection, and twice as many backward. Attention counts all T x T scores,
+as is usual (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B), although half of them are masked. A text is one row
+there (see `Attention`): its P rows cost the other products, and less than a hundredth more where its features are
+projected, which does not count. What is computed again only to save memory is no progress and does not count.
 
 For its backward a block keeps of each row
 
@@ -26,10 +28,15 @@ from grpo.models.gpt import GPTConfig
 FP32 = torch.float32.itemsize
 
 
-def blocks_flops(config: GPTConfig, sequences: float = 1) -> float:
-    """Forward operations of the blocks on so many whole sequences."""
-    rows = config.block_size
-    return sequences * config.n_layer * (2 * rows * _block_matrices(config) + 4 * rows**2 * config.dim)
+def block_rows(config: GPTConfig, sequences: float, *, texts: float | None = None) -> float:
+    """Rows that the blocks see of so many whole sequences, which share the rows of so many texts; None is one each."""
+    return sequences * config.block_size + (sequences if texts is None else texts) * (config.cls_token_num - 1)
+
+
+def blocks_flops(config: GPTConfig, sequences: float = 1, *, texts: float | None = None) -> float:
+    """Forward operations of the blocks; arguments as in `block_rows`."""
+    rows, scores = block_rows(config, sequences, texts=texts), sequences * config.block_size**2
+    return config.n_layer * (2 * rows * _block_matrices(config) + 4 * scores * config.dim)
 
 
 def projection_flops(config: GPTConfig, rows: float) -> float:

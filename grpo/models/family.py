@@ -29,7 +29,8 @@ class ModelFamily(Protocol):
     - `hidden(tokens [B, S], condition, dropout=None) -> [B, S + 1, D]`, what `output` is applied to, and `forward`,
       after it; they drop where they are given a `grpo.kernels.Dropout`, by its masks alone;
     - `init_cache(batch_size, *, dtype, device, length=None)`, `prefill(condition, cache) -> [B, D]` and
-      `extend(tokens [B], position, cache) -> [B, D]`: the same, row by row, in static shapes;
+      `extend(tokens [B], position, cache) -> [B, D]`: the same, row by row, in static shapes; and `prefix_length`, the
+      rows of a cache that `prefill` fills. A cache is a tuple of tensors with the methods of `KVCache`;
     - `forward_methods`: the names of those that are called besides `forward` and need whole parameters;
 
     and embeds the conditions that it knows, their dropped rows as its own unconditional ones. Buffers that are not in
@@ -89,8 +90,10 @@ class LlamaGen:
             num_classes=model.num_classes,
             class_names=None if class_names is None else tuple(class_names),
             cls_token_num=model.cls_token_num,
+            caption_dim=model.caption_dim,
             class_dropout=model.class_dropout,
             dropout=model.dropout,
+            token_dropout=model.token_dropout,
         )
 
 

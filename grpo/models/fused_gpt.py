@@ -30,7 +30,9 @@ from grpo.kernels import (
 )
 from grpo.models.cached_forward import CachedForward
 from grpo.models.condition import Condition
-from grpo.models.gpt import GPT, Block, KVCache
+from grpo.models.condition_rows import text_mask
+from grpo.models.gpt import GPT, Block
+from grpo.models.kv_cache import KVCache
 
 
 class BlockWeights(NamedTuple):
@@ -46,7 +48,7 @@ class BlockWeights(NamedTuple):
 
 
 class FusedGPT(CachedForward):
-    """`prefill` and `extend` of a GPT with one condition row, without dropout.
+    """`prefill` and `extend` of a GPT, without dropout. The rows of a text, computed together, are left to the model.
 
     Args:
         model: a GPT whose weights are whole.
@@ -65,6 +67,7 @@ class FusedGPT(CachedForward):
         if copies:
             blocks, others = [_new_block(block) for block in blocks], [torch.empty_like(weight) for weight in others]
         self.blocks, (self.embeddings, self.norm, self.output) = blocks, others
+        self.after_text = config.caption_dim is not None
         self.rotary = model.layers[0].attention.rotary.table
         super().__init__(model)
         self.refresh()
@@ -87,6 +90,8 @@ class FusedGPT(CachedForward):
 
     @torch.no_grad()
     def prefill(self, condition: Condition, cache: KVCache) -> Tensor:
+        if text_mask(condition) is not None:
+            return super().prefill(condition, cache)
         embedding = self.model.cls_embedding(condition)  # [B, 1, D]
         return self._row(embedding[:, 0], torch.zeros(1, dtype=torch.int64, device=embedding.device), cache)
 
@@ -102,9 +107,11 @@ class FusedGPT(CachedForward):
     def _few_rows(self, x: Tensor, row: Tensor, cache: KVCache) -> tuple[Tensor, None]:
         """All blocks, by products that compute what stands around them."""
         squares, settings = sums_of_squares(x), {"eps": self.eps, "impl": self.impl}
+        weight = cache.first_weight if self.after_text else None
+        where = {"row": row, "rotary": self.rotary, "first_weight": weight, "impl": self.impl}
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             qkv = norm_linear(x, squares, block.attention_norm, block.wqkv, **settings)
-            attended = cached_attention(qkv, keys, values, row=row, rotary=self.rotary, impl=self.impl)
+            attended = cached_attention(qkv, keys, values, **where)
             x, squares = linear_add(attended, block.wo, x, impl=self.impl)
             gated = norm_linear(x, squares, block.ffn_norm, block.w1, block.w3, **settings)
             x, squares = linear_add(gated, block.w2, x, impl=self.impl)
@@ -113,10 +120,12 @@ class FusedGPT(CachedForward):
     def _many_rows(self, x: Tensor, row: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
         """All blocks, by the library's products. The last one is still to be added to the residual."""
         settings, residual = {"eps": self.eps, "impl": self.impl}, None
+        weight = cache.first_weight if self.after_text else None
+        where = {"row": row, "rotary": self.rotary, "first_weight": weight, "impl": self.impl}
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             normed, residual = add_rms_norm(x, residual, block.attention_norm, **settings)
             qkv = F.linear(normed, block.wqkv)
-            attended = cached_attention(qkv, keys, values, row=row, rotary=self.rotary, impl=self.impl)
+            attended = cached_attention(qkv, keys, values, **where)
             normed, residual = add_rms_norm(F.linear(attended, block.wo), residual, block.ffn_norm, **settings)
             x = F.linear(silu_mul(*self._gate_and_up(normed, block), impl=self.impl), block.w2)
         return x, residual

@@ -1,17 +1,19 @@
-"""LlamaGen's class-conditional GPT over image codes (https://arxiv.org/abs/2406.06525), for a single device.
+"""LlamaGen's GPT over image codes (https://arxiv.org/abs/2406.06525), for a single device.
 
-Parameter names and numerics are LlamaGen's own, so its released weights load strictly. A sequence has T rows: row 0
-embeds the class, row t the code t - 1, and row t predicts code t.
+Parameter names and numerics are LlamaGen's own, so its released weights load strictly. A sequence has P + T - 1 rows:
+the first P embed the condition (P is 1 for a class), the others the codes, and row P - 1 + t predicts code t.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.models.condition import CONDITION_PLACE, ClassCondition, Condition, as_condition
+from grpo.models.condition import CONDITION_PLACE, Condition, as_condition
+from grpo.models.condition_rows import CaptionEmbedding, ClassEmbedding, TextRows, attend_evenly, text_mask, weigh_first
+from grpo.models.kv_cache import KVCache, LayerCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,15 @@ class GPTConfig:
     vocab_size: int = 16384  # image codes V
     block_size: int = 256  # codes of one image T, a square number
     num_classes: int = 1000  # class id `num_classes` is the unconditional slot, which always exists
-    cls_token_num: int = 1  # condition rows before the image; class-conditional models have exactly one
+    cls_token_num: int = 1  # condition rows P before the image; class-conditional models have exactly one
+    caption_dim: int | None = None  # width C of text features; None is a class-conditional model
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None  # factor on the feed-forward width before rounding
     rope_base: float = 10000  # of the rotary frequencies
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     class_dropout: float = field(default=0.0, compare=False)  # share of rows that see the unconditional class
     dropout: float = field(default=0.0, compare=False)  # of embeddings, attention outputs and feed-forward outputs
+    token_dropout: float | None = field(default=None, compare=False)  # of embeddings alone; None is `dropout`
     class_names: tuple[str, ...] | None = field(default=None, compare=False, metadata={"saved": True})  # by class id
 
     def __post_init__(self) -> None:
@@ -46,8 +50,15 @@ class GPTConfig:
             raise ValueError(f"block_size {self.block_size} must be a square number")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes")
-        if self.cls_token_num != 1:
-            raise ValueError(f"cls_token_num is {self.cls_token_num}; a class-conditional model has exactly 1")
+        if self.caption_dim is None and self.cls_token_num != 1:
+            raise ValueError(f"cls_token_num is {self.cls_token_num}; a model without caption_dim has exactly 1")
+        if self.caption_dim is not None and (self.cls_token_num < 1 or self.caption_dim < 1):
+            raise ValueError(f"cls_token_num {self.cls_token_num} and caption_dim {self.caption_dim} must be positive")
+
+    @property
+    def embedding_dropout(self) -> float:
+        """Rate of the dropout before the blocks."""
+        return self.dropout if self.token_dropout is None else self.token_dropout
 
     @property
     def head_dim(self) -> int:
@@ -91,27 +102,11 @@ EMBEDDINGS = 1  # place of dropout before the blocks, beside CONDITION_PLACE
 ATTENTION, FEED_FORWARD = 0, 1  # and in each of them
 
 
-class KVCache(NamedTuple):
-    """Keys and values of every layer for `length` rows; its size never changes, so a step can be captured."""
-
-    keys: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
-    values: Tensor  # [n_layer, B, n_kv_head, length, head_dim]
-
-
-class LayerCache(NamedTuple):
-    """What one attention layer needs to compute one row; `keys` and `values` are updated in place."""
-
-    keys: Tensor  # [B, n_kv_head, length, head_dim]
-    values: Tensor  # [B, n_kv_head, length, head_dim]
-    row: Tensor  # [1] int64, the row being computed
-    mask: Tensor  # [1, 1, 1, length] bool, true up to that row
-
-
 def rotary_table(config: GPTConfig) -> Tensor:
     """Cosine and sine of the 2-D rotary angles, [1 + T, head_dim / 2, 2] in fp32 on the CPU.
 
-    The first half of the pairs turns with the code's row in the image, the second half with its column. The class row
-    is all zeros, which blanks its query and key: LlamaGen's layout.
+    The first half of the pairs turns with the code's row in the image, the second half with its column. The row
+    of the condition is all zeros, which blanks its query and key: LlamaGen's layout.
     """
     side, pairs = config.grid_size, config.head_dim // 4
     exponents = torch.arange(pairs, dtype=torch.float32, device="cpu") * 2 / (config.head_dim // 2)
@@ -172,7 +167,12 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; with a cache, one row attends to the rows computed so far."""
+    """Causal self-attention with rotary positions; with a cache, one row attends to the rows computed so far.
+
+    The P rows of a text have no queries and keys, because their rotary table is zero: each attends evenly to the tokens
+    up to itself, and every code gives each of the n tokens the weight exp(0). So for the codes the text is one row,
+    with the mean of its values and the weight n, and their attention is that of a class-conditional model.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -182,21 +182,39 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.rotary = Rotary(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: TextRows | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x [B, S, D], or as `text` lays it out, where the first rows are not that of a class but a text's."""
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, n_head + 2 n_kv_head, head_dim]
+        if text is None:
+            return self.wo(self._attend(heads, cache).type_as(x))
+        tokens, codes = text.split(heads)
         n_head, n_kv_head = self.heads
-        turned, values = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split([n_head + n_kv_head, n_kv_head], dim=2)
+        attended, mean = attend_evenly(tokens[:, :, n_head + n_kv_head :], text.mask)
+        first = F.pad(mean[:, None], (0, 0, n_head + n_kv_head, 0))  # [B, 1, heads, head_dim], the text as one row
+        codes = torch.cat([text.for_each_row(first), codes], dim=1)
+        weight = text.for_each_row(text.mask.sum(1))
+        attended = attended.repeat_interleave(n_head // n_kv_head, dim=2).flatten(2)
+        return self.wo(text.join(attended, self._attend(codes, cache, weight)[:, 1:]).type_as(x))
+
+    def _attend(self, heads: Tensor, cache: LayerCache | None, weight: Tensor | None = None) -> Tensor:
+        """[B, S, n_head * head_dim] of S rows; the first has the weight of `weight` [B] rows."""
+        n_head, n_kv_head = self.heads
+        turned, values = heads.split([n_head + n_kv_head, n_kv_head], dim=2)
         row, mask = (None, None) if cache is None else (cache.row, cache.mask)
         turned, values = self.rotary(turned, row).transpose(1, 2), values.transpose(1, 2)  # [B, heads, S, head_dim]
         queries, keys = turned.split(self.heads, dim=1)
         if cache is not None:
             keys = cache.keys.index_copy_(2, row, keys)
             values = cache.values.index_copy_(2, row, values)
-        elif x.device.type == "cpu":  # where the backward of bf16 attention takes four times as long as that of fp32
+            if mask.is_floating_point() and not mask.is_cpu:  # GPUs want it in the dtype of keys, which would round it
+                queries, keys, values = queries.to(mask.dtype), keys.to(mask.dtype), values.to(mask.dtype)
+        elif heads.is_cpu:  # where the backward of bf16 attention takes four times as long as that of fp32
             queries, keys, values = queries.float(), keys.float(), values.float()
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=n_head != n_kv_head
-        )
-        return self.wo(attended.transpose(1, 2).flatten(2).type_as(x))
+        if cache is None and weight is not None:
+            queries, keys, values = weigh_first(queries, keys, values, weight)
+        settings = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": n_head != n_kv_head}
+        attended = F.scaled_dot_product_attention(queries, keys, values, **settings, scale=self.head_dim**-0.5)
+        return attended[..., : self.head_dim].transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -210,35 +228,18 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.rate = config.dropout
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, dropout: Dropout | None = None) -> Tensor:
-        attended = self.attention(self.attention_norm(x), cache)
+    def forward(
+        self, x: Tensor, text: TextRows | None = None, cache: LayerCache | None = None, dropout: Dropout | None = None
+    ) -> Tensor:
+        """Arguments as in `Attention`."""
+        attended = self.attention(self.attention_norm(x), text, cache)
         x = x + (attended if dropout is None else dropout(attended, self.rate, place=ATTENTION))
         fed = self.feed_forward(self.ffn_norm(x))
         return x + (fed if dropout is None else dropout(fed, self.rate, place=FEED_FORWARD))
 
 
-class ClassEmbedding(nn.Module):
-    """One embedding a class and, last, one for no class, which dropped rows take."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.num_classes = config.num_classes
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
-
-    def forward(self, condition: Condition) -> Tensor:
-        """The rows before the image, [R, 1, D]. Raises a ValueError for anything but one class a row."""
-        if not isinstance(condition, ClassCondition):
-            raise ValueError(f"this model takes classes as its condition, not {type(condition).__name__}")
-        class_ids = condition.class_ids
-        if class_ids.ndim != 1 or class_ids.is_floating_point():
-            raise ValueError(f"class ids must be [B] integers, not {[*class_ids.shape]} {class_ids.dtype}")
-        if condition.dropped is not None:
-            class_ids = class_ids.masked_fill(condition.dropped, self.num_classes)
-        return self.embedding_table(class_ids)[:, None]
-
-
 class GPT(nn.Module):
-    """Autoregressive transformer over the codes of one image, conditioned on its class.
+    """Autoregressive transformer over the codes of one image, conditioned on its class or on a text.
 
     What it computes is the same in train and eval mode, and nothing of a rollout is module state. A forward has the
     dropouts of the config where it is given a `Dropout`, and none elsewhere.
@@ -249,7 +250,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = ClassEmbedding(config)
+        if config.caption_dim is None:
+            self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
+        else:
+            self.cls_embedding = CaptionEmbedding(config.cls_token_num, config.caption_dim, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -286,13 +290,29 @@ class GPT(nn.Module):
             raise ValueError(f"tokens must be integers, not {tokens.dtype}")
         if dropout is not None and self.config.class_dropout:
             condition = condition.drop(dropout.rows(self.config.class_dropout, place=CONDITION_PLACE))
-        x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
+        x, text = self._embed(tokens, condition, shares=dropout is None)  # else sequences of one text drop differently
         if dropout is not None:
-            x = dropout(x, self.config.dropout, place=EMBEDDINGS)
+            x = dropout(x, self.config.embedding_dropout, place=EMBEDDINGS)
         masks = [None] * len(self.layers) if dropout is None else dropout.layers(len(self.layers))
         for layer, mask in zip(self.layers, masks, strict=True):
-            x = layer(x, dropout=mask)
+            x = layer(x, text, dropout=mask)
+        if text is not None:
+            tokens, codes = text.split(x)
+            x = torch.cat([text.for_each_row(tokens[:, -1:]), codes], dim=1)
         return self.norm(x)
+
+    def _embed(self, tokens: Tensor, condition: Condition, *, shares: bool) -> tuple[Tensor, TextRows | None]:
+        """Inputs of the blocks; with `shares` those of a text are there once for the group of rows that has it."""
+        codes, mask = self.tok_embeddings(tokens), text_mask(condition)
+        if mask is None:
+            return torch.cat([self.cls_embedding(condition), codes], dim=1), None
+        group = condition.group if shares else 1
+        if group > 1:
+            condition = condition.one_of_each_group()
+        text = TextRows(mask[::group], group)
+        return text.join(self.cls_embedding(condition), codes), text
+
+    prefix_length: ClassVar = 1  # rows of a cache that `prefill` fills
 
     def init_cache(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str, length: int | None = None
@@ -300,12 +320,20 @@ class GPT(nn.Module):
         """An empty cache for `batch_size` sequences of `length` rows (default T), in the dtype of the computation."""
         config = self.config
         shape = (config.n_layer, batch_size, config.kv_heads, length or config.block_size, config.head_dim)
-        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return KVCache(keys, values, torch.ones(batch_size, device=device))
 
     def prefill(self, condition: Condition | Tensor, cache: KVCache) -> Tensor:
-        """Start B sequences, one a row of `condition`; the hidden state of row 0, [B, D]. `cache` as in `extend`."""
-        embedding = self.cls_embedding(as_condition(condition))
-        return self._one_row(embedding, torch.zeros((), dtype=torch.long, device=embedding.device), cache)
+        """Start B sequences, one a row of `condition`; the hidden state that predicts code 0, [B, D].
+
+        The rows of a text are computed in one forward, and leave one row in the cache, which is as in `extend`.
+        """
+        condition = as_condition(condition)
+        x, mask = self.cls_embedding(condition), text_mask(condition)
+        if mask is not None:
+            cache.first_weight.copy_(mask.sum(1))
+        text = None if mask is None else TextRows(mask, 1)
+        return self._cached(x, torch.zeros((), dtype=torch.long, device=x.device), cache, text)
 
     def extend(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
         """Feed one code a sequence; the normed hidden state that predicts the next, [B, D], without gradients.
@@ -319,15 +347,17 @@ class GPT(nn.Module):
 
         Raises a ValueError if the cache is for another batch size.
         """
-        return self._one_row(self.tok_embeddings(tokens)[:, None], position, cache)
+        return self._cached(self.tok_embeddings(tokens)[:, None], position, cache)
 
     @torch.no_grad()
-    def _one_row(self, embedding: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        if cache.keys.shape[1] != len(embedding):
-            raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(embedding)}")
-        row = position.view(1)
-        mask = (torch.arange(cache.keys.shape[3], device=row.device) <= row).view(1, 1, 1, -1)
-        x = embedding
+    def _cached(self, x: Tensor, position: Tensor, cache: KVCache, text: TextRows | None = None) -> Tensor:
+        if cache.keys.shape[1] != len(x):
+            raise ValueError(f"the cache holds {cache.keys.shape[1]} sequences, the step {len(x)}")
+        row, rows = position.view(1), torch.arange(cache.keys.shape[3], device=x.device)
+        mask = (rows <= row)[None, None, None]
+        if self.config.caption_dim is not None:
+            weights = cache.first_weight.to(torch.promote_types(x.dtype, torch.float32))[:, None, None, None]
+            mask = torch.where(mask, torch.where(rows == 0, weights, 1.0), 0.0).log()
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = layer(x, LayerCache(keys, values, row, mask))
-        return self.norm(x)[:, 0]
+            x = layer(x, text, LayerCache(keys, values, row, mask))
+        return self.norm(x[:, -1])

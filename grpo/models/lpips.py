@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import UserError
+from grpo.config.types import VGG16 as BACKBONE
+from grpo.config.types import lpips_backbone
 from grpo.formats import read_weights, require_finite
 
-BACKBONE = "vgg16-397923af.pth"  # torchvision's VGG16, by the name of its download
 SMALLEST_SIDE = 16  # pixels; four poolings leave one
 _EPS = 1e-10  # added to the length of a feature vector, as the package `lpips` does
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -92,11 +93,6 @@ class LPIPS(nn.Module):
         return self.distance(self.features(images), self.features(real_images))
 
 
-def lpips_backbone(path: str | os.PathLike[str] | None = None) -> Path:
-    """The file of VGG16's weights: `path`, or where torch keeps it."""
-    return Path(path or Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE)
-
-
 def load_lpips(backbone_path: str | os.PathLike[str] | None = None, *, key: str = "backbone") -> LPIPS:
     """LPIPS in eval mode, frozen, in fp32 on the CPU; nothing is downloaded.
 
@@ -108,7 +104,7 @@ def load_lpips(backbone_path: str | os.PathLike[str] | None = None, *, key: str 
     Raises:
         UserError: a file is missing, or does not hold exactly these weights.
     """
-    path = lpips_backbone(backbone_path)
+    path = Path(lpips_backbone(backbone_path))
     if not path.is_file():
         remedy = "check the path" if backbone_path else f"put it there, set TORCH_HOME, or give its path as `{key}`"
         raise UserError(f"LPIPS needs torchvision's VGG16, {BACKBONE}: no file {path}; {remedy}")

@@ -24,15 +24,24 @@ PathLike = str | os.PathLike[str]
 Config = TypeVar("Config")
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"  # [num_classes + 1, D], the last row is unconditional
+_TEXT_MARK, _NULL_TEXT = "cls_embedding.cap_proj.fc1.weight", "cls_embedding.uncond_embedding"  # [D, C], [P, C]
 _NAMES = "class_names"
 _REMEDIES = {
     "vocab_size": "set tokenizer.codebook_size = {}",
     "num_classes": "set model.num_classes = {}",
     "block_size": "set the image size to that of {} codes",
+    "cls_token_num": "set model.cls_token_num = {}",
+    "caption_dim": "set model.caption_dim = {} and take features of that width",
     "codebook_size": "set tokenizer.codebook_size = {}",
     "codebook_embed_dim": "set tokenizer.codebook_embed_dim = {}",
 }
 """What to do about a size that the recipe names by itself; the others come with the name of a spec."""
+_OTHER_CONDITION = {
+    True: "the weights are of a text-conditional GPT, the recipe wants a class-conditional one; set "
+    "model.cls_token_num = {cls_token_num} and model.caption_dim = {caption_dim}",
+    False: "the weights are of a class-conditional GPT, the recipe wants a text-conditional one; leave out "
+    "model.caption_dim and model.cls_token_num",
+}
 
 
 def load_gpt(path: PathLike, config: GPTConfig | None = None, *, bare: bool = False, new_classes: int = 0) -> GPT:
@@ -50,6 +59,7 @@ def load_gpt(path: PathLike, config: GPTConfig | None = None, *, bare: bool = Fa
     if not new_classes:
         return _build(_GPT, path, weights, config)
     assert config is not None, "new classes need a config that counts them"
+    assert config.caption_dim is None, "a text-conditional model has no classes"
     kept = config.num_classes - new_classes
     found = len(weights[_CLASS_TABLE]) - 1 if _CLASS_TABLE in weights else kept
     if kept not in (0, found):
@@ -94,11 +104,15 @@ def weights_sha256(model: nn.Module) -> str:
 def _gpt_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields and properties of `GPTConfig` that show in the weights."""
     vocab_size, dim = weights[_GPT.mark].shape
-    return {
+    if _TEXT_MARK in weights:
+        rows, width = weights[_NULL_TEXT].shape
+        condition = {"cls_token_num": rows, "caption_dim": width}
+    else:
+        condition = {"num_classes": len(weights[_CLASS_TABLE]) - 1, "cls_token_num": 1, "caption_dim": None}
+    return condition | {
         "dim": dim,
         "n_layer": _count(weights, r"layers\.(\d+)\."),
         "vocab_size": vocab_size,
-        "num_classes": len(weights[_CLASS_TABLE]) - 1,
         "ffn_dim": len(weights["layers.0.feed_forward.w1.weight"]),
         "qkv_dim": len(weights["layers.0.attention.wqkv.weight"]),
     }
@@ -139,7 +153,7 @@ class _Kind(NamedTuple):
     example: str
 
 
-_GPT = _Kind("a class-conditional GPT", "tok_embeddings.weight", GPT, GPTConfig, _gpt_sizes, GPT_SPECS, "model.name",
+_GPT = _Kind("a GPT", "tok_embeddings.weight", GPT, GPTConfig, _gpt_sizes, GPT_SPECS, "model.name",
              'load_gpt(path, MODEL_SPECS["GPT-B"].config(image_size=256))')  # fmt: skip
 _VQ = _Kind("a VQ tokenizer", "quantize.embedding.weight", VQModel, VQConfig, _vq_sizes, TOKENIZER_SPECS,
             "tokenizer.name", 'load_vq(path, TOKENIZER_SPECS["VQ-16"].config())')  # fmt: skip
@@ -161,9 +175,13 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
         if any(getattr(own, name) != size for name, size in found.items()):
             raise UserError(f"{path}: damaged, the sizes that are written with the weights are not theirs")
         found |= {field.name: getattr(own, field.name) for field in fields(own) if field.compare}
+        if kind is _GPT and own.caption_dim is not None:
+            del found["num_classes"]  # it has none
     elif config is None:
         raise UserError(f"{path}: nothing in it says its sizes; pass a config, such as {kind.example}")
     config = config or own
+    if kind is _GPT and (config.caption_dim is None) != (found["caption_dim"] is None):
+        raise UserError(f"{path}: {_OTHER_CONDITION[config.caption_dim is None].format(**found)} or take other weights")
     if differing := {name: size for name, size in found.items() if size != getattr(config, name)}:
         raise UserError(_explain(kind, path, config, differing, found))
     with torch.device("meta"):
@@ -173,6 +191,7 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
         "missing": [name for name in expected if name not in weights],
         "unknown": [name for name in weights if name not in expected],
         "misshapen": [name for name in weights if name in expected and weights[name].shape != expected[name].shape],
+        "without floats": [name for name in expected if name in weights and not weights[name].is_floating_point()],
     }
     if told := [f"{len(names)} {problem} ({names[0]}, ...)" for problem, names in problems.items() if names]:
         raise UserError(f"{path}: the weights do not fit the model: {'; '.join(told)}")

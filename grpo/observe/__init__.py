@@ -2,7 +2,7 @@
 
 from grpo.observe.console import progress
 from grpo.observe.files import MetricsFile, read_metrics, write_atomically
-from grpo.observe.grids import SampleRow, image_grid, labelled_strips, sample_grid
+from grpo.observe.grids import SampleRow, captioned_grid, image_grid, labelled_strips, sample_grid
 from grpo.observe.history import History
 from grpo.observe.observer import RunObserver
 from grpo.observe.report import write_report

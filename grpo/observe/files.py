@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -33,8 +34,13 @@ def _step_line(line: str) -> Metrics | None:
         metrics = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    is_step = isinstance(metrics, dict) and isinstance(metrics.get("step"), int)
-    return metrics if is_step else None
+    is_step = isinstance(metrics, dict) and type(metrics.get("step")) is int
+    return metrics if is_step and all(map(_is_number, metrics.values())) else None
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a float or null; whole numbers in JSON have no end."""
+    return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
 
 
 class MetricsFile:

@@ -13,6 +13,9 @@ from grpo.data import to_image, to_uint8
 MARGIN = 8
 TEXT_HEIGHT = 18
 MAX_COLUMNS = 16
+CAPTION_WIDTH = 160  # pixels of an image with its text below, at least
+CAPTION_LINES = 4
+LONGEST_CAPTION = 400  # characters of a text that are looked at
 BACKGROUND, FOREGROUND, BEST, WORST = "#ffffff", "#333333", "#15803d", "#b91c1c"
 
 
@@ -41,6 +44,50 @@ def image_grid(images: torch.Tensor, *, columns: int, gap: int = 2) -> Image.Ima
     for i, image in enumerate(images):
         picture.paste(_picture(image), (i % columns * (width + gap), i // columns * (height + gap)))
     return picture
+
+
+def captioned_grid(images: torch.Tensor, captions: Sequence[str], *, columns: int) -> Image.Image:
+    """Images [N, 3, H, W] in [-1, 1] (or uint8) as one picture, row by row, each with its text under it.
+
+    Small images are enlarged so that a few words fit into a line; a text has at most `CAPTION_LINES` of them.
+    """
+    factor = max(1, -(-CAPTION_WIDTH // images.shape[-1]))
+    height, width = (side * factor for side in images.shape[-2:])
+    columns, font = min(columns, len(images)), ImageFont.load_default(size=13)
+    lines = [_wrapped(caption, width, font) for caption in captions]
+    below = max(map(len, lines)) * TEXT_HEIGHT
+    step = width + MARGIN, height + below + MARGIN
+    picture = Image.new("RGB", (MARGIN + columns * step[0], MARGIN + -(-len(images) // columns) * step[1]), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for number, (image, text) in enumerate(zip(images, lines, strict=True)):
+        left, top = MARGIN + number % columns * step[0], MARGIN + number // columns * step[1]
+        picture.paste(_picture(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        for place, line in enumerate(text):
+            draw.text((left, top + height + place * TEXT_HEIGHT), line, fill=FOREGROUND, font=font)
+    return picture
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """The words in lines of so many pixels; what is left after the last line is cut off."""
+    lines = [""]
+    for word in text[:LONGEST_CAPTION].split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    kept = lines[:CAPTION_LINES]
+    is_cut = len(lines) > len(kept) or len(text) > LONGEST_CAPTION
+    return [*kept[:-1], _fitting(kept[-1] + ("..." if is_cut else ""), width, font)]
+
+
+def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """As much of a text as fits into so many pixels."""
+    text = text[:LONGEST_CAPTION]
+    if font.getlength(text) <= width:
+        return text
+    kept = next(length for length in range(len(text), -1, -1) if font.getlength(f"{text[:length]}...") <= width)
+    return f"{text[:kept]}..."
 
 
 def labelled_strips(strips: Sequence[tuple[str, Path]]) -> Image.Image:
@@ -79,7 +126,7 @@ def sample_grid(rows: Sequence[SampleRow]) -> Image.Image:
     font = ImageFont.load_default(size=13)
     for index, (row, tiles) in enumerate(zip(rows, lines, strict=True)):
         top = MARGIN + index * row_height
-        draw.text((MARGIN, top), row.caption, fill=FOREGROUND, font=font)
+        draw.text((MARGIN, top), _fitting(row.caption, picture.width - 2 * MARGIN, font), fill=FOREGROUND, font=font)
         for column, (image, label, color) in enumerate(tiles):
             left = MARGIN + column * (side + MARGIN)
             picture.paste(_picture(image).resize((side, side), resampling), (left, top + TEXT_HEIGHT))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
-from grpo.config import Metrics, UserError
+from grpo.config import Metrics, UserError, printable
 from grpo.observe.console import ProgressDisplay
 from grpo.observe.files import MetricsFile, metric_lines, write_atomically
 from grpo.observe.grids import SampleRow, sample_grid, sample_grids
@@ -60,12 +60,12 @@ class RunObserver:
         if not main:
             return
         try:
-            aside = set_aside(self.run_dir) if start_step == 0 else None
+            aside = set_aside(self.run_dir, recipe_text) if start_step == 0 else None
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
             write_atomically(self.run_dir / "recipe.toml", recipe_text)
             self._metrics_file = MetricsFile(self.run_dir / "metrics.jsonl", start_step=start_step)
             self._history = History.read(self.run_dir / "metrics.jsonl")
-            self._log_file = (self.run_dir / "log.txt").open("a")
+            self._log_file = (self.run_dir / "log.txt").open("a", encoding="utf-8")
         except OSError as error:
             problem = f"cannot write to the run's folder {self.run_dir}: {error.strerror}; set metrics.run_dir"
             raise UserError(problem) from error
@@ -109,8 +109,9 @@ class RunObserver:
         self._report(f"running, step {step} of {self._total_steps}")
 
     def message(self, text: str) -> None:
-        """Prints a line and adds it to log.txt."""
+        """Prints a line and adds it to log.txt; names in it may be of files from anywhere."""
         if self.main:
+            text = printable(text)
             self._display.message(text)
             self._note(text)
 
@@ -132,11 +133,14 @@ class RunObserver:
         write_report(self.run_dir, title=self._title, summary=summary, images=images, curves=[("", self._history)])
 
     def _prune_grids(self) -> None:
-        """Of more grids than `keep_grids` every other one goes, but the first and the newest."""
+        """Of more grids than `keep_grids` those go whose neighbours are closest, never the first or the newest.
+
+        So what is left stays spread over the whole run; to drop every other one each time would leave its end alone.
+        """
         most, grids = self._settings.keep_grids, sample_grids(self.run_dir / "samples")
-        if most and len(grids) > most:
-            for _, path in grids[1:-1:2]:
-                path.unlink(missing_ok=True)
+        while most and len(grids) > max(most, 2):
+            dense = min(range(1, len(grids) - 1), key=lambda i: grids[i + 1][0] - grids[i - 1][0])
+            grids.pop(dense)[1].unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -149,10 +153,15 @@ class RunObserver:
         self._log_file.flush()
 
 
-def set_aside(run_dir: Path) -> Path | None:
-    """Moves what an earlier run has left in `run_dir` into a new folder there and returns that; None if nothing is."""
-    weights = [name for name in RUN_FILES if name.endswith(".safetensors") and (run_dir / name).exists()]
-    if not weights and next(metric_lines(run_dir / "metrics.jsonl"), None) is None:
+def set_aside(run_dir: Path, recipe_text: str) -> Path | None:
+    """Moves what an earlier run has left in `run_dir` into a new folder there and returns that; None if nothing is.
+
+    A recipe.toml of other text counts: it may be the user's own, with comments.
+    """
+    recipe, weights = run_dir / "recipe.toml", [name for name in RUN_FILES if name.endswith(".safetensors")]
+    left = any((run_dir / name).exists() for name in weights)
+    left = left or (recipe.exists() and recipe.read_bytes() != recipe_text.encode())
+    if not left and next(metric_lines(run_dir / "metrics.jsonl"), None) is None:
         return None
     (run_dir / "previous").mkdir(exist_ok=True)
     number = 1 + max((int(path.name) for path in (run_dir / "previous").iterdir() if path.name.isdecimal()), default=0)

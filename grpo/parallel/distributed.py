@@ -1,6 +1,7 @@
 """The process group of a run: started with torchrun or alone, on CPU (gloo) or CUDA (NCCL)."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo.config import UserError
+from grpo.config import TransientError, UserError, reason, shorten
 from grpo.parallel.rendezvous import choose_network_interface, connect_store
 
 _store: dist.Store | None = None  # outlives the group, so that the launcher can still agree on who reports an error
@@ -45,7 +46,14 @@ def distributed(timeout_seconds: int) -> Iterator[World]:
     timeout, device = timedelta(seconds=timeout_seconds), _bind_device(local_rank)
     if size > local_size:
         choose_network_interface()
-    _store = connect_store(rank, size, timeout)
+    try:
+        _store = connect_store(rank, size, timeout)
+    except (RuntimeError, OSError, ValueError) as error:  # a DistError is a RuntimeError
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise TransientError(
+            f"rank {rank} has not met the other {size - 1} at {where} within parallel.timeout = {timeout_seconds} s "
+            f"({reason(error)}): start all ranks with torchrun, and see that they reach that address"
+        ) from error
     backend, bound = ("cuda:nccl,cpu:gloo", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     finished = False
@@ -67,7 +75,7 @@ def run_store() -> dist.Store | None:
 def environment_rank() -> int:
     """The rank that torchrun gave to this process, 0 without torchrun; known before the group is up."""
     rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() else 0
+    return int(rank) if re.fullmatch(r"[0-9]{1,9}", rank) else 0
 
 
 def all_reduce_sums(values: Mapping[str, Tensor | float]) -> dict[str, float]:
@@ -133,13 +141,11 @@ def _launch_environment() -> tuple[int, int, int, int]:
         raise UserError(
             f"the environment has RANK or WORLD_SIZE but no {missing[0]}: start with torchrun, or unset both"
         )
-    try:
-        rank, size, local_rank, local_size, port = (int(told[name]) for name in names)
-    except ValueError:
-        wrong = next(name for name in names if not told[name].lstrip("-").isdecimal())
+    if wrong := [name for name in names if not re.fullmatch(r"-?[0-9]{1,18}", told[name])]:
         raise UserError(
-            f"the environment has {wrong} = {told[wrong]!r}, no whole number: start with torchrun"
-        ) from None
+            f"the environment has {wrong[0]} = {shorten(told[wrong[0]])!r}, no whole number: start with torchrun"
+        )
+    rank, size, local_rank, local_size, port = (int(told[name]) for name in names)
     ranges = {"RANK": (rank, 0, size), "WORLD_SIZE": (size, 1, 2**20), "MASTER_PORT": (port, 0, 2**16),
               "LOCAL_WORLD_SIZE": (local_size, 1, size + 1), "LOCAL_RANK": (local_rank, 0, local_size)}  # fmt: skip
     for name in ("WORLD_SIZE", *ranges):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from grpo.config import UserError, import_extra
+from grpo.config import UserError, import_extra, read_bytes, reason
 from grpo.models import to_uint8
 from grpo.rewards.base import RewardContext
 from grpo.rewards.published_weights import load_strictly, read_published, sizes_of
@@ -95,9 +95,10 @@ class TransformersCLIP(nn.Module):
         transformers = import_extra("transformers", extra="rewards", wanted_by=f"the CLIP in {folder}")
         file = folder / "config.json"
         try:
-            text = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{folder} has no config.json; give a folder as transformers saves a CLIP") from error
+            text = read_bytes(file)
+        except (OSError, ValueError) as error:
+            why = f"has no config.json ({reason(error)}); give a folder as transformers saves a CLIP"
+            raise UserError(f"{folder} {why}") from error
         try:
             config = json.loads(text)
             kind = config["model_type"]

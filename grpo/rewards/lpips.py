@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from grpo.config import RewardTable
-from grpo.config.types import exists
+from grpo.config.types import Wanted, backbone_file
 from grpo.models import load_lpips
-from grpo.models.lpips import BACKBONE, SMALLEST_SIDE, lpips_backbone
+from grpo.models.lpips import SMALLEST_SIDE
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
 
@@ -21,9 +21,8 @@ class PerceptualSimilarity(Reward):
         """File of torchvision's VGG16, vgg16-397923af.pth. None looks for it where torch keeps its downloads, in
         hub/checkpoints of TORCH_HOME; nothing is downloaded."""
 
-        def missing_files(self) -> Iterator[str]:
-            if not exists(path := str(lpips_backbone(self.backbone))):
-                yield f"backbone: {path} does not exist; wanted: torchvision's VGG16, {BACKBONE}"
+        def files(self) -> Iterator[tuple[str, str, Wanted]]:
+            yield backbone_file("backbone", self.backbone)
 
         def size_problems(self, *, image_size: int, completions: int) -> Iterator[str]:
             if image_size < SMALLEST_SIDE:

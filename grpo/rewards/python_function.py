@@ -5,7 +5,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
@@ -14,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from grpo.config import RewardTable, UserError
+from grpo.config import RewardTable, UserError, read_bytes, reason
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
 OFFERED: dict[str, Callable[[DecodedBatch, Sequence[str]], Any]] = {
@@ -60,10 +59,9 @@ class PythonFunction(Reward):
             if not file:
                 raise UserError(f"function: must be FILE:NAME, not {self.function}")
             try:
-                source = Path(file).read_bytes()
+                source = read_bytes(file)
             except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"function: cannot read {file}: {reason}") from error
+                raise UserError(f"function: cannot read {file}: {reason(error)}") from error
             if self.sha256 not in (None, hashlib.sha256(source).hexdigest()):
                 raise UserError(f"function: {file} has changed: bring back what sha256 says, or delete sha256")
             return source

@@ -48,18 +48,23 @@ class CodeSampler:
 
     @torch.no_grad()
     def __call__(self, condition: Condition, *, row_ids: Tensor) -> SampledCodes:
-        """One completion of each of N rows of a condition.
+        """G completions of each of B rows of a condition, one row's after the other's.
 
-        row_ids [N] int64 are global numbers of the completions; their random numbers depend on nothing else.
+        row_ids [B * G] int64 are global numbers of the completions; their random numbers depend on nothing else.
         """
-        total, drawn = condition.rows, []
+        total, drawn = len(row_ids), []
+        group = total // condition.rows
+        assert group * condition.rows == total, "as many completions of each row"
         with gathered(self.model):
             engine = self._engine(total)
             rows, parts = engine.rows, math.ceil(total / engine.rows)
-            condition, row_ids = condition.padded(rows * parts), nn.functional.pad(row_ids, (0, rows * parts - total))
+            row_ids = nn.functional.pad(row_ids, (0, rows * parts - total))  # with copies of the first completion's
+            condition_rows = torch.arange(rows * parts, device=row_ids.device).clamp(max=total - 1) // group
             for start in range(0, rows * parts, rows):
                 part = slice(start, start + rows)
-                engine.start(condition.select(part), row_ids[part])
+                first, last = (min(place, total - 1) // group for place in (start, start + rows - 1))
+                shared = condition.select(slice(first, last + 1))
+                engine.start(shared, row_ids[part], condition_rows[part] - first)
                 for _ in range(engine.length - 1):
                     engine.extend()
                 drawn.append(engine.read())

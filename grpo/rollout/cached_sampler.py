@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels import Draw, project_logits
-from grpo.models import CachedForward, Condition
+from grpo.models import CachedForward, Condition, KVCache
 from grpo.rollout.cuda_graphs import Replay
 from grpo.rollout.scoring import guide
+
+PREFILL_ROWS = 1 << 14  # of conditions that are computed together: enough for any GPU, and little of its memory
 
 
 class SampledCodes(NamedTuple):
@@ -50,12 +52,29 @@ class CachedSampler:
         """Memory of cache and buffers, without the temporary memory of a graph."""
         return sum(tensor.nbytes for tensor in (*self.cache, *self.drawn))
 
-    def start(self, condition: Condition, row_ids: Tensor) -> None:
-        """Begin new sequences, N rows of a condition and row_ids [N] int64, and draw their first code."""
+    def start(self, condition: Condition, row_ids: Tensor, index: Tensor | None = None) -> None:
+        """Begin new sequences and draw their first code.
+
+        Args:
+            condition: its rows, and their unconditional ones, are computed once for all sequences that share them.
+            row_ids: [N] int64.
+            index: [N] int64, the row of the condition that each sequence has; None is N rows, each sequence its own.
+        """
+        index = torch.arange(len(row_ids), device=row_ids.device) if index is None else index
         self.row.zero_()
         self.row_ids.copy_(row_ids)
-        rows = condition.with_unconditional() if self.copies == 2 else condition
-        self._emit(self.forward.prefill(rows, self.cache))
+        if self.copies == 2:
+            index = torch.cat([index, index + condition.rows])
+            condition = condition.with_unconditional()
+        model, keys = self.forward.model, self.cache.keys
+        like = {"dtype": keys.dtype, "device": keys.device, "length": model.prefix_length}
+        prefixes = model.init_cache(condition.rows, **like)
+        hidden, most = [], max(1, PREFILL_ROWS // condition.length)
+        for start in range(0, condition.rows, most):
+            part = slice(start, start + most)
+            hidden.append(self.forward.prefill(condition.select(part), prefixes.sequences(part)))
+        self.cache.begin_with(prefixes, index)
+        self._emit(torch.cat(hidden)[index])
         self.position = 1
 
     def extend(self) -> None:
@@ -75,11 +94,11 @@ class CachedSampler:
         """What has been drawn, in memory of its own."""
         return SampledCodes(*(values.t().clone() for values in self.drawn))
 
-    def _filled_cache(self) -> tuple[Tensor, ...]:
+    def _filled_cache(self) -> KVCache:
         """All of it where the work of a call may not change, or the rows up to the present one, the last but T - p."""
         if self.forward.reads_filled_part or self.replay is not None:
             return self.cache
-        return type(self.cache)(*(x[:, :, :, : x.shape[3] - self.length + self.position + 1] for x in self.cache))
+        return self.cache.upto(self.cache.keys.shape[3] - self.length + self.position + 1)
 
     def _emit(self, hidden: Tensor) -> None:
         """Draw from hidden states [N or 2N, D] and note the draw."""

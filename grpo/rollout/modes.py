@@ -92,11 +92,10 @@ class AutoregressiveRollout(RolloutMode):
 
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] conditions -> Trajectory with R = B * G rows in groups of G, M = 1."""
-        condition = batch.condition.repeat_interleave(self.schedule.group_size)
         completion_ids = self.completion_ids(batch).flatten()  # [B*G]
-        tokens, log_probs, kept_mass = self.draw_codes(condition, row_ids=completion_ids)
+        tokens, log_probs, kept_mass = self.draw_codes(batch.condition, row_ids=completion_ids)
         return Trajectory(
-            condition=condition,
+            condition=batch.condition.repeat_interleave(self.schedule.group_size),
             context=tokens[:, :-1],
             tokens=tokens[:, None],
             old_log_probs=log_probs[:, None],

@@ -14,15 +14,35 @@ from grpo.config import (
     ClassifierRecipe,
     Compile,
     GeneratorRecipe,
+    ReaderRecipe,
     TokenizerRecipe,
     Training,
     TrainingRecipe,
     UserError,
 )
-from grpo.models import Classifier, ClassifierConfig, VQModel, generator_sizes, get_family, load_vq, tokenizer_sizes
+from grpo.data import ImageDataset, build_dataset, build_text_dataset
+from grpo.models import (
+    Classifier,
+    ClassifierConfig,
+    VQModel,
+    generator_sizes,
+    get_family,
+    learned_classes,
+    load_vq,
+    tokenizer_sizes,
+)
 from grpo.parallel import World, compute_dtype, load_full_state_dict, parallelize
+from grpo.shapes import Reader, ReaderConfig
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def build_data(recipe: GeneratorRecipe, *, new_classes: int = 0) -> ImageDataset:
+    """The data set that a generator is trained on, which asks for images in the model's classes or in texts."""
+    if recipe.model.is_text:
+        return build_text_dataset(recipe.data, recipe.text, recipe.model)
+    learned = learned_classes(recipe.model)
+    return build_dataset(recipe.data, num_classes=recipe.model.num_classes, learned=learned, new_classes=new_classes)
 
 
 def build_generator(
@@ -39,7 +59,8 @@ def build_generator(
     else has a gradient.
     """
     section, family = recipe.model, get_family(recipe.model.name)
-    sizes = generator_sizes(section, recipe.tokenizer, image_size=recipe.data.image_size, class_names=class_names)
+    names = class_names or None  # a text-conditional model has none
+    sizes = generator_sizes(section, recipe.tokenizer, image_size=recipe.data.image_size, class_names=names)
     bare = section.from_fsdp and checkpoint == section.checkpoint
     load = partial(family.load, checkpoint, sizes, bare=bare, new_classes=section.new_classes) if checkpoint else None
 
@@ -76,6 +97,15 @@ def build_classifier(
     except ValueError as error:
         raise UserError(f"classifier.width: {error}") from error
     return _spread(partial(Classifier, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
+
+
+def build_reader(recipe: ReaderRecipe, *, mesh: DeviceMesh, world: World) -> Reader:
+    """The recipe's reader of shapes."""
+    try:
+        sizes = ReaderConfig(width=recipe.reader.width)
+    except ValueError as error:
+        raise UserError(f"reader.width: {error}") from error
+    return _spread(partial(Reader, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
 
 
 def autocast(training: Training, device: torch.device) -> torch.autocast:

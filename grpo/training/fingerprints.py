@@ -25,6 +25,8 @@ def take_fingerprints(
         begun, size = time.perf_counter(), 0
         try:
             found["data"] = dict(dataset.fingerprint)
+            if dataset.requests is not None:
+                found["text"] = dataset.requests.identity
             for key, path in recipe.files_of_every_start().items():
                 found[key], read = _contents(Path(path))
                 size += read
@@ -44,7 +46,7 @@ def changed_since(before: Any, now: Mapping[str, Mapping[str, Any]]) -> list[str
     lines = []
     for key in (key for key in now if isinstance(before.get(key), dict) and before[key] != now[key]):
         parts = [name for name in {**before[key], **now[key]} if before[key].get(name) != now[key].get(name)]
-        what = ", ".join(parts) if key == "data" else "other contents"
+        what = ", ".join(parts) if key in ("data", "text") else "other contents"
         lines.append(f"{key}: {what} since the checkpoint was written")
     return lines
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import GeneratorRecipe, Judge, UserError
-from grpo.data import ImageDataset, build_dataset
+from grpo.data import ImageDataset, RequestList, build_dataset
 from grpo.evaluation import (
     ClassifierJudge,
     DatasetImages,
@@ -62,7 +62,7 @@ class RunJudge:
         *,
         model: nn.Module,
         decode: Callable[[Tensor], Tensor],
-        condition: Condition,
+        condition: Condition | RequestList,
         network: ClassifierJudge | InceptionJudge,
         reference: FeatureStatistics,
         run_dir: Path,
@@ -168,6 +168,8 @@ class RunJudge:
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
         self.records, self._run_seconds = [dict(record) for record in state["records"]], state["run_seconds"]
+        if any(type(value) not in (int, float) for record in self.records for value in record.values()):
+            raise TypeError("a record of the judge holds something else than numbers")
         self._reward_sum, self._reward_steps = state["reward_sum"], state["reward_steps"]
 
 
@@ -192,18 +194,26 @@ def build_judge(
     if seen.size != (side, side):
         found = "x".join(map(str, seen.size))
         raise UserError(f"judge.reference: its images are {found} pixels and those that are drawn {side}x{side}")
-    classes = range(recipe.model.num_classes) if dataset.is_stream else np.unique(dataset.class_ids).tolist()
     return RunJudge(
         config,
         model=model,
         decode=tokenizer.decode,
-        condition=classes_in_turn(classes, config.num_images),
+        condition=_asked(recipe, dataset),
         network=network,
         reference=seen.gaussian("cpu"),
         run_dir=recipe.run_dir,
         impl=recipe.training.kernels,
         world=world,
     )
+
+
+def _asked(recipe: GeneratorRecipe, dataset: ImageDataset) -> Condition | RequestList:
+    """What the judge has drawn, a row an image: the classes of the data set in turn, or captions evenly over it."""
+    count = recipe.judge.num_images
+    if dataset.requests is not None:
+        return RequestList(dataset.requests, length=len(dataset), count=count, seed=recipe.judge.seed)
+    classes = range(recipe.model.num_classes) if dataset.is_stream else np.unique(dataset.class_ids).tolist()
+    return classes_in_turn(classes, count)
 
 
 def alarm_of(records: Sequence[dict[str, float]], patience: int) -> str | None:
@@ -235,7 +245,8 @@ def _reference(recipe: GeneratorRecipe) -> ImageSource:
         return open_images(config.reference, limit=config.num_reference_images)
     if config.split is not None:
         data = data.model_copy(update={"split": config.split})
-    dataset = build_dataset(data, num_classes=recipe.model.num_classes)  # counted, not compared
+    num_classes = None if recipe.model.is_text else recipe.model.num_classes
+    dataset = build_dataset(data, num_classes=num_classes)  # counted, not compared
     return _SpreadImages(dataset, limit=config.num_reference_images)
 
 

@@ -12,6 +12,7 @@ from grpo.config import Recipe, read_text, writing
 from grpo.parallel import World, barrier, broadcast_object
 
 MARKER = "phase.json"
+GRID_NAME = "samples.png"  # beside the product of an evaluation
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from grpo.checkpoint import CheckpointManager, step_of
 from grpo.config import TrainingRecipe, UserError, changes_that_matter, is_url, recipe_from_toml
 from grpo.parallel import all_reduce_max, broadcast_object
 from grpo.training.fingerprints import changed_since, same_contents
+
+NO_STATE = "run_state.json is not that of a training run: take another checkpoint"
+_LARGEST_COUNT = 2**48  # beyond, numbers of samples and steps overflow somewhere below
 
 
 def find_checkpoint(
@@ -63,7 +67,7 @@ def canonical(place: str) -> str:
 def _restarts() -> int:
     """How often a launcher has started this process's run again; hosts may count differently."""
     counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return max(int(count) if count.isdecimal() else 0 for count in counts)
+    return max(int(count[:9]) if count.isdecimal() else 0 for count in counts)
 
 
 def _origin(checkpoints: CheckpointManager, path: Path) -> str | None:
@@ -79,29 +83,30 @@ def read_run_state(
     *,
     named: bool,
     fingerprints: Mapping[str, Mapping[str, Any]],
+    own: Mapping[str, Any],
 ) -> tuple[dict, list[str]]:
     """The state of the run in a checkpoint, and how the recipe has changed since in ways that matter.
 
     So have the data set, or files that it reads, where their `fingerprints` are others. Who has `named` the checkpoint
-    accepts the changes.
+    accepts the changes. `own` is what this run would write now of what it takes over: numbers are to be where it has
+    numbers.
 
     Raises:
         UserError: the checkpoint is of another run, of a recipe that differs, or not one of a training run.
     """
-    state = checkpoints.read_run_state(path)
+    state, place = checkpoints.read_run_state(path), checkpoints.place_of(path)
     try:
-        origin = f"{path}: the recipe in it"
+        origin = f"{place}: the recipe in it"
         run_dir, before = str(state["run_dir"]), recipe_from_toml(type(recipe), state["recipe"], origin=origin)
-        counts = state["step"], state["stream"]["samples"], state["optimizer_step"]["steps"]
-        if any(int(count) < 0 for count in counts):
-            raise ValueError("a count below 0")
-    except (LookupError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: run_state.json is not that of a training run: take another checkpoint") from error
+        if not all(_has_form(state[name], form) for name, form in own.items()):
+            raise ValueError("something else where a number is expected")
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{place}: {NO_STATE}") from error
     inside = Path(recipe.checkpoint_dir).parent == recipe.run_dir
     if not named and not inside and run_dir != str(recipe.run_dir):
         raise UserError(
             f"{recipe.checkpoint_dir} holds checkpoints of the run {run_dir}: give this run another checkpoint.dir, "
-            f"or go on from it with checkpoint.resume = {path}"
+            f"or go on from it with checkpoint.resume = {place}"
         )
     moved = {key if key != "data" else "data.path" for key in same_contents(state.get("fingerprints"), fingerprints)}
     changes = [line for line in changes_that_matter(before, recipe) if line.partition(":")[0] not in moved]
@@ -111,19 +116,36 @@ def read_run_state(
         changes.append(f"{steps}, and with it the learning rate of optimizer.schedule = {recipe.optimizer.schedule}")
     if changes and not named:
         problem = (
-            f"{path} was written by a run whose recipe, data or files differ ({len(changes)} keys); change them back, "
+            f"{place} was written by a run whose recipe, data or files differ ({len(changes)} keys); change them back, "
             "give another metrics.run_dir, or name the checkpoint in checkpoint.resume to go on with the changes:"
         )
         raise UserError([problem, *changes])
     return state, changes
 
 
-def require_classes(path: Path, before: Sequence[str] | None, now: Sequence[str] | None) -> None:
+def _has_form(found: Any, own: Any) -> bool:
+    """Whether a value of a file has a number, or numbers by name, where `own` has them; what one lacks is not seen."""
+    match own:
+        case bool() | None:
+            return True
+        case int():
+            return type(found) is int and 0 <= found <= _LARGEST_COUNT
+        case float():
+            return type(found) in (int, float) and abs(found) <= _LARGEST_COUNT and math.isfinite(found)
+        case dict():
+            return isinstance(found, dict) and all(_has_form(found[name], own[name]) for name in own if name in found)
+        case list():
+            return isinstance(found, list)
+        case _:
+            return True
+
+
+def require_classes(place: str, before: Sequence[str] | None, now: Sequence[str] | None) -> None:
     """Raises a UserError if the classes that the run has learned by their ids are others in the data set of today."""
     pairs = zip(before if isinstance(before, list) else (), now or (), strict=False)
     for class_id, (old, new) in enumerate(pairs):
         if old != new:
             raise UserError(
-                f"{path}: class {class_id} was {old!r} when it was written and is {new!r} in the data now: bring the "
+                f"{place}: class {class_id} was {old!r} when it was written and is {new!r} in the data now: bring the "
                 "classes back, or start another run from these weights (model.checkpoint), which knows its classes"
             )

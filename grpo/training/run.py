@@ -27,10 +27,11 @@ from grpo.parallel import (
     set_matmul_precision,
 )
 from grpo.rewards import Seen
+from grpo.training.banner import closing, opening
 from grpo.training.fingerprints import take_fingerprints
 from grpo.training.judge import RunJudge, Verdict
 from grpo.training.optimizer import GuardedOptimizer
-from grpo.training.resume import canonical, find_checkpoint, read_run_state, require_classes
+from grpo.training.resume import NO_STATE, canonical, find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
 from grpo.training.step_trace import traced
 from grpo.training.stop_request import StopRequest
@@ -84,6 +85,7 @@ class TrainingRun:
         self._open = ExitStack()  # what is given back when the run ends
         self._stop_request = StopRequest(speaks=world.is_main)
         self._best_values: list[float] = []
+        self._closing: list[str] = []  # what to say at the very end
         self._resumed_from: str | None = None
         self._first_step = 0
         if recipe.debug.deterministic:
@@ -135,8 +137,8 @@ class TrainingRun:
             start_step=self._first_step,
         )
         self.observer = self._open.enter_context(observer)
-        for note in notes:
-            self.observer.message(note)
+        for line in (*opening(self.recipe, model, self.world, title=self.title), *notes):
+            self.observer.message(line)
         self._watchdog.start(until=self._open)
         if judge is not None and path is None:
             judged = self._judged(0)
@@ -227,6 +229,8 @@ class TrainingRun:
         if last and self._exports:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
+        if last:
+            self._closing = [*closing(self.recipe)]
 
     def _judged(self, step: int) -> dict[str, float]:
         """What the judge says of the weights as they are, or of their moving average where there is one."""
@@ -282,9 +286,7 @@ class TrainingRun:
         """Write a checkpoint, in the background if the recipe says so."""
         run_state = {
             "step": step,
-            "stream": self._stream.state_dict(),
-            "optimizer_step": self._optimizer.state_dict(),
-            "extra": {name: state.state_dict() for name, state in self._counted()},
+            **self._counts(),
             "recipe": self.recipe.to_toml(),
             "run_dir": str(self.recipe.run_dir),
             "fingerprints": self._fingerprints,
@@ -303,6 +305,8 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.checkpoints.close()
+            for line in self._closing:
+                self.observer.message(line)
         self._open.__exit__(kind, *error)
 
     def _idle(self, causes: tuple[str, ...]) -> str | None:
@@ -339,22 +343,34 @@ class TrainingRun:
 
     def _resume(self, path: Path, *, named: bool) -> list[str]:
         """Take over a checkpoint; what to tell the user about it."""
+        own = {"step": 0, **self._counts()}
         state, changes = read_run_state(
-            self.recipe, self.checkpoints, path, named=named, fingerprints=self._fingerprints
+            self.recipe, self.checkpoints, path, named=named, fingerprints=self._fingerprints, own=own
         )
-        require_classes(path, state.get("class_names"), getattr(self._model.config, "class_names", None))
+        place = self.checkpoints.place_of(path)
+        require_classes(place, state.get("class_names"), getattr(self._model.config, "class_names", None))
         trained = {"model": self._model, "optimizer": self._optimizer.adamw, "extra": self._extra}
         self.checkpoints.load(path, **trained)
-        self._optimizer.load_state_dict(state["optimizer_step"])
-        self._stream.load_state_dict(state["stream"])
-        for name, counted in self._counted():
-            if name not in state.get("extra", {}):
-                raise UserError(f"{path} has no state of {name}: use the recipe that wrote it")
-            counted.load_state_dict(state["extra"][name])
+        if missing := [name for name, _ in self._counted() if name not in state["extra"]]:
+            raise UserError(f"{place} has no state of {missing[0]}: use the recipe that wrote it")
+        try:
+            self._optimizer.load_state_dict(state["optimizer_step"])
+            self._stream.load_state_dict(state["stream"])
+            for name, counted in self._counted():
+                counted.load_state_dict(state["extra"][name])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of a crafted state
+            raise UserError(f"{place}: {NO_STATE}") from error
         self._first_step = state["step"]
         self._resumed_from = canonical(self.recipe.checkpoint.resume) if named else state.get("resumed_from")
-        place = self.recipe.checkpoint.resume if named else self.checkpoints.place_of(path)
         return [f"resumed from {place}", *(f"changed since then: {line}" for line in changes)]
+
+    def _counts(self) -> dict[str, Any]:
+        """What a run goes on from beside tensors: counters, and the place in the data."""
+        return {
+            "stream": self._stream.state_dict(),
+            "optimizer_step": self._optimizer.state_dict(),
+            "extra": {name: state.state_dict() for name, state in self._counted()},
+        }
 
     def _counted(self) -> list[tuple[str, Any]]:
         """Those of the extra states that have counters besides their tensors."""

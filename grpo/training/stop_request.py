@@ -17,7 +17,8 @@ class StopRequest:
     SIGTERM is what a cluster sends before it takes a machine away, and what torchrun sends to the ranks that are left
     when one has died; SIGUSR1 is how SLURM warns; SIGINT is Ctrl-C, SIGHUP a terminal that was closed. None of them
     ends anything by itself: after the step, all ranks agree (`TrainingRun`), and where one is gone there is no
-    agreement but a lost connection. The second request, other than the echo of the first, ends the process at once.
+    agreement but a lost connection. A second request ends the process at once, unless it comes so soon that it may be
+    the echo of the first: by torchrun, or by a shell whose terminal was closed.
 
     A torchrun that was killed outright sends nothing. Its ranks would train on, beside the ones of the next start; a
     rank notices that its parent has changed.
@@ -54,7 +55,8 @@ class StopRequest:
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self._first = received, now
-            self._say(f"{received.name}: stops after this step, with a checkpoint; once more ends it at once")
+            again = f"once more, after {SAME_SECONDS:.0f} s, ends it at once"
+            self._say(f"{received.name}: stops after this step, with a checkpoint; {again}")
 
     def _say(self, text: str) -> None:
         if self.speaks:

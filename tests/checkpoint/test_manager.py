@@ -15,6 +15,7 @@ from grpo.checkpoint import folders
 from grpo.checkpoint.storage import LocalFolder
 from grpo.config import Checkpoint, TransientError, UserError
 from grpo.parallel import distributed
+from tests.checkpoint.documented import read_as_documented
 from tests.checkpoint.training import Extra, managed, same, save, start, train, whole_state
 from tests.parallel.torchrun import ROOT, run_two_ranks
 
@@ -84,6 +85,12 @@ def test_number_of_ranks_may_change(world, tmp_path):
     assert same(whole_state(training), expected)
     consolidated = torch.load(path / "consolidated.pth", weights_only=True)["model"]
     assert same(consolidated, {name: value for name, value in expected.items() if not name.startswith("state.")})
+    documented = {
+        f"{'optimizer' if name.startswith('state.') else 'model'}.{name}": expected[name] for name in expected
+    }
+    documented |= {f"extra.mean.{name}": tensor for name, tensor in found.tensors.items()}
+    read = {name: torch.from_numpy(tensor) for name, tensor in read_as_documented(path).items()}
+    assert same(read, documented)
 
 
 @pytest.mark.parametrize(("sharded", "state_type"), [(True, "sharded"), (False, "full")])
@@ -227,7 +234,7 @@ def test_a_folder_that_cannot_be_looked_at_is_not_condemned(world, tmp_path, mon
     with managed(tmp_path, world) as manager:
         save(manager, start(world), 1)
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_bytes", unreadable)
+            patch.setattr("grpo.formats.manifest.open_file", unreadable)
             with pytest.raises(TransientError, match=r"step-000001 cannot be read: .*nothing was changed"):
                 manager.resume_point()
         assert manager.resume_point() == tmp_path / "step-000001"

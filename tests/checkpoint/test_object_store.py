@@ -120,6 +120,9 @@ def test_old_ones_go(world, tmp_path, place):
         for step, score in {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.2}.items():
             save(manager, training, step, score)
     assert {name.partition("/")[0] for name in files(place)} == {"step-000002", "step-000004"}
+    system, root = fsspec.url_to_fs(place)
+    if place.startswith("file"):
+        assert len(system.ls(root)) == 2  # no empty folders
 
 
 def test_a_named_one_of_another_run(world, tmp_path, place):
@@ -128,6 +131,10 @@ def test_a_named_one_of_another_run(world, tmp_path, place):
     again = start(world)
     with managed(tmp_path / "own", world, stage=tmp_path / "stage") as manager:
         path = manager.named(f"{place}/step-000007/")
+        assert manager.place_of(path) == f"{place}/step-000007"
+        with pytest.raises(UserError, match=f"{place}/step-000007 is a checkpoint of another recipe") as error:
+            manager.load(path, model=again[0], optimizer=again[1], extra={"mean": Extra(again[0], 0.0)})
+        assert "stage" not in str(error.value)  # where a user has nothing to look for
         manager.load(path, model=again[0], optimizer=again[1])
         change(place, "step-000007/state_type.txt", None)
         with pytest.raises(UserError, match=r"checkpoint\.resume: .*step-000007 is incomplete: state_type\.txt"):

@@ -10,8 +10,9 @@ import zipfile
 import pytest
 import torch
 
+from grpo.checkpoint.folders import read_run_file
 from grpo.config import UserError
-from grpo.formats import file_sums, manifest_text, read_manifest, read_weights
+from grpo.formats import file_sums, manifest_text, read_config, read_manifest, read_weights
 from grpo.parallel import distributed
 from tests.checkpoint.training import managed, save, start
 
@@ -45,6 +46,21 @@ def sign(folder):
     """Make the manifest fit the files, as whoever crafts a folder would."""
     files = [folder / name for name in read_manifest(folder)]
     (folder / "manifest.json").write_text(manifest_text(file_sums(files)))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "manifest.json", "run_state.json"])
+def test_what_is_no_file_is_not_read(world, honest, tmp_path, kind, name):
+    """A pipe would never end, a link lead out of the folder; as a checkpoint and as weights."""
+    folder = tmp_path / "step-000001"
+    shutil.copytree(honest, folder)
+    (folder / name).rename(tmp_path / "elsewhere")
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}.* it is a link or no file"):
+        read_config(folder) if name == "run_state.json" else read_weights(folder)
+    with managed(tmp_path, world) as manager, pytest.raises(UserError, match=r"link or no file|missing or cut"):
+        manager.named(folder)
 
 
 def test_crafted_consolidated_weights(honest, tmp_path):
@@ -99,10 +115,44 @@ def test_crafted_safetensors(tmp_path, contents):
         read_weights(path)
 
 
-@pytest.mark.parametrize("text", ['{"../../x": {"size": 1, "sha256": ""}}', "[1]", '{"a": 1}', "\x00", "9" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    ['{"../../x": {"size": 1, "sha256": ""}}', "[1]", '{"a": 1}', "\x00", "9" * 5000, " " * 2**26 + "{}"]
+    + [f'{{"a": {{"size": {size}, "sha256": ""}}}}' for size in ("1e400", "true", '"1"', "null")],
+)
 def test_crafted_manifest(world, honest, tmp_path, text):
     folder = tmp_path / "step-000001"
     shutil.copytree(honest, folder)
     (folder / "manifest.json").write_text(text)
     with managed(tmp_path, world) as manager:
         assert "manifest.json" in manager.damage(folder)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["manifest.json", "run_state.json", "shard"])
+def test_pipes_are_not_waited_for(world, honest, tmp_path, name):
+    """Neither where a run goes on from the folder, nor where it is used as weights."""
+    folder = tmp_path / "step-000001"
+    shutil.copytree(honest, folder)
+    file = next(folder.glob(f"{name}*"))
+    file.unlink()
+    os.mkfifo(file)
+    with managed(tmp_path, world) as manager:
+        if name == "manifest.json":
+            with pytest.raises(UserError, match="a link or no file"):
+                manager.damage(folder)
+        else:
+            assert "is incomplete" in manager.damage(folder)
+    with pytest.raises(UserError, match="a link or no file"):
+        (read_run_file if name == "run_state.json" else read_weights)(folder)
+
+
+@pytest.mark.parametrize("score", ["9" * 400, "true", "NaN"])
+def test_crafted_scores_do_not_end_saving(world, tmp_path, score):
+    with managed(tmp_path, world, keep_last=1, keep_best=1) as manager:
+        save(manager, start(world), 1, score=1.0)
+        file = tmp_path / "step-000001" / "run_state.json"
+        file.write_text(file.read_text().replace('"score": 1.0', f'"score": {score}'))
+        sign(tmp_path / "step-000001")
+        save(manager, start(world), 2, score=0.5)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000002"}

@@ -19,6 +19,7 @@ from grpo.config import (
     Rollout,
     Schedule,
     TokenizerRecipe,
+    UserError,
     changes_that_matter,
     differences,
     load_recipe,
@@ -65,7 +66,7 @@ def problem_texts(recipe_class: type[Recipe], settings: Mapping) -> list[str]:
             'objective.reference_checkpoint needs objective.reference = "start"',
         ),
         ({"objective": {"entropy_target": 0.8}}, "objective.entropy_target needs objective.entropy_weight above 0"),
-        ({"model": {"cls_token_num": 120}}, "model.cls_token_num must be 1"),
+        ({"model": {"cls_token_num": 120}}, "model.cls_token_num above 1 needs model.caption_dim"),
         ({"model": {"new_classes": 4}}, "model.new_classes must be 0 in GRPO"),
         ({"data": {"image_size": 100}}, "data.image_size = 100 must be a multiple of"),
         ({"data": {"name": "digits"}}, "tokenizer.checkpoint is required"),
@@ -294,7 +295,7 @@ def test_saved_recipe_loads_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_files_of_all_sections_have_one_order() -> None:
     assert " ".join(GRPORecipe.sections()) == (
-        "model tokenizer data rollout reward objective optimizer training parallel compile activation_checkpoint "
+        "model text tokenizer data rollout reward objective optimizer training parallel compile activation_checkpoint "
         "checkpoint metrics judge debug"
     )
     assert all(name in ORDER for recipe_class in RECIPES.values() for name in recipe_class.sections())
@@ -384,3 +385,13 @@ def test_a_missing_generator_is_told_with_a_file_of_its_size(name, wanted):
     assert list(Model(name=name, checkpoint="none.pt").missing_files()) == [
         f"checkpoint: none.pt does not exist; wanted: {wanted}"
     ]
+
+
+def test_an_address_in_place_of_a_file_is_told():
+    (line,) = Model(checkpoint="s3://bucket/run/step-000100").missing_files()
+    assert line.startswith("checkpoint: s3://bucket/run/step-000100 is an address: bring it to a file or folder here")
+
+
+def test_checkpoints_that_end_with_the_process_are_refused():
+    with pytest.raises(UserError, match=r"checkpoint\.dir = memory://x is gone when the process ends"):
+        load_recipe(GRPORecipe, ["--config", "debug", "--checkpoint.dir", "memory://x"])

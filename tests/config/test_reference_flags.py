@@ -68,7 +68,7 @@ ACCEPTED = {
     "--use-token-dropout": (None, True),
     "--token-dropout-ratio": ("0.1", 0.1),
 }
-REFUSED = {"--cls-token-num": ("120", "must be 1")}
+ONE_CHOICE = {"--cls-token-num"}  # whose other values are for texts
 TRANSLATED = {
     "--sample-batch-size",
     "--train-batch-size",
@@ -104,12 +104,11 @@ def value_of(recipe: GRPORecipe, key: str) -> object:
 
 
 def test_flags_are_those_of_the_reference() -> None:
-    assert {entry["flag"] for entry in SEED_FLAGS} == {*ACCEPTED, *REFUSED, *TRANSLATED} == ALL_FLAGS.keys()
+    assert {entry["flag"] for entry in SEED_FLAGS} == {*ACCEPTED, *ONE_CHOICE, *TRANSLATED}
+    assert ALL_FLAGS.keys() == {*ACCEPTED, *ONE_CHOICE, *TRANSLATED, *TEXT_ONLY}
     moved = {entry["flag"] for entry in SEED_FLAGS if REFERENCE_FLAGS.get(entry["flag"]) != entry["key"]}
     of_rewards = {flag for flag in ALL_FLAGS if flag.startswith("--reward-")}
     assert moved == of_rewards | BATCH_FLAGS["training.batch_size"].keys()
-    documented = {entry["flag"] for entry in SEED_FLAGS[:42]}
-    assert documented & REFUSED.keys() == {"--cls-token-num"}  # whose only value for these models is its default
 
 
 @pytest.mark.parametrize("entry", SEED_FLAGS, ids=lambda entry: entry["flag"])
@@ -145,17 +144,7 @@ def without(flag: str) -> list[str]:
     return [word for name, value in REQUIRED.items() if name != flag for word in (name, value)]
 
 
-@pytest.mark.parametrize("flag", REFUSED)
-def test_flag_without_its_feature_is_refused_by_name(flag: str) -> None:
-    text, reason = REFUSED[flag]
-    with pytest.raises(UserError) as caught:
-        load_recipe(GRPORecipe, command_line(**{flag: text}))
-    (line,) = caught.value.problems
-    assert line.startswith(f"{flag} {text or 'true'}: {REFERENCE_FLAGS.get(flag, 'this reward is')}")
-    assert reason in line
-
-
-def test_refused_flags_are_accepted_at_their_defaults() -> None:
+def test_dropout_is_accepted_at_its_defaults() -> None:
     defaults = {
         "--cls-token-num": "1",
         "--uncond-prob": "0.0",
@@ -163,6 +152,52 @@ def test_refused_flags_are_accepted_at_their_defaults() -> None:
     }
     recipe = load_recipe(GRPORecipe, command_line(**defaults))
     assert recipe == load_recipe(GRPORecipe, command_line())
+
+
+T5 = {"--t5-feat-path": "long"}
+TEXT_ONLY = {
+    "--t5-feat-path": ("text.llamagen_features", "long", "long"),
+    "--short-t5-feat-path": ("text.llamagen_short_features", "short", "short"),
+    "--data-start": ("data.first_list", "2", 2),
+    "--data-end": ("data.last_list", "4", 4),
+    "--dropout-p": ("model.dropout", "0.2", 0.2),
+    "--token-dropout-p": ("model.token_dropout", "0.3", 0.3),
+}
+"""Flags of the reference's text-to-image trainer beside those of the other -> key, text, value."""
+
+
+@pytest.mark.parametrize("flag", TEXT_ONLY)
+def test_flags_of_the_text_trainer_set_their_keys(flag: str) -> None:
+    key, text, expected = TEXT_ONLY[flag]
+    recipe = load_recipe(GRPORecipe, command_line(**{**T5, flag: text}))
+    assert value_of(recipe, key) == expected
+    assert REFERENCE_FLAGS[flag] == key
+
+
+def test_t5_flags_select_the_defaults_of_the_text_trainer() -> None:
+    recipe = load_recipe(GRPORecipe, command_line(**T5))
+    model = recipe.model
+    assert (model.cls_token_num, model.caption_dim, recipe.data.image_size) == (120, 2048, 384)
+    assert {name: table.weight for name, table in recipe.reward.tables.items()} == {"reconstruction": 1.0, "lpips": 1.0}
+    by_count = load_recipe(GRPORecipe, command_line(**{"--cls-token-num": "120", "--text.encoder": "words"}))
+    assert by_count.model == model
+    others = {"--cls-token-num": "77", "--image-size": "256", "--reward-perceptual-weight": "0"}
+    recipe = load_recipe(GRPORecipe, command_line(**T5, **others))
+    assert (recipe.model.cls_token_num, recipe.data.image_size) == (77, 256)
+    assert recipe.reward.tables["lpips"].weight == 0
+
+
+def test_the_text_trainers_defaults_do_not_override_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('[data]\npath = "d"\nimage_size = 256\n[reward.reconstruction]\nweight = 1\n')
+    flags = ["--config", str(tmp_path / "a.toml"), "--vq-ckpt", "v", "--t5-feat-path", "f"]
+    recipe = load_recipe(GRPORecipe, flags)
+    assert (recipe.data.image_size, recipe.model.caption_dim) == (256, 2048)
+    assert list(recipe.reward.tables) == ["reconstruction"]
+
+
+def test_condition_rows_need_features() -> None:
+    with pytest.raises(UserError, match=r"text.features is required with text.encoder = .t5."):
+        load_recipe(GRPORecipe, command_line(**{"--cls-token-num": "120"}))
 
 
 def test_command_line_and_recipe_file_agree(tmp_path: Path) -> None:

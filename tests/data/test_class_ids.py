@@ -228,3 +228,11 @@ def test_missing_mapping_file(tmp_path):
         read_class_map(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_class_map(str(tmp_path))
+
+
+@pytest.mark.timeout(20)
+def test_a_class_twice_in_a_long_class_map(tmp_path):
+    lines = [f"class {number},0" for number in range(200_000)]
+    (tmp_path / "map.csv").write_text("\n".join([*lines, lines[-1]]))
+    with pytest.raises(UserError, match="has 'class 199999' twice"):
+        read_class_map(str(tmp_path / "map.csv"))

@@ -1,6 +1,7 @@
 """Codes on disk: what is written, what it is taken for, and which sample sees which view."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -238,3 +239,77 @@ def test_writer_goes_on_only_with_the_same(folder, tokenizer, tmp_path):
     (tmp_path / "other" / "letter.txt").touch()
     with pytest.raises(UserError, match="is not empty and holds no codes"):
         CodeWriter(tmp_path / "other", about(dataset, tokenizer), dataset.class_ids).start()
+
+
+def archive(path):
+    with open(path, "wb") as file:
+        np.savez(file, np.zeros(3, dtype=int))
+
+
+def huge(path):
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (1, 1, 2**50)})
+
+
+HOSTILE = {
+    "a pipe": os.mkfifo,
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "an archive": archive,
+    "larger than its file": huge,
+    "no header": lambda path: path.write_bytes(b"\x93NUMPY\x01\x00" + b"\x10\x27" + b"(" * 10_000),
+    "empty": lambda path: np.save(path, np.zeros((1, 2, 0), dtype=int)),
+    "beyond int64": lambda path: np.save(path, np.full((1, 1, 1), 2**63, dtype=np.uint64)),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("place", ["grpo/labels.npy", "grpo/codes-00000.npy", "grpo/codes.json", "x_codes", "x_labels"])
+def test_hostile_files_of_codes(kind, place, folder, tokenizer, tmp_path, section):
+    if place.startswith("grpo/"):
+        write(tmp_path / "grpo", build_dataset(folder, num_classes=1), tokenizer, augmentation="flip")
+        file, root = tmp_path / place, tmp_path / "grpo"
+    else:
+        for name in ("x_codes", "x_labels"):
+            (tmp_path / "llamagen" / name).mkdir(parents=True)
+            np.save(tmp_path / "llamagen" / name / "0.npy", np.zeros((1, 1, 1), dtype=int))
+        file, root = tmp_path / "llamagen" / place / "0.npy", tmp_path / "llamagen"
+    file.unlink()
+    HOSTILE[kind](file)
+    with pytest.raises(UserError) as caught:  # also of one image: that it cannot be read
+        build_dataset(section(root, name="codes"), num_classes=1).codes.draw(0, 0, 0)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_names": [1]}, {"class_names": ["\ud800"]}, {"unreadable": {"9" * 5000: ""}}, {"length": 0},
+        {"variants": 0}, {"count": 10**400}, {"codebook_size": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_crafted_notes_of_codes(change, folder, tokenizer, tmp_path, section):
+    write(tmp_path / "codes", build_dataset(folder, num_classes=1), tokenizer)
+    file = tmp_path / "codes" / "codes.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=r"codes\.json is damaged|labels\.npy is int64"):
+        build_dataset(section(tmp_path / "codes", name="codes"), num_classes=1)
+
+
+@pytest.mark.parametrize("stopped", ["codes.json", "labels.npy"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt])
+def test_writing_that_stopped_at_its_first_files_goes_on(stopped, error, folder, tokenizer, tmp_path, monkeypatch):
+    dataset = build_dataset(folder, num_classes=1)
+    replace = os.replace
+
+    def stop(source, target):
+        if str(target).endswith(stopped):
+            raise error
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stop)
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            write(tmp_path / "codes", dataset, tokenizer)
+    assert write(tmp_path / "codes", dataset, tokenizer).labels.tolist() == [0] * COUNT

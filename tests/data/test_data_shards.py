@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import tarfile
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ from grpo.data.tar_files import expand_braces
 from grpo.parallel import World
 
 COUNT = 23
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(params=["webdataset", "parquet"])
@@ -135,6 +137,8 @@ def test_damaged_image_in_a_shard_is_named_and_replaced(tars, section, make_imag
         ([("a.png", b"x"), ("a.cls", b"9" * 30)], r"has the label 9{30}: labels count from 0"),
         ([("a.png", b"x"), ("a.cls", b"9" * 5000)], r"its \.cls has no label"),
         ([("a.png", b"x"), ("a.cls", b"cat"), ("b.png", b"x"), ("b.cls", b"3")], "both 3 and 'cat' for labels"),
+        ([("a.png", b"x"), ("a.cls", b"0"), ("b.png", b"x"), ("b.cls", "\u00b2".encode())], "both 0 and '\u00b2'"),
+        ([("a.png", b"x"), ("a.json", b'{"label": "\\ud800"}')], r"its \.json cannot be read"),
     ],
 )
 def test_bad_members_are_told_in_one_line(tmp_path, section, members, message, write_tar):
@@ -142,6 +146,42 @@ def test_bad_members_are_told_in_one_line(tmp_path, section, members, message, w
     with pytest.raises(UserError, match=message) as raised:
         build_dataset(section(path), num_classes=3)
     assert len(raised.value.problems) == 1
+    assert "\n" not in str(raised.value)
+
+
+def header(name: bytes, size: int, kind: bytes) -> bytes:
+    """A tar header that says of its content what it likes; sizes beyond what octal digits can say are binary."""
+    block = bytearray(tarfile.TarInfo(name.decode()).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\x80" + size.to_bytes(11, "big") if size >= 0 else (2**96 + size).to_bytes(12, "big")
+    block[156:157], block[148:156] = kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def read_all(section):
+    dataset = build_dataset(section, num_classes=3)
+    next(build_stream(dataset, batch_size=1, seed=0, num_workers=0, world=ALONE))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["webdataset", "stream"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        header(b"a.png", -512, b"0"),  # the next header would be this one
+        header(b"a", 2**62, b"x"),
+        header(b"a", 2**62, b"L"),
+        header(b"a", 0, b"x") * 3000,
+        header(b"a", 0, b"g") * 3000,
+        (header(b"a", 4, b"L") + b"abc".ljust(512, b"\0")) * 3000,
+    ],
+    ids=["backwards", "endless header", "endless name", "nested headers", "nested global headers", "nested names"],
+)
+def test_headers_made_to_harm(tmp_path, section, name, harm, write_tar):
+    path = write_tar(tmp_path / "x.tar", [("a.png", b"x"), ("a.cls", b"0")])
+    path.write_bytes(harm + path.read_bytes())
+    with pytest.raises(UserError, match=r"can(not)? be read|has the columns") as raised:
+        read_all(section(path, name=name))
     assert "\n" not in str(raised.value)
 
 

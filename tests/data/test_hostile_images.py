@@ -35,6 +35,13 @@ def fifo(path):
     os.mkfifo(path)
 
 
+def endless_scans(path):
+    """A progressive JPEG of an hour: its last scan, 23 bytes, a hundred thousand times."""
+    Image.new("L", (3000, 3000)).save(buffer := io.BytesIO(), "JPEG", progressive=True)
+    content = buffer.getvalue()
+    path.write_bytes(content[:-2] + content[content.rindex(b"\xff\xda") : -2] * 100_000 + content[-2:])
+
+
 HOSTILE = {
     "a side more than 100 times the other": lambda path: path.write_bytes(png(1, 65000)),
     "pixels, more than": lambda path: path.write_bytes(png(12_000, 12_000)),
@@ -42,6 +49,7 @@ HOSTILE = {
     "a pipe or a device": fifo,
     "Is a directory": lambda path: path.mkdir(),
     "pipe or a device, not a file": lambda path: path.symlink_to("/dev/zero"),
+    "progressive JPEG of 100006 scans": endless_scans,
     "pixels. exceeds limit": lambda path: path.write_bytes(png(2**17, 2**17)),
 }
 

@@ -1,6 +1,7 @@
 """FLOPs by hand and by torch's own counter, rates of a step, the trace of a step."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,18 @@ def test_flops_by_hand(config):
     assert blocks_flops(config) == 2 * (2 * 16 * products + 4 * 16 * 16 * 32)
     assert blocks_flops(config, 3) == 3 * blocks_flops(config)
     assert projection_flops(config, 10) == 2 * 10 * 32 * 64
+
+
+def test_a_text_costs_its_rows_but_no_attention(config):
+    text, products = replace(config, cls_token_num=9, caption_dim=3), 32 * 64 + 32 * 32 + 3 * 32 * 48
+    assert blocks_flops(text, 6) == blocks_flops(config, 6) + 6 * 2 * 2 * 8 * products
+    assert blocks_flops(text, 6, texts=2) == blocks_flops(config, 6) + 2 * 2 * 2 * 8 * products
+    work = work_of(recipe(**AUTOREGRESSIVE | {"rollout.cfg_scale": 2}), text)  # 32 completions of 8 texts
+    assert work.flops["rollout"] == blocks_flops(text, 64, texts=16) + projection_flops(text, 32 * 16)
+    for micro_batch, together in ((8, 4), (6, 2), (1, 1)):
+        settings = AUTOREGRESSIVE | {"training.micro_batch_size": micro_batch}
+        update = blocks_flops(text, 32, texts=32 // together) + projection_flops(text, 32 * 16)
+        assert work_of(recipe(**settings), text).flops["update"] == 3 * update
 
 
 def test_flops_are_those_that_torch_counts(config):

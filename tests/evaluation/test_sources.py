@@ -1,6 +1,7 @@
 """Images from an npz, a folder, a data set and a model, and what is said about bad ones."""
 
 import os
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -198,3 +199,19 @@ def test_damaged_images_and_other_sizes_are_named(tmp_path):
 def test_grey_images_count_as_rgb(tmp_path):
     Image.new("L", (4, 4), 77).save(tmp_path / "a.png")
     assert_close(FolderImages(tmp_path).pixels(0, 1), torch.full((1, 3, 4, 4), 77, dtype=torch.uint8))
+
+
+def test_zeros_without_an_end_are_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.evaluation.sources.UNPACKED_BYTES", 2**20)
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((2000, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match=r"arr_0\.npy would unpack to \d+ bytes"):
+        open_images(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2000, 32, 32, 3), np.uint8))
+    assert len(open_images(tmp_path / "a.npz")) == 2000
+
+
+def test_a_member_that_is_no_array(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0", b"text")
+    with pytest.raises(UserError, match="arr_0 is no array"):
+        open_images(tmp_path / "a.npz")

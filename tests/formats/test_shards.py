@@ -34,6 +34,21 @@ def craft(folder, number: int, pieces: dict[str, tuple[Tensor, object]]) -> None
     save_file(tensors, file, metadata={"DCP_SHARDING_INFO": places})
 
 
+def test_a_checkpoint_that_lacks_a_shard_gives_no_weights(tmp_path):
+    """Without the last one, tensors look whole and are shorter: only the manifest knows."""
+    for number in (1, 2):
+        craft(tmp_path, number, {"model.a": (torch.full((2, 3), float(number)), [2 * number - 2, 0])})
+    files = sorted(tmp_path.glob("*.safetensors"))
+    (tmp_path / "manifest.json").write_text(manifest_text(file_sums(files)))
+    assert read_weights(tmp_path)["a"].shape == (4, 3)
+    for gone in files:
+        content = gone.read_bytes()
+        gone.unlink()
+        with pytest.raises(UserError, match=f"is damaged: {gone.name} missing"):
+            read_weights(tmp_path)
+        gone.write_bytes(content)
+
+
 def test_reads_whole_tensors_under_a_prefix(folder):
     loaded = read_tensors(folder, prefix="model.")
     assert loaded.keys() == {"a", "b"}

@@ -6,6 +6,7 @@ import torch
 from grpo.config import Model, Tokenizer, UserError
 from grpo.models import (
     ClassCondition,
+    TextCondition,
     as_condition,
     build_tokenizer,
     generator_sizes,
@@ -35,6 +36,31 @@ def test_dropped_rows_stay_dropped():
     assert both.class_ids.tolist() == [4, 0, 2, 4, 0, 2]
     assert both.dropped.tolist() == [True, False, True, True, True, True]
     assert both.select(slice(1, 2)).dropped.tolist() == [False]
+
+
+def test_groups_of_equal_rows_are_known_as_far_as_they_last():
+    rows = ROWS.repeat_interleave(2).repeat_interleave(2)  # 3 groups of 4
+    assert (ROWS.group, rows.group, rows.one_of_each_group().class_ids.tolist()) == (1, 4, [4, 0, 2])
+    assert rows.with_unconditional().group == rows.unconditional().group == rows.to("cpu").group == 4
+    for part, group in ((slice(0, 8), 4), (slice(4, 6), 2), (slice(2, 8), 2), (slice(10, None), 2), (slice(3, 9), 1)):
+        chosen = rows.select(part)
+        assert chosen.group == group
+        assert torch.equal(chosen.one_of_each_group().repeat_interleave(group).class_ids, chosen.class_ids)
+    assert rows.drop(torch.arange(12) == 1).group == rows.map(lambda x: x.roll(1)).group == 1
+    assert rows.select(torch.arange(12)).group == rows.select(slice(None, None, 2)).group == 1
+    assert rows.joined(ROWS.repeat_interleave(2)).group == 2
+
+
+def test_texts_are_chosen_repeated_and_compared():
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    texts = TextCondition(torch.arange(24.0).view(2, 3, 4), mask)
+    assert texts.repeat_interleave(2).mask.tolist() == mask[[0, 0, 1, 1]].tolist()
+    both = texts.with_unconditional().select(slice(1, 3))
+    assert both.dropped.tolist() == [False, True]
+    assert torch.equal(both.features, texts.features[[1, 0]])
+    other = TextCondition(texts.features.clone().index_fill_(0, torch.tensor([1]), 0.0), mask)
+    assert texts.equal_rows(other).tolist() == [True, False]
+    assert texts.joined(other).rows == 4
 
 
 def test_a_family_is_found_by_the_name_of_a_spec(tmp_path):

@@ -261,6 +261,7 @@ def test_a_cache_of_another_batch_is_refused():
         ({"n_kv_head": 3}, "n_kv_head"),
         ({"block_size": 10}, "square"),
         ({"cls_token_num": 120}, "exactly 1"),
+        ({"caption_dim": 8, "cls_token_num": 0}, "positive"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, message):

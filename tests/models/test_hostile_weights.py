@@ -115,3 +115,40 @@ def test_random_damage_is_told_in_one_line(weights, tmp_path):
                 load_gpt(tmp_path / name, CONFIG)
             except UserError as error:
                 assert all("\n" not in line for line in error.problems)  # noqa: PT017
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_floats_of_any_width_are_read(weights, dtype, suffix, tmp_path):
+    save_weights(tmp_path / f"a{suffix}", {name: tensor.to(dtype) for name, tensor in weights.items()})
+    assert {tensor.dtype for tensor in load_gpt(tmp_path / f"a{suffix}", CONFIG).parameters()} == {torch.float32}
+    classifier = Classifier(ClassifierConfig(width=8, num_classes=2)).state_dict()
+    save_weights(tmp_path / f"c{suffix}", {name: tensor.to(dtype) for name, tensor in classifier.items()})
+    assert load_classifier(tmp_path / f"c{suffix}")(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+
+
+def test_numbers_that_are_not_finite_in_eight_bits(tmp_path):
+    save_weights(tmp_path / "a.safetensors", {"norm.weight": torch.tensor([float("nan")]).to(torch.float8_e5m2)})
+    with pytest.raises(UserError, match=r"norm\.weight holds NaN"):
+        convert.main(["--convert.input", str(tmp_path / "a.safetensors"), "--convert.output", str(tmp_path / "b.pt")])
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_odd_tensors_of_safetensors_are_named(as_folder, tmp_path):
+    safetensors.torch.save_file({"norm.weight": torch.ones(4, dtype=torch.complex64)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"norm\.weight is strided complex64"):
+        read_weights(tmp_path if as_folder else tmp_path / "a.safetensors")
+
+
+def test_whole_numbers_are_not_weights(weights, tmp_path):
+    """An 8-bit quantized model without its scales would be loaded, and draw noise."""
+    save_weights(tmp_path / "a.safetensors", {name: tensor.to(torch.int8) for name, tensor in weights.items()})
+    with pytest.raises(UserError, match="without floats"):
+        load_gpt(tmp_path / "a.safetensors", CONFIG)
+
+
+def test_a_name_without_end_is_cut(weights, tmp_path):
+    save_weights(tmp_path / "a.safetensors", {**weights, "x" * 10**6: torch.ones(1)})
+    with pytest.raises(UserError, match=r"a\.safetensors: the weights do not fit the model: 1 unknown") as caught:
+        load_gpt(tmp_path / "a.safetensors", CONFIG)
+    assert len(str(caught.value)) < 2500

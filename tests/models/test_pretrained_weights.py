@@ -151,8 +151,8 @@ def test_a_config_that_differs_from_the_files_own_is_explained(tmp_path, change,
         ("{", "not a readable"),
         ("[" * 100_000, "not a readable"),
         ("[1]", "sizes in this file are damaged"),
-        ("{}", "no sizes of a class-conditional GPT"),
-        ('{"dim": "64", "n_layer": 2, "n_head": 4}', "no sizes of a class-conditional GPT"),
+        ("{}", "no sizes of a GPT"),
+        ('{"dim": "64", "n_layer": 2, "n_head": 4}', "no sizes of a GPT"),
         ('{"dim": 64, "n_layer": 2, "n_head": 4, "depth": 3}', "unknown depth"),
         ('{"dim": 64, "n_layer": 2, "n_head": 3}', "multiple of 4"),
         ('{"dim": 64, "n_layer": 1000, "n_head": 4}', "the sizes that are written with the weights are not"),
@@ -222,9 +222,9 @@ def test_tokenizer_of_another_size_is_explained(llamagen, vq_configs):
 
 
 def test_weights_of_another_kind_are_named(llamagen):
-    with pytest.raises(UserError, match=r"not the weights of a class-conditional GPT .* those of a VQ tokenizer"):
+    with pytest.raises(UserError, match=r"not the weights of a GPT .* those of a VQ tokenizer"):
         load_gpt(llamagen / "vq16.pt")
-    with pytest.raises(UserError, match=r"not the weights of a VQ tokenizer .* those of a class-conditional GPT"):
+    with pytest.raises(UserError, match=r"not the weights of a VQ tokenizer .* those of a GPT"):
         load_vq(llamagen / "gpt_c2i.pt")
 
 

@@ -31,6 +31,18 @@ def test_gpt_specs(name):
         assert round(millions(model)) == PUBLISHED_MILLIONS[name]
 
 
+@pytest.mark.parametrize("name", PUBLISHED_MILLIONS)
+def test_text_conditional_specs(name):
+    """The class table gives way to the projection of captions."""
+    spec = MODEL_SPECS[name]
+    with torch.device("meta"):
+        model = GPT(spec.config(image_size=256, cls_token_num=120, caption_dim=2048))
+        classes = GPT(spec.config(image_size=256))
+    assert model.cls_embedding.uncond_embedding.shape == (120, 2048)
+    gained = spec.dim * (2048 + spec.dim) - 1001 * spec.dim
+    assert millions(model) == pytest.approx(millions(classes) + gained / 1e6)
+
+
 @pytest.mark.parametrize(("name", "count"), [("VQ-16", 71.9), ("VQ-8", 70.1)])
 def test_tokenizer_specs(name, count):
     with torch.device("meta"):

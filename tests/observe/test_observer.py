@@ -2,6 +2,7 @@
 
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -36,6 +37,15 @@ def run_steps(watching, steps):
             watching.images(step, sample_rows())
 
 
+def test_grids_that_are_kept_are_spread_over_the_run(tmp_path):
+    with observer(tmp_path, total_steps=200, keep_grids=8) as watching:
+        run_steps(watching, range(1, 201))
+    steps = [int(path.stem.removeprefix("step-")) for path in sorted((tmp_path / "samples").iterdir())]
+    assert len(steps) == 8
+    assert (steps[0], steps[-1]) == (1, 200)
+    assert max(after - before for before, after in pairwise(steps)) <= 2 * 200 / 7
+
+
 def test_a_run_leaves_its_folder(tmp_path):
     with observer(tmp_path / "run") as watching:
         run_steps(watching, range(1, 5))
@@ -62,6 +72,28 @@ def test_a_new_run_overwrites_nothing(tmp_path):
         assert len(read_metrics(tmp_path / folder / "metrics.jsonl")) == loss_lines
         assert (tmp_path / folder / "model.safetensors").read_text() == f"weights of {loss_lines}"
         assert len(list((tmp_path / folder / "samples").iterdir())) == {4: 3, 2: 2, 1: 1}[loss_lines]
+
+
+def test_a_recipe_of_the_users_in_the_runs_folder_is_kept(tmp_path):
+    (tmp_path / "recipe.toml").write_text("# mine\n")
+    for _ in range(2):  # the second start has nothing to move
+        observer(tmp_path)
+    assert [path.read_text() for path in tmp_path.glob("previous/*/recipe.toml")] == ["# mine\n"]
+
+
+def test_garbage_in_the_metrics_and_names_from_anywhere_do_not_stop_a_run(tmp_path):
+    with observer(tmp_path) as watching:
+        run_steps(watching, range(1, 3))
+    huge = "9" * 400
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.writelines(
+            f'{{"step": {step}, "loss": {loss}}}\n' for step, loss in ((f"-{huge}", 1), (1, huge), (1, "[]"))
+        )
+    with observer(tmp_path, start_step=2) as watching:
+        run_steps(watching, range(3, 5))
+        watching.message("step-000002 is damaged: \udcff\x1b[2J")
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert r"is damaged: \udcff\x1b[2J" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_run_that_stops_says_why(tmp_path):

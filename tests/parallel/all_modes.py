@@ -24,6 +24,10 @@ IMAGES, GROUP, PARTS = 8, 2, 2  # of all ranks in a step, completions of each, m
 
 ONE_TWO_FOUR, ONE_TWO, TWO_FOUR, TWO = (1, 2, 4), (1, 2), (2, 4), (2,)
 HSDP = "--parallel.data_parallel hsdp"
+TEXT = "--model.caption_dim 32 --model.cls_token_num 12 --text.encoder words"
+SAMPLED = (
+    "--rollout.mode autoregressive --rollout.cfg_scale 2 --reward.reconstruction.weight 0 --reward.jpeg_size.weight 1"
+)
 MODES = {
     "fsdp": (ONE_TWO_FOUR, ""),
     "fsdp, never resharded": (TWO, "--parallel.reshard_after_forward never"),
@@ -43,6 +47,12 @@ MODES = {
     "bf16": (ONE_TWO, "--training.mixed_precision bf16"),
     "bf16, reduced in bf16": (TWO, "--training.mixed_precision bf16 --training.grad_precision bf16"),
     "fp16, hsdp": (ONE_TWO_FOUR, f"--training.mixed_precision fp16 {HSDP} --parallel.shard_size {{half}}"),
+    "text": (ONE_TWO_FOUR, TEXT),
+    "sampled texts": (ONE_TWO, f"{TEXT} {SAMPLED}"),
+    "text, recomputation, compiled blocks": (
+        TWO,
+        f"{TEXT} --activation_checkpoint.mode selective --compile.enabled true",
+    ),
 }
 """Mode -> numbers of processes that run it, flags; `half` is half of the processes."""
 

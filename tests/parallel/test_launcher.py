@@ -137,6 +137,8 @@ def test_a_problem_of_one_rank_before_the_group_is_up_is_told():
     "environment",
     [
         {"RANK": "abc"},
+        {"RANK": "--1"},
+        {"WORLD_SIZE": "9" * 5000},
         {"WORLD_SIZE": "0"},
         {"RANK": "2"},
         {"RANK": "-1"},

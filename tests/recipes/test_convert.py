@@ -47,6 +47,18 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
         convert(RELEASED, tmp_path / "file" / "gpt.pt")
 
 
+def test_a_runs_folder_stands_for_its_final_weights(tmp_path):
+    config = MODEL_SPECS["GPT-tiny"].config(image_size=96, vocab_size=12, num_classes=3)
+    final = GPT(config).state_dict()
+    save_weights(tmp_path / "run/model.safetensors", final, config=config)
+    average = {name: 2 * tensor for name, tensor in final.items()}
+    save_weights(tmp_path / "run/model_ema.safetensors", average, config=config)
+    convert(tmp_path / "run", tmp_path / "gpt.safetensors")
+    found = load_gpt(tmp_path / "gpt.safetensors")
+    assert found.config == config
+    assert all(torch.equal(tensor, final[name]) for name, tensor in found.state_dict().items())
+
+
 def test_the_sizes_go_with_the_weights(tmp_path):
     config = MODEL_SPECS["GPT-tiny"].config(image_size=96, vocab_size=12, num_classes=3)
     save_weights(tmp_path / "gpt.safetensors", GPT(config).state_dict(), config=config)

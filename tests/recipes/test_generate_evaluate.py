@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from grpo.config import UserError
-from grpo.jobs import evaluate, generate
+from grpo.config import Output, UserError
+from grpo.evaluation import make_writable, save_image
+from grpo.jobs import convert, evaluate, generate, memory
 from grpo.models import GPT, MODEL_SPECS, VQModel, get_tokenizer_spec, save_weights
 from grpo.models.classifier import Classifier, ClassifierConfig
 
@@ -166,3 +167,26 @@ def test_mistakes_are_told_in_one_line(folder, drawn, job, flags, message):
         run_here(job, *flags, folder=folder)
     assert message in str(caught.value)
     assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("length", [300, 250])  # the second is too long only for the unfinished file's name
+def test_names_that_are_too_long_are_told(length, tmp_path):
+    name = "x" * length
+    with pytest.raises(UserError, match="File name too long"):
+        save_image(Image.new("RGB", (2, 2)), tmp_path / f"{name}.png"[-length:])
+    if length == 250:
+        return
+    for key, is_folder in {"output.grid": False, "output.folder": True, "evaluation.json_path": False}.items():
+        with pytest.raises(UserError, match=f"{key} .*File name too long"):
+            make_writable(tmp_path / name, key=key, folder=is_folder)
+    save_weights(tmp_path / "a.pt", {"a": torch.ones(1)})
+    with pytest.raises(UserError, match=r"convert\.output .*File name too long"):
+        convert.main(["--convert.input", str(tmp_path / "a.pt"), "--convert.output", str(tmp_path / f"{name}.pt")])
+    with pytest.raises(UserError, match=r"output\.folder .*File name too long"):
+        generate.prepare(Output(folder=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("amount", ["nan", "inf", "1e300", "-1", "0"])
+def test_an_absurd_memory_is_refused(amount):
+    with pytest.raises(UserError, match=r"--memory .* must be the GiB of one GPU"):
+        memory.main(["--config", "debug", f"--memory={amount}"])

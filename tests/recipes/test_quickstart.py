@@ -24,6 +24,8 @@ SMALL = {
     "classifier_reward": {"classifier": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
     "classifier_judge": {"classifier": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
     "pretrain": {"training": {"steps": 3, "batch_size": 4}},
+    "pretrain_more": {"training": {"steps": 2, "batch_size": 4}},
+    "gft": {"training": {"steps": 2, "batch_size": 8}},
     "grpo": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
     "grpo_vapi": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
     "evaluate": {
@@ -68,7 +70,7 @@ def first_run(configs, tmp_path_factory):
 def done(stdout):
     """Phase titles -> whether the phase was done in this run."""
     lines = [line.strip() for line in stdout.splitlines()]
-    titles = [(i, match[1]) for i, line in enumerate(lines) if (match := re.fullmatch(r"\[\d/\d\] (.*)", line))]
+    titles = [(i, match[1]) for i, line in enumerate(lines) if (match := re.fullmatch(r"\[\d+/\d+\] (.*)", line))]
     following = {title: next(line for line in lines[i + 1 :] if re.fullmatch(r"\d+ s|finished before.*", line))
                  for i, title in titles}  # fmt: skip
     return {title: not line.startswith("finished") for title, line in following.items()}
@@ -76,9 +78,10 @@ def done(stdout):
 
 def test_every_phase_runs_on_two_processes_and_ends_in_a_table_and_a_report(first_run):
     folder, stdout = first_run
-    assert len(done(stdout)) == 8
+    assert len(done(stdout)) == 13
     assert all(done(stdout).values())
-    for name in ("base", r"base, guidance 1.\d+, temperature \d.\d", "after GRPO"):
+    rivals = (rf"{name}, guidance 1.\d+, temperature \d.\d" for name in ("base", "more pre-training"))
+    for name in ("base", *rivals, "after guidance-free training", "after GRPO"):
         row = next(line for line in stdout.splitlines() if re.match(rf"\W*{name}\s+-?\d", line))
         assert len(re.findall(r"-?\d+\.\d{3}", row)) == 7, row
     page = (folder / "report.html").read_text()
@@ -108,11 +111,14 @@ def test_samples_before_and_after_are_measured_on_the_same_scale(first_run):
 
 def test_results_say_how_each_row_was_drawn(first_run):
     folder, _ = first_run
-    base, rival, after = json.loads((folder / "results.json").read_text())["rows"]
-    assert [row["forwards_per_image"] for row in (base, rival, after)] == [1, 2, 1]
-    assert rival["cfg_scale"] in (1.25, 1.5, 1.75)
-    assert rival["temperature"] in (0.9, 1.0)
-    assert all((row["cfg_scale"], row["temperature"], row["seed"]) == (1.0, 1.0, 0) for row in (base, after))
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["forwards_per_image"] for row in rows] == [1, 2, 1, 2, 1, 1]
+    base, rival, more, longer_rival, unguided, after = rows
+    for guided in (rival, longer_rival):
+        assert guided["cfg_scale"] in (1.25, 1.5, 1.75)
+        assert guided["temperature"] in (0.9, 1.0)
+    for row in (base, more, unguided, after):
+        assert (row["cfg_scale"], row["temperature"], row["seed"]) == (1.0, 1.0, 0)
     assert after["name"] == "after GRPO"
     assert after["fid"] == json.loads((folder / "evaluate_grpo" / "result.json").read_text())["fid"]
 

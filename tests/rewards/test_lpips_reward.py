@@ -69,6 +69,16 @@ def test_its_missing_file_is_told_with_the_others(tokenizer, tmp_path, monkeypat
     assert adversarial.startswith("reward.patchgan: gone.pt: no such file")
 
 
+def test_it_is_missed_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    flags = ["--data.name", "synthetic", "--reward.lpips.weight", "1"]
+    load_recipe(GRPORecipe, flags)
+    with pytest.raises(
+        UserError, match=r"reward\.lpips\.backbone: .*hub/checkpoints/vgg16-397923af\.pth does not exist"
+    ):
+        load_recipe(GRPORecipe, flags, needs_files=True)
+
+
 def test_a_free_sample_has_no_real_image_to_be_like():
     flags = ["--data.name", "synthetic", "--reward.lpips.weight", "1", "--rollout.mode", "autoregressive"]
     with pytest.raises(UserError, match=r"reward.lpips.weight must be 0 with rollout.mode"):

@@ -216,7 +216,7 @@ def test_memory_of_a_sequence_by_hand(model):
     """GPT-XXL at 384 pixels in bf16: 48 layers x 24 heads x 64 x 576 rows of keys and of values, 2 bytes each."""
     with torch.device("meta"):
         large = GPT(MODEL_SPECS["GPT-XXL"].config(image_size=384))
-    cache = 2 * 48 * 24 * 64 * 576 * 2
+    cache = 2 * 48 * 24 * 64 * 576 * 2 + 4  # and the weight of the condition
     assert bytes_per_sequence(large, dtype=torch.bfloat16, guided=True) == 2 * cache + 8 * 16384
     engine = CachedSampler(CachedForward(model), 3, draw=Draw(), cfg_scale=2.0, cfg_interval=-1)
     held = sum(tensor.nbytes for tensor in engine.cache)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo.kernels import Draw, cached_attention
-from grpo.models import GPT, ClassCondition, GPTConfig, family_of
+from grpo.models import GPT, ClassCondition, GPTConfig, TextCondition, family_of
 from grpo.rollout import CodeSampler
 from grpo.rollout.cached_sampler import CachedSampler
 
@@ -22,12 +22,20 @@ def build(dtype, **sizes):
     return model.to("cuda", dtype)
 
 
-def asked(rows):
-    return ClassCondition(torch.arange(rows, device="cuda") % 10), torch.arange(rows, device="cuda")
+TEXT = {"cls_token_num": 120, "caption_dim": 64}
+
+
+def asked(rows, config=None):
+    """Classes, or texts of different lengths, padded on the left, and numbers of the rows."""
+    row_ids = torch.arange(rows, device="cuda")
+    if config is None or config.caption_dim is None:
+        return ClassCondition(row_ids % 10), row_ids
+    features = torch.randn(rows, 120, 64, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    return TextCondition(features, torch.arange(120, device="cuda") >= row_ids[:, None] * 17), row_ids
 
 
 def draw(model, rows=6, *, impl="triton", **settings):
-    condition, row_ids = asked(rows)
+    condition, row_ids = asked(rows, model.config)
     return CodeSampler(model, draw=Draw(seed=3, impl=impl), **settings)(condition, row_ids=row_ids)
 
 
@@ -37,12 +45,12 @@ def relative(actual, expected):
 
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sizes", [{}, {"n_kv_head": 2}, {"dim": 400}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"n_kv_head": 2}, {"dim": 400}, TEXT], ids=str)
 def test_hidden_states_are_as_good_as_the_plain_models(sizes, dtype, copies):
     """Against the fp64 forward of the whole sequence, row by row."""
     model = build(dtype, **sizes)
     truth_model = build(dtype, **sizes).double()
-    condition, _ = asked(4)
+    condition, _ = asked(4, model.config)
     tokens = torch.randint(0, 512, (4, 575), generator=torch.Generator("cuda").manual_seed(0), device="cuda")
     truth = truth_model.hidden(tokens, condition)
     errors = {}
@@ -53,13 +61,16 @@ def test_hidden_states_are_as_good_as_the_plain_models(sizes, dtype, copies):
         for position in range(1, 576):
             rows.append(forward.extend(tokens[:, position - 1], torch.tensor(position, device="cuda"), cache))
         errors[impl] = relative(torch.stack(rows, dim=1), truth)
+    errors["whole"] = relative(model.hidden(tokens, condition), truth)
     assert errors["triton"] <= 1.2 * errors["reference"] + 1e-6, errors
+    assert errors["whole"] <= 2 * errors["reference"] + 1e-6, errors
 
 
 @pytest.mark.parametrize("settings", [{}, {"cfg_scale": 1.7}, {"cfg_scale": 2.0, "cfg_interval": 300}], ids=str)
-def test_codes_equal_the_plain_models(settings):
+@pytest.mark.parametrize("sizes", [{}, TEXT], ids=str)
+def test_codes_equal_the_plain_models(settings, sizes):
     """In fp32; nearly equal scores may fall the other way, and everything after them with it."""
-    model = build(torch.float32)
+    model = build(torch.float32, **sizes)
     plain, fused = draw(model, impl="reference", **settings), draw(model, **settings)
     same = (plain.tokens == fused.tokens).cumprod(dim=1).bool()
     assert same.float().mean() > 0.8
@@ -67,8 +78,10 @@ def test_codes_equal_the_plain_models(settings):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_replays_equal_eager_steps(impl):
-    model, (condition, row_ids) = build(torch.bfloat16), asked(6)
+@pytest.mark.parametrize("sizes", [{}, TEXT], ids=str)
+def test_replays_equal_eager_steps(impl, sizes):
+    model = build(torch.bfloat16, **sizes)
+    condition, row_ids = asked(6, model.config)
     drawn = []
     for replays in (True, False):
         forward = family_of(model).cached_forward(model, impl=impl, copies=True)

@@ -116,3 +116,23 @@ def test_files_of_every_start(tmp_path):
     beginning = files(PretrainRecipe, "--config", "quickstart/pretrain", "--model.checkpoint", "x")
     assert beginning.keys() == {"tokenizer.checkpoint"}
     assert files(TokenizerRecipe, "--config", "quickstart/tokenizer", "--tokenizer.checkpoint", "x") == {}
+    idle = ["--judge.feature_checkpoint", "gone", "--judge.interval", 0]
+    assert "judge.feature_checkpoint" not in files(GRPORecipe, "--config", "debug", *idle)
+
+
+def test_the_backbone_of_lpips_is_one_of_them(tmp_path, monkeypatch):
+    """Whether a key names it or it lies where torch keeps its downloads."""
+    tokenizer = ["--config", "quickstart/tokenizer", "--tokenizer_loss.perceptual_weight", 1]
+    for flags, key in (
+        (["--config", "debug", "--reward.lpips.weight", 1], "reward.lpips.backbone"),
+        (
+            tokenizer,
+            "tokenizer_loss.perceptual_backbone",
+        ),
+    ):
+        recipe = TokenizerRecipe if flags is tokenizer else GRPORecipe
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        assert files(recipe, *flags)[key] == str(tmp_path / "hub/checkpoints/vgg16-397923af.pth")
+        monkeypatch.delenv("TORCH_HOME")
+        assert files(recipe, *flags)[key] == f"{torch.hub.get_dir()}/checkpoints/vgg16-397923af.pth"
+        assert files(recipe, *flags, f"--{key}", "mine.pth")[key] == "mine.pth"

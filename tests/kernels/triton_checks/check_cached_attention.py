@@ -31,12 +31,12 @@ def cache_case(B, n_head, n_kv_head, head_dim, length, row, *, dtype=torch.float
     return qkv, keys, values, torch.tensor([row], device=DEVICE), rotary, start
 
 
-def attend(qkv, keys, values, row, rotary, start, impl):
+def attend(qkv, keys, values, row, rotary, start, impl, first_weight=None):
     """Result, and the cache's rows that are filled now; the reference sees zeros in place of what is hidden."""
     keys, values = keys.clone(), values.clone()
     if impl == "reference":
         keys, values = keys.nan_to_num(0), values.nan_to_num(0)
-    out = cached_attention(qkv, keys, values, row=row, rotary=rotary, start=start, impl=impl)
+    out = cached_attention(qkv, keys, values, row=row, rotary=rotary, start=start, first_weight=first_weight, impl=impl)
     filled = int(row) + 1
     return out, keys[:, :, int(row) : filled], values[:, :, int(row) : filled]
 
@@ -71,6 +71,22 @@ def check_attention(B, n_head, n_kv_head, head_dim, length, row, padded, dtype):
     assert_as_good_as_torch(attend(*case, "triton"), attend(*case, "reference"), truth)
 
 
+@pytest.mark.parametrize(("length", "row"), [(20, 0), (20, 7), (300, 299)])
+def check_a_first_row_that_stands_for_many(length, row):
+    """As if row 0 stood there so many times."""
+    qkv, keys, values, row, rotary, _ = cache_case(2, 4, 2, 16, length, row)
+    counts = torch.tensor([3.0, 120.0], device=DEVICE)
+    weighed = attend(qkv, keys, values, row, rotary, None, "triton", counts)
+    truth = attend(qkv.double(), keys.double(), values.double(), row, rotary, None, "reference", counts)
+    assert_as_good_as_torch(weighed, attend(qkv, keys, values, row, rotary, None, "reference", counts), truth)
+    if int(row):
+        for sequence, count in enumerate(counts.int().tolist()):
+            many = [torch.cat([x[:, :, :1].expand(-1, -1, count - 1, -1), x], dim=2) for x in (keys, values)]
+            angles = torch.cat([rotary[:1].expand(count - 1, -1, -1), rotary])
+            out = attend(qkv, *many, row + count - 1, angles, None, "reference")[0]
+            torch.testing.assert_close(weighed[0][sequence], out[sequence])
+
+
 def check_attention_writes_one_row():
     qkv, keys, values, row, rotary, _ = cache_case(2, 4, 2, 48, 40, 21)
     before = keys.clone(), values.clone()
@@ -84,7 +100,7 @@ def check_attention_of_a_row_does_not_depend_on_the_batch():
     """Over several splits, again and again: the counters of arrived programs are back at 0."""
     case = cache_case(5, 4, 2, 64, 400, 390)
     whole = attend(*case, "triton")
-    assert kernel_options(4, 2, 64, 400, False)["SPLITS"] == 4
+    assert kernel_options(4, 2, 64, 400, False, False)["SPLITS"] == 4
     for part in (slice(0, 2), slice(2, 5)):
         qkv, keys, values, row, rotary, _ = case
         again = attend(qkv[part], keys[part], values[part], row, rotary, None, "triton")

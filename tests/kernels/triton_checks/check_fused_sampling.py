@@ -1,12 +1,15 @@
 """Sampling with the fused blocks beside the plain model: the same codes. Run by `test_triton.py`."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from grpo.kernels import Draw
-from grpo.models import GPT, ClassCondition, GPTConfig, family_of
+from grpo.models import GPT, ClassCondition, GPTConfig, TextCondition, family_of, load_gpt
 from grpo.models.fused_gpt import FusedGPT
-from grpo.rollout import CodeSampler, sample_codes
+from grpo.rollout import CodeSampler, generate, sample_codes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32] + [torch.float16] * torch.cuda.is_available()
@@ -40,6 +43,32 @@ def check_codes_equal_the_plain_models(heads, settings, dtype):
     assert torch.equal(fused.tokens, plain.tokens)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(fused.log_probs, plain.log_probs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("few_rows", [0, 6])
+def check_codes_after_a_text(few_rows, monkeypatch):
+    """Two texts, the second padded, one and three completions of each."""
+    monkeypatch.setattr(FusedGPT, "few_rows", few_rows)
+    model = build(n_head=2, cls_token_num=5, caption_dim=7)
+    mask = torch.tensor([[True] * 5, [False] * 3 + [True] * 2], device=DEVICE)
+    texts = TextCondition(torch.randn(2, 5, 7, device=DEVICE), mask)
+    for rows, settings in ((2, {"cfg_scale": 1.0}), (6, {"cfg_scale": 2.0, "cfg_interval": 1})):
+        asked = {"row_ids": torch.arange(rows, device=DEVICE), **settings}
+        plain, fused = (sample_codes(model, texts, draw=Draw(impl=impl), **asked) for impl in ("reference", "triton"))
+        assert torch.equal(fused.tokens, plain.tokens)
+        torch.testing.assert_close(fused.log_probs, plain.log_probs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter a minute each")
+@pytest.mark.parametrize(("scale", "interval"), [("1", -1), ("4", -1), ("7.5", 5)])
+def check_greedy_codes_after_texts_equal_llamagens(scale, interval):
+    folder = Path(__file__).parents[2] / "fixtures" / "llamagen_t2i"
+    model = load_gpt(folder / "gpt_t2i.pt", GPTConfig(**json.loads((folder / "config.json").read_text()))).to(DEVICE)
+    expected = torch.load(folder / "expected.pt", map_location=DEVICE, weights_only=True)
+    texts = TextCondition(expected["features"], expected["mask"]).select(slice(0, 2))
+    guidance = {"cfg_scale": float(scale), "cfg_interval": interval}
+    codes = generate(model.requires_grad_(False), texts, top_k=1, impl="triton", **guidance)
+    assert torch.equal(codes, expected[f"greedy_cfg{scale}_interval{interval}"][:2])
 
 
 @pytest.mark.parametrize(("copies", "few_rows"), [(True, 0), (False, 2)])

@@ -1,0 +1,63 @@
+"""Requests by LlamaGen's lists and features: the long or the short caption of an image."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo.config import Model, Text, UserError
+from grpo.data.caption_files import CaptionFolder
+from grpo.data.captions import Asked, Requests
+from grpo.data.dataset import ImageDataset
+from grpo.data.unreadable import UnreadableImage
+from grpo.models import Condition
+from grpo.texts import LlamaGenFeatures, as_rows
+
+SHARE_STREAM = 4  # beside the draw of one of several captions, 3
+
+
+class LlamaGenRequests(Requests):
+    """The caption of an image by its place in a list, or, for a share of the samples, the short one.
+
+    An image without a file of features is passed over as one that cannot be read (there its row has no loss).
+
+    Raises:
+        UserError: the data set has no such lists, or the folder has no features of one of them.
+    """
+
+    def __init__(self, dataset: ImageDataset, text: Text, model: Model) -> None:
+        self.listed = dataset.listed if isinstance(dataset, CaptionFolder) else []
+        if not self.listed:
+            raise UserError(
+                f"text.llamagen_features are of LlamaGen's lists, and data.path {dataset.data.path} has none: encode "
+                "the captions with `grpo encode-text` and give text.features"
+            )
+        self.captions, self.rows, self.width = dataset.captions_of, model.cls_token_num, model.caption_dim
+        sizes = {"rows": self.rows, "width": self.width}
+        self.long = LlamaGenFeatures(text.llamagen_features, **sizes)
+        self.short = None
+        if text.llamagen_short_features is not None:
+            self.short = LlamaGenFeatures(text.llamagen_short_features, **sizes)
+        self.short_share = text.short_share if self.short else 0.0
+        for features in filter(None, (self.long, self.short)):
+            for name in dict.fromkeys(place.name for place in self.listed):
+                if not (features.folder / name).is_dir():
+                    raise UserError(f"{features.folder} has no folder {name}: features of the list {name}.jsonl")
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        place = hashlib.sha256(repr(self.listed).encode()).hexdigest()
+        return {"encoder": "llamagen", "width": self.width, "captions": self.captions.fingerprint, "lists": place}
+
+    def draw(self, index: int, sample_id: int, seed: int) -> Asked:
+        is_short = np.random.default_rng((seed, sample_id, SHARE_STREAM)).random() < self.short_share
+        texts, place = self.captions.of(index), self.listed[index]
+        try:
+            if is_short:
+                return Asked(texts[0].partition(".")[0], self.short.row(*place))
+            return Asked(texts[0], self.long.row(*place))
+        except UserError as error:
+            raise UnreadableImage(error.problems) from error
+
+    def condition(self, asked: Sequence[Asked]) -> Condition:
+        return as_rows([one.features for one in asked], rows=self.rows)

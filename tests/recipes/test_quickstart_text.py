@@ -1,0 +1,106 @@
+"""`grpo quickstart --recipe text` in miniature: every phase on two processes, the table, and a prompt of one's own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+import tomli_w
+
+from grpo.shapes import ATTRIBUTES
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "train_configs" / "quickstart_text"
+MODELS = {
+    "model": {"name": "GPT-tiny", "caption_dim": 32},
+    "tokenizer": {"name": "VQ-tiny", "codebook_size": 32},
+    "sampling": {"mixed_precision": "fp32"},
+    "training": {"mixed_precision": "fp32"},
+}
+SMALL = {
+    "tokenizer": {"tokenizer_loss": {"unquantised_steps": 2}, "training": {"steps": 4, "batch_size": 8}},
+    "reader": {"reader": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
+    "pretrain": {"training": {"steps": 3, "batch_size": 4}},
+    "grpo": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
+    "evaluate": {"evaluation": {"num_images": 56, "num_reference_images": 56, "batch_size": 28}},
+    "generate": {},
+}
+
+
+def run(*arguments, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "grpo", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "220"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Configs with small numbers, the run's folder, and what the run printed."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "configs").mkdir()
+    for name, changes in SMALL.items():
+        recipe = tomli.loads((CONFIGS / f"{name}.toml").read_text())
+        for section, values in (*MODELS.items(), *changes.items()):
+            if section in recipe:
+                recipe[section].update(values)
+        if name == "reader":
+            recipe.pop("tokenizer", None)
+        (folder / "configs" / f"{name}.toml").write_text(tomli_w.dumps(recipe))
+    flags = ["--recipe", "text", "--configs", folder / "configs", "--run-dir", folder / "run"]
+    return folder, run("quickstart", *flags, processes=2)
+
+
+def test_every_phase_runs_and_the_table_has_seen_and_unseen_combinations(finished):
+    folder, stdout = finished
+    assert stdout.count("] ") >= 7
+    rows = json.loads((folder / "run" / "results.json").read_text())["rows"]
+    assert [row["forwards_per_image"] for row in rows][::2] == [1, 1]
+    assert [row["name"] for row in rows][::2] == ["base", "after GRPO"]
+    assert re.fullmatch(r"base, guidance \d.\d, temperature \d.\d", rows[1]["name"])
+    for row in rows:
+        named = [f"{part}/{name}" for part in ("seen", "unseen") for name in (*ATTRIBUTES, "all", "position")]
+        named.remove("unseen/place")  # which no caption of an unseen combination says
+        assert all(0 <= row[name] <= 1 for name in (*named, *(f"fit/{name}" for name in named)))
+        assert row["accuracy"] == row["unseen/all"]
+        assert row["fid"] > 0
+    for phase in ("evaluate_base", "evaluate_guided", "evaluate_grpo"):
+        assert (folder / "run" / phase / "samples.png").stat().st_size > 10_000
+    assert "after GRPO" in (folder / "run" / "report.html").read_text()
+
+
+def test_a_prompt_of_ones_own(finished):
+    folder, _ = finished
+    weights = {"model": "grpo", "tokenizer": "tokenizer"}
+    flags = [
+        text
+        for section, phase in weights.items()
+        for text in (f"--{section}.checkpoint", folder / "run" / phase / "model.safetensors")
+    ]
+    grid = folder / "ring.png"
+    asked = ["--sampling.prompt", "a red ring above a blue cross", "--output.num_images", 4, "--output.grid", grid]
+    run("generate", "--config", folder / "configs" / "generate.toml", *flags, *asked)
+    assert grid.exists()
+
+
+def test_evaluate_tells_both_readers(finished):
+    folder, _ = finished
+    flags = [
+        text
+        for key, phase in (("model", "pretrain"), ("tokenizer", "tokenizer"))
+        for text in (f"--{key}.checkpoint", folder / "run" / phase / "model.safetensors")
+    ]
+    reader = ["--evaluation.reader_checkpoint", folder / "run" / "reader" / "model.safetensors"]
+    path = folder / "result.json"
+    run("evaluate", "--config", folder / "configs" / "evaluate.toml", *flags, *reader, "--evaluation.json_path", path)
+    metrics = json.loads(path.read_text())["metrics"]
+    base = json.loads((folder / "run" / "evaluate_base" / "result.json").read_text())
+    assert metrics["reader"]["unseen/all"] == base["unseen/all"]
+    assert metrics["fit"]["seen/shape"] == pytest.approx(base["fit/seen/shape"])
+    assert metrics["reader"]["fid"] == pytest.approx(base["fid"], rel=1e-3)

@@ -1,0 +1,99 @@
+"""Splits of the world of shapes: what is held out is nowhere in training, and captions tell the truth."""
+
+import hashlib
+from collections import Counter
+
+import pytest
+import torch
+
+from grpo.config import UserError
+from grpo.shapes import (
+    CATEGORIES,
+    SPLITS,
+    Request,
+    category,
+    example,
+    is_unseen,
+    parse,
+    render,
+    scenes,
+    score,
+    split_size,
+)
+from grpo.shapes.examples import UNSEEN_CATEGORIES, held_out_colors, held_out_pairs
+from grpo.shapes.grammar import canonical
+from grpo.shapes.rendering import EXTENT
+from grpo.shapes.world import SHAPES
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def split(request):
+    return request.param, [example(request.param, index) for index in range(1400)]
+
+
+def test_every_caption_is_true_of_its_scene(split):
+    _, examples = split
+    scores = score(scenes(examples), [item.request for item in examples])
+    assert (scores["all"] == 1).all()
+    assert [parse(item.caption) for item in examples] == [item.request for item in examples]
+
+
+def test_shapes_are_inside_and_do_not_touch(split):
+    _, examples = split
+    drawn = scenes(examples)
+    reach = drawn.radii * EXTENT
+    low, high = drawn.centers.amin(-1) - reach, drawn.centers.amax(-1) + reach
+    assert low[drawn.present].min() > 0.01
+    assert high[drawn.present].max() < 0.99
+    apart = (drawn.centers[:, :, None] - drawn.centers[:, None]).abs().amax(-1) - reach[:, :, None] - reach[:, None]
+    pairs = drawn.present[:, :, None] & drawn.present[:, None] & ~torch.eye(4, dtype=torch.bool)
+    assert apart[pairs].min() > 0.05
+
+
+def test_one_colour_of_each_shape_and_one_partner_of_each_shape_and_axis_are_held_out():
+    assert sorted(shape for shape, _ in held_out_colors()) == list(range(len(SHAPES)))
+    assert sorted((shape, axis) for shape, axis, _ in held_out_pairs()) == [(s, a) for s in range(6) for a in (0, 1)]
+
+
+def test_training_shows_nothing_that_is_held_out():
+    for index in range(3000):
+        item = example("train", index)
+        shown = Request(item.things, relation=item.relation)
+        assert not is_unseen(shown), item.caption
+        assert not is_unseen(item.request)
+
+
+def test_validation_and_test_take_turns_and_share_no_scene_with_training():
+    def meanings(split):
+        requests = [example(split, index).request for index in range(2800)]
+        return {canonical(one) for one in requests if category(one) in ("color_attr", "scenes")}
+
+    meant = {split: meanings(split) for split in ("train", "validation", "test")}
+    seen = {split: {one for one in requests if not is_unseen(one)} for split, requests in meant.items()}
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["validation"]
+    assert not seen["validation"] & seen["test"]
+    kinds = Counter((category(one.request), is_unseen(one.request)) for one in (example("test", i) for i in range(140)))
+    assert kinds == Counter(
+        {(name, False): 10 for name in CATEGORIES} | {(name, True): 10 for name in UNSEEN_CATEGORIES}
+    )
+
+
+def test_drawings_are_the_same_on_every_machine():
+    """Compared with numbers that are written down: a change of the world must change `VERSION`."""
+    examples = [example(split, index) for split in SPLITS for index in (0, 1, 7)]
+    text = "|".join(item.caption for item in examples)
+    places = scenes(examples).centers.mul(1000).round().long().flatten().tolist()
+    assert hashlib.sha256(f"{text} {places}".encode()).hexdigest()[:16] == "390bf09cfb91057d"
+
+
+def test_pictures_of_one_scene_at_two_sizes_are_the_same_scene():
+    scene = scenes([example("train", index) for index in range(40)])
+    small, large = (render(scene, size).float() for size in (32, 128))
+    assert (torch.nn.functional.avg_pool2d(large, 4) - small).abs().max() < 80  # at tips, which a pixel cannot hold
+    assert (torch.nn.functional.avg_pool2d(large, 4) - small).abs().mean() < 0.5
+
+
+def test_unknown_split():
+    with pytest.raises(UserError, match=r"'dev' .*train, reader, validation, test"):
+        split_size("dev")
