@@ -28,7 +28,7 @@ def plot_all(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], results
 
     for plot in (fids, frontier, curves):
         figure = plot(pyplot, rows, results)
-        figure.savefig(folder / f"{name}-{plot.__name__}.png", dpi=110)
+        figure.savefig(folder / f"{name}-{plot.__name__}.png", dpi=80)
         pyplot.close(figure)
 
 

@@ -136,7 +136,7 @@ def lever(title: str, **flags: Any) -> Row:
 
 ROWS: dict[str, Row] = {
     "ce": Row("more cross-entropy", "pretrain", "pretrain", FALLING, rates(5e-4, 2e-3, 5e-3)),
-    "start": Row("its start", "distill", "distill", BATCH_64, rates(5e-4, 1e-3), share=0.5, shown=False),
+    "start": Row("distilled, half the time", "distill", "distill", BATCH_64, rates(5e-4, 1e-3), share=0.5, shown=False),
     "distill+grpo": Row(
         "distilled, then GRPO", "train", "grpo", {**GRPO, "training.ema_decay": 0.9}, rates(1e-4, 2e-4),
         start="start", share=0.5, averaged=True,
@@ -149,18 +149,22 @@ ROWS: dict[str, Row] = {
         start="start", share=0.5, block=1,
     ),
     "own start": Row(
-        "its start", "distill", "distill", BATCH_64, rates(1e-3), share=0.5, shown=False, at_best=True, seeds=1,
+        "distilled at the best point, half the time", "distill", "distill", BATCH_64, rates(1e-3), share=0.5,
+        shown=False, at_best=True, seeds=1,
         block=1,
     ),
     "own": Row(
         "distilled at the base's best point, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
         start="own start", share=0.5, seeds=1, block=1,
     ),
-    "gft start": Row("its start", "finetune", "gft", FALLING, rates(2e-3), share=0.7, shown=False),
+    "gft start": Row("GFT, .7 of the time", "finetune", "gft", FALLING, rates(2e-3), share=0.7, shown=False),
     "gft+grpo": Row("GFT, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4), start="gft start", share=0.3),
-    "ce start": Row("its start", "pretrain", "pretrain", FALLING, rates(5e-3), share=0.4, shown=False),
+    "ce start": Row(
+        "cross-entropy, .4 of the time", "pretrain", "pretrain", FALLING, rates(5e-3), share=0.4, shown=False,
+    ),
     "ce distill": Row(
-        "its start", "distill", "distill", BATCH_64, rates(1e-3), start="ce start", share=0.3, shown=False,
+        "then distilled, .3 of the time", "distill", "distill", BATCH_64, rates(1e-3), start="ce start", share=0.3,
+        shown=False,
         at_best=True,
     ),
     "ce+distill+grpo": Row(
