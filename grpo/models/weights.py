@@ -217,7 +217,7 @@ def read_sizes(path: PathLike, config: type[Config], *, what: str) -> Config | N
         if unknown := sizes.keys() - set(saved_fields(config)):
             raise ValueError(f"unknown {', '.join(sorted(unknown))}")
         lists = [value if isinstance(value, list) else [value] for name, value in sizes.items() if name != _NAMES]
-        numbers = [number for values in lists for number in values]
+        numbers = [number for values in lists for number in values if not isinstance(number, bool)]
         if not all(number is None or 0 < number <= LARGEST_SIZE for number in numbers):  # NaN is neither
             raise ValueError(f"a size that is not in 0 .. {LARGEST_SIZE}")
         return TypeAdapter(config).validate_json(json.dumps(sizes), strict=True)

@@ -50,8 +50,9 @@ def test_codes_of_patches_depend_on_nothing_else(tmp_path):
     assert (decoded[0, :, :4, :4] != decoded[1, :, :4, :4]).any()  # the decoder sees all codes
     save_weights(tmp_path / "plain.safetensors", model.state_dict())
     assert torch.equal(load_vq(tmp_path / "plain.safetensors", config).encode(images), codes)
-    save_weights(tmp_path / "vq.safetensors", model.state_dict(), config=config)
-    assert load_vq(tmp_path / "vq.safetensors").config == config
+    for sizes in (config, tiny_vq().config):
+        save_weights(tmp_path / "vq.safetensors", VQModel(sizes).state_dict(), config=sizes)
+        assert load_vq(tmp_path / "vq.safetensors").config == sizes
     with pytest.raises(ValueError, match="patch_encoder takes one level"):
         TOKENIZER_SPECS["VQ-digits"].config(patch_encoder=True)
 
