@@ -29,12 +29,16 @@ JOBS = {
     "encode-text": "encode_text",
     "generate": "generate",
     "evaluate": "evaluate",
+    "compare": "compare",
     "convert": "convert",
     "quickstart": "quickstart",
     "memory": "memory",
     "doctor": "doctor",
 }
 """Word of the command -> module of `grpo.jobs`, the folder recipes/ of a checkout."""
+
+DRY_RUN = "--dry-run"
+"""Flag of every job with a recipe: say what it would do, and whether it can."""
 
 RECIPES_HELP = """\
 grpo recipes lists the shipped recipes, grpo recipes NAME prints one, to copy and change;
@@ -80,6 +84,9 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     from grpo.parallel import run_main  # torch
 
     def main(_: Sequence[str]) -> None:
+        if DRY_RUN in arguments and name in RECIPES:
+            dry_run = import_module("grpo.training.dry_run").dry_run
+            return dry_run(name, [word for word in arguments if word != DRY_RUN])
         job = import_module(f"grpo.jobs.{JOBS[name]}")
         if interruptible:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("distill")
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,15 @@ from grpo.kernels import Draw, linear_kl
 from grpo.models import Condition, build_tokenizer
 from grpo.parallel import World, distributed
 from grpo.rollout import CodeSampler, hidden_states
-from grpo.training import TrainingRun, build_data, build_generator, build_judge, build_optimizer, minimise
+from grpo.training import (
+    TrainingRun,
+    build_data,
+    build_frozen,
+    build_generator,
+    build_judge,
+    build_optimizer,
+    minimise,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,9 +60,10 @@ def train(recipe: DistillRecipe, world: World) -> None:
     with TrainingRun(recipe, world, title="Distillation") as run:
         dataset = build_data(recipe)
         dataset.reads_images = False  # conditions are enough
-        generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
-        student = generator(checkpoint=recipe.model.checkpoint)
-        teacher = generator(checkpoint=distill.teacher_checkpoint or recipe.model.checkpoint).requires_grad_(False)
+        places = {"class_names": dataset.class_names, "mesh": run.mesh, "world": world}
+        student = build_generator(recipe, checkpoint=recipe.model.checkpoint, **places)
+        start = distill.teacher_checkpoint or recipe.model.checkpoint
+        teacher = build_frozen(recipe, student, checkpoint=start, **places)
         draw = Draw(seed=training.seed, impl=training.kernels)
         draw_codes = CodeSampler(student, draw=draw, max_rows=distill.max_rows)
 

@@ -1,5 +1,6 @@
 """FID and its companions of a checkpoint, or of a folder or .npz of images, against a named reference.
 
+grpo evaluate runs/NAME --evaluation.feature_checkpoint judge.safetensors --evaluation.json_path result.json
 grpo evaluate --evaluation.images samples.npz --evaluation.reference reference.npz \\
     --evaluation.inception_checkpoint weights-inception-2015-12-05-6726825d.pth --evaluation.json_path result.json
 torchrun --nproc_per_node=8 -m grpo evaluate --config evaluate.toml
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import EvaluateRecipe, Evaluation, load_recipe, read_text, reading, writing
+from grpo.config import EvaluateRecipe, Evaluation, load_recipe, of_run, read_text, reading, writing
 from grpo.data import build_dataset, open_captions
 from grpo.environment import environment
 from grpo.evaluation import (
@@ -37,6 +38,7 @@ from grpo.evaluation import (
     open_images,
     read_scores,
 )
+from grpo.formats import ADAPTER_WEIGHTS
 from grpo.jobs.generate import asked_prompts, drawn_images
 from grpo.observe import progress, write_atomically
 from grpo.parallel import World, distributed
@@ -46,7 +48,7 @@ from grpo.texts import Prompt
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, measure."""
-    recipe = load_recipe(EvaluateRecipe, arguments, needs_files=True)
+    recipe = load_recipe(EvaluateRecipe, of_run(EvaluateRecipe, arguments), needs_files=True).explicit()
     if recipe.evaluation.scores is not None:
         add_scores(recipe.evaluation)
         return
@@ -83,12 +85,15 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
         return
     for name, values in metrics.items():
         print(name, *(f"  {metric:<20} {value:.6g}" for metric, value in values.items()), sep="\n")
+    result = describe(recipe, images, reference)
+    for departure in result["protocol"]["departures"]:
+        print(f"not {config.protocol}'s protocol: {departure}")
     if config.json_path is not None:
         finite = {  # JSON has no NaN
             name: {metric: value if math.isfinite(value) else None for metric, value in values.items()}
             for name, values in metrics.items()
         }
-        result = {"metrics": finite, **describe(recipe, images, reference), "processes": world.size}
+        result = {"metrics": finite, **result, "processes": world.size}
         with writing(f"evaluation.json_path {config.json_path}"):
             write_atomically(Path(config.json_path), json.dumps(result, indent=2, allow_nan=False) + "\n")
         print(f"written to {config.json_path}")
@@ -140,26 +145,41 @@ def describe(recipe: EvaluateRecipe, images: ImageSource, reference: ImageSource
     return {
         "images": {**describe_images(recipe), **describe_classes(images)},
         "reference": {**describe_reference(recipe, reference), **describe_classes(reference)},
+        "protocol": {"name": config.protocol, "departures": departures(recipe, images, reference)},
         "judges": {name: fingerprint(file) for name, file in judge_files(config).items()},
-        "settings": config.model_dump(include={"nearest_k", "kid_subset_size", "kid_subsets"}),
+        "settings": config.model_dump(include={"nearest_k", "kid_subset_size", "kid_subsets", "protocol"}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **environment(),
     }
 
 
+def departures(recipe: EvaluateRecipe, images: ImageSource, reference: ImageSource) -> list[str]:
+    """A line for everything that is not as the recipe's protocol says; none without a protocol."""
+    lines = recipe.departures()
+    if recipe.evaluation.protocol != "none":
+        if len(images) < recipe.evaluation.num_images:
+            lines.append(f"evaluation.images has {len(images)} images, not {recipe.evaluation.num_images}")
+        if reference.inception_statistics is None or reference.spatial_statistics is None:
+            lines.append("evaluation.reference has no mu, sigma, mu_s and sigma_s of a whole data set")
+    return lines
+
+
 def describe_images(recipe: EvaluateRecipe) -> dict[str, object]:
     """What was measured: the files, or the checkpoints and how images were drawn from them."""
-    sampling = recipe.sampling
+    sampling, described_apart = recipe.sampling, {"class_ids", "resize_to", "resize_filter"}
     if recipe.evaluation.images is not None:
         return {"source": fingerprint(recipe.evaluation.images), "resize": "none"}
+    adapter = {}
+    if recipe.model.adapter is not None:
+        adapter = {"adapter": fingerprint(f"{recipe.model.adapter}/{ADAPTER_WEIGHTS}")}
     return {
         "source": {
-            "model": {"spec": recipe.model.name, **fingerprint(recipe.model.checkpoint)},
+            "model": {"spec": recipe.model.name, **fingerprint(recipe.model.checkpoint), **adapter},
             "tokenizer": {"spec": recipe.tokenizer.name, **fingerprint(recipe.tokenizer.checkpoint)},
         },
-        "sampler": {"method": "autoregressive", **sampling.model_dump(exclude={"class_ids", "resize_to"})},
+        "sampler": {"method": "autoregressive", **sampling.model_dump(exclude=described_apart)},
         **describe_prompts(recipe),
-        "resize": "none" if sampling.resize_to is None else f"bicubic, antialiased, to {sampling.resize_to}",
+        "resize": "none" if sampling.resize_to is None else f"{sampling.resize_filter} to {sampling.resize_to}",
     }
 
 
@@ -179,8 +199,9 @@ def describe_reference(recipe: EvaluateRecipe, reference: ImageSource) -> dict[s
     if path is None:
         data = recipe.data.model_dump(include={"name", "path", "split"})
         return {"source": data, "resize": f"centre crop to {recipe.data.image_size}"}
-    published = reference.inception_statistics is not None
-    statistics = "mu and sigma of the file (Inception only)" if published else "of the images"
+    inception = "the file's" if reference.inception_statistics is not None else "of the images"
+    spatial = "the file's" if reference.spatial_statistics is not None else "of the images"
+    statistics = {"classifier": "of the images", "inception": inception, "inception_spatial": spatial}
     return {"source": fingerprint(path), "resize": "none", "statistics": statistics}
 
 

@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("finetune")
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,15 @@ from grpo.kernels import Dropout, linear_token_log_probs
 from grpo.models import CONDITION_PLACE, Condition, build_tokenizer
 from grpo.objectives import contrastive_alignment, guidance_free_log_probs
 from grpo.parallel import World, distributed, next_row
-from grpo.training import TrainingRun, build_data, build_generator, build_judge, build_optimizer, minimise
+from grpo.training import (
+    TrainingRun,
+    build_data,
+    build_frozen,
+    build_generator,
+    build_judge,
+    build_optimizer,
+    minimise,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -61,11 +68,11 @@ def train(recipe: FinetuneRecipe, world: World) -> None:
             tokenizer = build_tokenizer(recipe.tokenizer, device=world.device, seed=training.seed)
         length = (recipe.data.image_size // recipe.tokenizer.downsample_size) ** 2
         encode = run.timer("encode")(build_codes(dataset, tokenizer, length=length, augmented=True, images=False))
-        generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
-        model = generator(checkpoint=recipe.model.checkpoint)
+        places = {"class_names": dataset.class_names, "mesh": run.mesh, "world": world}
+        model = build_generator(recipe, checkpoint=recipe.model.checkpoint, **places)
         if finetune.loss == "cca":
             start = finetune.reference_checkpoint or recipe.model.checkpoint
-            loss = cca(recipe, model, generator(checkpoint=start).requires_grad_(False), encode)
+            loss = cca(recipe, model, build_frozen(recipe, model, checkpoint=start, **places), encode)
         else:
             loss = gft(recipe, model, encode)
 

@@ -1,5 +1,6 @@
 """Images from a trained generator, by class or by prompt: a PNG grid, a folder of PNGs, an .npz.
 
+grpo generate runs/NAME --output.grid grid.png
 grpo generate --model.checkpoint gpt.pt --tokenizer.checkpoint vq.pt --output.grid grid.png
 grpo generate --config text/generate --sampling.prompt "a dog on a red sofa"
 torchrun --nproc_per_node=8 -m grpo generate --config sample.toml --output.npz samples.npz --output.num_images 50000
@@ -19,14 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from grpo.config import EvaluateRecipe, GenerateRecipe, Output, Sampling, UserError, load_recipe
+from grpo.config import EvaluateRecipe, GenerateRecipe, Output, Sampling, UserError, load_recipe, of_run
 from grpo.evaluation import (
     DrawnImages,
     NpzWriter,
     SaveImages,
     batches_in_order,
     build_layout,
-    classes_in_turn,
+    drawn_classes,
     make_writable,
     save_image,
 )
@@ -41,7 +42,7 @@ Draw = Callable[[Condition, Tensor], Tensor]  # (condition of B rows, row_ids [B
 
 def main(arguments: Sequence[str]) -> None:
     """Read the recipe, join the process group, draw."""
-    recipe = load_recipe(GenerateRecipe, arguments, needs_files=True)
+    recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, arguments), needs_files=True)
     with distributed(recipe.parallel.timeout) as world:
         draw_images(recipe, world)
 
@@ -112,7 +113,7 @@ def drawn_images(
         asked.encoder.require(asked.texts)
     else:
         classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
-        asked = classes_in_turn(classes, count)
+        asked = drawn_classes(classes, count, order=sampling.class_order, seed=sampling.seed)
     return DrawnImages(asked, load_sampler(recipe.model, recipe.tokenizer, sampling, device=device))
 
 

@@ -1,4 +1,4 @@
-"""Memory that a recipe of `train` or `pretrain` takes on one GPU; needs neither a GPU nor the recipe's files.
+"""Memory that the training of a generator takes on one GPU; needs neither a GPU nor the recipe's files.
 
 grpo memory --config published/vapi_xxl_384 --gpus 8
 grpo memory --config FILE --gpus 16 --hosts 2 --memory 80 --section.key VALUE
@@ -10,7 +10,8 @@ grpo memory --config FILE --all-sizes
 --memory GIB        memory of one GPU (80)
 --all-sizes         a table of all sizes of the generator instead of the recipe's parts
 
-Every other flag is one of the recipe. The job is that of the file, or train.
+Every other flag is one of the recipe, of `train`, `pretrain`, `distill` or `finetune`. The job is that of the file, or
+train.
 """
 
 if __name__ == "__main__":  # before the imports, so that --help does without torch
@@ -21,8 +22,8 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
 import argparse
 from collections.abc import Iterable, Sequence
 
-from grpo.config import RECIPES, GRPORecipe, PretrainRecipe, UserError, job_of_file, load_recipe
-from grpo.estimate import RecipeMemory, recipe_memory
+from grpo.config import RECIPES, GeneratorRecipe, GRPORecipe, UserError, job_of_file, load_recipe
+from grpo.estimate import RecipeMemory, recipe_memory, step_seconds
 from grpo.models import MODEL_SPECS
 from grpo.parallel import GIB, mesh_shape
 
@@ -49,13 +50,13 @@ def main(arguments: Sequence[str]) -> None:
     (print_sizes if own.all_sizes else print_parts)(recipe, own)
 
 
-def load(arguments: Sequence[str]) -> GRPORecipe | PretrainRecipe:
+def load(arguments: Sequence[str]) -> GeneratorRecipe:
     """The recipe, with the precision that a GPU would choose rather than this machine."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--config", default="")
     job = job_of_file(parser.parse_known_args(list(arguments))[0].config) or GRPORecipe.job
-    if job not in (GRPORecipe.job, PretrainRecipe.job):
-        raise UserError(f"--config: is a recipe of grpo {job}; the estimate knows recipes of train and pretrain")
+    if not issubclass(RECIPES[job], GeneratorRecipe):
+        raise UserError(f"--config: is a recipe of grpo {job}; the estimate knows recipes that train a generator")
     recipe = load_recipe(RECIPES[job], arguments)
     if recipe.training.mixed_precision != "auto":
         return recipe
@@ -63,7 +64,7 @@ def load(arguments: Sequence[str]) -> GRPORecipe | PretrainRecipe:
     return recipe.model_copy(update={"training": on_a_gpu})
 
 
-def estimate(recipe: GRPORecipe | PretrainRecipe, mode: str, own: argparse.Namespace) -> RecipeMemory:
+def estimate(recipe: GeneratorRecipe, mode: str, own: argparse.Namespace) -> RecipeMemory:
     """The recipe in another mode: with its own mesh sizes where they are for that mode."""
     same = mode == recipe.parallel.data_parallel
     sizes = {} if same else {"shard_size": -1, "replicate_size": -1, "reshard_after_forward": "auto"}
@@ -73,7 +74,7 @@ def estimate(recipe: GRPORecipe | PretrainRecipe, mode: str, own: argparse.Names
     return recipe_memory(recipe, mesh=mesh, memory=round(own.memory * GIB))
 
 
-def print_parts(recipe: GRPORecipe | PretrainRecipe, own: argparse.Namespace) -> None:
+def print_parts(recipe: GeneratorRecipe, own: argparse.Namespace) -> None:
     """Each part of the recipe's memory, for each mode."""
     estimates = [estimate(recipe, mode, own) for mode in MODES]
     print(f"{recipe.model.name}, {own.gpus} GPUs on {own.hosts} host(s), GiB on one GPU\n")
@@ -92,9 +93,22 @@ def print_parts(recipe: GRPORecipe | PretrainRecipe, own: argparse.Namespace) ->
         f"\nThe recipe's mode, {MODES[chosen]}, {verdict}: {free:.1f} of {own.memory:g} GiB stay free for the CUDA "
         "context, NCCL\nand fragmentation, which need about a tenth. The peak is what lasts and the largest phase."
     )
+    if isinstance(recipe, GRPORecipe) and recipe.rollout.mode == "teacher_forced":
+        print_time(recipe, own)
 
 
-def print_sizes(recipe: GRPORecipe | PretrainRecipe, own: argparse.Namespace) -> None:
+def print_time(recipe: GRPORecipe, own: argparse.Namespace) -> None:
+    """What a step of the recipe's own mode would take on H100s, by the model of docs/scaling.md."""
+    mesh = mesh_shape(recipe.parallel, size=own.gpus, local_size=own.gpus // own.hosts)
+    if not recipe.schedule(ranks=own.gpus).on_policy:
+        return  # several optimizer steps a rollout
+    seconds, traffic = step_seconds(recipe, mesh=mesh, hosts=own.hosts)
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds._asdict().items())
+    sent = ", ".join(f"{getattr(traffic, name) / 1e9:.1f} GB {name}" for name in ("gathered", "reduced", "averaged"))
+    print(f"\nA step on H100s, estimated: {seconds.total:.2f} s ({parts}), with {sent}.")
+
+
+def print_sizes(recipe: GeneratorRecipe, own: argparse.Namespace) -> None:
     """The peak of each released size of the generator, for each mode."""
     print(f"| model | {' | '.join(MODES)} |\n|---|{'---|' * len(MODES)}")
     for name, spec in MODEL_SPECS.items():

@@ -25,7 +25,16 @@ from grpo.observe import SampleRow
 from grpo.parallel import MetricSums, World, distributed
 from grpo.rewards import Rewarded, RewardSum, RewardWatch, build_rewards
 from grpo.rollout import Trajectory, build_draw, build_rollout
-from grpo.training import PolicyUpdate, RunJudge, TrainingRun, build_data, build_generator, build_judge, build_optimizer
+from grpo.training import (
+    PolicyUpdate,
+    RunJudge,
+    TrainingRun,
+    build_data,
+    build_frozen,
+    build_generator,
+    build_judge,
+    build_optimizer,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -92,12 +101,13 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
     codes = build_codes(dataset, tokenizer, length=length, augmented=False, images=recipe.reads_images)
     images, workers = recipe.rollout.batch_size, recipe.data.num_workers
     stream = build_stream(dataset, batch_size=images, seed=seed, num_workers=workers, world=world)
-    generator = partial(build_generator, recipe, class_names=dataset.class_names, mesh=run.mesh, world=world)
+    places = {"class_names": dataset.class_names, "mesh": run.mesh, "world": world}
+    policy, reference = build_generator(recipe, checkpoint=recipe.model.checkpoint, **places).eval(), None
     follows = objective.reference == "ema"  # the reference is the moving average of the policy
 
-    @cache  # one for the KL term and the rewards where both want the same weights, which do not move
-    def untrained(checkpoint: str | None, moves: bool) -> nn.Module:
-        return generator(checkpoint=checkpoint).eval().requires_grad_(False)
+    @cache  # one for the KL term and the rewards where both want the same weights
+    def frozen(checkpoint: str | None) -> nn.Module:
+        return build_frozen(recipe, policy, checkpoint=checkpoint, **places)
 
     reward = build_rewards(
         recipe.reward,
@@ -105,13 +115,14 @@ def build(recipe: GRPORecipe, run: TrainingRun) -> Job:
         class_names=dataset.class_names,
         device=world.device,
         compile=recipe.compile,
-        generator=lambda checkpoint: untrained(checkpoint or recipe.model.checkpoint, False),
+        generator=lambda checkpoint: frozen(checkpoint or recipe.model.checkpoint),
         real_images=partial(sample_images, dataset, world=world),
         has_prompts=dataset.requests is not None,
     )
-    policy, reference = generator(checkpoint=recipe.model.checkpoint).eval(), None
-    if objective.kl_estimator != "none":
-        reference = untrained(objective.reference_checkpoint or recipe.model.checkpoint, follows)
+    if objective.kl_estimator != "none" and follows:
+        reference = build_generator(recipe, checkpoint=recipe.model.checkpoint, **places).eval().requires_grad_(False)
+    elif objective.kl_estimator != "none":
+        reference = frozen(objective.reference_checkpoint or recipe.model.checkpoint)
     sampling = {"draw": build_draw(recipe.rollout, seed=seed, impl=training.kernels), "schedule": schedule}
     rollout = build_rollout(policy, run.timer("encode")(codes), recipe.rollout, **sampling)
     optimizer = build_optimizer(

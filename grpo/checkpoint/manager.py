@@ -25,14 +25,18 @@ from grpo.checkpoint.state import ExtraState, load_tensors, training_tensors
 from grpo.checkpoint.storage import LocalFolder, Storage
 from grpo.config import Checkpoint, TransientError, UserError, is_url
 from grpo.formats import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     CHECKPOINT_FORMAT,
     MANIFEST_NAME,
+    Adapter,
     FileSum,
     ShardReader,
     file_sums,
     manifest_text,
     rank_shards,
     read_tensors,
+    save_adapter,
     save_weights,
     saved_config,
     write_shards,
@@ -96,9 +100,9 @@ class CheckpointManager:
         self._together(step, lambda: self.world.is_main and self._begin(step, tensors))
         about = {"format": CHECKPOINT_FORMAT, "step": step, "world_size": self.world.size}
         about |= {"torch": torch.__version__, "score": score}
-        config = getattr(model, "config", None)
+        config, adapter = getattr(model, "config", None), getattr(model, "adapter", None)
         about["config"] = None if config is None else saved_config(config)
-        shared = step, json.dumps(about | {"run": run_state}, indent=1), config
+        shared = step, json.dumps(about | {"run": run_state}, indent=1), config, adapter
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
             self._pending = self._executor.submit(self._write, *shared, DefaultStager(options).stage(tensors))
@@ -272,13 +276,13 @@ class CheckpointManager:
             lines = [line.replace(str(path), self.place_of(path)) for line in error.problems]
             raise type(error)(lines) from error
 
-    def _write(self, step: int, run_text: str, sizes: Any, tensors: dict[str, Any]) -> None:
+    def _write(self, step: int, run_text: str, sizes: Any, adapter: Adapter | None, tensors: dict[str, Any]) -> None:
         """Write a checkpoint together; `sizes` are the model's config, for weights in one file."""
         stages = self.storage.is_remote and self.world.local_rank == 0
         if self.storage.is_remote:
             self._together(step, lambda: stages and self.storage.prepare())
         shares = self._together(step, lambda: self._write_share(step, tensors))
-        self._together(step, lambda: self.world.is_main and self._publish(step, run_text, sizes, shares))
+        self._together(step, lambda: self.world.is_main and self._publish(step, run_text, sizes, adapter, shares))
         if stages:
             shutil.rmtree(self.storage.partial(step), ignore_errors=True)
 
@@ -299,15 +303,20 @@ class CheckpointManager:
         self.storage.upload(step, sums)
         return sums
 
-    def _publish(self, step: int, run_text: str, sizes: Any, shares: list[dict[str, FileSum]]) -> None:
+    def _publish(
+        self, step: int, run_text: str, sizes: Any, adapter: Adapter | None, shares: list[dict[str, FileSum]]
+    ) -> None:
         """Write what belongs to no rank in particular, and make the checkpoint visible."""
         config, storage, partial = self.config, self.storage, self.storage.partial(step)
-        consolidated = consolidated_files(config)
-        if consolidated:
+        whole = consolidated_files(config) if adapter is None else [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
+        if whole:
             storage.complete(step, [name for share in shares for name in share])
-        weights = read_tensors(partial, prefix="model.") if consolidated else {}
-        for name in consolidated:
-            save_weights(partial / name, weights, config=sizes)
+        weights = read_tensors(partial, prefix="model.") if whole else {}
+        if adapter is not None:
+            save_adapter(partial, adapter, weights)
+        for name in whole:
+            if adapter is None:
+                save_weights(partial / name, weights, config=sizes)
             folders.sync(partial / name)
         texts = {
             folders.RUN_STATE_NAME: run_text,
@@ -316,7 +325,7 @@ class CheckpointManager:
         }
         for name, text in texts.items():
             folders.write_synced(partial / name, text)
-        sums = file_sums([partial / name for name in (*consolidated, *texts)])
+        sums = file_sums([partial / name for name in (*whole, *texts)])
         storage.upload(step, sums)
         name = folders.step_name(step)
         found = storage.sizes(name if storage.is_remote else partial.name)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
+from torch.distributed.tensor import DTensor
 
 from grpo.config import UserError
 from grpo.formats import ShardReader, load_shards
@@ -46,9 +47,12 @@ def training_tensors(
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live weights of a parallelized model by name, sharded as they are."""
+    """The live weights of a parallelized model by name, sharded as they are; of one with an adapter, only that."""
     reshard(model)  # a forward without backward may have left parameters gathered
-    return state_dict.get_model_state_dict(model)
+    trained_only = getattr(model, "adapter", None) is not None
+    return state_dict.get_model_state_dict(
+        model, options=state_dict.StateDictOptions(ignore_frozen_params=trained_only)
+    )
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -59,7 +63,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for state in optimizer.state.values():
             state["step"].zero_()  # which must not count
     entries = _optimizer_entries(model, optimizer)
-    return {name: entries[name] for name in entries if name.startswith("state.")}
+    parts = (_parts(name, entries[name]) for name in entries if name.startswith("state."))
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def load_tensors(tensors: dict[str, Tensor], reader: ShardReader) -> None:
@@ -82,6 +87,27 @@ def load_tensors(tensors: dict[str, Tensor], reader: ShardReader) -> None:
         dtypes = f"{stored[other[0]].properties.dtype}, not {tensors[other[0]].dtype}"
         raise UserError(f"{reader.path} is a checkpoint of another recipe: {other[0]} is {dtypes}")
     load_shards(tensors, reader)
+
+
+def _parts(name: str, state: Tensor) -> dict[str, Tensor]:
+    """A tensor by its name; of one in blocks of 8 bits (torchao's `OptimState8bit`) its codes and scales.
+
+    Scales are cut over ranks like the rows whose blocks they belong to, see `grpo.parallel.low_bit`.
+    """
+    local = state.to_local() if isinstance(state, DTensor) else state
+    if not hasattr(local, "codes"):
+        return {name: state}
+    in_rows = state.numel() // len(state) % local.block_size == 0  # whole blocks in each row
+    parts = {f"{name}.codes": local.codes}
+    parts[f"{name}.scale"] = local.scale.view(len(local), -1) if in_rows else local.scale
+    if isinstance(state, DTensor):
+        rows = len(state) if in_rows else state.numel() // local.block_size
+        for key, rows_of_all in zip(parts, (len(state), rows), strict=True):
+            whole = torch.empty(rows_of_all, *parts[key].shape[1:], device="meta")
+            parts[key] = DTensor.from_local(
+                parts[key], state.device_mesh, state.placements, shape=whole.shape, stride=whole.stride()
+            )
+    return parts
 
 
 def _optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

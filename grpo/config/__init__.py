@@ -19,6 +19,7 @@ from grpo.config.judging_recipes import ClassifierRecipe, ReaderRecipe
 from grpo.config.load import SHIPPED_RECIPES, help_topics, job_of_file, load_recipe, recipe_from_toml, shipped_recipe
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import (
+    ADAPTER_NAMES,
     AVERAGE_NAME,
     EXPORT_NAME,
     Recipe,
@@ -35,6 +36,7 @@ from grpo.config.recipes import (
 )
 from grpo.config.registry import RECIPES
 from grpo.config.rewards import REWARD_KINDS, Rewards, RewardTable, reward_class
+from grpo.config.run_folder import of_run
 from grpo.config.schedule import Schedule
 from grpo.config.sections import (
     ActivationCheckpoint,
@@ -42,6 +44,7 @@ from grpo.config.sections import (
     Compile,
     Data,
     Debug,
+    Lora,
     Metrics,
     Model,
     Optimizer,

@@ -1,6 +1,7 @@
 """The recipes of the jobs that draw images, measure them, or write weights anew."""
 
 from collections.abc import Iterator
+from typing import Self
 
 from grpo.config.job_sections import (
     Convert,
@@ -8,6 +9,7 @@ from grpo.config.job_sections import (
     Output,
     Sampling,
 )
+from grpo.config.protocols import protocol_values
 from grpo.config.recipe import Recipe, data_problems, required
 from grpo.config.recipes import image_size_problems, model_problems
 from grpo.config.sections import Data, Model, Parallel, Tokenizer
@@ -94,14 +96,35 @@ class EvaluateRecipe(DrawingRecipe):
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
 
+    def explicit(self) -> Self:
+        """The same recipe with what its protocol says of the keys that it leaves alone."""
+        changes = {}
+        for name, values in protocol_values(self.model, self.sampling, self.evaluation).items():
+            section = getattr(self, name)
+            left = {key: value for key, value in values.items() if key not in section.model_fields_set}
+            changes[name] = section.model_copy(update=left)
+        return self.model_copy(update=changes)
+
+    def departures(self) -> list[str]:
+        """A line for each key of an `explicit` recipe that is not as its protocol says."""
+        return [
+            f"{name}.{key} = {given!r}, not {value!r}"
+            for name, values in protocol_values(self.model, self.sampling, self.evaluation).items()
+            for key, value in values.items()
+            if (given := getattr(getattr(self, name), key)) != value
+        ]
+
     def problems(self) -> Iterator[str]:
-        data, sampling, evaluation = self.data, self.sampling, self.evaluation
+        recipe = self.explicit()
+        data, sampling, evaluation = recipe.data, recipe.sampling, recipe.evaluation
         if evaluation.scores is not None:
             if evaluation.json_path is None:
                 yield "evaluation.json_path is required with evaluation.scores: where the scores are added"
             return
         if evaluation.images is None:
             yield from super().problems()
+        if evaluation.protocol != "none":
+            yield from self._protocol_problems()
         if evaluation.reference is None:
             yield from (f"{problem} unless evaluation.reference is set" for problem in data_problems(data))
             if not data.has_images or data.may_be_stream:
@@ -123,6 +146,17 @@ class EvaluateRecipe(DrawingRecipe):
 
     def _prompt_problems(self) -> Iterator[str]:
         yield from () if self.asks_captions and self.text.encoder == "words" else super()._prompt_problems()
+
+    def _protocol_problems(self) -> Iterator[str]:
+        """A protocol has a network and a reference of its own."""
+        evaluation, key = self.evaluation, f'evaluation.protocol = "{self.evaluation.protocol}"'
+        if evaluation.inception_checkpoint is None:
+            yield f"{key} needs evaluation.inception_checkpoint"
+        if evaluation.reference is None:
+            yield f"{key} needs evaluation.reference, ADM's VIRTUAL_imagenet256_labeled.npz"
+        knows_guidance = "cfg_scale" in protocol_values(self.model, self.sampling, evaluation).get("sampling", {})
+        if evaluation.images is None and not knows_guidance and "cfg_scale" not in self.sampling.model_fields_set:
+            yield f"{key} has no guidance for model.name = {self.model.name}: set sampling.cfg_scale"
 
     def missing_files(self) -> Iterator[str]:
         if self.evaluation.scores is not None:

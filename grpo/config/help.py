@@ -65,7 +65,8 @@ def markdown() -> str:
         names = " ".join(f"`[{name}]`" for name in recipe_class.sections())
         lines.append(f"| `grpo {job}` | {recipe_class.__doc__} | {names} |")
         sections |= recipe_class.sections()
-    lines += ["", "`grpo quickstart` and `grpo memory` have no recipe of their own; `--help` tells their flags."]
+    others = "`grpo quickstart`, `grpo memory` and `grpo compare`"
+    lines += ["", f"{others} have no recipe of their own; `--help` tells their flags."]
     for title, meaning, keys in _parts(sections, REWARD_KINDS):
         lines += ["", f"##{'#' * title.count('.')} [{title}]", "", meaning, *_table(keys)]
     lines += ["", "## Flags of the reference trainer that are no keys"]

@@ -168,7 +168,7 @@ class Sampling(Section):
     """How images are drawn from a trained generator."""
 
     class_ids: ClassIds = "all"
-    """Classes to draw, taken in turn until the number of images is reached: "all" or a list of class ids."""
+    """Classes to draw: "all" or a list of class ids."""
     prompts: Annotated[str | None, Wanted("prompts")] = None
     """Texts to draw, taken in turn: a .txt with one a line, a .jsonl with objects that have it under prompt, text or
     caption, or a folder of .txt files, one a text."""
@@ -176,8 +176,12 @@ class Sampling(Section):
     """One text to draw, in place of those."""
     image_size: ImageSize = 256
     """Side of the images that the generator was trained on, pixels."""
+    class_order: Literal["in_turn", "random"] = "in_turn"
+    """in_turn: the classes one after the other, again and again; random: each image's class is drawn, by the seed."""
     resize_to: ImageSize | None = None
-    """Side to which drawn images are resized (bicubic, antialiased), pixels; none keeps them."""
+    """Side to which drawn images are resized, pixels; none keeps them."""
+    resize_filter: Literal["bicubic_antialiased", "bicubic"] = "bicubic_antialiased"
+    """How they are resized; LlamaGen's evaluation does it without antialiasing."""
     temperature: Temperature = 1.0
     """Divides the logits."""
     top_k: NonNegativeInt = 0
@@ -250,6 +254,9 @@ class Evaluation(Section):
     """Images in each random subset of KID."""
     kid_subsets: Size = 100
     """Number of those subsets."""
+    protocol: Literal["none", "llamagen"] = "none"
+    """llamagen sets every key that LlamaGen's published numbers fix and the recipe leaves alone: 50,000 images of
+    random classes, guidance by the model's size, no top-k, 256 pixels; and measures as ADM's evaluator does."""
     scores: Annotated[str | None, Wanted("results of GenEval or DPG-Bench")] = None
     """Read the scores from a file that GenEval (results.jsonl) or DPG-Bench (results .txt) has written, and add them to
     `json_path`; nothing else is done."""
@@ -316,6 +323,8 @@ class Convert(Section):
 
     input: Annotated[str | None, Wanted("weights in any layout")] = None
     """Weights to read: a LlamaGen file, .safetensors, or a checkpoint folder."""
+    adapter: Annotated[str | None, Wanted("a LoRA adapter in PEFT's layout, with adapter_config.json")] = None
+    """Folder of a LoRA adapter that belongs to the input and is merged into it."""
     output: Annotated[str | None, Written()] = None
     """File or folder to write; it must not exist."""
     format: Literal["auto", "llamagen", "safetensors", "distributed"] = "auto"

@@ -18,7 +18,7 @@ from grpo.config.sections import Checkpoint, Data, Debug, Metrics, Optimizer, Pa
 from grpo.config.types import Section, Wanted, Written, is_url, same_file
 
 ORDER = (
-    "convert", "model", "text", "tokenizer", "tokenizer_loss", "adversary", "classifier", "reader", "sampling",
+    "convert", "model", "lora", "text", "tokenizer", "tokenizer_loss", "adversary", "classifier", "reader", "sampling",
     "output", "data", "encode", "encode_text", "evaluation", "rollout", "reward", "objective", "distill", "finetune",
     "optimizer", "training", "parallel", "compile", "activation_checkpoint", "checkpoint", "metrics", "judge", "debug",
 )  # fmt: skip
@@ -30,6 +30,7 @@ DATA_IN_FILES = ("imagenet", "huggingface", "folder", "captions", "webdataset", 
 
 EXPORT_NAME = "model.safetensors"
 AVERAGE_NAME = "model_ema.safetensors"  # the moving average of the weights, where there is one
+ADAPTER_NAMES = {EXPORT_NAME: "adapter", AVERAGE_NAME: "adapter_ema"}  # folders of the adapter beside merged weights
 RUN_FILES = (EXPORT_NAME, AVERAGE_NAME)
 """What a run leaves in its folder for the next job."""
 

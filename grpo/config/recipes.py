@@ -16,7 +16,7 @@ from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
 from grpo.config.rewards import Rewards, reward_class
 from grpo.config.schedule import Schedule
-from grpo.config.sections import ActivationCheckpoint, Compile, Data, Model, Parallel, Tokenizer
+from grpo.config.sections import ActivationCheckpoint, Compile, Data, Lora, Model, Parallel, Tokenizer
 from grpo.config.text_sections import Text, idle_text_keys, text_problems
 
 
@@ -26,16 +26,28 @@ class GeneratorRecipe(TrainingRecipe):
     model: Model = Model()
     text: Text = Text()
     tokenizer: Tokenizer = Tokenizer()
+    lora: Lora = Lora()
     compile: Compile = Compile()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     judge: Judge = Judge()
 
     def _beginnings(self) -> set[str]:
-        return {"model.checkpoint"}
+        if self.lora.rank:  # the weights are never changed, and not in the checkpoints
+            return {"model.adapter"}
+        stays = self.model.checkpoint in self.frozen_generators()  # a reference or a teacher too
+        return set() if stays else {"model.checkpoint", "model.adapter"}
+
+    def frozen_generators(self) -> set[str | None]:
+        """Weights of the generators beside the trained one and its moving average: references and teachers."""
+        return set()
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from model_problems(self.model)
+        if self.lora.rank and self.model.trained != "all":
+            yield f'model.trained must be "all" with lora.rank = {self.lora.rank}: only the adapter is trained'
+        if self.lora.rank and self.model.new_classes:
+            yield "model.new_classes must be 0 with lora.rank: an adapter has no embeddings"
         yield from text_problems(self.text, self.model, self.data, judge=bool(self.judge.interval))
         if self.data.name in ("captions", "prompts") and not self.model.is_text:
             yield f'data.name = "{self.data.name}" needs model.caption_dim: this model takes classes'
@@ -59,6 +71,7 @@ class GeneratorRecipe(TrainingRecipe):
             (self.model.is_text, "data.class_map data.classes", "the model reads texts"),
             (not self.model.is_text, "data.caption_key data.first_list data.last_list", "the model takes classes"),
             (self.model.checkpoint is None, "model.new_classes", reason),
+            (not self.lora.rank, "lora.alpha lora.targets", "lora.rank is 0"),
             (not self.judge.interval, judge, "judge.interval is 0"),
             (self.job != "train", "judge.patience judge.stop", "only `train` has a reward to compare with"),
         ]
@@ -85,6 +98,8 @@ DROPOUT_REMARK = (
 )
 """What a run says about its dropout."""
 
+ADAPTER_REMARK = "model.adapter is trained further: the frozen reference is model.checkpoint without it"
+
 
 class GRPORecipe(GeneratorRecipe):
     """Reinforcement learning of the generator: rollout, reward, advantage, update."""
@@ -104,15 +119,12 @@ class GRPORecipe(GeneratorRecipe):
         return Schedule.of(**sections, ranks=ranks, whole_batch_rewards=bool(waits))
 
     def frozen_generators(self) -> set[str | None]:
-        """Weights of the generators beside the policy and its moving average: of the KL term, and of rewards."""
+        """Those of the KL term, and of rewards."""
         objective, tables = self.objective, self.reward.active.values()
         named = {table.checkpoint for table in tables if "generator" in reward_class(table.kind).needs}
         if objective.kl_estimator != "none" and objective.reference == "start":
             named.add(objective.reference_checkpoint)
         return {name or self.model.checkpoint for name in named}
-
-    def _beginnings(self) -> set[str]:
-        return set() if self.model.checkpoint in self.frozen_generators() else super()._beginnings()
 
     def explicit(self) -> Self:
         drawn = self.rollout.batch_size * self.rollout.num_generations
@@ -195,7 +207,9 @@ class GRPORecipe(GeneratorRecipe):
 
     def remarks(self) -> list[str]:
         drops = self.training.dropout_mode != "eval" and self.model.drops
-        return [DROPOUT_REMARK] if drops else []
+        goes_on = self.lora.rank and self.model.adapter is not None
+        to_base = goes_on and self.model.checkpoint in self.frozen_generators()
+        return [remark for remark, holds in ((DROPOUT_REMARK, drops), (ADAPTER_REMARK, to_base)) if holds]
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         rollout, objective = self.rollout, self.objective
@@ -296,7 +310,9 @@ class EncodeRecipe(Recipe):
 
 
 def model_problems(model: Model) -> Iterator[str]:
-    """Numbers of classes that do not fit together."""
+    """Numbers of classes that do not fit together, or an adapter without a base."""
+    if model.adapter is not None and model.checkpoint is None:
+        yield "model.adapter needs model.checkpoint: the weights that it belongs to"
     if model.new_classes > model.num_classes:
         yield f"model.new_classes = {model.new_classes} must be at most model.num_classes = {model.num_classes}"
 

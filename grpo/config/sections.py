@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
-from pydantic import FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from grpo.config.types import (
     LARGEST_FLOAT,
@@ -20,6 +20,7 @@ from grpo.config.types import (
     FreeSection,
     ImageSize,
     KernelBackend,
+    LayerNames,
     LearningRate,
     MayChange,
     MinusOneOrMore,
@@ -48,6 +49,9 @@ class Model(Section):
     """Spec of the GPT, a key of `grpo.models.MODEL_SPECS`: GPT-B, GPT-L, GPT-XL, GPT-XXL, ..."""
     checkpoint: Annotated[str | None, Wanted("weights of the generator")] = None
     """Weights to start from: a LlamaGen file, .safetensors, or a checkpoint folder. None starts from random weights."""
+    adapter: Annotated[str | None, Wanted("a LoRA adapter in PEFT's layout, with adapter_config.json")] = None
+    """Folder of a LoRA adapter in PEFT's layout that belongs to the checkpoint: merged into the weights, or trained
+    further where lora.rank is not 0."""
     from_fsdp: bool = False
     """The checkpoint is a bare state dict, as LlamaGen's FSDP trainer writes it (found out by itself when false)."""
     num_classes: Size = 1000
@@ -85,6 +89,17 @@ class Model(Section):
     def missing_files(self) -> Iterator[str]:
         example = f", such as LlamaGen's {PUBLISHED[self.name]}" if self.name in PUBLISHED else ""
         return (f"{line} {self.name}{example}" for line in super().missing_files())
+
+
+class Lora(Section):
+    """A low-rank adapter (LoRA) that is trained in place of the generator's weights."""
+
+    rank: Annotated[int, Ge(0), Le(4096)] = 0
+    """Rank of the adapter's matrices; 0 trains the weights themselves."""
+    alpha: PositiveFloat | None = None
+    """The adapter's product is multiplied by alpha / rank; None is twice the rank."""
+    targets: LayerNames = Field(default_factory=lambda: ["wqkv", "wo", "w1", "w2", "w3"])
+    """Linear layers of every block that have an adapter, by their names in the model."""
 
 
 class Tokenizer(Section):
@@ -177,6 +192,9 @@ class Data(Section):
 class Optimizer(Section):
     """AdamW; norms and biases are not decayed."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: its two moments in fp32; adamw_8bit: torchao's, with moments of 8 bits in blocks of 256, a quarter of the
+    memory (pip install 'autoregressive-grpo[low-bit]')."""
     lr: LearningRate = 1e-5
     """Learning rate (peak)."""
     weight_decay: NonNegativeFloat = 0.01

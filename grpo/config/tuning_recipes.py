@@ -13,8 +13,8 @@ class DistillRecipe(GeneratorRecipe):
 
     distill: Distill = Distill()
 
-    def _beginnings(self) -> set[str]:
-        return super()._beginnings() if self.distill.teacher_checkpoint else set()  # else it stays the teacher
+    def frozen_generators(self) -> set[str | None]:
+        return {self.distill.teacher_checkpoint or self.model.checkpoint}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -36,9 +36,10 @@ class FinetuneRecipe(PretrainRecipe):
 
     finetune: Finetune = Finetune()
 
-    def _beginnings(self) -> set[str]:
-        is_reference = self.finetune.loss == "cca" and self.finetune.reference_checkpoint is None
-        return set() if is_reference else super()._beginnings()
+    def frozen_generators(self) -> set[str | None]:
+        if self.finetune.loss != "cca":
+            return set()
+        return {self.finetune.reference_checkpoint or self.model.checkpoint}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

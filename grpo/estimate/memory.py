@@ -8,12 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from grpo.config import GRPORecipe, Parallel, PretrainRecipe, Rewards, Schedule, Training
+from grpo.config import (
+    DistillRecipe,
+    FinetuneRecipe,
+    GeneratorRecipe,
+    GRPORecipe,
+    Parallel,
+    Rewards,
+    Schedule,
+    Training,
+)
 from grpo.kernels import CHUNK_ELEMENTS, KEPT_ELEMENTS
-from grpo.models import VQModel, generator_sizes, get_family, tokenizer_sizes
-from grpo.parallel import compute_dtype, mixed_precision_policy, reshards_after_forward, shards_blocks
+from grpo.models import VQModel, generator_sizes, get_family, mark_trained, tokenizer_sizes
+from grpo.parallel import compute_dtype, mixed_precision_policy, moment_bytes, reshards_after_forward, shards_blocks
 from grpo.rewards.networks import MEMORY_SHARE as DECODING_SHARE
 from grpo.rewards.networks import bytes_per_image, reward_dtype
+from grpo.rollout.autoregressive import KEEP_MEMORY
 from grpo.rollout.autoregressive import MEMORY_SHARE as SAMPLING_SHARE
 from grpo.rollout.cached_sampler import bytes_per_sequence
 
@@ -27,6 +37,7 @@ class ShardedBytes(NamedTuple):
     parameters: int  # shards of the fp32 weights
     gradients: int  # shards of their gradients, from the first reduction to the optimizer step
     optimizer: int  # shards of AdamW's moments
+    trained: int  # of the shards, those that are trained, in fp32
     unreduced: int = 0  # gradients of the whole model that wait for a deferred reduction
     gathered: int = 0  # whole parameters as computed with, in a training step: the root's, and two blocks' or all
     gathered_whole: int = 0  # the same in a rollout that samples token by token: all parameters
@@ -35,42 +46,63 @@ class ShardedBytes(NamedTuple):
 
 
 def sharded_bytes(
-    model: nn.Module, *, mesh: tuple[int, ...], parallel: Parallel, training: Training, accumulates: bool
+    model: nn.Module,
+    *,
+    mesh: tuple[int, ...],
+    parallel: Parallel,
+    training: Training,
+    accumulates: bool,
+    low_bit: bool = False,
 ) -> ShardedBytes:
     """What a trained model takes on one rank, after `parallelize`.
 
-    Each parameter is cut along its first dimension into pieces of equal size; the last ones may be padding.
+    Each parameter is cut along its first dimension into pieces of equal size; the last ones may be padding. Gradients
+    and moments are of those that are trained.
 
     Args:
         model: blocks in `model.layers`; may be on the meta device, and is not yet parallelized.
         mesh: see `mesh_shape`; the last size is that of the ranks that share one copy of the model.
         accumulates: an optimizer step has more than one micro-batch.
+        low_bit: AdamW's moments are in 8 bits.
     """
-    shards = FP32 * sum(math.ceil(len(p) / mesh[-1]) * math.prod(p.shape[1:]) for p in model.parameters())
+
+    def shard(parameter: nn.Parameter) -> int:
+        return math.ceil(len(parameter) / mesh[-1]) * math.prod(parameter.shape[1:])
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lasting = {
+        "parameters": FP32 * sum(map(shard, model.parameters())),
+        "gradients": FP32 * sum(map(shard, trained)),
+        "optimizer": sum(moment_bytes(p, shard(p), ranks=mesh[-1], low_bit=low_bit) for p in trained),
+        "trained": FP32 * sum(map(shard, trained)),
+    }
     policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
     ranks = math.prod(mesh)
     if ranks == 1 and policy.param_dtype is None:
-        return ShardedBytes(shards, shards, 2 * shards)
+        return ShardedBytes(**lasting)
     element, reduced = (policy.param_dtype or torch.float32).itemsize, policy.reduce_dtype.itemsize
     apart = shards_blocks(parallel, ranks=ranks)
     whole, blocks = count_parameters(model), [count_parameters(block) for block in model.layers if apart]
     root, largest = whole - sum(blocks), max(blocks, default=0)
     freed = reshards_after_forward(parallel, ranks=ranks)
     held = min(BLOCKS_IN_FLIGHT, len(blocks)) * largest if freed else sum(blocks)
+    learned, of_blocks = count_trained(model), [count_trained(block) for block in model.layers if apart]
     return ShardedBytes(
-        parameters=shards,
-        gradients=shards,
-        optimizer=2 * shards,
-        unreduced=reduced * whole if accumulates and parallel.defer_gradient_sync else 0,
+        **lasting,
+        unreduced=reduced * learned if accumulates and parallel.defer_gradient_sync else 0,
         gathered=element * (root + held),
         gathered_whole=element * whole,
-        reduction=(element + reduced) * max(largest, root),
-        backward=0 if apart else element * whole,
+        reduction=(element + reduced) * max([*of_blocks, learned - sum(of_blocks)]),
+        backward=0 if apart else element * learned,
     )
 
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 class RecipeMemory(NamedTuple):
@@ -85,7 +117,7 @@ class RecipeMemory(NamedTuple):
         return sum(self.lasting.values()) + max(sum(phase.values()) for phase in self.phases.values())
 
 
-def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...], memory: int) -> RecipeMemory:
+def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int) -> RecipeMemory:
     """The estimate for one of the ranks of a mesh.
 
     Sizes that the run chooses by the memory that is free (`rollout.max_rows = 0`, `reward.batch_size = 0`) are chosen
@@ -104,38 +136,54 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
     with torch.device("meta"):
         model, tokenizer = family.build(sizes), VQModel(tokenizer_sizes(recipe.tokenizer))
+        mark_trained(model, recipe.model, recipe.lora)
     if isinstance(recipe, GRPORecipe):
         schedule = recipe.schedule(ranks=ranks)
     sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
     rows, texts = sequences * sizes.block_size, sequences // (schedule.rows_of_a_condition if schedule else 1)
     all_rows = family.costs.block_rows(sizes, sequences, texts=texts)
     logits = rows * sizes.vocab_size
-    policy = sharded_bytes(model, mesh=mesh, parallel=recipe.parallel, training=training, accumulates=micro_batches > 1)
+    policy = sharded_bytes(
+        model,
+        mesh=mesh,
+        parallel=recipe.parallel,
+        training=training,
+        accumulates=micro_batches > 1,
+        low_bit=recipe.optimizer.name == "adamw_8bit",
+    )
     lasting = {
         "weights": policy.parameters,
         "gradients": policy.gradients,
         "optimizer": policy.optimizer,
         "unreduced gradients": policy.unreduced,
     }
-    if training.ema_decay is not None:
-        lasting["average"] = policy.parameters
+    if training.ema_decay is not None:  # a reference that moves is a whole model
+        moves = schedule and recipe.objective.kl_estimator != "none" and recipe.objective.reference == "ema"
+        lasting["average"] = policy.parameters if moves else policy.trained
     stays_gathered = not reshards_after_forward(recipe.parallel, ranks=ranks)  # until an optimizer step frees it
-    if schedule and (frozen := recipe.frozen_generators()):
+    own = {recipe.model.checkpoint} if recipe.lora.rank else set()  # the model itself without its adapter
+    if frozen := recipe.frozen_generators() - own:
         lasting["reference"] = len(frozen) * (policy.parameters + stays_gathered * policy.gathered)
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
+    mode, adapter = recipe.activation_checkpoint.mode, getattr(model, "adapter", None)
     update = {
         "gathered weights": policy.gathered,
         "whole gradients" if policy.backward else "reduction": policy.backward or policy.reduction,
-        "activations": family.costs.activation_bytes(
-            sizes, all_rows, dtype=dtype, mode=recipe.activation_checkpoint.mode
-        ),
+        "activations": family.costs.activation_bytes(sizes, all_rows, dtype=dtype, mode=mode, adapter=adapter),
         "logits": FP32 * (logits if logits <= KEPT_ELEMENTS["cuda"] else CHUNK_ELEMENTS["cuda"])
-        + family.costs.projection_bytes(sizes, rows, dtype=dtype)
+        + family.costs.projection_bytes(sizes, rows, dtype=dtype, trained=model.output.weight.requires_grad)
         + dtype.itemsize * logits * (logits <= KEPT_ELEMENTS["cuda"]),  # their gradient lies beside them
     }
     ends = {"update": update}
     if policy.backward:
         ends["reduction"] = {"gathered weights": policy.gathered, "reduction": policy.reduction}
+    if isinstance(recipe, DistillRecipe):
+        update["teacher"] = FP32 * min(logits, CHUNK_ELEMENTS["cuda"]) + dtype.itemsize * rows * sizes.dim
+        room = {"free": memory - sum(lasting.values()), "kept": int(KEEP_MEMORY * memory)}
+        sampled = {"rows": training.images // ranks, "max_rows": recipe.distill.max_rows, "guided": False}
+        phases, kept = _sampling(model, policy, dtype=dtype, **sampled, **room)
+        update |= kept
+        return RecipeMemory(lasting, {"rollout": phases, **ends})
     if not schedule:
         return RecipeMemory(lasting, ends)
     lasting["tokenizer and rewards"] += _reward_networks(recipe.reward, tokenizer)
@@ -151,11 +199,12 @@ def recipe_memory(recipe: GRPORecipe | PretrainRecipe, *, mesh: tuple[int, ...],
     return RecipeMemory(lasting, {**phases, **ends})
 
 
-def _micro_batches(recipe: GRPORecipe | PretrainRecipe, schedule: Schedule | None, *, ranks: int) -> tuple[int, int]:
+def _micro_batches(recipe: GeneratorRecipe, schedule: Schedule | None, *, ranks: int) -> tuple[int, int]:
     """(sequences of one forward of the update, backward passes of one optimizer step)."""
     most, copies, real = recipe.training.micro_batch_size, 1, 0
     if schedule is None:
         sequences = recipe.training.images // ranks
+        copies = 2 if isinstance(recipe, FinetuneRecipe) and recipe.finetune.loss == "cca" else 1  # both conditions
     elif recipe.rollout.mode == "teacher_forced":
         sequences = max(1, schedule.completions_per_step // schedule.group_size)
     else:
@@ -190,14 +239,29 @@ def _phases_before_update(
         sampling = {"logits": logits, **(waiting or {"gathered weights": policy.gathered})}
         return {"encode": {"encoding": encoded}, "rollout": sampling, "reward": reward}
     dtype, guided = compute_dtype(recipe.training.mixed_precision), rollout.cfg_scale != 1
-    row = bytes_per_sequence(model, dtype=dtype, guided=guided)
-    copy = dtype.itemsize * count_parameters(model)
-    weights = {"gathered weights": policy.gathered_whole, "copied weights": copy if copy <= kept else 0}
+    sampled = {"rows": schedule.completions, "max_rows": rollout.max_rows, "guided": guided}
+    sampling, stays = _sampling(model, policy, dtype=dtype, free=free, kept=kept, **sampled)
+    return {"rollout": sampling, "reward": reward | stays}
+
+
+def _sampling(
+    model: nn.Module,
+    policy: ShardedBytes,
+    *,
+    rows: int,
+    max_rows: int,
+    guided: bool,
+    dtype: torch.dtype,
+    free: int,
+    kept: int,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What sampling `rows` sequences token by token takes, and what of it stays until the next time."""
+    row, copy = bytes_per_sequence(model, dtype=dtype, guided=guided), dtype.itemsize * count_parameters(model)
+    merges = copy <= kept or hasattr(model, "adapter")  # with an adapter there are matrices of their own
+    weights = {"gathered weights": policy.gathered_whole, "copied weights": copy if merges else 0}
     fitting = max(1, int(SAMPLING_SHARE * (free - sum(weights.values()))) // row)
-    cache = row * min(schedule.completions, rollout.max_rows or fitting)
-    if copy + cache <= kept:
-        reward["kept sampler"] = copy + cache
-    return {"rollout": {**weights, "cache": cache}, "reward": reward}
+    cache = row * min(rows, max_rows or fitting)
+    return {**weights, "cache": cache}, {"kept sampler": copy + cache} if copy + cache <= kept else {}
 
 
 def _reward_networks(rewards: Rewards, tokenizer: VQModel) -> int:

@@ -40,10 +40,11 @@ def grpo_work(recipe: GRPORecipe, sizes: Any, schedule: Schedule) -> Work:
     splits = schedule.epochs * (max(1, schedule.group_size // schedule.completions_per_step) if forced else 1)
     passes = len(schedule.dropout_passes)
     others = int(not schedule.on_policy) + int(recipe.objective.kl_estimator != "none")  # old policy, reference
-    forwards = passes * (3 * splits + others) - int(schedule.trains_sampling_forward)  # a backward is as much as two
+    there_and_back = 2 if recipe.lora.rank else 3  # a backward is as much as two, or one where weights are frozen
+    forwards = passes * (there_and_back * splits + others) - int(schedule.trains_sampling_forward)
     update = forwards * forward(contexts, scored, of_a_text=schedule.rows_of_a_condition)
     if not forced and schedule.scores_targets:
-        update += passes * 3 * schedule.epochs * forward(schedule.images)
+        update += passes * there_and_back * schedule.epochs * forward(schedule.images)
     flops = {"rollout": forward(contexts, sampled, of_a_text=contexts // schedule.images), "update": update}
     if forced:
         return Work(flops)

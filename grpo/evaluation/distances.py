@@ -1,5 +1,6 @@
 """Distances between sets of images, from their features. All arithmetic is in fp64, on the device of the inputs."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,11 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int = 0) -
         (mean, standard deviation over the parts).
     """
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(seed))
-    parts = probabilities[order].double().tensor_split(min(splits, len(probabilities)))
+    return score_of_parts(probabilities[order].double().tensor_split(min(splits, len(probabilities))))
+
+
+def score_of_parts(parts: Sequence[Tensor]) -> tuple[float, float]:
+    """The mean and the standard deviation of the inception scores of parts [n, K] fp64."""
     divergences = [torch.xlogy(part, part) - torch.xlogy(part, part.mean(dim=0, keepdim=True)) for part in parts]
     scores = torch.stack([divergence.sum(dim=1).mean().exp() for divergence in divergences])
     return scores.mean().item(), scores.std(correction=0).item()

@@ -12,14 +12,19 @@ from grpo.config import Evaluation, UserError
 from grpo.models import load_classifier, normalize, read_weights
 from grpo.shapes import Reader, load_reader
 
+SPATIAL_CHANNELS = 7
+
 
 class Judge(Protocol):
-    """Looks at images as they are stored: [B, 3, H, W] uint8 -> (features [B, D] fp32, logits [B, K] fp32)."""
+    """Looks at images as they are stored: [B, 3, H, W] uint8 -> (features [B, D] fp32, logits [B, K] fp32).
+
+    One that sees where things are gives its spatial features [B, S] fp32 as a third.
+    """
 
     names_classes: bool = False  # whether logit k is the generator's class k, so that an accuracy makes sense
     is_inception: bool = False  # whether the features are the published FID's, so that published statistics apply
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]: ...
 
 
 class ClassifierJudge(Judge):
@@ -54,13 +59,17 @@ class InceptionJudge(Judge):
 
     Nothing is downloaded: `path` has the weights, torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`.
 
+    Args:
+        spatial: give the features of the sFID too (Nash et al. 2021, arXiv 2103.03841, as ADM's evaluator takes them):
+            the first 7 channels of mixed_6/conv, that is [B, 17 * 17 * 7], channels last.
+
     Raises:
         UserError: torch-fidelity is not installed, or the file is not such weights.
     """
 
     is_inception = True
 
-    def __init__(self, path: str | Path, *, device: torch.device) -> None:
+    def __init__(self, path: str | Path, *, device: torch.device, spatial: bool = False) -> None:
         key = "evaluation.inception_checkpoint"
         if find_spec("torch_fidelity") is None:
             raise UserError(f"{key} needs the package torch-fidelity: pip install torch-fidelity")
@@ -75,11 +84,17 @@ class InceptionJudge(Judge):
             except RuntimeError as error:
                 raise UserError(f"{key} {path} does not hold torch-fidelity's Inception v3 weights") from error
         self.network = network.to(device).eval()
+        self._spatial: list[Tensor] = []  # what the hook saw in a call
+        if spatial:  # TensorFlow's block mixed_6 is Mixed_6d, and its first convolution ends with batch norm and ReLU
+            hook = self.network.Mixed_6d.branch1x1.register_forward_hook
+            hook(lambda module, inputs, output: self._spatial.append(output))
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
         features, logits = self.network(pixels)
-        return features.float(), logits.float()
+        maps = [output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1) for output in self._spatial]
+        self._spatial.clear()
+        return features.float(), logits.float(), *(output.float() for output in maps)
 
 
 def judge_files(evaluation: Evaluation) -> dict[str, str]:
@@ -98,7 +113,7 @@ def load_judges(evaluation: Evaluation, *, device: torch.device) -> dict[str, Ju
     judges = {}
     for name, file in judge_files(evaluation).items():
         if name == "inception":
-            judges[name] = InceptionJudge(file, device=device)
+            judges[name] = InceptionJudge(file, device=device, spatial=True)
         elif name == "reader":
             judges[name] = ReaderJudge(load_reader(file).to(device))
         else:

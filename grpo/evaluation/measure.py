@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grpo.config import Evaluation, UserError
-from grpo.evaluation import distances
+from grpo.evaluation import adm, distances
 from grpo.evaluation.distances import FeatureStatistics
 from grpo.evaluation.judges import Judge
 from grpo.evaluation.sources import ImageSource, rank_and_size
@@ -26,6 +26,8 @@ class Measured(NamedTuple):
     class_ids      [N] int64, the class of each image if it is known and one of the judge's classes
     size           (height, width) of the images, pixels
     statistics     of the features of a larger set that the images stand for; None takes those of `features`
+    spatial        [N, S] fp32 on the CPU, the judge's spatial features, or None without such
+    spatial_statistics  as `statistics`, of the spatial features
     """
 
     features: Tensor
@@ -34,12 +36,16 @@ class Measured(NamedTuple):
     class_ids: Tensor | None
     size: tuple[int, int]
     statistics: FeatureStatistics | None = None
+    spatial: Tensor | None = None
+    spatial_statistics: FeatureStatistics | None = None
 
     def gaussian(self, device: torch.device | str) -> FeatureStatistics:
         """Mean and covariance of the features, or those that stand for them."""
-        if self.statistics is None:
-            return FeatureStatistics.of(self.features.to(device))
-        return FeatureStatistics(*(moment.to(device) for moment in self.statistics))
+        return _gaussian(self.features, self.statistics, device)
+
+    def spatial_gaussian(self, device: torch.device | str) -> FeatureStatistics:
+        """The same of the spatial features."""
+        return _gaussian(self.spatial, self.spatial_statistics, device)
 
 
 def measure_images(
@@ -72,7 +78,7 @@ def measure_images(
     for start in progress(range(0, len(source), batch_size)[rank::ranks]):
         # Contiguous, since the judge's convolutions round differently for another memory layout.
         pixels = source.pixels(start, start + batch_size).to(device).contiguous()
-        features, logits = judge(pixels)
+        features, logits, *spatial = judge(pixels)
         if judge.names_classes and class_ids is not None:
             lowest, highest, num_classes = int(class_ids.min()), int(class_ids.max()), logits.shape[1]
             if lowest < 0 or highest >= num_classes:
@@ -80,24 +86,25 @@ def measure_images(
                     f"the images have classes {lowest}..{highest} and the judging classifier {num_classes} classes: "
                     "give evaluation.feature_checkpoint one that was trained on these classes"
                 )
-        columns = [features, logits.softmax(dim=1)]
+        columns = {"features": features, "probabilities": logits.softmax(dim=1)}
+        if spatial:
+            columns["spatial"] = spatial[0]
         if reward is not None:
             asked = class_ids[start : start + batch_size].to(device)
-            columns.append(-F.cross_entropy(reward(pixels)[1], asked, reduction="none"))
-        seen.append((start, tuple(pixels.shape[-2:]), [column.cpu() for column in columns]))
+            columns["rewards"] = -F.cross_entropy(reward(pixels)[1], asked, reduction="none")
+        seen.append((start, tuple(pixels.shape[-2:]), {name: column.cpu() for name, column in columns.items()}))
     of_ranks = [seen]
     if ranks > 1:
         of_ranks = [None] * ranks
         dist.all_gather_object(of_ranks, seen)
     _, sizes, batches = zip(*sorted(chain(*of_ranks), key=itemgetter(0)), strict=True)
-    features, probabilities, *rewards = map(torch.cat, zip(*batches, strict=True))
+    whole = {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
     return Measured(
-        features,
-        probabilities,
-        rewards=rewards[0] if rewards else None,
+        **{"rewards": None, **whole},
         class_ids=class_ids if judge.names_classes else None,
         size=sizes[0],
         statistics=source.inception_statistics if judge.is_inception else None,
+        spatial_statistics=source.spatial_statistics if judge.is_inception else None,
     )
 
 
@@ -107,12 +114,13 @@ def compare(
     """Metrics of images against a reference that the same judge saw.
 
     Args:
-        settings: nearest_k, kid_subset_size and kid_subsets of a recipe's section; None takes their defaults.
+        settings: nearest_k, kid_subset_size, kid_subsets, protocol of a recipe's section; None takes their defaults.
         device: where the arithmetic is done.
 
     Returns:
-        fid, kid, kid_std, precision, recall (see `distances`), inception_score and inception_score_std in the judge's
-        classes; accuracy where the images' classes are known; reward_mean and reward_std (population) with a reward.
+        fid, kid, kid_std, precision, recall, inception_score and inception_score_std in the judge's classes (see
+        `distances`; under a protocol the last four are `adm`'s); sfid, by a judge with spatial features; accuracy where
+        the images' classes are known; reward_mean and reward_std (population) with a reward.
 
     Raises:
         UserError: images of another size than the reference's, or too few of them.
@@ -129,17 +137,27 @@ def compare(
         raise UserError(f"{count} images are too few: {key} takes {least} on each side")
     features = [side.features.to(device) for side in (images, reference)]
     metrics = {"fid": distances.frechet_distance(images.gaussian(device), reference.gaussian(device))}
+    if images.spatial is not None:
+        sides = (side.spatial_gaussian(device) for side in (images, reference))
+        metrics["sfid"] = distances.frechet_distance(*sides)
     metrics["kid"], metrics["kid_std"] = distances.kernel_distance(
         *features, subset_size=settings.kid_subset_size, subsets=settings.kid_subsets
     )
-    metrics["precision"], metrics["recall"] = distances.precision_recall(*features, nearest_k=settings.nearest_k)
-    metrics["inception_score"], metrics["inception_score_std"] = distances.inception_score(images.probabilities)
+    arithmetic = distances if settings.protocol == "none" else adm
+    metrics["precision"], metrics["recall"] = arithmetic.precision_recall(*features, nearest_k=settings.nearest_k)
+    metrics["inception_score"], metrics["inception_score_std"] = arithmetic.inception_score(images.probabilities)
     if images.class_ids is not None:
         metrics["accuracy"] = (images.probabilities.argmax(dim=1) == images.class_ids).double().mean().item()
     if images.rewards is not None:
         rewards = images.rewards.double()
         metrics["reward_mean"], metrics["reward_std"] = rewards.mean().item(), rewards.std(correction=0).item()
     return metrics
+
+
+def _gaussian(features: Tensor, statistics: FeatureStatistics | None, device: torch.device | str) -> FeatureStatistics:
+    if statistics is None:
+        return FeatureStatistics.of(features.to(device))
+    return FeatureStatistics(*(moment.to(device) for moment in statistics))
 
 
 def classifier_gap(images: Measured) -> float:

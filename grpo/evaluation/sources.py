@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ class ImageSource:
         class_ids: [N] int64, the class of each image, or None if they are not known.
         inception_statistics: of Inception's features over a set that the images stand for, if they come with the
             images; None has them computed from the images.
+        spatial_statistics: the same of its spatial features.
     """
 
     inception_statistics: FeatureStatistics | None = None
+    spatial_statistics: FeatureStatistics | None = None
 
     def __init__(self, count: int, class_ids: Tensor | None, *, limit: int = 0) -> None:
         self._count = min(limit or count, count)
@@ -45,15 +48,16 @@ class ImageSource:
 class NpzImages(ImageSource):
     """Images of an .npz: `arr_0` [N, H, W, 3] uint8 and, if there, the classes `arr_1` [N].
 
-    ADM's reference batches also have `mu` [2048] and `sigma` [2048, 2048]: Inception's features over the whole data
-    set, of which the images are a part. They are left out where fewer images than the file's are taken.
+    ADM's reference batches also have `mu` [2048] and `sigma` [2048, 2048], of Inception's features over the whole data
+    set, of which the images are a part, and `mu_s` and `sigma_s` of the spatial ones. They are left out where fewer
+    images than the file's are taken.
 
     Raises:
         UserError: no such file, not an npz, or not such arrays.
     """
 
     def __init__(self, path: str | Path, *, limit: int = 0) -> None:
-        arrays = read_npz(path, "arr_0", "arr_1", "mu", "sigma")
+        arrays = read_npz(path, "arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s")
         if (images := arrays.pop("arr_0", None)) is None:
             raise UserError(f"{path} is not an .npz with an array arr_0: write one with `grpo generate`")
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or images.size == 0:
@@ -70,8 +74,9 @@ class NpzImages(ImageSource):
         self._images = images
         class_ids = None if class_ids is None else torch.from_numpy(class_ids.astype(np.int64))
         super().__init__(len(images), class_ids, limit=limit)
-        if len(self) == len(images) and {"mu", "sigma"} <= arrays.keys():
-            self.inception_statistics = _statistics(path, arrays["mu"], arrays["sigma"])
+        if len(self) == len(images):
+            self.inception_statistics = _statistics(path, arrays, "mu", "sigma")
+            self.spatial_statistics = _statistics(path, arrays, "mu_s", "sigma_s")
 
     def pixels(self, start: int, stop: int) -> Tensor:
         return torch.from_numpy(self._images[start : min(stop, len(self))]).permute(0, 3, 1, 2).contiguous()
@@ -96,12 +101,18 @@ def read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
             return arrays
 
 
-def _statistics(path: str | Path, mu: np.ndarray, sigma: np.ndarray) -> FeatureStatistics:
-    """Mean and covariance of an .npz, as they are published. Raises a UserError if they are not such."""
+def _statistics(path: str | Path, arrays: dict[str, np.ndarray], *names: str) -> FeatureStatistics | None:
+    """Mean and covariance of an .npz, as they are published, if they are there.
+
+    Raises a UserError if they are not such.
+    """
+    if not arrays.keys() >= set(names):
+        return None
+    mu, sigma = (arrays[name] for name in names)
     fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and mu.dtype.kind == sigma.dtype.kind == "f"
     if not fits or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        found = f"mu is {mu.dtype} {list(mu.shape)}, sigma {sigma.dtype} {list(sigma.shape)}"
-        raise UserError(f"{path}: {found}: expected finite numbers [D] and [D, D], Inception's mean and covariance")
+        found = " and ".join(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}" for name in names)
+        raise UserError(f"{path} has {found}: expected finite numbers [D] and [D, D], Inception's mean and covariance")
     return FeatureStatistics(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
 
 
@@ -189,6 +200,16 @@ def open_images(path: str | Path, *, limit: int = 0) -> ImageSource:
 def classes_in_turn(class_ids: Sequence[int], count: int) -> ClassCondition:
     """`count` rows: the classes one after the other, again and again, so that their numbers differ by one at most."""
     return ClassCondition(torch.tensor(list(class_ids))).padded(count)
+
+
+def drawn_classes(
+    class_ids: Sequence[int], count: int, *, order: Literal["in_turn", "random"], seed: int = 0
+) -> ClassCondition:
+    """`count` rows of these classes, in turn or, each by itself, at random; the first rows of a larger count."""
+    if order == "in_turn":
+        return classes_in_turn(class_ids, count)
+    picked = np.random.Generator(np.random.Philox(seed)).integers(len(class_ids), size=count)
+    return ClassCondition(torch.tensor(list(class_ids))[torch.from_numpy(picked)])
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -1,5 +1,14 @@
 """State dicts in files and folders, read beside written: nothing in a file is ever executed."""
 
+from grpo.formats.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    add_product,
+    merged,
+    read_adapter,
+    save_adapter,
+)
 from grpo.formats.manifest import (
     MANIFEST_NAME,
     FileSum,

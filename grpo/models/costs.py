@@ -23,6 +23,7 @@ and attention, e (Q + 4 D + 2 F) + 4 H; one block at a time then has all of it.
 
 import torch
 
+from grpo.formats import Adapter
 from grpo.models.gpt import GPTConfig
 
 FP32 = torch.float32.itemsize
@@ -56,22 +57,35 @@ def extension_bytes(config: GPTConfig, sequences: float, *, dtype: torch.dtype) 
     return dtype.itemsize * (config.block_size * weights + sequences * row * filled)
 
 
-def activation_bytes(config: GPTConfig, rows: int, *, dtype: torch.dtype, mode: str) -> int:
-    """What is kept of `rows` rows at the start of the last block's backward, in a mode of activation checkpointing."""
+def activation_bytes(
+    config: GPTConfig, rows: int, *, dtype: torch.dtype, mode: str, adapter: Adapter | None = None
+) -> int:
+    """What is kept of `rows` rows at the start of the last block's backward, in a mode of activation checkpointing.
+
+    An adapter keeps A x of each of its layers, and with selective recomputation B A x too.
+    """
     element, width, heads = dtype.itemsize, config.dim, FP32 * config.n_head
     norm = FP32 * (width + 1) + 2 * element * width
     turned = (config.n_head + config.kv_heads) * config.head_dim
-    whole = 2 * norm + element * (config.qkv_dim + turned + width + 4 * config.ffn_dim) + heads
-    selective = element * (config.qkv_dim + 5 * width + 2 * config.ffn_dim) + heads
+    low_rank = element * adapter.rank * len(adapter.targets) if adapter else 0
+    whole = 2 * norm + element * (config.qkv_dim + turned + width + 4 * config.ffn_dim) + heads + low_rank
+    products = element * sum(_outputs(config, name) for name in adapter.targets) if adapter else 0  # of B
+    selective = element * (config.qkv_dim + 5 * width + 2 * config.ffn_dim) + heads + low_rank + products
     kept = {"none": whole, "selective": selective, "full": element * width}[mode]
     again = {"none": 0, "selective": whole - kept, "full": whole}[mode]  # of the block that is recomputed
     moving = element * 2 * (config.ffn_dim + width)  # gradients inside of a block
     return rows * (config.n_layer * kept + again + norm + moving)
 
 
-def projection_bytes(config: GPTConfig, rows: int, *, dtype: torch.dtype) -> int:
+def projection_bytes(config: GPTConfig, rows: int, *, dtype: torch.dtype, trained: bool = True) -> int:
     """What scoring `rows` hidden states makes beside their logits: gradients of the rows, and of the matrix twice."""
-    return rows * config.dim * dtype.itemsize + config.vocab_size * config.dim * (FP32 + dtype.itemsize)
+    matrix = config.vocab_size * config.dim * (FP32 + dtype.itemsize) if trained else 0
+    return rows * config.dim * dtype.itemsize + matrix
+
+
+def _outputs(config: GPTConfig, layer: str) -> int:
+    """Width of what a linear layer of a block gives."""
+    return {"wqkv": config.qkv_dim, "w1": config.ffn_dim, "w3": config.ffn_dim}.get(layer, config.dim)
 
 
 def _block_matrices(config: GPTConfig) -> int:

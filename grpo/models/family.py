@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import grpo.models.costs as costs
 from grpo.config import Model, Tokenizer
+from grpo.formats import merged, read_adapter
 from grpo.models.cached_forward import CachedForward
 from grpo.models.fused_gpt import cached_forward
 from grpo.models.gpt import GPT, GPTConfig
@@ -110,6 +111,19 @@ def get_family(spec_name: str) -> ModelFamily:
 def family_of(model: nn.Module) -> ModelFamily:
     """The family of a model, parallelized or not."""
     return next(family for family in FAMILIES if isinstance(model, family.model))
+
+
+def load_generator(section: Model, sizes: Any, *, checkpoint: str | None = None, new_classes: int = 0) -> nn.Module:
+    """The weights of `model.checkpoint`, or of another `checkpoint`, in a model of these sizes, see `load_gpt`.
+
+    `model.adapter` belongs to the first, and is merged into it.
+    """
+    family, own = get_family(section.name), checkpoint in (None, section.checkpoint)
+    path = section.checkpoint if own else checkpoint
+    model = family.load(path, sizes, bare=section.from_fsdp and own, new_classes=new_classes)
+    if section.adapter is not None and own:
+        model.load_state_dict(merged(model.state_dict(), *read_adapter(section.adapter)))
+    return model
 
 
 def generator_sizes(

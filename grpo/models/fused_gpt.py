@@ -33,6 +33,7 @@ from grpo.models.condition import Condition
 from grpo.models.condition_rows import text_mask
 from grpo.models.gpt import GPT, Block
 from grpo.models.kv_cache import KVCache
+from grpo.models.lora import whole_weight
 
 
 class BlockWeights(NamedTuple):
@@ -65,8 +66,8 @@ class FusedGPT(CachedForward):
         self.eps, self.head_dim, self.ffn_dim = config.norm_eps, config.head_dim, config.ffn_dim
         blocks, others = _weights(model)
         if copies:
-            blocks, others = [_new_block(block) for block in blocks], [torch.empty_like(weight) for weight in others]
-        self.blocks, (self.embeddings, self.norm, self.output) = blocks, others
+            blocks, others = map(_new_block, blocks), [torch.empty_like(weight) for weight in others]
+        self.blocks, (self.embeddings, self.norm, self.output) = [*blocks], others
         self.after_text = config.caption_dim is not None
         self.rotary = model.layers[0].attention.rotary.table
         super().__init__(model)
@@ -84,9 +85,11 @@ class FusedGPT(CachedForward):
     def refresh(self) -> None:
         blocks, others = _weights(self.model)
         if self.copies:
-            torch._foreach_copy_(self.weights[:-1], [*chain(*blocks), *others])
+            for own, block in zip(self.blocks, blocks, strict=True):  # one by one: an adapter makes new matrices
+                torch._foreach_copy_([*own], [*block])
+            torch._foreach_copy_([self.embeddings, self.norm, self.output], others)
         else:
-            self.blocks, (self.embeddings, self.norm, self.output) = blocks, others
+            self.blocks, (self.embeddings, self.norm, self.output) = [*blocks], others
 
     @torch.no_grad()
     def prefill(self, condition: Condition, cache: KVCache) -> Tensor:
@@ -149,17 +152,18 @@ def cached_forward(model: GPT, *, impl: str, copies: bool) -> CachedForward:
     return CachedForward(model)
 
 
-def _weights(model: GPT) -> tuple[list[BlockWeights], list[Tensor]]:
+def _weights(model: GPT) -> tuple[Iterator[BlockWeights], list[Tensor]]:
     """Those of the blocks; embeddings of the codes, last norm and projection."""
     others = [model.tok_embeddings.weight, model.norm.weight, model.output.weight]
-    return [BlockWeights(*_block_weights(block)) for block in model.layers], [weight.detach() for weight in others]
+    return (BlockWeights(*_block_weights(block)) for block in model.layers), [weight.detach() for weight in others]
 
 
 def _block_weights(block: Block) -> Iterator[Tensor]:
     attention, feed_forward = block.attention, block.feed_forward
-    before, after = (block.attention_norm, attention.wqkv, attention.wo), (block.ffn_norm,)
-    for module in (*before, *after, feed_forward.w1, feed_forward.w3, feed_forward.w2):
-        yield module.weight.detach()
+    yield block.attention_norm.weight.detach()
+    yield from (whole_weight(linear) for linear in (attention.wqkv, attention.wo))
+    yield block.ffn_norm.weight.detach()
+    yield from (whole_weight(linear) for linear in (feed_forward.w1, feed_forward.w3, feed_forward.w2))
 
 
 def _new_block(block: BlockWeights) -> BlockWeights:

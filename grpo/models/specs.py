@@ -52,6 +52,9 @@ TOKENIZER_SPECS: Mapping[str, TokenizerSpec] = {
     "VQ-16": TokenizerSpec(ch_mult=(1, 1, 2, 2, 4)),
     "VQ-8": TokenizerSpec(ch_mult=(1, 2, 2, 4)),
     "VQ-digits": TokenizerSpec(ch=16, ch_mult=(1, 2), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
+    "VQ-shapes": TokenizerSpec(
+        ch=32, ch_mult=(1,), z_channels=32, num_res_blocks=1, norm_groups=4, patch_size=4, patch_encoder=True
+    ),
     "VQ-tiny": TokenizerSpec(ch=16, ch_mult=(1, 1), z_channels=16, num_res_blocks=1, norm_groups=4, patch_size=2),
 }
 

@@ -30,12 +30,15 @@ class VQConfig:
     num_res_blocks: int = 2  # residual blocks of one encoder level; a decoder level has one more
     norm_groups: int = 32  # of every group normalisation
     patch_size: int = 1  # side of the squares of pixels folded into channels around the convolutions
+    patch_encoder: bool = False  # each code is of its own patch alone; LlamaGen's encoder sees the whole image
     dropout: float = field(default=0.0, compare=False)  # in the residual blocks, in train mode only
     commit_weight: float = field(default=0.25, compare=False)  # factor of the commitment loss
 
     def __post_init__(self) -> None:
         if self.ch % self.norm_groups:
             raise ValueError(f"ch {self.ch} must be a multiple of norm_groups {self.norm_groups}")
+        if self.patch_encoder and len(self.ch_mult) > 1:
+            raise ValueError(f"patch_encoder takes one level, whose patches are the codes, not {len(self.ch_mult)}")
 
     @property
     def downsample_size(self) -> int:
@@ -174,6 +177,23 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+class PatchEncoder(nn.Module):
+    """Folded image [B, 3 p², h, w] to features [B, z_channels, h, w], each of its own patch alone.
+
+    Where most of an image is one plain ground, an encoder that sees all of it hides what is elsewhere in the codes of
+    the ground, and a generator must learn them; here equal patches have equal codes, and the decoder sees them all.
+    """
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.pixel_channels, 4 * config.ch, 4 * config.ch, config.z_channels]
+        first, second, third = (nn.Conv2d(*pair, kernel_size=1) for pair in pairwise(widths))
+        self.layers = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 class Decoder(nn.Module):
     """Features [B, z_channels, h, w] to the folded image [B, 3 p², H / p, W / p]."""
 
@@ -254,7 +274,7 @@ class VQModel(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = PatchEncoder(config) if config.patch_encoder else Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, kernel_size=1)

@@ -121,17 +121,26 @@ def _gpt_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def _vq_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `VQConfig` that show in the weights."""
     codebook_size, codebook_embed_dim = weights[_VQ.mark].shape
+    codebook = {"codebook_size": codebook_size, "codebook_embed_dim": codebook_embed_dim}
+    if "encoder.layers.0.weight" in weights:
+        return codebook | {
+            "ch": len(weights["decoder.norm_out.weight"]),
+            "ch_mult": (1,),
+            "z_channels": len(weights["encoder.layers.4.weight"]),
+            "num_res_blocks": _count(weights, r"decoder\.conv_blocks\.0\.res\.(\d+)\.") - 1,
+            "patch_size": round((len(weights["decoder.conv_out.weight"]) / 3) ** 0.5),
+            "patch_encoder": True,
+        }
     ch, pixel_channels = weights["encoder.conv_in.weight"].shape[:2]
     levels = _count(weights, r"encoder\.conv_blocks\.(\d+)\.")
     widths = [len(weights[f"encoder.conv_blocks.{level}.res.0.conv2.weight"]) for level in range(levels)]
-    return {
-        "codebook_size": codebook_size,
-        "codebook_embed_dim": codebook_embed_dim,
+    return codebook | {
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
         "z_channels": len(weights["encoder.conv_out.weight"]),
         "num_res_blocks": _count(weights, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
         "patch_size": round((pixel_channels / 3) ** 0.5),
+        "patch_encoder": False,
     }
 
 
@@ -163,6 +172,8 @@ def _build(kind: _Kind, path: PathLike, weights: dict[str, Tensor], config: Any)
     """The model of these weights. What differs is found before anything is allocated."""
     if kind.mark not in weights:
         other = next((f"; they are those of {other.what}" for other in (_GPT, _VQ) if other.mark in weights), "")
+        if any(".lora_A." in name for name in weights):
+            other = "; they are a LoRA adapter's: give its folder as model.adapter and its base as model.checkpoint"
         raise UserError(f"{path}: these are not the weights of {kind.what} (no {kind.mark}){other}")
     try:
         found = kind.sizes(weights)
@@ -208,7 +219,7 @@ def read_sizes(path: PathLike, config: type[Config], *, what: str) -> Config | N
         if unknown := sizes.keys() - set(saved_fields(config)):
             raise ValueError(f"unknown {', '.join(sorted(unknown))}")
         lists = [value if isinstance(value, list) else [value] for name, value in sizes.items() if name != _NAMES]
-        numbers = [number for values in lists for number in values]
+        numbers = [number for values in lists for number in values if not isinstance(number, bool)]
         if not all(number is None or 0 < number <= LARGEST_SIZE for number in numbers):  # NaN is neither
             raise ValueError(f"a size that is not in 0 .. {LARGEST_SIZE}")
         return TypeAdapter(config).validate_json(json.dumps(sizes), strict=True)

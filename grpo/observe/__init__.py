@@ -1,5 +1,15 @@
 """What a run shows and writes down: metrics, console, Weights & Biases, image grids, the report."""
 
+from grpo.observe.comparison import (
+    Run,
+    Table,
+    end_table,
+    judge_table,
+    numbers_table,
+    read_run,
+    recipe_table,
+    write_comparison,
+)
 from grpo.observe.console import progress
 from grpo.observe.files import MetricsFile, read_metrics, write_atomically
 from grpo.observe.grids import SampleRow, captioned_grid, image_grid, labelled_strips, sample_grid

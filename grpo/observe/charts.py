@@ -30,23 +30,61 @@ def curve(title: str, series: Series) -> Curve | None:
     points = _thin(series.points())
     if len(points) < 2:
         return None
-    smooth = _running_mean(points, window=max(1, round(len(points) * SMOOTHING_WINDOW)))
-    (x_low, x_high), (y_low, y_high) = _limits([x for x, _ in points]), _limits([y for _, y in points], margin=0.06)
+    axes, smooth = _Axes(points), _smoothed(points)
+    return Curve(
+        title=title,
+        points=points,
+        pixels=[axes.place(point) for point in points],
+        hover_data=json.dumps([[*axes.place((x, y)), f"step {x:.0f}: {y:.4g}"] for x, y in points]),
+        smooth_pixels=[axes.place(point) for point in smooth],
+        x_ticks=axes.x_ticks,
+        y_ticks=axes.y_ticks,
+    )
 
-    def place(point: Point) -> Point:
+
+@dataclass(frozen=True)
+class Overlay:
+    """One metric of several runs over the steps, on the same axes."""
+
+    title: str
+    lines: list[tuple[int, list[Point], list[Point], float]]  # number of the run, pixels, those smoothed, last value
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+
+
+def overlay(title: str, runs: Sequence[Series | None]) -> Overlay | None:
+    """The curves of a metric of several runs; None where all its values are equal or each run has fewer than two."""
+    found = {number: _thin(series.points()) for number, series in enumerate(runs) if series is not None}
+    found = {number: points for number, points in found.items() if len(points) >= 2}
+    if len({value for points in found.values() for _, value in points}) < 2:
+        return None
+    axes = _Axes([point for points in found.values() for point in points])
+    lines = []
+    for number, points in found.items():
+        pixels = [[axes.place(point) for point in line] for line in (points, _smoothed(points))]
+        lines.append((number, *pixels, points[-1][1]))
+    return Overlay(title, lines, axes.x_ticks, axes.y_ticks)
+
+
+class _Axes:
+    """Where points belong in the picture, and the marks along its sides."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self._x = x_low, x_high = _limits([x for x, _ in points])
+        self._y = y_low, y_high = _limits([y for _, y in points], margin=0.06)
+        whole = (tick for tick in ticks(x_low, x_high) if tick == int(tick))
+        self.x_ticks = [(self.place((tick, y_low))[0], f"{tick:g}") for tick in whole]
+        self.y_ticks = [(self.place((x_low, tick))[1], f"{tick:.6g}") for tick in ticks(y_low, y_high)]
+
+    def place(self, point: Point) -> Point:
+        (x_low, x_high), (y_low, y_high) = self._x, self._y
         x = LEFT + (point[0] - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
         y = HEIGHT - BOTTOM - (point[1] - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
         return round(x, 1), round(y, 1)
 
-    return Curve(
-        title=title,
-        points=points,
-        pixels=[place(point) for point in points],
-        hover_data=json.dumps([[*place((x, y)), f"step {x:.0f}: {y:.4g}"] for x, y in points]),
-        smooth_pixels=[place(point) for point in smooth],
-        x_ticks=[(place((tick, y_low))[0], f"{tick:g}") for tick in ticks(x_low, x_high) if tick == int(tick)],
-        y_ticks=[(place((x_low, tick))[1], f"{tick:.6g}") for tick in ticks(y_low, y_high)],
-    )
+
+def _smoothed(points: list[Point]) -> list[Point]:
+    return _running_mean(points, window=max(1, round(len(points) * SMOOTHING_WINDOW)))
 
 
 def ticks(low: float, high: float, *, count: int = 4) -> list[float]:

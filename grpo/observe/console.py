@@ -18,16 +18,21 @@ HEADLINES = {
     "loss": "loss",
     "accuracy": "accuracy",
     "kl": "KL",
+    "entropy": "entropy",
+    "aux_ce": "CE",
     "clip_fraction": "clipped",
+    "zero_spread": "no spread",
     "images_per_second": "images/s",
 }
 """The metrics that the console shows, in this order and under these names, as far as a job has them."""
 
+SHOWN_WHEN_NOT_ZERO = ("clip_fraction", "zero_spread")
+
 
 def headline(metrics: Mapping[str, float]) -> str:
     """The metrics of HEADLINES in one line, four digits each: `reward -0.8123  loss 0.0041  images/s 31.2`."""
-    shown = ((label, float(metrics[name])) for name, label in HEADLINES.items() if name in metrics)
-    return "  ".join(f"{label} {value:.4g}" for label, value in shown)
+    there = [name for name in HEADLINES if name in metrics and (metrics[name] or name not in SHOWN_WHEN_NOT_ZERO)]
+    return "  ".join(f"{HEADLINES[name]} {float(metrics[name]):.4g}" for name in there)
 
 
 def duration(seconds: float) -> str:

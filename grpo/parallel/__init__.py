@@ -19,10 +19,12 @@ from grpo.parallel.distributed import (
     broadcast_object,
     distributed,
     gather_numbers,
+    launched_world,
     next_row,
     sum_over_ranks,
 )
 from grpo.parallel.launcher import run_main
+from grpo.parallel.low_bit import adamw_8bit, has_low_bit_state, moment_bytes
 from grpo.parallel.mesh import build_mesh, mesh_shape
 from grpo.parallel.metric_sums import MetricSums
 from grpo.parallel.precision import (

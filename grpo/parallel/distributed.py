@@ -130,6 +130,11 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def launched_world() -> World:
+    """Where this process stands, without joining the others. Raises a UserError for a broken environment."""
+    return World(*_launch_environment(), device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _launch_environment() -> tuple[int, int, int, int]:
     """Rank, ranks, rank on this host, ranks on this host, as the launcher says; a process alone without a launcher."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")

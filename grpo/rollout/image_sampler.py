@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from grpo.config import Model, Sampling
 from grpo.config import Tokenizer as TokenizerConfig
-from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, get_family, to_uint8
+from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, load_generator, to_uint8
 from grpo.parallel import MetricSums, compute_dtype, require_backend, set_matmul_precision
 from grpo.rollout.autoregressive import CodeSampler
 from grpo.rollout.modes import build_draw
@@ -43,10 +43,17 @@ class ImageSampler:
     def _draw(self, condition: Condition, row_ids: Tensor) -> Tensor:
         drawn = self.draw_codes(condition, row_ids=row_ids)
         self._drawn.add("entropy", -drawn.log_probs.sum(), drawn.log_probs.numel())
-        images = self.tokenizer.decode(drawn.tokens).float().clamp(-1, 1)
-        if self.sampling.resize_to is not None:
-            images = F.interpolate(images, size=(self.sampling.resize_to,) * 2, mode="bicubic", antialias=True)
-        return to_uint8(images)
+        return to_uint8(_resized(self.tokenizer.decode(drawn.tokens).float(), self.sampling))
+
+
+def _resized(images: Tensor, sampling: Sampling) -> Tensor:
+    """Decoded images [B, 3, H, W] at the side that is wanted, as LlamaGen does it or with antialiasing."""
+    if sampling.resize_to is None:
+        return images
+    size = (sampling.resize_to, sampling.resize_to)
+    if sampling.resize_filter == "bicubic":  # LlamaGen clamps after it, not before
+        return F.interpolate(images, size=size, mode="bicubic")
+    return F.interpolate(images.clamp(-1, 1), size=size, mode="bicubic", antialias=True)
 
 
 def load_sampler(model: Model, tokenizer: TokenizerConfig, sampling: Sampling, *, device: torch.device) -> ImageSampler:
@@ -55,6 +62,6 @@ def load_sampler(model: Model, tokenizer: TokenizerConfig, sampling: Sampling, *
     sizes = generator_sizes(model, tokenizer, image_size=sampling.image_size)
     dtype = compute_dtype(sampling.mixed_precision)
     set_matmul_precision(sampling.mixed_precision)
-    generator = get_family(model.name).load(model.checkpoint, sizes, bare=model.from_fsdp).to(device, dtype)
+    generator = load_generator(model, sizes).to(device, dtype)
     decoder = build_tokenizer(tokenizer, device=device).to(dtype)
     return ImageSampler(generator.requires_grad_(False), decoder, sampling, device=device)

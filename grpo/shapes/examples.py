@@ -21,6 +21,7 @@ from grpo.shapes.grammar import CATEGORIES, canonical, caption, category, wordin
 from grpo.shapes.rendering import EXTENT
 from grpo.shapes.world import (
     COLORS,
+    LATTICE,
     MOST_DRAWN,
     NO,
     NUMBERS,
@@ -42,13 +43,14 @@ UNSEEN_CATEGORIES = ("counting", "colors", "position", "color_attr", "scenes")
 """Those whose captions can ask for a combination that is held out."""
 
 TRAIN_WEIGHTS = {
-    "single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 2, "color_attr": 3, "sizes": 1,
-    "places": 1, "scenes": 8,
+    "single_object": 1, "two_object": 1, "counting": 2, "colors": 3, "position": 2, "color_attr": 3, "sizes": 1,
+    "places": 2, "scenes": 6,
 }  # fmt: skip
-"""How often a category comes in `train` and `reader`."""
+"""How often a category comes in `train` and `reader`: half of the scenes have one thing, from which words are learned
+soonest."""
 
 KEPT_APART = ("color_attr", "scenes")
-GAP, MARGIN, CLEARNESS = 0.06, 0.015, 0.08
+GAP, MARGIN, CLEARNESS = 0.06, 0.015, 0.04
 """Least distance of shapes, of a shape from the border, and of a centre from where another word would be true."""
 RADII = tuple(SIZES.values())
 _TURNS = tuple((name, False) for name in CATEGORIES) + tuple((name, True) for name in UNSEEN_CATEGORIES)
@@ -66,7 +68,7 @@ class Example(NamedTuple):
     things: tuple[Thing, ...]
     relation: int
     place: int
-    seed: str  # of the radii and centres
+    seed: str  # of the centres
 
 
 @cache
@@ -134,8 +136,7 @@ def scenes(examples: Sequence[Example]) -> Scenes:
     result = Scenes.empty(len(examples), MOST_DRAWN)
     for row, item in enumerate(examples):
         draw, count = Random(item.seed).random, len(item.things)
-        ranges = [RADII[thing.size] for thing in item.things]
-        radii = [_between(draw, *limits) for limits in ranges]
+        radii = [RADII[thing.size] for thing in item.things]
         centers = _layout(draw, [radius * EXTENT for radius in radii], item.relation, item.place)
         result.shapes[row, :count] = torch.tensor([thing.shape for thing in item.things])
         result.colors[row, :count] = torch.tensor([thing.color for thing in item.things])
@@ -161,16 +162,12 @@ def _one_of(draw: Draw, count: int) -> int:
     return int(draw() * count)
 
 
-def _between(draw: Draw, low: float, high: float) -> float:
-    return low + draw() * (high - low)
-
-
 def _scene(draw: Draw, wanted: str, *, anything: bool) -> tuple[tuple[Thing, ...], int, int]:
     """Things with all attributes, and their relation (of two) or place (of one). Without `anything`, seen ones only."""
     number = 2
     if wanted == "counting":
         number = 2 + _one_of(draw, len(NUMBERS))
-    elif wanted in ("single_object", "colors", "sizes", "places") or (wanted == "scenes" and draw() < 0.25):
+    elif wanted in ("single_object", "colors", "sizes", "places") or (wanted == "scenes" and draw() < 0.5):
         number = 1
     while True:
         drawn = [Thing(*(_one_of(draw, len(known)) for known in (SHAPES, COLORS, SIZES))) for _ in range(number)]
@@ -186,8 +183,8 @@ def _said(draw: Draw, wanted: str, things: tuple[Thing, ...], relation: int, pla
         color, size = draw() < 0.5, draw() < 0.25
         said = (Thing(things[0].shape, things[0].color if color else NO, things[0].size if size else NO),) * len(things)
         return Request(said)
-    has_color, has_size = (0.8, 0.4) if wanted == "scenes" else (wanted in ("colors", "color_attr"), wanted == "sizes")
-    relates, locates = (0.75, 0.6) if wanted == "scenes" else (wanted == "position", wanted == "places")
+    has_color, has_size = (0.9, 0.5) if wanted == "scenes" else (wanted in ("colors", "color_attr"), wanted == "sizes")
+    relates, locates = (0.9, 0.8) if wanted == "scenes" else (wanted == "position", wanted == "places")
     said = tuple(
         Thing(thing.shape, thing.color if draw() < has_color else NO, thing.size if draw() < has_size else NO)
         for thing in things
@@ -198,21 +195,28 @@ def _said(draw: Draw, wanted: str, things: tuple[Thing, ...], relation: int, pla
 
 def _layout(draw: Draw, extents: Sequence[float], relation: int, place: int) -> list[tuple[float, float]]:
     """Centres of shapes that reach so far: inside, apart, and clearly in that relation or place."""
-    low, high = [extent + MARGIN for extent in extents], [1 - extent - MARGIN for extent in extents]
+    steps = [step / LATTICE for step in range(LATTICE + 1)]
+    inside = [[x for x in steps if extent + MARGIN <= x <= 1 - extent - MARGIN] for extent in extents]
+
+    def one_of(points: Sequence[float]) -> float:
+        return points[_one_of(draw, len(points))]
+
     if len(extents) == 1:
-        edges, clear = (0.0, *PLACE_BORDERS, 1.0), CLEARNESS / 2
-        cells = place % 3, place // 3
-        limits = [(max(low[0], edges[cell] + clear), min(high[0], edges[cell + 1] - clear)) for cell in cells]
-        return [(_between(draw, *limits[0]), _between(draw, *limits[1]))]
+        edges = (0.0, *PLACE_BORDERS, 1.0)
+        cells = [(edges[cell] + CLEARNESS, edges[cell + 1] - CLEARNESS) for cell in (place % 3, place // 3)]
+        return [tuple(one_of([x for x in inside[0] if low <= x <= high]) for low, high in cells)]
     if len(extents) > 2:
-        quarters, centers = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)], []
-        for extent in extents:
-            middle, free = quarters.pop(_one_of(draw, len(quarters))), 0.25 - extent - max(MARGIN, GAP / 2)
-            centers.append(tuple(_between(draw, value - free, value + free) for value in middle))
+        quarters, centers = [(0, 0), (0, 1), (1, 0), (1, 1)], []
+        for extent, points in zip(extents, inside, strict=True):
+            near = [
+                x for x in points if x + extent + GAP / 2 <= 0.5
+            ]  # in the first half; the other is its mirror image
+            sides = quarters.pop(_one_of(draw, len(quarters)))
+            centers.append(tuple(1 - one_of(near) if side else one_of(near) for side in sides))
         return centers
     axis, sign = relation // 2, 1 if relation % 2 == 0 else -1
     while True:
-        first, second = (tuple(_between(draw, *limits) for _ in range(2)) for limits in zip(low, high, strict=True))
+        first, second = ((one_of(points), one_of(points)) for points in inside)
         along, across = (second[axis] - first[axis]) * sign, abs(second[1 - axis] - first[1 - axis])
-        if along > sum(extents) + GAP and across < along - CLEARNESS:
+        if along >= sum(extents) + GAP and across < along - CLEARNESS:
             return [first, second]

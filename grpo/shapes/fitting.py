@@ -19,7 +19,7 @@ INSIDE = 0.45  # coverage from which on a pixel belongs to a part
 SMALLEST_PART = 0.35  # share of the area of the smallest shape; what is smaller is dirt
 LEAST_LIKENESS = 0.7  # of a part and the shape fitted to it: sum of minima over sum of maxima of both coverages
 PROMISE = 4.0  # shapes whose error after a first step is at most so many times the best are fitted further
-SMALLEST_RADIUS, LARGEST_RADIUS = SIZES["small"][0] * 0.6, SIZES["large"][1] * 1.25
+SMALLEST_RADIUS, LARGEST_RADIUS = SIZES["small"] * 0.6, SIZES["large"] * 1.35
 _FINE = 256  # side of the drawings from which areas and centroids of the shapes are taken
 
 
@@ -174,7 +174,7 @@ def _parts(labels: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     keys, inverse = torch.unique(keys[inside], return_inverse=True)
     area = torch.zeros(len(keys), device=share.device).index_add_(0, inverse, share[inside])
     rows, found = keys // each, keys % each
-    smallest = min(_moments(shape)[0] for shape in range(len(SHAPES))) * (SIZES["small"][0] * size) ** 2
+    smallest = min(_moments(shape)[0] for shape in range(len(SHAPES))) * (SIZES["small"] * size) ** 2
     keep = area >= SMALLEST_PART * smallest
     rows, found, area = rows[keep], found[keep], area[keep]
     order = torch.argsort(rows * (size**2 + 1) - area)  # by image, the largest first

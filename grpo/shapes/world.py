@@ -23,9 +23,12 @@ COLORS = {
     "white": (240, 240, 240),
 }
 BACKGROUND = (20, 20, 26)
-SIZES = {"small": (0.125, 0.145), "large": (0.18, 0.2)}
-"""Ranges of the radius; what lies nearer to the one is of that size."""
-SIZE_BORDER = 0.1625
+SIZES = {"small": 0.125, "large": 0.18}
+"""Radii; what lies nearer to the one is of that size."""
+SIZE_BORDER = 0.1525
+LATTICE = 14
+"""Centres lie on multiples of a fourteenth of the side, so that a small tokenizer and a small generator learn the world
+in minutes."""
 RELATIONS = ("left of", "right of", "above", "below")
 """Of the first shape to the second: the axis on which their centres are farther apart says which one holds."""
 PLACES = (

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from grpo.texts.features import TextEncoder
 
-COINS = 32  # tosses whose sum stands for a normal number
-VERSION = 1  # of the vectors; others would be another encoder
+COINS = 32  # tosses whose sum stands for a normal number, for each of the two parts
+VERSION = 2  # of the vectors; others would be another encoder
 
 
 class WordEncoder(TextEncoder):
     """A word at its place in the text is a vector of C nearly normal numbers, a function of both alone.
 
-    A LlamaGen model attends evenly to the rows of its condition, which have no positions for it, so what it sees of a
-    text is a mean: were a word the same vector everywhere, "a red dot left of a blue square" would be "a blue square
-    left of a red dot". Words are runs of letters and digits, without regard to case.
+    It is the sum of two: one of the word, so that what is learned of it holds wherever it stands, and one of the word
+    at that place. A LlamaGen model attends evenly to the rows of its condition, which have no positions for it, so what
+    it sees of a text is a mean: without the second part "a red dot left of a blue square" would be "a blue square left
+    of a red dot". Words are runs of letters and digits, without regard to case.
 
     The numbers come from a hash, as sums of coin tosses: the same on every machine.
     """
@@ -52,9 +53,14 @@ def words_of(text: str) -> list[str]:
 
 @lru_cache(maxsize=1 << 14)
 def word_vector(word: str, place: int, width: int) -> np.ndarray:
-    """[C] fp32 of mean 0 and variance 1: (heads - n/2) / sqrt(n/4) of n = `COINS` tosses each."""
-    tosses = hashlib.shake_256(f"{VERSION} {place} {word}".encode()).digest(width * COINS // 8)
-    heads = np.unpackbits(np.frombuffer(tosses, dtype=np.uint8)).reshape(width, COINS).sum(axis=1)
-    vector = (heads.astype(np.float32) - COINS / 2) / np.float32((COINS / 4) ** 0.5)
+    """[C] fp32 of mean 0 and variance 1: (heads - n/2) / sqrt(n/4) of n tosses each, half of them the word's own."""
+    heads = sum(_heads(text, width) for text in (f"{VERSION} {word}", f"{VERSION} {place} {word}"))
+    vector = (heads.astype(np.float32) - COINS) / np.float32((COINS / 2) ** 0.5)
     vector.flags.writeable = False
     return vector
+
+
+def _heads(text: str, width: int) -> np.ndarray:
+    """[C] int64, of `COINS` tosses each."""
+    tosses = hashlib.shake_256(text.encode()).digest(width * COINS // 8)
+    return np.unpackbits(np.frombuffer(tosses, dtype=np.uint8)).reshape(width, COINS).sum(axis=1, dtype=np.int64)

@@ -5,6 +5,7 @@ from grpo.training.build import (
     autocast,
     build_classifier,
     build_data,
+    build_frozen,
     build_generator,
     build_reader,
     build_trainable_tokenizer,

@@ -14,6 +14,7 @@ from grpo.config import (
     ClassifierRecipe,
     Compile,
     GeneratorRecipe,
+    Lora,
     ReaderRecipe,
     TokenizerRecipe,
     Training,
@@ -25,10 +26,14 @@ from grpo.models import (
     Classifier,
     ClassifierConfig,
     VQModel,
+    WithoutAdapter,
     generator_sizes,
     get_family,
     learned_classes,
+    load_adapter,
+    load_generator,
     load_vq,
+    mark_trained,
     tokenizer_sizes,
 )
 from grpo.parallel import World, compute_dtype, load_full_state_dict, parallelize
@@ -52,25 +57,48 @@ def build_generator(
     class_names: Sequence[str] | None = None,
     mesh: DeviceMesh,
     world: World,
+    trained: bool = True,
 ) -> nn.Module:
     """The image generator with the weights of `checkpoint`; None draws them at random.
 
-    `class_names` are written with its weights. Where the recipe trains the embeddings of the classes alone, nothing
-    else has a gradient.
+    `class_names` are written with its weights. Only what the recipe trains has a gradient: all, the embeddings of the
+    classes, or a LoRA adapter, which one that is not `trained` lacks.
     """
-    section, family = recipe.model, get_family(recipe.model.name)
+    section, lora = recipe.model, recipe.lora if trained else Lora()
     names = class_names or None  # a text-conditional model has none
     sizes = generator_sizes(section, recipe.tokenizer, image_size=recipe.data.image_size, class_names=names)
-    bare = section.from_fsdp and checkpoint == section.checkpoint
-    load = partial(family.load, checkpoint, sizes, bare=bare, new_classes=section.new_classes) if checkpoint else None
 
     def make() -> nn.Module:
-        model = family.build(sizes)
-        if section.trained == "embeddings":
-            model.requires_grad_(False).cls_embedding.requires_grad_(True)
+        return mark_trained(get_family(section.name).build(sizes), section, lora)
+
+    def load() -> nn.Module:
+        base = section.model_copy(update={"adapter": None}) if recipe.lora.rank else section
+        model = load_generator(base, sizes, checkpoint=checkpoint, new_classes=section.new_classes)
+        mark_trained(model, section, lora)
+        if lora.rank and section.adapter is not None:
+            load_adapter(model, section.adapter)
         return model
 
-    return _spread(make, load, recipe, mesh=mesh, world=world)
+    return _spread(make, load if checkpoint else None, recipe, mesh=mesh, world=world)
+
+
+def build_frozen(
+    recipe: GeneratorRecipe,
+    trained: nn.Module,
+    *,
+    checkpoint: str | None,
+    class_names: Sequence[str] | None = None,
+    mesh: DeviceMesh,
+    world: World,
+) -> nn.Module | WithoutAdapter:
+    """A generator with the weights of `checkpoint` that is not trained: a reference or a teacher.
+
+    With the weights that the recipe starts from it is the trained one without its adapter, where there is one.
+    """
+    if recipe.lora.rank and checkpoint == recipe.model.checkpoint:
+        return WithoutAdapter(trained)
+    places = {"class_names": class_names, "mesh": mesh, "world": world}
+    return build_generator(recipe, checkpoint=checkpoint, trained=False, **places).eval().requires_grad_(False)
 
 
 def build_trainable_tokenizer(recipe: TokenizerRecipe, *, mesh: DeviceMesh, world: World) -> VQModel:

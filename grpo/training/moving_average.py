@@ -13,7 +13,7 @@ from grpo.parallel import reshard
 class MovingAverage:
     """average <- decay * average + (1 - decay) * weights, in fp32 and sharded like the weights: nothing is gathered.
 
-    It starts at the weights that the model has when it is made. Buffers are not averaged.
+    It starts at the weights that the model has when it is made. Only what is trained is averaged, and no buffers.
 
     Args:
         model: parallelized.
@@ -31,7 +31,11 @@ class MovingAverage:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The average by parameter name, sharded; the live tensors."""
-        return self._own if self.into is None else _parameters(self.into)
+        if self.into is None:
+            return self._own
+        reshard(self.into)
+        averages = dict(self.into.named_parameters())
+        return {name: averages[name].detach() for name in _parameters(self.model)}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -63,7 +67,7 @@ class MovingAverage:
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     reshard(model)  # a forward without backward may have left parameters gathered
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _local(tensor: Tensor) -> Tensor:

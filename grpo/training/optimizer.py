@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from grpo.config import Optimizer, TrainingRecipe
-from grpo.parallel import World, clip_grad_norm, grad_scaler
+from grpo.parallel import World, adamw_8bit, clip_grad_norm, grad_scaler
 from grpo.training.moving_average import MovingAverage
 
 
@@ -57,7 +57,11 @@ class GuardedOptimizer:
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         betas = (config.beta1, config.beta2)
         groups = [group for group in groups if group["params"]]  # a checkpoint has no room for an empty one
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        settings = {"lr": config.lr, "betas": betas, "eps": config.eps}
+        if config.name == "adamw_8bit":
+            self.adamw = adamw_8bit(groups, **settings)
+        else:
+            self.adamw = torch.optim.AdamW(groups, **settings, fused=True)
         self.steps = self.skipped = self.skipped_in_a_row = 0
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -75,7 +79,10 @@ class GuardedOptimizer:
         self.scaler.unscale_(self.adamw)
         rate = learning_rate(self.config, step=self.steps, total_steps=self.total_steps)
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)  # of a compiled step
+            else:
+                group["lr"] = rate
         norm = float(clip_grad_norm(self.model, self.config.max_grad_norm))
         if math.isfinite(norm):
             self.adamw.step()

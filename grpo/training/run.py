@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from grpo.checkpoint import CheckpointManager, ExtraState
-from grpo.config import AVERAGE_NAME, EXPORT_NAME, TrainingRecipe, UserError, is_url
+from grpo.config import ADAPTER_NAMES, AVERAGE_NAME, EXPORT_NAME, TrainingRecipe, UserError, is_url
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
-from grpo.formats import require_finite
-from grpo.models import save_weights
+from grpo.formats import merged, require_finite, save_adapter
+from grpo.models import adapter_matrices, save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import (
     MetricSums,
@@ -27,6 +27,7 @@ from grpo.parallel import (
     set_matmul_precision,
 )
 from grpo.rewards import Seen
+from grpo.training.banner import closing, opening
 from grpo.training.fingerprints import take_fingerprints
 from grpo.training.judge import RunJudge, Verdict
 from grpo.training.optimizer import GuardedOptimizer
@@ -84,6 +85,7 @@ class TrainingRun:
         self._open = ExitStack()  # what is given back when the run ends
         self._stop_request = StopRequest(speaks=world.is_main)
         self._best_values: list[float] = []
+        self._closing: list[str] = []  # what to say at the very end
         self._resumed_from: str | None = None
         self._first_step = 0
         if recipe.debug.deterministic:
@@ -135,8 +137,8 @@ class TrainingRun:
             start_step=self._first_step,
         )
         self.observer = self._open.enter_context(observer)
-        for note in notes:
-            self.observer.message(note)
+        for line in (*opening(self.recipe, model, self.world, title=self.title), *notes):
+            self.observer.message(line)
         self._watchdog.start(until=self._open)
         if judge is not None and path is None:
             judged = self._judged(0)
@@ -227,6 +229,8 @@ class TrainingRun:
         if last and self._exports:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
+        if last:
+            self._closing = [*closing(self.recipe)]
 
     def _judged(self, step: int) -> dict[str, float]:
         """What the judge says of the weights as they are, or of their moving average where there is one."""
@@ -254,10 +258,17 @@ class TrainingRun:
                 self._write_weights(AVERAGE_NAME)
 
     def _write_weights(self, name: str) -> None:
-        weights = full_state_dict(self._model)
-        if self.world.is_main:
-            require_finite(f"{self.run_dir / name} is not written", weights)
-            save_weights(self.run_dir / name, weights, config=self._model.config)
+        """Write the weights; of a model with an adapter that alone too, in a folder, and the weights merged with it."""
+        weights, adapter = full_state_dict(self._model), getattr(self._model, "adapter", None)
+        if not self.world.is_main:
+            return
+        require_finite(f"{self.run_dir / name} is not written", weights)
+        if adapter is not None:
+            matrices = adapter_matrices(weights)
+            save_adapter(self.run_dir / ADAPTER_NAMES[name], adapter, matrices)
+            weights = {name: weight for name, weight in weights.items() if name not in matrices}
+            weights = merged(weights, adapter, matrices)
+        save_weights(self.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
@@ -301,6 +312,8 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.checkpoints.close()
+            for line in self._closing:
+                self.observer.message(line)
         self._open.__exit__(kind, *error)
 
     def _idle(self, causes: tuple[str, ...]) -> str | None:

@@ -113,8 +113,8 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
         f"{path}: optimizer.beta3: unknown key; did you mean optimizer.beta2?",
         f"{path}: objective.clip_rang: unknown key; did you mean objective.clip_range?",
         f"{path}: [optimiser]: unknown section; did you mean optimizer?",
-        f"{path}: [weather]: unknown section; there are model, text, tokenizer, data, rollout, reward, objective, "
-        "optimizer, training, parallel, compile, activation_checkpoint, checkpoint, metrics, judge, debug",
+        f"{path}: [weather]: unknown section; there are model, lora, text, tokenizer, data, rollout, reward, "
+        "objective, optimizer, training, parallel, compile, activation_checkpoint, checkpoint, metrics, judge, debug",
         f"{path}: training.steps must be a whole number > 0, not 2.5",
         f"{path}: training.batch_size must be a whole number > 0 or none, not true",
         f'{path}: training.mixed_precision must be one of auto, fp32, tf32, bf16, fp16, not "int8"',

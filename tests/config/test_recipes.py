@@ -295,7 +295,8 @@ def test_saved_recipe_loads_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_files_of_all_sections_have_one_order() -> None:
     assert " ".join(GRPORecipe.sections()) == (
-        "model text tokenizer data rollout reward objective optimizer training parallel compile activation_checkpoint "
+        "model lora text tokenizer data rollout reward objective optimizer training parallel compile "
+        "activation_checkpoint "
         "checkpoint metrics judge debug"
     )
     assert all(name in ORDER for recipe_class in RECIPES.values() for name in recipe_class.sections())

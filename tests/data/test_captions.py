@@ -70,7 +70,7 @@ def found(dataset, count=6):
     again = dataset.requests.encoder(list(batch.captions))
     assert torch.equal(batch.condition.features, again.features)
     assert torch.equal(batch.condition.mask, again.mask)
-    red = batch.images[:, 0, 0, 0].tolist()
+    red = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
     return dict(zip(red, batch.captions, strict=True))
 
 

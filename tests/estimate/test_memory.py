@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo.checkpoint.state import optimizer_tensors
 from grpo.config import GRPORecipe, UserError, load_recipe
 from grpo.estimate import recipe_memory
+from grpo.formats import Adapter
 from grpo.jobs.memory import main
-from grpo.models import GPT, GPTConfig, TextCondition
+from grpo.models import GPT, GPTConfig, TextCondition, add_adapter, generator_sizes, mark_trained
 from grpo.models.costs import activation_bytes, block_rows
 from grpo.parallel import GIB
 from grpo.parallel.activation_checkpoint import checkpoint_activations
+from grpo.training import GuardedOptimizer
 from tests.estimate.live_bytes import LiveBytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,3 +155,90 @@ def test_a_mistake_is_one_line(flags, line):
     assert result.stdout == ""
     (only,) = result.stderr.splitlines()
     assert line in only
+
+
+def trained_bytes(flags):
+    """What a recipe trains of a small model on one rank in fp32: bytes of weights, gradients and moments."""
+    recipe = load_recipe(GRPORecipe, ["--config", "debug", *flags])
+    torch.manual_seed(0)
+    config = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
+    model = mark_trained(GPT(config), recipe.model, recipe.lora)
+    optimizer = GuardedOptimizer(model, recipe.optimizer, total_steps=1, max_skipped_steps=1)
+    tokens = torch.zeros(2, config.block_size - 1, dtype=torch.int64)
+    optimizer.backward(model(tokens, torch.zeros(2, dtype=torch.int64)).square().mean())
+    gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    moments = [
+        tensor
+        for name, tensor in optimizer_tensors(model, optimizer.adamw).items()
+        if not name.endswith(".step")
+    ]  # fmt: skip
+    sizes = [sum(tensor.nbytes for tensor in tensors) for tensors in (model.parameters(), moments)]
+    return recipe, [sizes[0], gradients, sizes[1]]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("lora", [(), ("--lora.rank", "16"), ("--lora.rank", "64", "--lora.targets", "wo,w1")])
+def test_what_lasts_is_as_measured(lora, name):
+    if name == "adamw_8bit":
+        pytest.importorskip("torchao", reason="it is torchao's")
+    recipe, measured = trained_bytes([*lora, "--optimizer.name", name])
+    lasting = recipe_memory(recipe, mesh=(1,), memory=24 * GIB).lasting
+    assert [lasting[part] for part in ("weights", "gradients", "optimizer")] == measured
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_activations_with_an_adapter_are_near_the_measured_ones(mode):
+    dim, layers, heads, length, sequences = SIZES[0]
+    config = GPTConfig(dim=dim, n_layer=layers, n_head=heads, vocab_size=64, block_size=length)
+    adapter = Adapter(rank=32, alpha=32.0, targets=("wqkv", "wo", "w1", "w2", "w3"))
+    model = add_adapter(GPT(config), adapter)
+    for block in model.layers:
+        checkpoint_activations(block, mode)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.zeros(sequences, length - 1, dtype=torch.int64)
+    known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
+    with LiveBytes(known) as live:
+        hidden = model.hidden(tokens, torch.zeros(sequences, dtype=torch.int64))
+        hidden.float().square().sum().backward()
+    estimated = activation_bytes(config, sequences * length, dtype=torch.float32, mode=mode, adapter=adapter)
+    assert estimated == pytest.approx(live.peak, rel=0.15)
+
+
+def test_an_adapter_takes_little_and_its_reference_nothing():
+    whole, adapted = (estimate("--objective.kl", "k3", *lora) for lora in ((), ("--lora.rank", "16")))
+    assert "reference" in whole.lasting
+    assert "reference" not in adapted.lasting
+    for part in ("gradients", "optimizer", "unreduced gradients"):
+        assert adapted.lasting[part] < 0.03 * whole.lasting[part], part
+    other = estimate("--objective.kl", "k3", "--lora.rank", "16", "--objective.reference_checkpoint", "other.pt")
+    assert other.lasting["reference"] == other.lasting["weights"]
+    averages = [
+        estimate("--training.ema_decay", ".9", *lora).lasting["average"] for lora in ((), ("--lora.rank", "16"))
+    ]
+    assert averages[1] < 0.03 * averages[0]
+
+
+def test_jobs_without_rewards(capsys):
+    def peak(config, *flags):
+        main(["--config", config, "--gpus", "1", "--memory", "24", *flags])
+        rows = (
+            line.rsplit(maxsplit=3)
+            for line in capsys.readouterr().out.splitlines()
+            if line.endswith(tuple("0123456789"))
+        )
+        return {name.strip(): float(fsdp) for name, fsdp, *_ in rows}
+
+    sizes = ("--model.name", "GPT-L", "--training.mixed_precision", "bf16", "--training.batch_size", "64")
+    distilled, own = peak("quickstart/distill", *sizes), ("--distill.teacher_checkpoint", "other.pt")
+    assert {"reference", "cache", "activations", "peak"} <= distilled.keys()
+    adapted = peak("quickstart/distill", *sizes, "--lora.rank", "8")
+    assert "reference" not in adapted
+    assert "reference" in peak("quickstart/distill", *sizes, "--lora.rank", "8", *own)
+    cca, gft = (peak(f"quickstart/{name}", *sizes) for name in ("cca", "gft"))
+    assert "reference" in cca
+    assert "reference" not in gft
+    assert cca["activations"] == pytest.approx(2 * gft["activations"], rel=0.01)

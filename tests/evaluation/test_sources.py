@@ -18,6 +18,7 @@ from grpo.evaluation import (
     NpzWriter,
     batches_in_order,
     classes_in_turn,
+    drawn_classes,
     open_images,
     save_image,
     save_pngs,
@@ -104,6 +105,13 @@ def test_conditions_without_a_class_have_no_class_ids():
 
 def test_classes_in_turn():
     assert classes_in_turn([3, 8], 5).class_ids.tolist() == [3, 8, 3, 8, 3]
+
+
+def test_random_classes_are_uniform_and_do_not_depend_on_their_number():
+    many, few = (drawn_classes([4, 7, 9], count, order="random", seed=3).class_ids for count in (3000, 70))
+    assert_close(many[:70], few)
+    assert all(900 < (many == class_id).sum() < 1100 for class_id in (4, 7, 9))
+    assert not torch.equal(few, drawn_classes([4, 7, 9], 70, order="random", seed=4).class_ids)
 
 
 def test_batches_in_order_are_all_images():

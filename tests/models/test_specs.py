@@ -58,7 +58,7 @@ def test_the_quickstarts_models_are_small():
     assert millions(VQModel(TOKENIZER_SPECS["VQ-digits"].config(codebook_size=256))) < 0.25
 
 
-@pytest.mark.parametrize("name", ["VQ-digits", "VQ-tiny"])
+@pytest.mark.parametrize("name", ["VQ-digits", "VQ-shapes", "VQ-tiny"])
 @torch.no_grad()
 def test_small_tokenizers_run(name):
     model = VQModel(TOKENIZER_SPECS[name].config(codebook_size=32)).eval()

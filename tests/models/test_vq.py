@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from grpo.models import TOKENIZER_SPECS, VQConfig, VQModel, fold_upsampling
+from grpo.models import TOKENIZER_SPECS, VQConfig, VQModel, fold_upsampling, load_vq, save_weights
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -34,6 +34,27 @@ def test_training_losses_are_llamagens(named_vq, expected):
     assert_close(vq_loss, expected[f"{name}_vq_loss"])
     assert_close(commit_loss, expected[f"{name}_commit_loss"])
     assert torch.equal(codes, expected[f"{name}_indices"])
+
+
+@torch.no_grad()
+def test_codes_of_patches_depend_on_nothing_else(tmp_path):
+    config = TOKENIZER_SPECS["VQ-shapes"].config(codebook_size=64)
+    torch.manual_seed(0)
+    model = VQModel(config).eval()
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    images[1, :, 4:8, 8:12] = images[0, :, 4:8, 8:12]  # code 1 * 4 + 2
+    codes = model.encode(images)
+    assert codes[0, 6] == codes[1, 6]
+    assert not torch.equal(codes[0], codes[1])
+    decoded = model.decode(torch.stack([codes[0], codes[0].index_fill(0, torch.tensor([15]), 0)]))
+    assert (decoded[0, :, :4, :4] != decoded[1, :, :4, :4]).any()  # the decoder sees all codes
+    save_weights(tmp_path / "plain.safetensors", model.state_dict())
+    assert torch.equal(load_vq(tmp_path / "plain.safetensors", config).encode(images), codes)
+    for sizes in (config, tiny_vq().config):
+        save_weights(tmp_path / "vq.safetensors", VQModel(sizes).state_dict(), config=sizes)
+        assert load_vq(tmp_path / "vq.safetensors").config == sizes
+    with pytest.raises(ValueError, match="patch_encoder takes one level"):
+        TOKENIZER_SPECS["VQ-digits"].config(patch_encoder=True)
 
 
 @torch.no_grad()

@@ -147,6 +147,29 @@ def test_a_checkpoint_on_two_processes_scores_as_its_npz_on_one(folder, evaluate
     assert result["images"]["resize"] == "none"
 
 
+def test_a_protocol_names_what_departs_from_it(folder, drawn, monkeypatch):
+    """By a small judge with spatial features, of images of random classes."""
+
+    def judge(pixels):
+        flat = pixels.float().flatten(1)
+        return flat[:, :5], flat[:, 5:8], flat[:, 8:12]
+
+    judge.names_classes, judge.is_inception = False, True
+    monkeypatch.setattr(evaluate, "load_judges", lambda config, *, device: {"inception": judge})
+    flags = ("--evaluation.protocol", "llamagen", "--evaluation.inception_checkpoint", "classifier.safetensors")
+    flags += ("--evaluation.reference", "one.npz", "--evaluation.num_images", 9, "--evaluation.json_path", "adm.json")
+    run_here(evaluate, *GENERATOR, *flags, "--sampling.resize_to", 16, folder=folder)
+    result = json.loads((folder / "adm.json").read_text())
+    assert {"fid", "sfid", "precision", "recall", "inception_score"} <= set(result["metrics"]["inception"])
+    assert result["images"]["class_counts"] != [3, 3, 3]
+    assert result["settings"]["protocol"] == result["protocol"]["name"] == "llamagen"
+    assert result["protocol"]["departures"] == [
+        "evaluation.num_images = 9, not 50000",
+        "sampling.resize_to = 16, not 256",
+        "evaluation.reference has no mu, sigma, mu_s and sigma_s of a whole data set",
+    ]
+
+
 @pytest.mark.parametrize(
     ("job", "flags", "message"),
     [

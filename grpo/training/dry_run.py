@@ -1,0 +1,113 @@
+"""`grpo JOB --dry-run`: what a recipe would do, told without doing it."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from grpo.config import (
+    RECIPES,
+    GeneratorRecipe,
+    GRPORecipe,
+    PretrainRecipe,
+    TrainingRecipe,
+    load_recipe,
+    of_run,
+)
+from grpo.estimate import RecipeMemory, recipe_memory
+from grpo.models import Classifier, ClassifierConfig, VQModel, generator_sizes, get_family, tokenizer_sizes
+from grpo.parallel import GIB, World, launched_world, mesh_shape
+from grpo.training.banner import opening
+
+ROUNDING = {"bf16": 2e-3, "fp16": 5e-4}
+"""By how much a probability ratio may be off because its forward passes round: half a step of the type, times a few."""
+
+
+def dry_run(job: str, arguments: Sequence[str]) -> None:
+    """Check the recipe and its files; print parameters, sizes of a step, memory by part, and doubts.
+
+    The model is built on the meta device, without memory; no weights, images or processes are touched. Under torchrun
+    the sizes are those of its ranks.
+
+    Raises:
+        UserError: as the job itself would at its start, or the job does not train.
+    """
+    draws = "sampling" in RECIPES[job].model_fields
+    words = of_run(RECIPES[job], arguments) if draws else arguments
+    recipe = load_recipe(RECIPES[job], words, needs_files=True)
+    world = launched_world()
+    if not isinstance(recipe, TrainingRecipe):
+        print(f"the recipe of grpo {job} is valid, and its files are there")
+        return
+    lines = [*opening(recipe, _on_meta(recipe), world, title=f"dry run of grpo {job}")]
+    if type(recipe) in (GRPORecipe, PretrainRecipe):
+        mesh = mesh_shape(recipe.parallel, size=world.size, local_size=world.local_size)
+        lines += _memory_lines(recipe_memory(recipe, mesh=mesh, memory=80 * GIB))
+    notes = [*recipe.notes(), *recipe.remarks(), *(doubts(recipe, world) if isinstance(recipe, GRPORecipe) else ())]
+    lines += [f"note: {note}" for note in notes]
+    if world.is_main:
+        print("\n".join([*lines, "the recipe is valid and its files are there; nothing was started"]))
+
+
+def _on_meta(recipe: TrainingRecipe) -> torch.nn.Module:
+    with torch.device("meta"):
+        if isinstance(recipe, GeneratorRecipe):
+            sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
+            return get_family(recipe.model.name).build(sizes)
+        if hasattr(recipe, "classifier"):
+            width, classes = recipe.classifier.width, recipe.classifier.num_classes
+            return Classifier(ClassifierConfig(width=width, num_classes=classes))
+        return VQModel(tokenizer_sizes(recipe.tokenizer))
+
+
+def _memory_lines(memory: RecipeMemory) -> Iterator[str]:
+    """The peak on one GPU, its largest parts, and the keys that lower the largest."""
+    name, phase = max(memory.phases.items(), key=lambda entry: sum(entry[1].values()))
+    parts = {**memory.lasting, **{f"{part} of {name}": size for part, size in phase.items()}}
+    largest = sorted(parts.items(), key=lambda entry: -entry[1])[:3]
+    told = ", ".join(f"{part} {size / GIB:.3g}" for part, size in largest)
+    yield f"memory: about {memory.peak / GIB:.3g} GiB on a GPU at its peak, in {name}; most of it: {told}"
+    yield f"less: {_KNOBS.get(largest[0][0].partition(' of ')[0], _SHARDING)}"
+
+
+_SHARDING = 'more GPUs with parallel.data_parallel = "fsdp", or a smaller model.name'
+_KNOBS = {
+    "activations": "a smaller training.micro_batch_size, or activation_checkpoint.mode selective or full",
+    "logits": "a smaller training.micro_batch_size",
+    "decoding": "a smaller reward.batch_size",
+    "encoding": "a smaller training.micro_batch_size",
+    "cache": "a smaller rollout.max_rows",
+    "copied weights": "a smaller rollout.keep_memory",
+}
+
+
+def doubts(recipe: GRPORecipe, world: World) -> Iterator[str]:
+    """Settings that are valid and cannot work as their author may think."""
+    rollout, objective, training = recipe.rollout, recipe.objective, recipe.training
+    schedule = recipe.schedule(ranks=world.size)
+    group, narrowest = rollout.num_generations, min(objective.clip_low, objective.clip_high)
+    rounding = ROUNDING.get("bf16" if training.mixed_precision == "auto" else training.mixed_precision, 0.0)
+    if schedule.on_policy:
+        yield (
+            "a rollout feeds one optimizer step, so ratios are 1 and objective.clip_range never acts; "
+            "training.batch_size below the completions of a rollout makes several"
+        )
+    elif objective.loss != "gspo" and narrowest < rounding:
+        yield (
+            f"objective.clip_range = {narrowest:g} is below what half precision rounds ratios by (about {rounding:g}): "
+            "noise decides what is clipped"
+        )
+    largest = (group - 1) / math.sqrt(group)
+    if objective.advantage == "group_std" and objective.advantage_clip >= largest:
+        yield (
+            f"objective.advantage_clip = {objective.advantage_clip:g} never acts: with {group} completions no "
+            f"standardised advantage exceeds {largest:.2f}"
+        )
+    if rollout.top_k == 1:
+        yield "rollout.top_k = 1 draws the same completion each time: rewards have no spread and give no gradient"
+    elif rollout.temperature < 0.1:
+        yield f"rollout.temperature = {rollout.temperature:g} leaves hardly any spread among completions"
+    if group < 4:
+        yield f"rollout.num_generations = {group} makes a noisy baseline; 8 or more is usual"
+    if not training.steps or not recipe.optimizer.lr:
+        yield "nothing is trained: training.steps or optimizer.lr is 0"

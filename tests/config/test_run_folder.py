@@ -1,0 +1,68 @@
+"""A run's folder stands for the settings with which its generator is drawn from."""
+
+from pathlib import Path
+
+import pytest
+
+from grpo.config import EvaluateRecipe, GenerateRecipe, GRPORecipe, TokenizerRecipe, UserError, load_recipe, of_run
+
+
+def run_folder(folder: Path, **rollout: object) -> Path:
+    recipe = GRPORecipe.model_validate(
+        {
+            "data": {"name": "classes", "image_size": 32},
+            "tokenizer": {"name": "VQ-tiny", "checkpoint": "vq.safetensors"},
+            "model": {"name": "GPT-tiny", "num_classes": 10},
+            "rollout": {"mode": "autoregressive", **rollout},
+            "reward": {"jpeg_size": {}},
+            "judge": {"feature_checkpoint": "judge.safetensors"},
+        }
+    )
+    (folder / "recipe.toml").write_text(recipe.to_toml())
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def test_generator_tokenizer_and_sampling_are_those_of_the_run(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, cfg_scale=1.5, temperature=0.9)
+    recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, [str(folder)]))
+    assert recipe.model.checkpoint == str(folder / "model.safetensors")
+    assert (recipe.model.name, recipe.model.num_classes) == ("GPT-tiny", 10)
+    assert (recipe.tokenizer.name, recipe.tokenizer.checkpoint) == ("VQ-tiny", "vq.safetensors")
+    assert (recipe.sampling.cfg_scale, recipe.sampling.temperature, recipe.sampling.image_size) == (1.5, 0.9, 32)
+    assert recipe.output.grid == str(folder / "grid.png")
+
+
+def test_what_the_arguments_set_wins(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, cfg_scale=1.5)
+    given = ["--sampling.cfg_scale=2", "--output.npz", "x.npz", "--model.checkpoint", "other.pt"]
+    recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, [str(folder), *given]))
+    assert (recipe.sampling.cfg_scale, recipe.output.grid, recipe.model.checkpoint) == (2, None, "other.pt")
+
+
+def test_an_evaluation_takes_data_and_judge_too(tmp_path: Path) -> None:
+    arguments = of_run(EvaluateRecipe, [str(run_folder(tmp_path)), "--evaluation.reference", "digits.npz"])
+    recipe = load_recipe(EvaluateRecipe, arguments)
+    assert (recipe.data.name, recipe.data.image_size) == ("classes", 32)
+    assert recipe.evaluation.feature_checkpoint == "judge.safetensors"
+
+
+def test_a_run_that_has_not_ended_is_drawn_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights yet"):
+        of_run(GenerateRecipe, [str(folder)])
+    for step in (5, 10):
+        (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert str(folder / "checkpoints" / "step-000010") in of_run(GenerateRecipe, [str(folder)])
+
+
+def test_what_is_no_run_of_a_generator_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run's folder"):
+        of_run(GenerateRecipe, [str(tmp_path)])
+    (tmp_path / "recipe.toml").write_text(TokenizerRecipe.model_validate({"data": {"name": "synthetic"}}).to_toml())
+    with pytest.raises(UserError, match="is not of a run that trained a generator"):
+        of_run(GenerateRecipe, [str(tmp_path)])
+    (tmp_path / "recipe.toml").write_bytes(b'job = "train"\n\xff')
+    with pytest.raises(UserError, match=r"recipe\.toml"):
+        of_run(GenerateRecipe, [str(tmp_path)])

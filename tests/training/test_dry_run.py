@@ -1,0 +1,59 @@
+"""A dry run says what a recipe would do, and doubts settings that cannot work."""
+
+import os
+
+import pytest
+import torch
+
+from grpo.config import GRPORecipe, UserError
+from grpo.parallel import World
+from grpo.training.dry_run import doubts, dry_run
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+def told(**sections):
+    base = {"data": {"name": "synthetic", "image_size": 32}, "tokenizer": {"name": "VQ-tiny", "downsample_size": 4}}
+    given = {"rollout": {"batch_size": 4, "num_generations": 8}, "objective": {"advantage_clip": 2.0}}
+    merged = {key: {**given.get(key, {}), **sections.get(key, {})} for key in {*given, *sections}}
+    recipe = GRPORecipe.model_validate({**base, "model": {"name": "GPT-tiny"}, **merged})
+    return " ".join(doubts(recipe, ALONE))
+
+
+SEVERAL = {"batch_size": 8, "mixed_precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({}, "objective.clip_range never acts"),
+        ({"training": SEVERAL, "objective": {"clip_range": 1e-4}}, "noise decides what is clipped"),
+        ({"objective": {"advantage_clip": 2.48}}, "no standardised advantage exceeds 2.47"),
+        ({"rollout": {"top_k": 1}}, "rewards have no spread"),
+        ({"rollout": {"temperature": 0.01}}, "hardly any spread"),
+        ({"rollout": {"num_generations": 2}, "objective": {"advantage_clip": 0.5}}, "noisy baseline"),
+        ({"training": {"steps": 0}}, "nothing is trained"),
+    ],
+)
+def test_doubts(sections, words):
+    assert words in told(**sections)
+
+
+def test_sound_settings_raise_no_doubt():
+    assert told(training=SEVERAL, objective={"clip_range": 0.2}) == ""
+
+
+def test_nothing_is_started(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dry_run("train", ["--config", "debug"])
+    out = capsys.readouterr().out
+    assert "dry run of grpo train on 1 CPU process" in out
+    assert "16 a step" in out
+    assert "memory: about" in out
+    assert out.splitlines()[-1].endswith("nothing was started")
+    assert not os.listdir(tmp_path)
+
+
+def test_mistakes_are_told_as_by_the_job(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        dry_run("pretrain", ["--config", "debug", "--tokenizer.checkpoint", str(tmp_path / "vq.pt")])
