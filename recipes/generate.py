@@ -101,7 +101,7 @@ def texts_in_turn(prompts: Sequence[Prompt], count: int) -> list[str]:
 
 
 def drawn_images(
-    recipe: GenerateRecipe | EvaluateRecipe, count: int, prompts: Sequence[Prompt], *, device: torch.device
+    recipe: GenerateRecipe | EvaluateRecipe, count: int, prompts: Sequence[Prompt] = (), *, device: torch.device
 ) -> DrawnImages:
     """Images of prompts, or else of classes, in turn, that the recipe's generator draws when they are looked at.
 
