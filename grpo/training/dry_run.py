@@ -109,5 +109,5 @@ def doubts(recipe: GRPORecipe, world: World) -> Iterator[str]:
         yield f"rollout.temperature = {rollout.temperature:g} leaves hardly any spread among completions"
     if group < 4:
         yield f"rollout.num_generations = {group} makes a noisy baseline; 8 or more is usual"
-    if not training.steps or not recipe.optimizer.lr:
-        yield "nothing is trained: training.steps or optimizer.lr is 0"
+    if not recipe.optimizer.lr:
+        yield "nothing is trained: optimizer.lr is 0"

@@ -82,11 +82,13 @@ def test_a_frozen_generator_is_shared_with_the_kl_term(run_here, tmp_path, monke
     if other:  # it has to be there, and is not read here
         (tmp_path / "other.pt").touch()
         other = [other[0], tmp_path / "other.pt"]
-    monkeypatch.setattr(
-        train_grpo,
-        "build_generator",
-        lambda *a, checkpoint, **k: asked.append(checkpoint) or build(*a, checkpoint=None, **k),
-    )
+
+    def recorded(*arguments, checkpoint, **keywords):
+        asked.append(checkpoint)
+        return build(*arguments, checkpoint=None, **keywords)
+
+    for place in ("grpo.jobs.train_grpo", "grpo.training.build"):
+        monkeypatch.setattr(f"{place}.build_generator", recorded)
     flags = [*DEBUG, *other, "--reward.log_ratio.weight", 1, "--objective.kl", "k3", "--training.steps", 1]
     run_here("train", *flags, "--metrics.run_dir", tmp_path, "--checkpoint.save_final", "false")
     assert len(asked) == built

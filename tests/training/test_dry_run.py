@@ -32,7 +32,7 @@ SEVERAL = {"batch_size": 8, "mixed_precision": "bf16"}
         ({"rollout": {"top_k": 1}}, "rewards have no spread"),
         ({"rollout": {"temperature": 0.01}}, "hardly any spread"),
         ({"rollout": {"num_generations": 2}, "objective": {"advantage_clip": 0.5}}, "noisy baseline"),
-        ({"training": {"steps": 0}}, "nothing is trained"),
+        ({"optimizer": {"lr": 0.0}}, "nothing is trained"),
     ],
 )
 def test_doubts(sections, words):
@@ -56,4 +56,4 @@ def test_nothing_is_started(tmp_path, capsys, monkeypatch):
 
 def test_mistakes_are_told_as_by_the_job(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        dry_run("pretrain", ["--config", "debug", "--tokenizer.checkpoint", str(tmp_path / "vq.pt")])
+        dry_run("train", ["--config", "debug", "--tokenizer.checkpoint", str(tmp_path / "vq.pt")])

@@ -100,7 +100,7 @@ def check_attention_of_a_row_does_not_depend_on_the_batch():
     """Over several splits, again and again: the counters of arrived programs are back at 0."""
     case = cache_case(5, 4, 2, 64, 400, 390)
     whole = attend(*case, "triton")
-    assert kernel_options(4, 2, 64, 400, False, False)["SPLITS"] == 4
+    assert kernel_options(4, 2, 64, 400, False, False)["SPLITS"] > 2
     for part in (slice(0, 2), slice(2, 5)):
         qkv, keys, values, row, rotary, _ = case
         again = attend(qkv[part], keys[part], values[part], row, rotary, None, "triton")
