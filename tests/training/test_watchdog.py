@@ -16,6 +16,14 @@ from grpo.training.stragglers import PATIENCE, Stragglers, own_work
 from grpo.training.watchdog import Watchdog
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_ignored():
+    """A shell without job control starts what runs in its background with SIGINT ignored, which a run then keeps."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_who_stands_still_says_where_and_ends(tmp_path, capfd):
     ends = []
     watchdog = Watchdog(0.3, rank=3, heartbeat=tmp_path / "heartbeat.json", end=ends.append)
