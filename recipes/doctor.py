@@ -148,7 +148,7 @@ def folder(path: Path) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("disk", "broken", f"{there} cannot be written: {error.strerror}; choose metrics.run_dir")
         return
-    advice = "; a checkpoint of GPT-XXL takes 17 GiB" if free < LITTLE_DISK else ""
+    advice = "; a checkpoint of GPT-XXL, weights and moments in fp32, takes about 16 GiB" if free < LITTLE_DISK else ""
     yield Finding("disk", "note" if advice else "ok", f"{free / GIB:.0f} GiB free at {there}{advice}")
 
 

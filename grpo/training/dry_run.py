@@ -16,11 +16,8 @@ from grpo.config import (
 )
 from grpo.estimate import RecipeMemory, recipe_memory
 from grpo.models import Classifier, ClassifierConfig, VQModel, generator_sizes, get_family, tokenizer_sizes
-from grpo.parallel import GIB, World, launched_world, mesh_shape
+from grpo.parallel import GIB, World, compute_dtype, launched_world, mesh_shape
 from grpo.training.banner import opening
-
-ROUNDING = {"bf16": 2e-3, "fp16": 5e-4}
-"""By how much a probability ratio may be off because its forward passes round: half a step of the type, times a few."""
 
 
 def dry_run(job: str, arguments: Sequence[str]) -> None:
@@ -86,7 +83,7 @@ def doubts(recipe: GRPORecipe, world: World) -> Iterator[str]:
     rollout, objective, training = recipe.rollout, recipe.objective, recipe.training
     schedule = recipe.schedule(ranks=world.size)
     group, narrowest = rollout.num_generations, min(objective.clip_low, objective.clip_high)
-    rounding = ROUNDING.get("bf16" if training.mixed_precision == "auto" else training.mixed_precision, 0.0)
+    rounding = torch.finfo(compute_dtype(training.mixed_precision)).eps / 2  # of what the log-probs are made of
     if schedule.on_policy:
         yield (
             "a rollout feeds one optimizer step, so ratios are 1 and objective.clip_range never acts; "
@@ -94,7 +91,7 @@ def doubts(recipe: GRPORecipe, world: World) -> Iterator[str]:
         )
     elif objective.loss != "gspo" and narrowest < rounding:
         yield (
-            f"objective.clip_range = {narrowest:g} is below what half precision rounds ratios by (about {rounding:g}): "
+            f"objective.clip_range = {narrowest:g} is below what the precision rounds by ({rounding:.1g}): "
             "noise decides what is clipped"
         )
     largest = (group - 1) / math.sqrt(group)
