@@ -56,4 +56,13 @@ from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.text_sections import EncodeText, Text
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url
-from grpo.config.user_files import read_bytes, read_text, reading, reason, require_regular, shorten, writing
+from grpo.config.user_files import (
+    read_bytes,
+    read_text,
+    reading,
+    reason,
+    require_regular,
+    shorten,
+    text_lines,
+    writing,
+)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from grpo.config import Data, UserError, read_text, reading
+from grpo.config import Data, UserError, read_text, reading, text_lines
 from grpo.data.captions import Captions, LeftOut, texts_in, texts_of
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import IMAGE_SUFFIXES, ImageFiles, split_folder
@@ -166,7 +166,7 @@ def _beside(root: Path, left_out: LeftOut) -> Iterator[Captioned]:
             found: list[str] = []
             if stem in texts:
                 with reading(f"{path} cannot be read"):
-                    found = texts_in(read_text(path).splitlines(), str(path))
+                    found = texts_in(text_lines(read_text(path)), str(path))
             if found:
                 yield Captioned(file, found)
             else:

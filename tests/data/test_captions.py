@@ -101,6 +101,19 @@ def test_tars(tars, section):
     assert found(build_text_dataset(section(folder, index_cache="none"), WORDS, MODEL), 23)[7] == "c"
 
 
+@pytest.mark.parametrize("name", ["webdataset", "stream"])
+def test_lines_of_captions_are_those_of_a_text_file(tars, pictures, section, name):
+    """Whatever the source, so that the same features are found: with a byte order mark, and other ends of lines."""
+    content = "\ufeffone\u2028caption\x0c of two\r\nanother\rthird\n"
+    wanted = ["one caption of two", "another", "third"]
+    folder = pictures()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(content, encoding="utf-8", newline="")
+    assert open_captions(section(folder)).captions_of.of(3) == wanted
+    dataset = build_text_dataset(section(tars(label=lambda index: ("txt", content)), name=name), WORDS, MODEL)
+    assert set(found(dataset, 23).values()) == set(wanted)
+
+
 def test_a_saved_data_set_and_parquet_files(saved_dataset, parquet, make_images, section):
     columns = {"image": make_images(6), "text": [*TEXTS[:5], " "], "own": [[text, text] for text in TEXTS]}
     folder = saved_dataset(columns, features=datasets.Features(
