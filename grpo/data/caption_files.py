@@ -119,10 +119,10 @@ def _find(root: Path, data: Data) -> tuple[list[Captioned], list[ListedIn]]:
     else:
         found = _beside(root, left_out)
     images = list(found)
-    left_out.tell()
     if not images:
         first = left_out.first and f" ({left_out.first})"
-        raise UserError(f"data.path {root} has no images with captions{first}: {FORMS}")
+        raise UserError(f"data.path {root} has no images with captions: {FORMS}{first}")
+    left_out.tell()
     return images, listed
 
 

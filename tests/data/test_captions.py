@@ -232,11 +232,15 @@ def test_a_caption_of_ten_thousand_words_is_cut(pictures, section):
         ("metadata.jsonl", '{"file_name": "\\ud800.png", "text": "a"}\n', "names no image"),
         ("metadata.jsonl", json.dumps({"file_name": "a" * 5000, "text": "a"}), "names no image"),
         ("metadata.jsonl", "", r"has no images with captions: metadata"),
-        ("metadata.jsonl", '{"file_name": "0.png", "words": "a"}\n', r"no images .*:1 \(0.png\) has no caption"),
+        ("metadata.jsonl", '{"file_name": "0.png", "words": "a"}\n', r"no images with .*:1 \(0.png\) has no caption"),
         ("captions.json", "[1]", "is no table of captions"),
         ("captions.json", '{"images": [{"id": 1}], "annotations": []}', "is not as COCO's: file_name is missing"),
         ("captions.json", '{"images": [{"id": 1, "file_name": [1]}], "annotations": []}', "entry 0 names no image"),
-        ("list.jsonl", '{"image_path": "0.png"}\n' * 101, r"has no caption \(and 100 more such\), more than"),
+        (
+            "list.jsonl",
+            '{"image_path": "0.png"}\n' * 101 + '{"image_path": "0.png", "text": "a"}',
+            r"has no caption \(and 100 more such\), more than",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_folder_is_told(pictures, section, name, content, told):
