@@ -1,4 +1,4 @@
-"""Features of texts without any weights: a fixed random vector for each word at its place, behind its neighbour."""
+"""Features of texts without any weights: a fixed random vector for each word at its place."""
 
 import hashlib
 import re
@@ -12,19 +12,17 @@ from torch import Tensor
 
 from grpo.texts.features import TextEncoder
 
-COINS = 48  # tosses whose sum stands for a normal number, for each of the three parts
-VERSION = 3  # of the vectors; others would be another encoder
+COINS = 32  # tosses whose sum stands for a normal number, for each of the two parts
+VERSION = 2  # of the vectors; others would be another encoder
 
 
 class WordEncoder(TextEncoder):
-    """A word is a vector of C nearly normal numbers, a function of the word, its place in the text, and the word before.
+    """A word at its place in the text is a vector of C nearly normal numbers, a function of both alone.
 
-    It is the sum of three: one of the word, so that what is learned of it holds wherever it stands; one of the word at
-    that place; and one of the pair of the word before it and the word. A LlamaGen model attends evenly to the rows of
-    its condition, which have no positions for it, so what it sees of a text is nearly a mean. The features of a
-    language model carry what belongs together; here the pairs do: without them and the places "a red ring left of a
-    blue square" would be "a blue ring left of a red square". Words are runs of letters and digits, without regard to
-    case.
+    It is the sum of two: one of the word, so that what is learned of it holds wherever it stands, and one of the word
+    at that place. A LlamaGen model attends evenly to the rows of its condition, which have no positions for it, so what
+    it sees of a text is a mean: without the second part "a red dot left of a blue square" would be "a blue square left
+    of a red dot". Words are runs of letters and digits, without regard to case.
 
     The numbers come from a hash, as sums of coin tosses: the same on every machine.
     """
@@ -45,10 +43,7 @@ class WordEncoder(TextEncoder):
     def _vectors(self, text: str) -> Tensor:
         """[L, C]."""
         found = words_of(text)[: self.rows]
-        pairs = zip(found, ["", *found], strict=False)
-        return torch.from_numpy(
-            np.stack([word_vector(word, place, before, self.width) for place, (word, before) in enumerate(pairs)])
-        )
+        return torch.from_numpy(np.stack([word_vector(word, place, self.width) for place, word in enumerate(found)]))
 
 
 def words_of(text: str) -> list[str]:
@@ -57,11 +52,10 @@ def words_of(text: str) -> list[str]:
 
 
 @lru_cache(maxsize=1 << 14)
-def word_vector(word: str, place: int, before: str, width: int) -> np.ndarray:
-    """[C] fp32 of mean 0 and variance 1: (heads - n/2) / sqrt(n/4) of n tosses each, a third of them the word's own."""
-    parts = f"{VERSION} {word}", f"{VERSION} {place} {word}", f"{VERSION} {before}_{word}"
-    heads, tosses = sum(_heads(part, width) for part in parts), len(parts) * COINS
-    vector = (heads.astype(np.float32) - tosses / 2) / np.float32((tosses / 4) ** 0.5)
+def word_vector(word: str, place: int, width: int) -> np.ndarray:
+    """[C] fp32 of mean 0 and variance 1: (heads - n/2) / sqrt(n/4) of n tosses each, half of them the word's own."""
+    heads = sum(_heads(text, width) for text in (f"{VERSION} {word}", f"{VERSION} {place} {word}"))
+    vector = (heads.astype(np.float32) - COINS) / np.float32((COINS / 2) ** 0.5)
     vector.flags.writeable = False
     return vector
 
