@@ -1,7 +1,7 @@
 """RunObserver: the one place where a run reports what it does."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -32,6 +32,7 @@ class RunObserver:
         main: whether this rank writes.
         start_step: the step that the run continues from; lines of metrics.jsonl after it are dropped. 0 is a new run:
             what an older one has left is moved into `previous/`.
+        where: says how far a step is, for a terminal, which shows it while steps are long.
 
     Raises:
         UserError: the folder cannot be written, or a tracker is asked for and not installed (on every rank).
@@ -47,6 +48,7 @@ class RunObserver:
         title: str,
         main: bool,
         start_step: int = 0,
+        where: Callable[[], str] = str,
     ) -> None:
         self.run_dir, self.main = Path(run_dir), main
         self._settings, self._title, self._total_steps = metrics, title, total_steps
@@ -65,7 +67,7 @@ class RunObserver:
             problem = f"cannot write to the run's folder {self.run_dir}: {error.strerror}; set metrics.run_dir"
             raise UserError(problem) from error
         self._trackers = build_trackers(self.run_dir, metrics, recipe_text=recipe_text, start_step=start_step)
-        self._display = ProgressDisplay(title, total_steps, start=start_step)
+        self._display = ProgressDisplay(title, total_steps, start=start_step, where=where)
         self._note(f"{title}: from step {start_step} to {total_steps}")
         if aside is not None:
             self.message(f"the results of an earlier run in {self.run_dir} are now in {aside}")

@@ -166,7 +166,8 @@ class _Signals:
         """The exit code of a command; 128 + number where a signal ended it, as a shell has it."""
         if self.received is not None:
             return 0
-        self._child = subprocess.Popen(command)
+        # In a group of its own: else Ctrl-C would reach it from the terminal too, and torchrun takes two for a kill.
+        self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         if self.received is not None:  # it came while the process was being made
             self._child.send_signal(self.received)
         code = self._child.wait()

@@ -1,28 +1,43 @@
 """`grpo sweep`: the command from beginning to end, and what it refuses."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from grpo.config import UserError
-from grpo.jobs import sweep
+from grpo.jobs import compare, sweep
 
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
+COMMANDS = "".join(re.findall(r"^```\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)).splitlines()
 FLAGS = ("train", "--config", "debug", "--training.seed", "0,1", "--metrics.run_dir", "s")
 
 
-def test_a_sweep_leaves_its_runs_and_a_page_that_compares_them(tmp_path, monkeypatch, capfd):
+def test_the_commands_of_the_page(tmp_path, monkeypatch, capfd):
+    """One after the other; what would be written by the shell's `>` is read."""
     monkeypatch.chdir(tmp_path)
-    command = [*FLAGS, "--training.steps", "2"]
-    sweep.main(command)
-    told = capfd.readouterr().out
-    assert "[2/2] seed=1" in told
-    assert "training.seed" in told
-    assert "once more: grpo compare s/seed=0 s/seed=1 --html s/compare.html" in told
-    assert "seed=1" in (tmp_path / "s" / "compare.html").read_text()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    commands = [shlex.split(line.partition(" > ")[0]) for line in COMMANDS if line.startswith("grpo ")]
+    told = []
+    for _, job, *words in commands:
+        {"sweep": sweep, "compare": compare}[job].main(words)
+        told.append(capfd.readouterr().out)
+    first, page, several, lists, script = told
+    assert "[2/2] seed=1" in first
+    assert f"once more: {shlex.join(commands[1])}" in first
+    assert "written to runs/debug-sweep/compare.html" in page
+    assert "seed=1" in Path("runs/debug-sweep/compare.html").read_text()
     for seed in (0, 1):
-        lines = (tmp_path / "s" / f"seed={seed}" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2]
-    sweep.main(command)
+        lines = Path(f"runs/debug-sweep/seed={seed}/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    ends = [line.rpartition("/")[2] for line in several.splitlines()]
+    assert (len(ends), ends[0], ends[-1]) == (6, "lr=1e-05,seed=0", "lr=3e-05,seed=2")
+    assert [line.rpartition("/")[2] for line in lists.splitlines()] == ["targets=wqkv", "targets=wqkv+wo"]
+    assert "#SBATCH --array=0-0\n" in script, "two of the three runs are finished"
+    sweep.main(commands[0][2:])
     assert capfd.readouterr().out.count("finished before") == 2
 
 
