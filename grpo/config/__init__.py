@@ -2,6 +2,7 @@
 
 from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
 from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra, printable
+from grpo.config.grid import variants, with_keys
 from grpo.config.help import help_text
 from grpo.config.job_sections import (
     Classifier,
