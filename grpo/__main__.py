@@ -31,6 +31,8 @@ JOBS = {
     "evaluate": "evaluate",
     "compare": "compare",
     "convert": "convert",
+    "share": "share",
+    "demo": "demo",
     "quickstart": "quickstart",
     "memory": "memory",
     "doctor": "doctor",
