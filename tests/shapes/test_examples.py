@@ -91,6 +91,17 @@ def test_training_shows_nothing_that_is_held_out():
         assert not is_unseen(item.request)
 
 
+def test_pictures_of_training_show_held_out_pairs_of_counted_crosses_alone():
+    examples = [example("train", index) for index in range(3000)]
+    drawn = scenes(examples)
+    rows, first, second = (drawn.relations() % 2 == 0).nonzero().unbind(1)
+    axes = drawn.relations()[rows, first, second] // 2
+    pairs = zip(drawn.shapes[rows, first].tolist(), axes.tolist(), drawn.shapes[rows, second].tolist(), strict=True)
+    shown = [(examples[row], pair) for row, pair in zip(rows.tolist(), pairs, strict=True) if pair in held_out_pairs()]
+    assert {pair for _, pair in shown} == {(SHAPES.index("cross"), 0, SHAPES.index("cross"))}
+    assert all(category(item.request) == "counting" and len(item.things) > 2 for item, _ in shown)
+
+
 def test_validation_and_test_take_turns_and_share_no_scene_with_training():
     def meanings(split):
         requests = [example(split, index).request for index in range(2800)]
