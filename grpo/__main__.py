@@ -29,6 +29,7 @@ JOBS = {
     "encode-text": "encode_text",
     "generate": "generate",
     "evaluate": "evaluate",
+    "sweep": "sweep",
     "compare": "compare",
     "convert": "convert",
     "share": "share",

@@ -40,6 +40,7 @@ EXTRAS = {
     "evaluation": "Inception features of torch-fidelity",
     "demo": "the page of grpo demo",
     "s3": 'checkpoint.dir = "s3://..."',
+    "tensorboard": "metrics.tensorboard",
     "benchmarks": "plots of benchmarks/",
 }
 COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}

@@ -2,6 +2,7 @@
 
 from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
 from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra, printable
+from grpo.config.grid import variants, with_keys
 from grpo.config.help import help_text
 from grpo.config.job_sections import (
     Classifier,
@@ -57,4 +58,13 @@ from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.text_sections import EncodeText, Text
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url
-from grpo.config.user_files import read_bytes, read_text, reading, reason, require_regular, shorten, writing
+from grpo.config.user_files import (
+    read_bytes,
+    read_text,
+    reading,
+    reason,
+    require_regular,
+    shorten,
+    text_lines,
+    writing,
+)
