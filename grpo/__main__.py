@@ -32,6 +32,8 @@ JOBS = {
     "sweep": "sweep",
     "compare": "compare",
     "convert": "convert",
+    "share": "share",
+    "demo": "demo",
     "quickstart": "quickstart",
     "memory": "memory",
     "doctor": "doctor",

@@ -22,7 +22,7 @@ TIERS = [
     {"texts", "shapes"},
     {"rewards", "data"},
     {"rollout", "objectives", "checkpoint", "observe", "evaluation"},
-    {"estimate"},
+    {"estimate", "sharing"},
     {"training"},
     {"jobs"},
 ]

@@ -19,8 +19,9 @@ from grpo.config.types import Section, Wanted, Written, is_url, same_file
 
 ORDER = (
     "convert", "model", "lora", "text", "tokenizer", "tokenizer_loss", "adversary", "classifier", "reader", "sampling",
-    "output", "data", "encode", "encode_text", "evaluation", "rollout", "reward", "objective", "distill", "finetune",
-    "optimizer", "training", "parallel", "compile", "activation_checkpoint", "checkpoint", "metrics", "judge", "debug",
+    "output", "share", "demo", "data", "encode", "encode_text", "evaluation", "rollout", "reward", "objective",
+    "distill", "finetune", "optimizer", "training", "parallel", "compile", "activation_checkpoint", "checkpoint",
+    "metrics", "judge", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
