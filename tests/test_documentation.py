@@ -27,6 +27,7 @@ OWN_TESTS = {
     "text.md": "recipes/test_text_page.py",
     "extending.md": "test_extending.py",
     "own_reward.md": "test_wheel.py",
+    "sweeps.md": "recipes/test_sweep.py",
 }
 """Page -> the test that runs its commands."""
 AFTER_QUICKSTART = "# after the quickstart"
