@@ -4,8 +4,9 @@ PYTHONPATH=. python benchmarks/text_seeds.py --folder FOLDER [--seeds 0,1,2] [--
     [--vary "NAME PHASE.SECTION.KEY=VALUE ..."]...
 
 Every seed has a tokenizer, a reader, a generator, guidance-free training of it, and evaluations of the base as it is
-and with tuned guidance and of what guidance-free training made of it; then GRPO and its evaluation, once with the recipe as it is (`default`) and once for each --vary, such as
---vary "faster grpo.optimizer.lr=4e-4". A variant that changes another phase has bases of its own.
+and with tuned guidance and of what guidance-free training made of it; then GRPO and its evaluation, once with the
+recipe as it is (`default`) and once for each --vary, such as --vary "faster grpo.optimizer.lr=4e-4". A variant that
+changes another phase has bases of its own.
 
 What is finished is kept in FOLDER: started again, the benchmark does what is missing. FOLDER/text_seeds.json is
 written whenever a row is there: all rows, and means over seeds with the differences between rows of one seed. After
