@@ -33,6 +33,7 @@ test-faults: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
