@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -47,7 +47,8 @@ class Recipe(BaseModel):
     @classmethod
     def sections(cls) -> dict[str, type[Section]]:
         """Name and class of every section, in the order of the file."""
-        return {name: cls.model_fields[name].annotation for name in sorted(cls.model_fields, key=ORDER.index)}
+        names = sorted(cls.model_fields, key=ORDER.index)
+        return {name: cast(type[Section], cls.model_fields[name].annotation) for name in names}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -71,8 +72,10 @@ class Recipe(BaseModel):
         """
         named = list(self._named_paths())
         inputs = [*others.items(), *((key, path) for key, path, kind in named if isinstance(kind, Wanted))]
+        outputs: list[tuple[str, str | Path, bool]]
         outputs = [(key, path, kind.folder) for key, path, kind in named if isinstance(kind, Written)]
-        for key, path, is_folder in [*outputs, *((key, path, False) for key, path in self.written_files())]:
+        outputs += [(key, path, False) for key, path in self.written_files()]
+        for key, path, is_folder in outputs:
             for read_key, read_path in inputs:
                 if same_file(path, read_path) and os.path.isdir(path) == is_folder:
                     yield f"{key}: {path} would be written over what {read_key} names; give another path"
@@ -240,7 +243,7 @@ def _changed_keys(before: Recipe, after: Recipe) -> dict[str, str]:
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Value of every `section.key` and `reward.NAME.key`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
