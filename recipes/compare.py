@@ -121,7 +121,7 @@ def print_table(table: Table) -> None:
     for column in table.columns:
         grid.add_column(column, justify="right", overflow="fold")
     for label, cells in table.rows:
-        grid.add_row(label, *cells)
+        grid.add_row(label, *map(str, cells))
     Console().print(grid if table.rows else f"{table.title}: nothing. {table.note}", markup=False)
 
 

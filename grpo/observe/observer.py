@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from grpo.observe.console import ProgressDisplay
 from grpo.observe.files import MetricsFile, metric_lines, write_atomically
 from grpo.observe.grids import SampleRow, sample_grid, sample_grids
 from grpo.observe.history import History
-from grpo.observe.report import write_report
+from grpo.observe.report import write_run_report
 
 # What a run writes into its folder besides checkpoints, which guard themselves.
 RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "model.safetensors",
@@ -34,6 +34,7 @@ class RunObserver:
         main: whether this rank writes.
         start_step: the step that the run continues from; lines of metrics.jsonl after it are dropped. 0 is a new run:
             what an older one has left is moved into `previous/`.
+        about: lines that say what runs, for the console, the log and the report.
 
     Raises:
         UserError: the folder cannot be written, or Weights & Biases is asked for and not installed (on every rank).
@@ -49,10 +50,15 @@ class RunObserver:
         title: str,
         main: bool,
         start_step: int = 0,
+        about: Iterable[str] = (),
     ) -> None:
         self.run_dir, self.main = Path(run_dir), main
         self._settings, self._title, self._total_steps = metrics, title, total_steps
-        self._step = start_step
+        self._step, self._recipe, self._about = (
+            start_step,
+            recipe_text,
+            [printable(line) for line in about] if main else [],
+        )
         if metrics.wandb and find_spec("wandb") is None:
             raise UserError(
                 "metrics.wandb is true but the package wandb is not installed: pip install wandb, or set it to false"
@@ -72,6 +78,8 @@ class RunObserver:
         self._wandb = _wandb_run(self.run_dir, metrics, recipe_text=recipe_text) if metrics.wandb else None
         self._display = ProgressDisplay(title, total_steps, start=start_step)
         self._note(f"{title}: from step {start_step} to {total_steps}")
+        for line in self._about:
+            self.message(line)
         if aside is not None:
             self.message(f"the results of an earlier run in {self.run_dir} are now in {aside}")
 
@@ -128,9 +136,14 @@ class RunObserver:
             self._wandb.finish()
 
     def _report(self, summary: str) -> None:
-        evolution = self.run_dir / "samples" / "evolution.png"
-        images = [("The same seeds as training goes on", evolution)] if evolution.exists() else []
-        write_report(self.run_dir, title=self._title, summary=summary, images=images, curves=[("", self._history)])
+        write_run_report(
+            self.run_dir,
+            title=f"{self._title}: {self.run_dir.resolve().name}",
+            summary=summary,
+            about=self._about,
+            history=self._history,
+            recipe=self._recipe,
+        )
 
     def _prune_grids(self) -> None:
         """Of more grids than `keep_grids` those go whose neighbours are closest, never the first or the newest.
