@@ -43,8 +43,8 @@ TABLES = {
         "seen": "seen/all", "unseen": "unseen/all", "by fit": "fit/all", "FID": "fid", "recall": "recall",
         "entropy": "entropy",
     },
-    "seen combinations, by attribute": {f"seen {name}": f"seen/{name}" for name in ATTRIBUTES},
-    "unseen combinations, by attribute": {f"unseen {name}": f"unseen/{name}" for name in ATTRIBUTES if name != "place"},
+    "Seen combinations, by attribute": {f"seen {name}": f"seen/{name}" for name in ATTRIBUTES},
+    "Unseen combinations, by attribute": {f"unseen {name}": f"unseen/{name}" for name in ATTRIBUTES if name != "place"},
 }  # fmt: skip
 """Tables at the end: their titles, and headings of columns with the metrics in them."""
 

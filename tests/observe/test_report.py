@@ -248,3 +248,11 @@ def test_a_browser_draws_what_is_odd(tmp_path):
     assert title == HOSTILE
     assert len(lines) == 1 + 5
     assert not re.search("NaN|Infinity", " ".join(lines))
+
+
+@needs_browser
+def test_a_browser_runs_no_script_but_the_pages_own(run_dir):
+    path = run_report(run_dir)
+    path.write_text(path.read_text().replace("<h1>", "<script>document.title = 'other'</script><h1>"))
+    with pytest.raises(AssertionError, match="Content Security Policy"):
+        look(path, width=390)
