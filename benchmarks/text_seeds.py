@@ -3,9 +3,9 @@
 PYTHONPATH=. python benchmarks/text_seeds.py --folder FOLDER [--seeds 0,1,2] [--workers N] [--seconds N] [--small]
     [--vary "NAME PHASE.SECTION.KEY=VALUE ..."]...
 
-Every seed has a tokenizer, a reader, a generator, and evaluations of the base as it is and with tuned guidance; then
-GRPO and its evaluation, once with the recipe as it is (`default`) and once for each --vary, such as
---vary "faster grpo.optimizer.lr=4e-4". A variant that changes `pretrain` or `tokenizer` has bases of its own.
+Every seed has a tokenizer, a reader, a generator, guidance-free training of it, and evaluations of the base as it is
+and with tuned guidance and of what guidance-free training made of it; then GRPO and its evaluation, once with the recipe as it is (`default`) and once for each --vary, such as
+--vary "faster grpo.optimizer.lr=4e-4". A variant that changes another phase has bases of its own.
 
 What is finished is kept in FOLDER: started again, the benchmark does what is missing. FOLDER/text_seeds.json is
 written whenever a row is there: all rows, and means over seeds with the differences between rows of one seed. After
@@ -35,6 +35,7 @@ SMALL = {
     "tokenizer": {"training.steps": 60, "training.batch_size": 8, "tokenizer_loss.unquantised_steps": 2},
     "reader": {"training.steps": 10, "training.batch_size": 8},
     "pretrain": {"training.steps": 10, "training.batch_size": 8},
+    "gft": {"training.steps": 10, "training.batch_size": 8},
     "grpo": {"training.steps": 2, "rollout.batch_size": 2, "rollout.num_generations": 4, "training.batch_size": 8},
     "evaluate": {"evaluation.num_images": 56, "evaluation.num_reference_images": 56},
 }
@@ -115,7 +116,7 @@ def do_part(variant: Variant, seed: int, options: argparse.Namespace) -> None:
     phases = [one for one in plan if one.folder.name not in ("grpo", "evaluate_grpo")]
     if not options.base_only:
         improved, inputs = f"grpo_{variant.name}", {"tokenizer.checkpoint": "tokenizer"}
-        start, seeds = {**inputs, "model.checkpoint": "pretrain"}, {"training.seed": seed}
+        start, seeds = {**inputs, "model.checkpoint": "gft"}, {"training.seed": seed}
         after = {**inputs, "model.checkpoint": improved, "evaluation.reader_checkpoint": "reader"}
         phases += [
             make(improved, "GRPO", GRPORecipe, story.train_policy, inputs=start, settings=seeds, config="grpo"),
@@ -203,7 +204,8 @@ class Scheduler:
 def rows(folder: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Every finished row: variant, seed, name, and what its evaluation found."""
     for variant in variants:
-        names = {"base": "evaluate_base", "guided": "evaluate_guided", "grpo": f"evaluate_grpo_{variant.name}"}
+        names = {name: f"evaluate_{name}" for name in ("base", "guided", "gft")}
+        names["grpo"] = f"evaluate_grpo_{variant.name}"
         for seed in seeds:
             for name, phase in names.items():
                 path = run_dir(folder, variant, seed) / phase / "result.json"
@@ -220,10 +222,10 @@ def summary(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[
         for metric in metrics:
             values = {
                 name: [row[metric] for (kind, _), row in table.items() if kind == name]
-                for name in ("base", "guided", "grpo")
+                for name in ("base", "guided", "gft", "grpo")
             }
             entry[metric] = {name: statistics.mean(numbers) for name, numbers in values.items() if numbers}
-            for rival in ("base", "guided"):
+            for rival in ("base", "guided", "gft"):
                 pairs = [
                     table["grpo", seed][metric] - table[rival, seed][metric]
                     for seed in sorted({seed for _, seed in table})

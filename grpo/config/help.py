@@ -65,7 +65,7 @@ def markdown() -> str:
         names = " ".join(f"`[{name}]`" for name in recipe_class.sections())
         lines.append(f"| `grpo {job}` | {recipe_class.__doc__} | {names} |")
         sections |= recipe_class.sections()
-    others = "`grpo quickstart`, `grpo memory` and `grpo compare`"
+    others = "`grpo quickstart`, `grpo sweep`, `grpo compare`, `grpo memory` and `grpo doctor`"
     lines += ["", f"{others} have no recipe of their own; `--help` tells their flags."]
     for title, meaning, keys in _parts(sections, REWARD_KINDS):
         lines += ["", f"##{'#' * title.count('.')} [{title}]", "", meaning, *_table(keys)]

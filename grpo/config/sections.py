@@ -33,6 +33,7 @@ from grpo.config.types import (
     Section,
     Seed,
     Size,
+    Tags,
     Wanted,
     Written,
 )
@@ -323,7 +324,7 @@ class Metrics(FreeSection):
     run_dir: Annotated[str | None, Written(folder=True)] = None
     """The run's folder; None is runs/<name of the recipe file>."""
     interval: PositiveInt = 10
-    """Steps between lines of the log and of Weights & Biases; metrics.jsonl has every step."""
+    """Steps between lines of the log, of Weights & Biases and of TensorBoard; metrics.jsonl has every step."""
     image_interval: NonNegativeInt = 100
     """Steps between image grids; 0 draws none."""
     keep_grids: NonNegativeInt = 200
@@ -338,6 +339,12 @@ class Metrics(FreeSection):
     """Its team or user."""
     wandb_run_name: str | None = None
     """Its run name; None is the name of the run's folder."""
+    wandb_group: str | None = None
+    """Its group, under which runs are gathered; `grpo sweep` gives its runs one."""
+    wandb_tags: Tags | None = None
+    """Its tags, by which runs are found."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run's folder."""
 
 
 class Debug(FreeSection):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from grpo.config import UserError, read_text, reading
+from grpo.config import UserError, read_text, reading, text_lines
 
 DPG_LINE = re.compile(r"\s*(?P<name>.+?):\s*(?P<score>[-+.\deE]+|nan)\s*")
 DPG_TOTAL = "DPG-Bench score"
@@ -40,7 +40,7 @@ def _geneval(text: str, path: Path) -> dict[str, float]:
     tasks: dict[str, list[float]] = {}
     prompts: dict[str, bool] = {}
     with reading(f"evaluation.scores {path} is not GenEval's results"):
-        for line in filter(str.strip, text.splitlines()):
+        for line in filter(str.strip, text_lines(text)):
             entry = json.loads(line)
             correct = entry["correct"]
             if type(correct) is not bool:
@@ -64,7 +64,7 @@ def _dpg(text: str, path: Path) -> dict[str, float]:
     """Lines of the summary behind the lines of the images; the words before a colon name a category."""
     summary = text[text.rindex("Model:") :] if "Model:" in text else text
     found = {}
-    for line in summary.splitlines():
+    for line in text_lines(summary):
         if match := DPG_LINE.fullmatch(line):
             with reading(f"evaluation.scores {path} is not DPG-Bench's results"):
                 found[match["name"].strip()] = float(match["score"])

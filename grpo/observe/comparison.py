@@ -82,7 +82,7 @@ def numbers_table(
     A metric may have words before its name, such as "last fid", which stay.
     """
     groups = seed_groups(runs)
-    names = [f"mean of {', '.join(runs[number].name for number in group)}" for group in groups]
+    names = [f"mean of {_together([runs[number].name for number in group])}" for group in groups]
     rows = []
     for label, row in values.items():
         words, _, name = label.rpartition(" ")
@@ -90,6 +90,13 @@ def numbers_table(
         cells += [Cell(mean_and_interval([row[number] for number in group])) for group in groups]
         rows.append((label if words else metric(name).title, cells))
     return Table(title, [run.name for run in runs] + names, rows, note)
+
+
+def _together(names: Sequence[str]) -> str:
+    """A name for several runs: what the names that a sweep has given them have in common, or all of them."""
+    parts = [name.split(",") for name in names]
+    common = [part for part in parts[0] if "=" in part and all(part in other for other in parts)]
+    return f"{len(names)}, {','.join(common)}" if common else ", ".join(names)
 
 
 def end_table(runs: Sequence[Run]) -> Table:

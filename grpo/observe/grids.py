@@ -17,8 +17,8 @@ CAPTION_WIDTH = 160  # pixels of an image with its text below, at least
 CAPTION_LINES = 4
 LONGEST_CAPTION = 400  # characters of a text that are looked at
 GAP = 2  # between images without words
-# Grids have no ground of their own: their words are to be read on white and on black.
-TRANSPARENT, FOREGROUND, BEST, WORST = "#80808000", "#767676", "#16a34a", "#dc2626"
+# Grids have no ground of their own: their words are to be read on white and on black. Without transparency it is white.
+TRANSPARENT, FOREGROUND, BEST, WORST = "#ffffff00", "#767676", "#16a34a", "#dc2626"
 
 
 class SampleRow(NamedTuple):

@@ -36,7 +36,7 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
     if not isinstance(recipe, TrainingRecipe):
         print(f"the recipe of grpo {job} is valid, and its files are there")
         return
-    lines = [*opening(recipe, _on_meta(recipe), world, title=f"dry run of grpo {job}")]
+    lines = [*opening(recipe, on_meta(recipe), world, title=f"dry run of grpo {job}")]
     if type(recipe) in (GRPORecipe, PretrainRecipe):
         mesh = mesh_shape(recipe.parallel, size=world.size, local_size=world.local_size)
         lines += _memory_lines(recipe_memory(recipe, mesh=mesh, memory=80 * GIB))
@@ -46,7 +46,8 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
         print("\n".join([*lines, "the recipe is valid and its files are there; nothing was started"]))
 
 
-def _on_meta(recipe: TrainingRecipe) -> torch.nn.Module:
+def on_meta(recipe: TrainingRecipe) -> torch.nn.Module:
+    """The model that a recipe trains, without memory. Raises a UserError: its sizes do not fit together."""
     with torch.device("meta"):
         if isinstance(recipe, GeneratorRecipe):
             sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)

@@ -68,6 +68,12 @@ def test_genevals_results_have_its_own_summary(tmp_path):
     )  # fmt: skip
 
 
+def test_a_line_of_results_ends_where_json_says(tmp_path):
+    line = {"tag": "a", "metadata": "one\u2028prompt\x85", "correct": True}
+    (tmp_path / "r.jsonl").write_text(f"{json.dumps(line, ensure_ascii=False)}\r\n", encoding="utf-8", newline="")
+    assert read_scores(tmp_path / "r.jsonl")[1]["prompts"] == 1
+
+
 DPG = """/images/1.png, 0.5, 0.75, 1.0, 0.75, 0.75
 Model: images
 L1 category scores:
