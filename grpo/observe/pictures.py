@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,9 @@ from PIL import Image
 from grpo.data import read_image
 from grpo.observe.grids import GAP
 
-LARGE_BYTES = 200_000  # a picture of more is packed with some loss; WIDEST pixels are enough for a page
-WIDEST = 1600
+LARGE_BYTES = 200_000  # a picture of more is packed with some loss
+FEW_PIXELS = 64 * 64  # of which none is to be lost
+WIDEST = 1600  # pixels of a picture that is packed
 SMALL_SIDE = 48  # images of fewer pixels are shown enlarged, pixel by pixel
 
 
@@ -73,23 +75,22 @@ def is_small(path: Path) -> bool:
 
 def data_url(path: Path) -> str:
     """A PNG as it is, or packed with some loss if it is large."""
+    return _data_url(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # a run writes its page again and again, and packing takes a moment
+def _data_url(path: Path, changed: int) -> str:
     content = path.read_bytes()
     return _packed(read_image(path)) if len(content) > LARGE_BYTES else _url(content, "png")
 
 
 def _packed(image: Image.Image) -> str:
-    """An image as PNG, or as WebP where that would be large."""
-    content = _encoded(image, format="PNG", optimize=True)
-    if len(content) <= LARGE_BYTES:
-        return _url(content, "png")
-    image.thumbnail((WIDEST, 4 * WIDEST))
-    return _url(_encoded(image, format="WEBP", quality=85), "webp")
-
-
-def _encoded(image: Image.Image, **how: object) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, **how)
-    return buffer.getvalue()
+    """An image as PNG if it has few pixels, else as WebP, at most as wide as a page."""
+    buffer, kind = BytesIO(), "png" if image.width * image.height <= FEW_PIXELS else "webp"
+    if kind == "webp":
+        image.thumbnail((WIDEST, 4 * WIDEST))
+    image.save(buffer, format=kind, **({"quality": 85, "method": 2} if kind == "webp" else {}))
+    return _url(buffer.getvalue(), kind)
 
 
 def _url(content: bytes, kind: str) -> str:
