@@ -52,9 +52,9 @@ TABLES = {
 
 NOTES = [
     "seen: share of samples in which all is right that the prompt says, of prompts with combinations that the training "
-    "has shown; then the share by attribute. unseen: the same of prompts that ask for a shape at a place, a number of a "
-    "shape, two colours, or two shapes in a relation that no training image shows. Prompts are those of the split "
-    "{split!r}.",
+    "has shown; then the share by attribute. unseen: the same of prompts that ask for a shape at a place, a number "
+    "of a shape, two colours, or two shapes in a relation that no training image shows. Prompts are those of the "
+    "split {split!r}.",
     "All this is seen by a network that was trained on other drawings. by fit: share of all samples that are right "
     "by what rewarded, which fits the renderer to the sample; no network takes part.",
     "FID and recall: in the judging network's features, against drawings of the same prompts; compare them within this "

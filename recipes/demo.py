@@ -29,7 +29,8 @@ SMALLEST_SIDE = 192  # pixels of an image on the page, at least; smaller ones ar
 FONTS = ["system-ui", "sans-serif"]  # the reader's own: the page fetches none
 STYLE = """
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
-.gallery-item img, .grid-wrap img {image-rendering: pixelated}
+.grid-wrap img {image-rendering: pixelated}
+@media (max-width: 640px) {.grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}}
 """
 
 
@@ -94,7 +95,7 @@ def page(gradio: ModuleType, generator: ImageGenerator, *, title: str) -> Any:
                 button = gradio.Button("Draw", variant="primary")
             with gradio.Column(scale=2, min_width=320):
                 images = gradio.Gallery(
-                    label="Images", columns=4, height="auto", object_fit="contain", format="png", fit_columns=False
+                    show_label=False, columns=4, height="auto", object_fit="contain", format="png", fit_columns=False
                 )
 
         def draw(words: Any, count: int, seed: int, guidance: float, temperature: float, k: int, p: float) -> Any:

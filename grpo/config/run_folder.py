@@ -31,7 +31,7 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
     """Arguments of a job that draws, with a run's folder as their first word turned into flags.
 
     The flags name the run's weights, tokenizer and judge and have its model, text, data and image size. Images are
-    drawn as the rollouts were, where they were free samples, into a grid in the folder unless `output` says otherwise.
+    drawn as the rollouts were, where they were free samples, into a grid in the folder unless `output` says where else.
     What the arguments set themselves wins. A folder that `grpo share` wrote may stand in place of a run's.
 
     Raises:
@@ -41,7 +41,7 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     folder, own = Path(arguments[0]), list(arguments[1:])
     given = {word.partition("=")[0] for word in own if word.startswith("--")}
-    given |= {"--output.grid"} if any(word.startswith("--output.") for word in given) else set()
+    given |= {"--output.grid"} if given & {"--output.folder", "--output.npz"} else set()
     sections = recipe_class.sections()
     settings = _shared_settings(folder) if (folder / SHARED_RECIPE).is_file() else _settings(folder)
     settings["output"] = {"grid": folder / "grid.png"}

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from grpo.config import UserError
+from grpo.config import UserError, shorten
 from grpo.shapes.world import COLORS, NO, NUMBERS, PLACES, RELATIONS, SHAPES, SIZES, Request, Thing
 
 CATEGORIES = (
@@ -60,7 +60,7 @@ def parse(text: str) -> Request:
         request = None
     if request is None or not any(caption(request, wording=way).split() == words for way in range(wordings(request))):
         known = f"{', '.join(SHAPES)}; {', '.join(COLORS)}; {', '.join(SIZES)}"
-        raise UserError(f'caption "{text}" is not of the world of shapes: say it like "{EXAMPLE}" ({known})')
+        raise UserError(f'caption "{shorten(text)}" is not of the world of shapes: say it like "{EXAMPLE}" ({known})')
     return request
 
 

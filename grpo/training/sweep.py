@@ -12,6 +12,7 @@ from pathlib import Path
 from grpo.config import (
     RECIPES,
     Checkpoint,
+    GRPORecipe,
     TrainingRecipe,
     UserError,
     changes_that_matter,
@@ -90,6 +91,8 @@ def plan(job: str, arguments: Sequence[str], *, ranks: int | None) -> tuple[Path
         try:
             recipe = load_recipe(recipe_class, command, needs_files=True, ranks=ranks)
             on_meta(recipe)
+            if isinstance(recipe, GRPORecipe):
+                recipe.schedule(ranks=ranks or 1)
             runs.append(SweepRun(variant.name, recipe, [job, *command], ranks))
         except UserError as error:
             for line in error.problems:

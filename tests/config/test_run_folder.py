@@ -50,6 +50,8 @@ def test_what_the_arguments_set_wins(tmp_path: Path) -> None:
     given = ["--sampling.cfg_scale=2", "--output.npz", "x.npz", "--model.checkpoint", "other.pt"]
     recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, [str(folder), *given]))
     assert (recipe.sampling.cfg_scale, recipe.output.grid, recipe.model.checkpoint) == (2, None, "other.pt")
+    recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, [str(folder), "--output.num_images", "3"]))
+    assert (recipe.output.num_images, recipe.output.grid) == (3, str(folder / "grid.png"))
 
 
 def test_an_evaluation_takes_data_and_judge_too(tmp_path: Path) -> None:

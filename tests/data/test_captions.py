@@ -293,6 +293,17 @@ def test_llamagens_features(llamagens, section):
     assert sorted(listed.captions_of.distinct()) == TEXTS[4:]
 
 
+def test_features_of_another_encoder_are_told_by_the_first_of_a_list(llamagens, section):
+    folder, text = llamagens
+    before = build_text_dataset(section(folder), text, MODEL).requests.identity
+    assert build_text_dataset(section(folder), text, MODEL).requests.identity == before
+    np.save(folder.parent / "short" / "part1" / "0.npy", np.zeros((1, 3, 16), dtype=np.float32))
+    after = build_text_dataset(section(folder), text, MODEL).requests.identity
+    assert {key for key in before if before[key] != after[key]} == {"features"}
+    (folder.parent / "long" / "part0" / "0.npy").unlink()  # is told when it is asked for
+    assert build_text_dataset(section(folder), text, MODEL).requests.identity.keys() == after.keys()
+
+
 def pipe(file):
     file.unlink()
     os.mkfifo(file)

@@ -56,6 +56,8 @@ def test_numbers_at_the_end_with_the_interval_of_seeds(runs):
     assert [*map(str, cells[:3])] == ["38.5", "39.5 (+1.0)", "77.0 (+38.5)"]  # of steps 37 to 40
     assert [(cell.improved, cell.best) for cell in cells[:3]] == [(None, False), (True, False), (True, True)]
     assert cells[3].text == "39.0 ± 6.4"  # 12.706 * sqrt(.5) / sqrt(2)
+    swept = [run._replace(name=f"lr=0.001,seed={seed}") for seed, run in enumerate(runs[:2])]
+    assert end_table(swept).columns[2] == "mean of 2, lr=0.001"
 
 
 def test_interval_by_hand():

@@ -1,6 +1,7 @@
 """`grpo share`: from a run to a folder that draws the same, and says what it is without saying where it was made."""
 
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub.hub_mixin
@@ -15,6 +16,7 @@ from grpo.sharing import ImageGenerator, without_places
 from tests.sharing.tiny import run_folder
 from tests.texts.tiny_t5 import WIDTH
 
+ROOT = Path(__file__).parents[2]
 RESULT = {
     "metrics": {"classifier": {"fid": 1.25, "accuracy": None}},
     "images": {"count": 5000, "source": {"path": "/home/me/x.pt"}},
@@ -53,6 +55,17 @@ def test_a_folder_draws_as_its_run(run: Path, tmp_path: Path, capsys: pytest.Cap
     )
     with pytest.raises(UserError, match="is not empty"):
         share.main([str(run), "--share.output", str(out)])
+
+
+def test_the_page_about_it(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first command and the Python of docs/sharing.md."""
+    page = (ROOT / "docs" / "sharing.md").read_text()
+    command = re.search(r"```\n(grpo share runs/mine .*)\n```", page)[1]
+    monkeypatch.chdir(tmp_path)
+    share.main(command.split()[2:])
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    assert len(names["images"]) == 4
 
 
 def test_the_card(run: Path, tmp_path: Path) -> None:

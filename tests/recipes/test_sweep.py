@@ -58,10 +58,10 @@ def test_commands_are_printed_and_nothing_is_started(tmp_path, monkeypatch, caps
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["grpo", "tokenizer"]] * 2
     assert lines[1].endswith("--optimizer.lr 3e-5 --metrics.run_dir runs/quickstart/tokenizer-sweep/lr=3e-05")
-    sweep.main(["train", "--config", "debug", "--training.seed", "0,1,2", "--nproc", "8", "--slurm"])
+    sweep.main(["train", "--config", "debug", "--training.seed", "0,1,2", "--nproc", "4", "--slurm"])
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-2" in script
-    assert "#   grpo sweep train --config debug --training.seed 0,1,2 --nproc 8 --slurm > sweep.sh" in script
+    assert "#   grpo sweep train --config debug --training.seed 0,1,2 --nproc 4 --slurm > sweep.sh" in script
     assert not list(tmp_path.iterdir())
 
 

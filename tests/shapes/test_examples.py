@@ -66,7 +66,7 @@ def test_what_is_held_out():
 
 
 @pytest.mark.parametrize(
-    "caption, unseen",
+    ("caption", "unseen"),
     [
         ("a circle at the top right", True),
         ("a small red circle at the top", False),

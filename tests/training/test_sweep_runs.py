@@ -63,6 +63,11 @@ def test_mistakes_of_all_recipes_are_told_together():
             plan("train", ["--config", "debug", *arguments], ranks=None)
 
 
+def test_batches_that_the_ranks_cannot_share_are_told_before_anything_starts():
+    with pytest.raises(UserError, match=r"^batch_size=12: rollout.batch_size = 12 cannot be shared by 8 ranks"):
+        plan("train", ["--config", "debug", "--rollout.batch_size", "8,12"], ranks=8)
+
+
 def test_one_run_is_no_sweep():
     with pytest.raises(UserError, match=r"nothing differs: .* --training.seed 0,1,2"):
         plan("train", ["--config", "debug"], ranks=None)
