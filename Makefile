@@ -32,7 +32,8 @@ test-faults: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults
 
 docs: $(READY)
-	$(RUN) -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	@echo "site/index.html"
 
 lint: $(READY)
 	$(RUN) -m ruff check .

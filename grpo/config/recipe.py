@@ -209,6 +209,9 @@ def required(name: str, section: Section, *keys: str) -> Iterator[str]:
     yield from (f"{name}.{key} is required" for key in keys if getattr(section, key) is None)
 
 
+SMALLEST_SHAPES = 24  # pixels
+
+
 def data_problems(data: Data) -> Iterator[str]:
     """A data set in files needs a path; the rows of a stream have no numbers by which codes could be kept."""
     if data.may_be_stream:
@@ -217,6 +220,8 @@ def data_problems(data: Data) -> Iterator[str]:
         yield from (f"{key} needs a data set whose images can be read in any order, not {where}" for key in keys)
     if data.path is None and data.name in DATA_IN_FILES:
         yield f'data.path is required with data.name = "{data.name}"'
+    if data.name == "shapes" and data.image_size < SMALLEST_SHAPES:
+        yield f'data.image_size must be at least {SMALLEST_SHAPES} with data.name = "shapes": smaller ones look alike'
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
