@@ -2,6 +2,7 @@
 #   make quickstart            train and improve a small image generator on real digits, about five minutes
 #   make test                  lint, format check, all tests but the next ones
 #   make test-faults           the tests that kill, stop, fill and damage things
+#   make docs                  the documentation as a site, in site/index.html
 # They create .venv and install into it when needed. PYTHON=/path/to/python uses an existing environment as it is.
 
 RECIPE ?= class
@@ -17,7 +18,7 @@ RUN := $(VENV)/bin/python
 READY := $(INSTALLED)
 endif
 
-.PHONY: quickstart test test-faults lint format install clean
+.PHONY: quickstart test test-faults docs lint format install clean
 
 quickstart: $(READY)
 	$(RUN) -m grpo quickstart --recipe $(RECIPE) $(QUICKSTART_FLAGS)
@@ -29,6 +30,9 @@ test: lint
 
 test-faults: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults
+
+docs: $(READY)
+	$(RUN) -m mkdocs build
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -49,4 +53,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache

@@ -171,7 +171,7 @@ ROWS: dict[str, Row] = {
         "more cross-entropy, distilled, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
         start="ce distill", share=0.3,
     ),
-    "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-5, 1e-4, 3e-4), block=1, seeds=1),
+    "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-6, 1e-5, 3e-5), block=1, seeds=1),
     # VA-π's pattern, on completions of real digits
     "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2, seeds=1),
     "forced reward": Row(

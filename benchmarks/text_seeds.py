@@ -1,11 +1,12 @@
 """The text quickstart with several seeds and settings at once, a process of one thread each: does GRPO help, and where?
 
 PYTHONPATH=. python benchmarks/text_seeds.py --folder FOLDER [--seeds 0,1,2] [--workers N] [--seconds N] [--small]
-    [--vary "NAME PHASE.SECTION.KEY=VALUE ..."]...
+    [--images N] [--vary "NAME PHASE.SECTION.KEY=VALUE ..."]...
 
-Every seed has a tokenizer, a reader, a generator, and evaluations of the base as it is and with tuned guidance; then
-GRPO and its evaluation, once with the recipe as it is (`default`) and once for each --vary, such as
---vary "faster grpo.optimizer.lr=4e-4". A variant that changes `pretrain` or `tokenizer` has bases of its own.
+Every seed has a tokenizer, a reader, a generator, guidance-free training of it, and evaluations of the base as it is
+and with tuned guidance and of what guidance-free training made of it; then GRPO and its evaluation, once with the
+recipe as it is (`default`) and once for each --vary, such as --vary "faster grpo.optimizer.lr=4e-4". A variant that
+changes another phase has bases of its own.
 
 What is finished is kept in FOLDER: started again, the benchmark does what is missing. FOLDER/text_seeds.json is
 written whenever a row is there: all rows, and means over seeds with the differences between rows of one seed. After
@@ -35,6 +36,7 @@ SMALL = {
     "tokenizer": {"training.steps": 60, "training.batch_size": 8, "tokenizer_loss.unquantised_steps": 2},
     "reader": {"training.steps": 10, "training.batch_size": 8},
     "pretrain": {"training.steps": 10, "training.batch_size": 8},
+    "gft": {"training.steps": 10, "training.batch_size": 8},
     "grpo": {"training.steps": 2, "rollout.batch_size": 2, "rollout.num_generations": 4, "training.batch_size": 8},
     "evaluate": {"evaluation.num_images": 56, "evaluation.num_reference_images": 56},
 }
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--vary", action="append", default=[])
+    parser.add_argument("--images", type=int, help="samples of a row, in place of the recipe's 1,400")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--part", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
@@ -105,6 +108,7 @@ def do_part(variant: Variant, seed: int, options: argparse.Namespace) -> None:
         kind = "evaluate" if name.startswith("evaluate") else "grpo" if name.startswith("grpo") else name
         changed: dict[str, object] = {**(settings or {})}
         changed |= KEPT if kind in ("pretrain", "grpo") else {}
+        changed |= {"evaluation.num_images": options.images} if options.images and kind == "evaluate" else {}
         changed |= (SMALL[kind] if options.small else {}) | base_changes.get(kind, {})
         changed |= variant.changes.get("grpo", {}) if kind == "grpo" else {}
         return phase(
@@ -115,7 +119,7 @@ def do_part(variant: Variant, seed: int, options: argparse.Namespace) -> None:
     phases = [one for one in plan if one.folder.name not in ("grpo", "evaluate_grpo")]
     if not options.base_only:
         improved, inputs = f"grpo_{variant.name}", {"tokenizer.checkpoint": "tokenizer"}
-        start, seeds = {**inputs, "model.checkpoint": "pretrain"}, {"training.seed": seed}
+        start, seeds = {**inputs, "model.checkpoint": "gft"}, {"training.seed": seed}
         after = {**inputs, "model.checkpoint": improved, "evaluation.reader_checkpoint": "reader"}
         phases += [
             make(improved, "GRPO", GRPORecipe, story.train_policy, inputs=start, settings=seeds, config="grpo"),
@@ -172,6 +176,7 @@ class Scheduler:
         name = f"{variant.name}-{seed}" + ("-base" if is_base else "")
         arguments = ["--folder", str(self.options.folder), "--part", variant.name, str(seed)]
         arguments += [text for vary in self.options.vary for text in ("--vary", vary)]
+        arguments += ["--images", str(self.options.images)] * bool(self.options.images)
         arguments += ["--base-only"] * is_base + ["--small"] * self.options.small
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
@@ -203,7 +208,8 @@ class Scheduler:
 def rows(folder: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Every finished row: variant, seed, name, and what its evaluation found."""
     for variant in variants:
-        names = {"base": "evaluate_base", "guided": "evaluate_guided", "grpo": f"evaluate_grpo_{variant.name}"}
+        names = {name: f"evaluate_{name}" for name in ("base", "guided", "gft")}
+        names["grpo"] = f"evaluate_grpo_{variant.name}"
         for seed in seeds:
             for name, phase in names.items():
                 path = run_dir(folder, variant, seed) / phase / "result.json"
@@ -220,10 +226,10 @@ def summary(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[
         for metric in metrics:
             values = {
                 name: [row[metric] for (kind, _), row in table.items() if kind == name]
-                for name in ("base", "guided", "grpo")
+                for name in ("base", "guided", "gft", "grpo")
             }
             entry[metric] = {name: statistics.mean(numbers) for name, numbers in values.items() if numbers}
-            for rival in ("base", "guided"):
+            for rival in ("base", "guided", "gft"):
                 pairs = [
                     table["grpo", seed][metric] - table[rival, seed][metric]
                     for seed in sorted({seed for _, seed in table})

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,3 +30,20 @@ def environment() -> dict[str, dict[str, str]]:
         versions["cuda"] = str(torch.version.cuda)
         hardware["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return {"versions": versions, "hardware": hardware}
+
+
+def code_commit() -> str | None:
+    """The commit of the checkout that this code runs from, `2209e31 and changes`; None where it is no checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *what], capture_output=True, text=True, timeout=5, check=True
+            ).stdout
+            for what in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, or not a folder of it
+        return None
+    return commit.strip() + (" and changes" if changes else "")

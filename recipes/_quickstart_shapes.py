@@ -15,6 +15,7 @@ from pathlib import Path
 from grpo.config import (
     SHIPPED_RECIPES,
     EvaluateRecipe,
+    FinetuneRecipe,
     GRPORecipe,
     PretrainRecipe,
     ReaderRecipe,
@@ -22,6 +23,7 @@ from grpo.config import (
 )
 from grpo.evaluation import KeptImages, compare, load_judges, measure_images, measure_shapes
 from grpo.jobs.evaluate import asked_texts, open_reference
+from grpo.jobs.finetune import train as finetune
 from grpo.jobs.generate import drawn_images
 from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_grpo import train as train_policy
@@ -44,14 +46,15 @@ TABLES = {
         "entropy": "entropy",
     },
     "seen combinations, by attribute": {f"seen {name}": f"seen/{name}" for name in ATTRIBUTES},
-    "unseen combinations, by attribute": {f"unseen {name}": f"unseen/{name}" for name in ATTRIBUTES if name != "place"},
+    "unseen combinations, by attribute": {f"unseen {name}": f"unseen/{name}" for name in ATTRIBUTES},
 }  # fmt: skip
 """Tables at the end: their titles, and headings of columns with the metrics in them."""
 
 NOTES = [
     "seen: share of samples in which all is right that the prompt says, of prompts with combinations that the training "
-    "has shown; then the share by attribute. unseen: the same of prompts that ask for a shape in a colour, or for two "
-    "shapes in a relation, that no training image shows. Prompts are those of the split {split!r}.",
+    "has shown; then the share by attribute. unseen: the same of prompts that ask for a shape at a place, a number "
+    "of a shape, two colours, or two shapes in a relation that no training image shows. Prompts are those of the "
+    "split {split!r}.",
     "All this is seen by a network that was trained on other drawings. by fit: share of all samples that are right "
     "by what rewarded, which fits the renderer to the sample; no network takes part.",
     "FID and recall: in the judging network's features, against drawings of the same prompts; compare them within this "
@@ -74,15 +77,17 @@ def plan(options: argparse.Namespace, make: Callable[..., Phase]) -> list[Phase]
     tokenizer = {"tokenizer.checkpoint": "tokenizer"}
     base = {**tokenizer, "model.checkpoint": "pretrain"}
     judge = {"evaluation.reader_checkpoint": "reader"}
-    after = {**tokenizer, "model.checkpoint": "grpo", **judge}
+    tuned, after = ({**tokenizer, "model.checkpoint": maker} for maker in ("gft", "grpo"))
     return [
         make("tokenizer", "Tokenizer", TokenizerRecipe, train_tokenizer, settings=seed),
         make("reader", "Reader that judges", ReaderRecipe, train_reader),
         make("pretrain", "Generator: pre-training", PretrainRecipe, train_generator, inputs=tokenizer, settings=seed),
-        make("grpo", "Generator: GRPO", GRPORecipe, train_policy, inputs=base, settings=seed),
+        make("gft", "Generator: guidance-free training", FinetuneRecipe, finetune, inputs=base, settings=seed),
+        make("grpo", "Generator: GRPO", GRPORecipe, train_policy, inputs=tuned, settings=seed),
         make("evaluate_base", "base", EvaluateRecipe, evaluate, inputs={**base, **judge}),
         make("evaluate_guided", "base, tuned guidance", EvaluateRecipe, evaluate_tuned, inputs={**base, **judge}),
-        make("evaluate_grpo", "after GRPO", EvaluateRecipe, evaluate, inputs=after),
+        make("evaluate_gft", "after guidance-free training", EvaluateRecipe, evaluate, inputs={**tuned, **judge}),
+        make("evaluate_grpo", "after GRPO", EvaluateRecipe, evaluate, inputs={**after, **judge}),
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("compare")
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +36,8 @@ from grpo.observe import (
     recipe_table,
     write_comparison,
 )
+
+MOST_COLUMNS = 3  # beside the names: what 80 letters have room for
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -115,14 +117,29 @@ def _result_in(run: Run, name: str) -> Result | None:
 
 
 def print_table(table: Table) -> None:
-    """A table on the terminal."""
-    grid = TerminalTable(title=table.title, title_justify="left", caption=table.note or None, box=None)
-    grid.add_column("")
-    for column in table.columns:
-        grid.add_column(column, justify="right", overflow="fold")
-    for label, cells in table.rows:
-        grid.add_row(label, *cells)
-    Console().print(grid if table.rows else f"{table.title}: nothing. {table.note}", markup=False)
+    """A table on the terminal; of many runs as several, with a line for each run."""
+    console = Console()
+    if not table.rows:
+        console.print(f"{table.title}: nothing. {table.note}", markup=False)
+        return
+    for part in [table] if len(table.columns) <= MOST_COLUMNS else turned(table):
+        grid = TerminalTable(title=part.title or None, title_justify="left", caption=part.note or None, box=None)
+        grid.add_column("", overflow="fold")
+        for column in part.columns:
+            grid.add_column(column, justify="right", overflow="fold")
+        for label, cells in part.rows:
+            grid.add_row(label, *cells)
+        console.print(grid, markup=False)
+
+
+def turned(table: Table) -> Iterator[Table]:
+    """Tables with the rows of this one as their columns, a few in each."""
+    for start in range(0, len(table.rows), MOST_COLUMNS):
+        some = table.rows[start : start + MOST_COLUMNS]
+        cells = map(list, zip(*(cells for _, cells in some), strict=True))
+        rows = list(zip(table.columns, cells, strict=True))
+        is_last = start + MOST_COLUMNS >= len(table.rows)
+        yield Table("" if start else table.title, [label for label, _ in some], rows, table.note if is_last else "")
 
 
 def print_results(results: Sequence[Result]) -> None:

@@ -38,7 +38,9 @@ DISTRIBUTION = "autoregressive-grpo"
 EXTRAS = {
     "rewards": "the rewards clip, hps_v2, pick_score, image_reward, and networks of timm",
     "evaluation": "Inception features of torch-fidelity",
+    "demo": "the page of grpo demo",
     "s3": 'checkpoint.dir = "s3://..."',
+    "tensorboard": "metrics.tensorboard",
     "benchmarks": "plots of benchmarks/",
 }
 COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}

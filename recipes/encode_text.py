@@ -33,9 +33,9 @@ def encode_texts(recipe: EncodeTextRecipe, world: World) -> None:
     """
     config = recipe.encode_text
     texts = open_captions(recipe.data).captions_of.distinct()
-    sizes = {"rows": config.max_tokens, "width": None, "max_tokens": config.max_tokens}
-    encoder = T5Encoder(recipe.text.path, device=world.device, precision=config.precision, **sizes)
-    writer = FeatureWriter(config.output, encoder=encoder.identity, width=encoder.width, max_tokens=config.max_tokens)
+    how = {"max_tokens": config.max_tokens, "precision": config.precision}
+    encoder = T5Encoder(recipe.text.path, device=world.device, rows=config.max_tokens, width=None, **how)
+    writer = FeatureWriter(config.output, encoder=encoder.identity, width=encoder.width, **how)
     known = on_main_rank(writer.start)
     pending = sorted((text for text in texts if writer.key(text) not in known), key=len)
     if world.is_main and len(pending) < len(texts):

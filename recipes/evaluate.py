@@ -120,11 +120,11 @@ def add_scores(config: Evaluation) -> None:
     if path.exists():
         with reading(f"evaluation.json_path {path} cannot be read", remedy="give another path"):
             result = json.loads(read_text(path))
-            result["metrics"] = {**result.get("metrics", {})}
-    metrics = {**result.get("metrics", {}), name: scores}
-    sources = {**result.get("scores", {}), name: fingerprint(config.scores)}
+    with reading(f"evaluation.json_path {path} is no file of results", remedy="give another path"):
+        result["metrics"] = {**result.get("metrics", {}), name: scores}
+        result["scores"] = {**result.get("scores", {}), name: fingerprint(config.scores)}
     with writing(f"evaluation.json_path {path}"):
-        write_atomically(path, json.dumps({**result, "metrics": metrics, "scores": sources}, indent=2) + "\n")
+        write_atomically(path, json.dumps(result, indent=2) + "\n")
     print(name, *(f"  {metric:<20} {value:.6g}" for metric, value in scores.items()), sep="\n")
     print(f"written to {path}")
 

@@ -23,6 +23,7 @@ from grpo.models import build_tokenizer
 from grpo.objectives import credit
 from grpo.observe import SampleRow
 from grpo.parallel import MetricSums, World, distributed
+from grpo.position import counted
 from grpo.rewards import Rewarded, RewardSum, RewardWatch, build_rewards
 from grpo.rollout import Trajectory, build_draw, build_rollout
 from grpo.training import (
@@ -57,7 +58,7 @@ def train(recipe: GRPORecipe, world: World) -> None:
             metrics, shown = MetricSums(), []
             with run.timer("data"):
                 images = next(job.stream).to(world.device)  # [B] images and what they were asked to be
-            for batch in images.parts(job.schedule.images_per_part):
+            for batch in counted(images.parts(job.schedule.images_per_part), "part"):
                 show = recipe.metrics.image_groups if run.observer.wants_images(step) and not shown else 0
                 with run.timer("rollout"):
                     trajectory = job.rollout(batch)  # tokens [R, M, T]

@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_jobs_have_recipes_and_scripts() -> None:
-    assert JOBS.keys() - RECIPES.keys() == {"quickstart", "memory", "doctor", "compare"}
+    assert JOBS.keys() - RECIPES.keys() == {"quickstart", "memory", "doctor", "compare", "sweep"}
     assert RECIPES.keys() <= JOBS.keys()
     assert {f"{module}.py" for module in JOBS.values()} == {path.name for path in (ROOT / "recipes").glob("[!_]*.py")}
 

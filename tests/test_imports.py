@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A package may import from lower tiers only, never from its own or a higher one. The jobs are the folder recipes/,
 # which an installed package has as grpo.jobs; the command `grpo`, which starts them, knows them by name only.
 TIERS = [
-    {"config", "environment", "restarts"},
+    {"config", "environment", "restarts", "position"},
     {"kernels"},
     {"parallel"},
     {"formats"},
@@ -22,7 +22,7 @@ TIERS = [
     {"texts", "shapes"},
     {"rewards", "data"},
     {"rollout", "objectives", "checkpoint", "observe", "evaluation"},
-    {"estimate"},
+    {"estimate", "sharing"},
     {"training"},
     {"jobs"},
 ]

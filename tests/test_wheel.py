@@ -67,8 +67,8 @@ def test_commands(installed: Path, tmp_path: Path) -> None:
 
 
 def test_a_reward_of_ones_own(installed: Path, tmp_path: Path) -> None:
-    """The five lines of docs/rewards.md and the command below them."""
-    page = (ROOT / "docs" / "rewards.md").read_text()
+    """The five lines of docs/own_reward.md and the command below them."""
+    page = (ROOT / "docs" / "own_reward.md").read_text()
     section = page.partition("## A reward of your own in five lines")[2]
     source, command = re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)[:2]
     (tmp_path / "dark.py").write_text(source)

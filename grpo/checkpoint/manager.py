@@ -123,6 +123,14 @@ class CheckpointManager:
             shutil.rmtree(self._stage, ignore_errors=True)
         dist.destroy_process_group(self._group)
 
+    def best(self) -> tuple[str, float] | None:
+        """Place of the best checkpoint and what it is ranked by; None without `checkpoint.keep_best`, or scores."""
+        if not self.config.keep_best:
+            return None
+        whole = [name for name in self.storage.listing() if self.storage.inventory(name)[0] is None]
+        found = self.storage.ranked(whole, self.config)
+        return next(((f"{self.storage}/{name}", score) for name, score in found.items()), None)
+
     def failed(self) -> bool:
         """Whether background writing has failed on this rank; `wait` then raises why."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None

@@ -129,12 +129,15 @@ class Storage(ABC):
         if config.keep_last == 0 or self.inventory(newest)[0] is not None:
             return
         others = [name for name in self.listing() if name != newest and self.inventory(name)[0] is None]
-        names = (newest, *others) if config.keep_best else ()
-        scores = {name: score for name in names if (score := self._score(name)) is not None}
-        ranked = sorted(scores, key=scores.__getitem__, reverse=config.best_is == "highest")
+        ranked = self.ranked((newest, *others), config) if config.keep_best else ()
         for name in others:
-            if name not in {*others[: config.keep_last - 1], *ranked[: config.keep_best]}:
+            if name not in {*others[: config.keep_last - 1], *[*ranked][: config.keep_best]}:
                 self.delete(name)
+
+    def ranked(self, names: Collection[str], config: Checkpoint) -> dict[str, float]:
+        """What keep_best ranks these checkpoints by, the best first; without those that have no such number."""
+        scores = {name: score for name in names if (score := self._score(name)) is not None}
+        return dict(sorted(scores.items(), key=lambda item: item[1], reverse=config.best_is == "highest"))
 
     def _score(self, name: str) -> float | None:
         """What a checkpoint is ranked by for keep_best; None if it has no such number."""

@@ -2,6 +2,7 @@
 
 from grpo.config.drawing_recipes import ConvertRecipe, EvaluateRecipe, GenerateRecipe
 from grpo.config.errors import TransientError, UserError, did_you_mean, import_extra, printable
+from grpo.config.grid import variants, with_keys
 from grpo.config.help import help_text
 from grpo.config.job_sections import (
     Classifier,
@@ -36,7 +37,7 @@ from grpo.config.recipes import (
 )
 from grpo.config.registry import RECIPES
 from grpo.config.rewards import REWARD_KINDS, Rewards, RewardTable, reward_class
-from grpo.config.run_folder import of_run
+from grpo.config.run_folder import DRAWN_ALIKE, SHARED_RECIPE, SHARED_TOKENIZER, of_run, shared_recipe
 from grpo.config.schedule import Schedule
 from grpo.config.sections import (
     ActivationCheckpoint,
@@ -52,8 +53,18 @@ from grpo.config.sections import (
     Tokenizer,
     Training,
 )
+from grpo.config.sharing_recipes import DemoRecipe, Share, ShareRecipe
 from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.text_sections import EncodeText, Text
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url
-from grpo.config.user_files import read_bytes, read_text, reading, reason, require_regular, shorten, writing
+from grpo.config.user_files import (
+    read_bytes,
+    read_text,
+    reading,
+    reason,
+    require_regular,
+    shorten,
+    text_lines,
+    writing,
+)

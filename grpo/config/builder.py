@@ -1,7 +1,6 @@
 """Gathers the settings of a recipe and the mistakes in them."""
 
 import difflib
-import json
 import math
 import os
 import re
@@ -15,17 +14,16 @@ from pydantic import ValidationError
 from grpo.config import reference_flags as reference
 from grpo.config.errors import UserError, did_you_mean
 from grpo.config.keys import Key, section_keys
-from grpo.config.recipe import Recipe
+from grpo.config.recipe import Recipe, TrainingRecipe
 from grpo.config.recipes import GRPORecipe
 from grpo.config.registry import RECIPES, job_named
 from grpo.config.rewards import REFERENCE_REWARD, RewardTable, reward_class
-from grpo.config.types import UNNAMED_LIMITS, Section
-from grpo.config.user_files import reason, shorten
+from grpo.config.types import Section
+from grpo.config.user_files import reason
+from grpo.config.values import MOST_KEYS, broken_limit, free_value, quoted, require_modest
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 CONFIG = "config"
-DEEPEST = 20  # tables and lists in each other in a recipe
-MOST_KEYS = 1000  # of a recipe, and flags: beyond, it is something else, and each unknown key takes a millisecond
 Flag = tuple[str, str | None]  # --name, and the text after it if there is one
 
 
@@ -59,7 +57,7 @@ class RecipeBuilder(Generic[RecipeT]):
         self._origin, self._folder = origin, folder
         try:
             file = tomli.loads(text)
-            _require_modest(file)
+            require_modest(file)
         except (ValueError, RecursionError, MemoryError) as error:  # numbers and nestings beyond Python's limits too
             self.give_up(f"{origin}: is not valid TOML: {reason(error)}")
             return
@@ -67,7 +65,7 @@ class RecipeBuilder(Generic[RecipeT]):
         given = file.pop("job", own_job)
         job = job_named(given)
         if job is None:
-            self.give_up(f"{origin}: job must be one of {', '.join(RECIPES)}, not {_quoted(given)}")
+            self.give_up(f"{origin}: job must be one of {', '.join(RECIPES)}, not {quoted(given)}")
         elif job != own_job:
             self.give_up(f"{origin}: is a recipe of `grpo {job}`, not of `grpo {own_job}`")
         else:
@@ -78,8 +76,8 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(line)
         self._suspects.add(CONFIG)
 
-    def build(self, flags: Sequence[Flag] = (), *, run_name: str | None = None, needs_files: bool = False) -> RecipeT:
-        """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name."""
+    def keys_of_flags(self, flags: Sequence[Flag]) -> dict[str, Key]:
+        """What is known of every flag that these flags and the file give a meaning to; not of a table's free keys."""
         if len(flags) > MOST_KEYS:
             raise UserError(f"the command line has {len(flags)} flags: a recipe has at most {MOST_KEYS} keys")
         if self._is_grpo:
@@ -90,13 +88,28 @@ class RecipeBuilder(Generic[RecipeT]):
         if self._is_grpo:  # elsewhere the names of the reference trainer's flags would mislead
             self._keys |= section_keys(reference.SECTIONS)
             self._flags |= reference.ALL_FLAGS
+        return {flag: self._keys[key] for flag, key in self._flags.items() if key in self._keys}
+
+    def build(
+        self,
+        flags: Sequence[Flag] = (),
+        *,
+        run_name: str | None = None,
+        needs_files: bool = False,
+        ranks: int | None = None,
+    ) -> RecipeT:
+        """The recipe of the file and these flags, or one UserError; a run without a folder of its own gets a name.
+
+        The reference's flags count on each of `ranks` processes; None is as many as a launcher has started.
+        """
+        self.keys_of_flags(flags)
         settings = self._name_flags(flags)
         for name, section in self._file.items():
             self._read_section(name, section)
         for key, text, origin in settings:
             self._take(key, text, origin, is_text=True)
         if self._is_grpo:
-            self._translate()
+            self._translate(ranks or _launched_ranks())
         if run_name and "metrics" in self._sections:
             self._values["metrics.run_dir"] = self._values.get("metrics.run_dir") or f"runs/{run_name}"
         values: dict[str, dict[str, Any]] = {}
@@ -184,15 +197,16 @@ class RecipeBuilder(Generic[RecipeT]):
         """Convert one value to the type of its key. Flags are text; a recipe file has types, which must be right."""
         if name not in self._keys:  # a flag for an entry of a table of free keys
             table, _, entry = name.rpartition(".")
-            self._values[table] = {**self._values.get(table, {}), entry: _free_value(value)}
+            self._values[table] = {**self._values.get(table, {}), entry: free_value(value)}
             return
         key = self._keys[name]
         try:
             given = None if value == "none" and key.is_optional else key.convert(value, is_text=is_text)
         except ValidationError as error:
-            typed = "" if is_text else f", not {_quoted(value)}"
+            typed = "" if is_text else f", not {quoted(value)}"
             subject = "" if key.section in reference.SECTIONS else f"{name} "
-            self._problems.append(f"{origin}: {subject}must be {key.allowed}{_broken_limit(error)}{typed}")
+            several = self._several_runs(key, value) if is_text else ""
+            self._problems.append(f"{origin}: {subject}must be {key.allowed}{broken_limit(error)}{typed}{several}")
             self._suspects.add(name)
             return
         if "\0" in (given if isinstance(given, str) else ""):
@@ -202,6 +216,17 @@ class RecipeBuilder(Generic[RecipeT]):
         if given is not None and key.is_path:
             given = os.path.abspath(given if is_text else self._folder / given)
         self._values[name], self._sources[name] = given, origin
+
+    def _several_runs(self, key: Key, text: str) -> str:
+        """The command for a flag that gives several right values where a run takes one."""
+        if not issubclass(self._recipe_class, TrainingRecipe) or "," not in text:
+            return ""
+        try:
+            for part in text.split(","):
+                key.convert(part, is_text=True)
+        except ValidationError:
+            return ""
+        return f"; one run for each: grpo sweep {self._recipe_class.job}, with the same flags"
 
     def _find_rewards(self, flags: Sequence[Flag]) -> None:
         """Learn the kinds of the tables [reward.NAME] of the file, of the flags and of the reference trainer."""
@@ -264,7 +289,7 @@ class RecipeBuilder(Generic[RecipeT]):
         """Whether this is a command line of the reference's text-to-image trainer, without a recipe file."""
         return self._selects_text and not self._origin
 
-    def _translate(self) -> None:
+    def _translate(self, ranks: int) -> None:
         """Set what flags of the reference mean beyond their own keys; its batches count on each process."""
         if self._values.get("training.dropout_mode", "eval") != "eval":
             for key in ("model.dropout", "model.class_dropout"):
@@ -273,8 +298,6 @@ class RecipeBuilder(Generic[RecipeT]):
             defaults = reference.TEXT_MODEL | (reference.TEXT_COMMAND if self._is_text_command else {})
             for key, value in defaults.items():
                 self._values.setdefault(key, value)
-        ranks = os.environ.get("WORLD_SIZE", "1")
-        ranks = int(ranks[:9]) if ranks.isdecimal() else 1  # a wrong one is told when the ranks meet
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
         is_its_command = not self._origin and not used.keys().isdisjoint(reference.ALL_FLAGS)
         if is_its_command or any(flag in used for flags in reference.BATCH_FLAGS.values() for flag in flags):
@@ -319,45 +342,11 @@ class RecipeBuilder(Generic[RecipeT]):
         self._problems.append(f"{text}; set it by {flag} or in the recipe file")
 
 
-def _require_modest(values: Any) -> None:
-    """Raise a RecursionError for nesting that no key has; dotted names nest without an end in the parser.
-
-    A ValueError for more keys than a recipe has.
-    """
-    level, count = [values], 0
-    for _ in range(DEEPEST):
-        count += sum(len(value) for value in level if isinstance(value, dict))
-        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
-        level = [value for value in level if isinstance(value, dict | list)]
-    if level:
-        raise RecursionError
-    if count > MOST_KEYS:
-        raise ValueError(f"it has {count} keys, a recipe at most {MOST_KEYS}")
+def _launched_ranks() -> int:
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    return int(ranks[:9]) if ranks.isdecimal() else 1  # a wrong one is told when the ranks meet
 
 
 def _selects_text(flag: str, text: str | None) -> bool:
     """Whether a flag of the reference trainer means a text-conditional model."""
     return flag in reference.TEXT_FLAGS or (flag == "--cls-token-num" and text is not None and text not in ("0", "1"))
-
-
-def _broken_limit(error: ValidationError) -> str:
-    """A limit that the description of a key does not name: the size of whole numbers, and that text is not empty."""
-    broken = error.errors()[0]
-    if broken["type"] == "string_too_short":
-        return ", but not empty"
-    bounds = {sign: broken.get("ctx", {}).get(name) for sign, name in (("<=", "le"), (">=", "ge"))}
-    return next((f" and {sign} {limit}" for sign, limit in bounds.items() if limit in UNNAMED_LIMITS), "")
-
-
-def _free_value(text: str) -> Any:
-    """What a flag gives to a table of free keys: a TOML value, or else text."""
-    try:
-        value = tomli.loads(f"value = {text}")["value"]
-        _require_modest([value])
-    except (ValueError, RecursionError):
-        return text
-    return value
-
-
-def _quoted(value: object) -> str:
-    return shorten(json.dumps(value, default=str, ensure_ascii=False))

@@ -65,7 +65,7 @@ def markdown() -> str:
         names = " ".join(f"`[{name}]`" for name in recipe_class.sections())
         lines.append(f"| `grpo {job}` | {recipe_class.__doc__} | {names} |")
         sections |= recipe_class.sections()
-    others = "`grpo quickstart`, `grpo memory` and `grpo compare`"
+    others = "`grpo quickstart`, `grpo sweep`, `grpo compare`, `grpo memory` and `grpo doctor`"
     lines += ["", f"{others} have no recipe of their own; `--help` tells their flags."]
     for title, meaning, keys in _parts(sections, REWARD_KINDS):
         lines += ["", f"##{'#' * title.count('.')} [{title}]", "", meaning, *_table(keys)]
@@ -98,8 +98,13 @@ def _table(keys: Iterable[Key]) -> Iterator[str]:
     yield from ("", "| key | values | default | meaning |", "|---|---|---|---|")
     for key in keys:
         names = "<br>".join(f"`{name}`" for name in _names(key))
-        default = f"`{key.default}`" if key.default else "required"
-        yield f"| {names} | {key.allowed} | {default} | {key.meaning} |"
+        default = f"`{_one_line(key.default)}`" if key.default else "required"
+        yield f"| {names} | {key.allowed} | {default} | {key.meaning.replace('|', '&#124;')} |"
+
+
+def _one_line(value: str) -> str:
+    """A list of TOML, which is written over several lines, as a cell of a table can hold it."""
+    return " ".join(value.split()).replace("[ ", "[").replace(", ]", "]")
 
 
 def _names(key: Key, *, prefix: str = "", with_reference: bool = True) -> list[str]:

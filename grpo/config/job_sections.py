@@ -46,7 +46,7 @@ class Distill(Section):
     """What `distill` matches: the distribution of a frozen generator with guidance and temperature."""
 
     cfg_scale: GuidanceScale = 1.5
-    """Classifier-free guidance of the teacher, which the student is to do without; 1 is off."""
+    """Classifier-free guidance of the teacher. The student learns to do without; 1 is off."""
     temperature: Temperature = 1.0
     """Divides the teacher's guided logits. The student draws, and is scored, at temperature 1."""
     reverse_share: Fraction = 0.0
@@ -108,9 +108,9 @@ class Adversary(Section):
     """A PatchGAN discriminator that the tokenizer is trained against; it may reward a run later."""
 
     weight: NonNegativeFloat = 0.0
-    """Weight of looking real to it in the tokenizer's loss; 0 trains without one. LlamaGen's is 0.5."""
+    """Weight of the discriminator in the tokenizer's loss; 0 trains without one. LlamaGen's is 0.5."""
     start: PositiveInt = 20_000
-    """Step from which on it is trained and counts."""
+    """Step from which on the discriminator is trained and counts."""
     adaptive: bool = False
     """Multiply the weight by the ratio of the gradients of the rest of the reconstruction's loss and of its own at the
     decoder's last layer (VQGAN's; LlamaGen trained without)."""

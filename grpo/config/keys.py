@@ -55,6 +55,11 @@ class Key:
         """Whether its value is a table of free keys, [reward.NAME.key]."""
         return get_origin(self.field.annotation) is dict
 
+    @property
+    def takes_list(self) -> bool:
+        """Whether a value may be a list, which a flag gives with commas."""
+        return _has_list(self.field.annotation)
+
     def convert(self, value: Any, *, is_text: bool) -> Any:
         """The value in the type of the key. Flags are text; a recipe file has types, which must be right.
 
@@ -96,6 +101,10 @@ def _allowed(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     bounds = [item for item in metadata if type(item) in BOUNDS and _limit(item) not in UNNAMED_LIMITS]
     limits = [f"{BOUNDS[type(item)]} {_limit(item)}" for item in bounds]
     return f"{SCALARS[annotation]} {' and '.join(limits)}".rstrip()
+
+
+def _has_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(map(_has_list, get_args(annotation)))
 
 
 def _limit(bound: Ge | Gt | Le | Lt) -> float:

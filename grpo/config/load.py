@@ -22,7 +22,11 @@ LARGEST_RECIPE = 2**20  # bytes
 
 
 def load_recipe(
-    recipe_class: type[RecipeT], argv: Sequence[str] | None = None, *, needs_files: bool = False
+    recipe_class: type[RecipeT],
+    argv: Sequence[str] | None = None,
+    *,
+    needs_files: bool = False,
+    ranks: int | None = None,
 ) -> RecipeT:
     """The recipe that a command line asks for: flags over the file of `--config` over the defaults.
 
@@ -31,6 +35,7 @@ def load_recipe(
     Args:
         argv: arguments without the program's name; None takes those of this process.
         needs_files: the job starts now, so every file and folder that the recipe names must be there.
+        ranks: processes that the reference trainer's flags count on; None is as many as a launcher has started.
 
     Returns:
         The recipe, with `metrics.run_dir` filled in where the job has one.
@@ -47,9 +52,20 @@ def load_recipe(
     if topics is not None:
         print(help_text(recipe_class, topics))
         raise SystemExit(0)
+    flags = split_arguments(arguments)
+    config = config_of(flags)
+    name = Path(config).stem if config else recipe_class.job
+    return recipe_builder(recipe_class, config).build(flags, run_name=name, needs_files=needs_files, ranks=ranks)
+
+
+def config_of(flags: Sequence[Flag]) -> str | None:
+    """What `--config` names."""
+    return next((text for name, text in flags if name == "--config"), None)
+
+
+def recipe_builder(recipe_class: type[RecipeT], config: str | None) -> RecipeBuilder[RecipeT]:
+    """A builder that has read the file of `--config`, or keeps for its error why it cannot be read."""
     builder = RecipeBuilder(recipe_class)
-    flags = _split_arguments(arguments)
-    config = next((text for name, text in flags if name == "--config"), None)
     if config is not None:
         try:
             path = _recipe_path(config)
@@ -58,7 +74,7 @@ def load_recipe(
             builder.give_up(f"{config}: is not a text file: {error}")
         except (OSError, ValueError, MemoryError) as error:
             builder.give_up(f"--config {shorten(config)}: cannot be read: {reason(error)}{_hint(config)}")
-    return builder.build(flags, run_name=Path(config).stem if config else recipe_class.job, needs_files=needs_files)
+    return builder
 
 
 def recipe_from_toml(recipe_class: type[RecipeT], text: str, *, origin: str = "recipe") -> RecipeT:
@@ -102,7 +118,7 @@ def help_topics(arguments: Sequence[str]) -> list[str] | None:
     return [word for word in arguments[asked[0] + 1 :] if not word.startswith("-")] if asked else None
 
 
-def _split_arguments(arguments: Sequence[str]) -> list[Flag]:
+def split_arguments(arguments: Sequence[str]) -> list[Flag]:
     """The flags of a command line; the word after one is its value unless it begins with a minus and is no number.
 
     A word that is no flag and no flag's value is kept as one, so that mistakes are told in their order.

@@ -49,7 +49,7 @@ class Rollout(Section):
     use_context_noise: bool = False
     """Replace a share of the teacher-forced context by random codes."""
     context_noise: Fraction = 0.5
-    """That share."""
+    """Share of the context that use_context_noise replaces."""
     importance_weight_cap: NonNegativeFloat = 0.0
     """Weight tokens by min(p_full / p_truncated, cap) when top-k or top-p truncate the draw; 0 is off."""
     max_rows: Annotated[NonNegativeInt, MayChange] = 0
@@ -100,18 +100,19 @@ class Objective(Section):
     entropy_weight: Weight = 0.0
     """Weight of the mean token entropy in nats, subtracted from the loss (a bonus)."""
     entropy_target: Share | None = None
-    """Entropy to steer to, as a share of the largest, log(codebook size): after each optimizer step the weight, which
-    starts at entropy_weight, is multiplied by exp(gain x what the entropy lacks). None keeps the weight."""
+    """Entropy to steer to, as a share of the largest, log(codebook size). The weight starts at entropy_weight. After
+    each optimizer step it is multiplied by exp(entropy_gain x distance of the entropy below the target). None keeps
+    it."""
     entropy_dead_band: NonNegativeFloat = 0.015
-    """Distance from the target, on either side, at which nothing lacks yet."""
+    """Distance from entropy_target, on either side, within which the weight stays as it is."""
     entropy_gain: PositiveFloat = 3.0
-    """That gain."""
+    """How fast the weight follows, see entropy_target."""
     entropy_token_share: Share = 1.0
     """Policy loss and KL count only this share of the positions of each context, those with the highest entropy."""
     use_token_dropout: bool = False
     """Leave a random share of the tokens out of the policy loss."""
     token_dropout: ProperFraction = 0.5
-    """That share."""
+    """Share of the tokens that use_token_dropout leaves out."""
 
     def files(self) -> Iterator[tuple[str, str, Wanted]]:
         if self.kl_estimator != "none":

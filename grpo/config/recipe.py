@@ -19,8 +19,9 @@ from grpo.config.types import Section, Wanted, Written, is_url, same_file
 
 ORDER = (
     "convert", "model", "lora", "text", "tokenizer", "tokenizer_loss", "adversary", "classifier", "reader", "sampling",
-    "output", "data", "encode", "encode_text", "evaluation", "rollout", "reward", "objective", "distill", "finetune",
-    "optimizer", "training", "parallel", "compile", "activation_checkpoint", "checkpoint", "metrics", "judge", "debug",
+    "output", "share", "demo", "data", "encode", "encode_text", "evaluation", "rollout", "reward", "objective",
+    "distill", "finetune", "optimizer", "training", "parallel", "compile", "activation_checkpoint", "checkpoint",
+    "metrics", "judge", "debug",
 )  # fmt: skip
 """Sections in the order in which a reader wants them, whichever class declares them."""
 
@@ -152,7 +153,8 @@ class TrainingRecipe(Recipe):
         return notes
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
-        wandb = "metrics.wandb_project metrics.wandb_entity metrics.wandb_run_name"
+        names = ("project", "entity", "run_name", "group", "tags")
+        wandb = " ".join(f"metrics.wandb_{name}" for name in names)
         best = "checkpoint.best_metric checkpoint.best_is"
         files = "data.path data.split data.class_map data.num_workers data.cache_codes data.codes data.index_cache"
         only_classes, only_texts = self.data.name == "classes", self.data.name == "prompts"

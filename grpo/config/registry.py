@@ -11,12 +11,14 @@ from grpo.config.recipes import (
     PretrainRecipe,
     TokenizerRecipe,
 )
+from grpo.config.sharing_recipes import DemoRecipe, ShareRecipe
 from grpo.config.text_recipe import EncodeTextRecipe
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 
 _ALL = (
     GRPORecipe, PretrainRecipe, DistillRecipe, FinetuneRecipe, TokenizerRecipe, ClassifierRecipe, ReaderRecipe,
-    EncodeRecipe, EncodeTextRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe,
+    EncodeRecipe, EncodeTextRecipe, GenerateRecipe, EvaluateRecipe, ConvertRecipe, ShareRecipe,
+    DemoRecipe,
 )  # fmt: skip
 RECIPES: Mapping[str, type[Recipe]] = {recipe.job: recipe for recipe in _ALL}
 """Recipe class of each job."""

@@ -33,6 +33,7 @@ from grpo.config.types import (
     Section,
     Seed,
     Size,
+    Tags,
     Wanted,
     Written,
 )
@@ -324,21 +325,28 @@ class Metrics(FreeSection):
     run_dir: Annotated[str | None, Written(folder=True)] = None
     """The run's folder; None is runs/<name of the recipe file>."""
     interval: PositiveInt = 10
-    """Steps between lines of the log and of Weights & Biases; metrics.jsonl has every step."""
+    """Steps between lines of the log, of Weights & Biases and of TensorBoard; metrics.jsonl has every step."""
     image_interval: NonNegativeInt = 100
     """Steps between image grids; 0 draws none."""
     keep_grids: NonNegativeInt = 200
-    """Grids to keep at most, spread over the run: beyond, the one closest to its neighbours goes. 0 keeps all."""
+    """Grids to keep at most, spread over the run: beyond that number the one nearest to its neighbours is removed. 0
+    keeps all."""
     image_groups: PositiveInt = 4
     """Images of one grid, each with its completions."""
     wandb: bool = False
-    """Log to Weights & Biases (offline unless it is set up otherwise)."""
+    """Log to Weights & Biases, offline unless WANDB_API_KEY or WANDB_MODE says otherwise."""
     wandb_project: str = "autoreg-grpo"
-    """Its project."""
+    """Project in Weights & Biases."""
     wandb_entity: str | None = None
-    """Its team or user."""
+    """Team or user in Weights & Biases."""
     wandb_run_name: str | None = None
-    """Its run name; None is the name of the run's folder."""
+    """Name of the run in Weights & Biases; None is the name of the run's folder."""
+    wandb_group: str | None = None
+    """Group in Weights & Biases, under which runs are gathered; `grpo sweep` gives its runs one."""
+    wandb_tags: Tags | None = None
+    """Tags in Weights & Biases, by which runs are found."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run's folder."""
 
 
 class Debug(FreeSection):

@@ -67,6 +67,7 @@ def _texts(value: object) -> object:
 ClassIds = Annotated[Literal["all"] | list[NonNegativeInt], BeforeValidator(_split_flag_text)]
 CropRanges = Annotated[list[Annotated[FiniteFloat, Ge(1), Le(16)]], BeforeValidator(_split_flag_text), Len(1)]
 LayerNames = Annotated[list[str], BeforeValidator(_split_flag_text), Len(1)]
+Tags = Annotated[list[str], BeforeValidator(_split_flag_text)]
 ClassNames = Annotated[Literal["all"] | list[str], BeforeValidator(_texts)]
 
 

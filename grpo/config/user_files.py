@@ -1,6 +1,7 @@
 """The boundary to a user's files: what goes wrong in reading or writing one is told in a line that names it."""
 
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -84,3 +85,8 @@ def read_bytes(path: str | os.PathLike[str], *, largest: int = LARGEST_TEXT) -> 
 def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST_TEXT) -> str:
     """A text file in UTF-8, with or without a byte order mark; otherwise as `read_bytes`."""
     return read_bytes(path, largest=largest).decode("utf-8-sig")
+
+
+def text_lines(text: str) -> list[str]:
+    """Lines as a file opened as text has them. `splitlines` cuts at U+2028 too, which JSON strings may hold."""
+    return io.StringIO(text, newline=None).readlines()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from grpo.config import Data, UserError, read_text, reading
+from grpo.config import Data, UserError, read_text, reading, text_lines
 from grpo.data.captions import Captions, LeftOut, texts_in, texts_of
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder import IMAGE_SUFFIXES, ImageFiles, split_folder
@@ -20,6 +20,7 @@ from grpo.texts import read_objects, read_prompts
 METADATA, CAPTION_TABLE = "metadata.jsonl", "captions.json"
 FILE_KEYS = ("file_name", "image_path", "image", "file")
 CAPTION_SUFFIX = ".txt"
+LONGEST_NAME = 4096  # letters of a file with its folders
 LARGEST_TABLE = 2**32  # bytes of captions.json; COCO's has 2**27
 
 
@@ -54,8 +55,6 @@ class CaptionFolder(ImageFiles):
     def __init__(self, *, data: Data) -> None:
         root = split_folder(data)
         images, listed = on_main_rank(lambda: _find(root, data))
-        if not images:
-            raise UserError(f"data.path {root} has no images with captions: {FORMS}")
         self.listed: list[ListedIn] = listed
         sizes = [_size(root / image.file) for image in images] if len(images) <= MOST_SIZES else []
         captions = Captions([image.texts for image in images])
@@ -120,6 +119,9 @@ def _find(root: Path, data: Data) -> tuple[list[Captioned], list[ListedIn]]:
     else:
         found = _beside(root, left_out)
     images = list(found)
+    if not images:
+        first = left_out.first and f" ({left_out.first})"
+        raise UserError(f"data.path {root} has no images with captions: {FORMS}{first}")
     left_out.tell()
     return images, listed
 
@@ -127,13 +129,23 @@ def _find(root: Path, data: Data) -> tuple[list[Captioned], list[ListedIn]]:
 def _of_objects(entries: Iterable[tuple[str, Mapping[str, Any]]], data: Data, left_out: LeftOut) -> Iterator[Captioned]:
     for where, entry in entries:
         file = next((entry[key] for key in FILE_KEYS if key in entry), None)
-        if not isinstance(file, str) or not file or "\0" in file:
+        if not _can_be_file(file):
             raise UserError(f"{where} names no image: give its file in {', '.join(FILE_KEYS)}")
         texts = texts_of(entry, data.caption_key, where)
         if texts:
             yield Captioned(file, texts)
         else:
-            left_out.note(f"{where} ({file}) has no caption")
+            left_out.note(f"{where} ({file}) has no {data.caption_key or 'caption'}")
+
+
+def _can_be_file(name: object) -> bool:
+    """Whether it is a name that a file may have: JSON can hold half of a surrogate pair, or a book."""
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or "\0" in name:
+        return False
+    try:
+        return bool(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
 
 
 def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -146,7 +158,7 @@ def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             texts: dict[Any, list[Any]] = {number: [] for number in names}
             for note in table["annotations"]:
                 texts[note["image_id"]].append(note["caption"])
-        table = {name: texts[number] for number, name in names.items()}
+        table = [{"file_name": name, "text": texts[number]} for number, name in names.items()]
     if isinstance(table, dict):
         table = [{"file_name": name, "text": value} for name, value in table.items()]
     if not isinstance(table, list) or not all(isinstance(entry, dict) for entry in table):
@@ -166,7 +178,7 @@ def _beside(root: Path, left_out: LeftOut) -> Iterator[Captioned]:
             found: list[str] = []
             if stem in texts:
                 with reading(f"{path} cannot be read"):
-                    found = texts_in(read_text(path).splitlines(), str(path))
+                    found = texts_in(text_lines(read_text(path)), str(path))
             if found:
                 yield Captioned(file, found)
             else:

@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
 from grpo.config import Model, Text, UserError
-from grpo.data.caption_files import CaptionFolder
+from grpo.data.caption_files import CaptionFolder, ListedIn
 from grpo.data.captions import Asked, Requests
 from grpo.data.dataset import ImageDataset
 from grpo.data.unreadable import UnreadableImage
@@ -44,10 +45,22 @@ class LlamaGenRequests(Requests):
                 if not (features.folder / name).is_dir():
                     raise UserError(f"{features.folder} has no folder {name}: features of the list {name}.jsonl")
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str | int]:
-        place = hashlib.sha256(repr(self.listed).encode()).hexdigest()
-        return {"encoder": "llamagen", "width": self.width, "captions": self.captions.fingerprint, "lists": place}
+        """Features are known by those of each list's first image: another encoder would have others there."""
+        lists, files = hashlib.sha256(repr(self.listed).encode()).hexdigest(), hashlib.sha256()
+        first = {place.name: place for place in reversed(self.listed)}
+        for features in filter(None, (self.long, self.short)):
+            for place in first.values():
+                files.update(self._bytes_of(features, place))
+        told = {"captions": self.captions.fingerprint, "lists": lists, "features": files.hexdigest()}
+        return {"encoder": "llamagen", "width": self.width, **told}
+
+    def _bytes_of(self, features: LlamaGenFeatures, place: ListedIn) -> bytes:
+        try:
+            return features.row(*place).numpy().tobytes()
+        except UserError:  # is told where a sample asks for it
+            return b""
 
     def draw(self, index: int, sample_id: int, seed: int) -> Asked:
         is_short = np.random.default_rng((seed, sample_id, SHARE_STREAM)).random() < self.short_share

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from grpo.config import Data, UserError, reason
+from grpo.config import Data, UserError, reason, text_lines
 from grpo.data.captions import Captions, texts_in, texts_of
 from grpo.data.dataset import ImageDataset, decoded
 from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, caption_column, check_arrow, first_column
@@ -128,7 +128,8 @@ class StreamedDataset(ImageDataset):
         if isinstance(value, dict):
             found = texts_of(value, self.data.caption_key, where)
         else:
-            found = texts_in(value.splitlines() if self._kind == "webdataset" else value, where)
+            is_file = self._kind == "webdataset" and isinstance(value, str)
+            found = texts_in(text_lines(value.removeprefix("\ufeff")) if is_file else value, where)
         if not found:
             raise UnreadableImage(f"{where} has no caption")
         return found

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from grpo.config import Data, UserError, reading
+from grpo.config import Data, UserError, reading, text_lines
 from grpo.data.captions import Captions, LeftOut, texts_in, texts_of
 from grpo.data.dataset import ImageDataset
 from grpo.data.folder_scan import THREADS
@@ -191,8 +191,8 @@ def _texts(sample: TarSample, reader: TarReader, path: Path, *, key: str | None)
     if member.size > LARGEST_TEXT:
         raise UserError(f"{where}: its .{ending} has {member.size} bytes, which is no caption")
     with reading(f"{where}: its .{ending} cannot be read"):
-        content = reader.read(0, member).decode("utf-8")
-        value = content.splitlines() if ending == "txt" else json.loads(content)
+        content = reader.read(0, member).decode("utf-8-sig")
+        value = text_lines(content) if ending == "txt" else json.loads(content)
         if ending == "json" and not isinstance(value, dict):
             raise ValueError("it is no JSON object")
     return json.dumps(texts_in(value, where) if ending == "txt" else texts_of(value, key, where))

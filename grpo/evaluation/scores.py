@@ -2,14 +2,12 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from grpo.config import UserError, read_text, reading
+from grpo.config import UserError, printable, read_text, reading, text_lines
 
-DPG_LINE = re.compile(r"\s*(?P<name>.+?):\s*(?P<score>[-+.\deE]+|nan)\s*")
 DPG_TOTAL = "DPG-Bench score"
 
 
@@ -40,7 +38,7 @@ def _geneval(text: str, path: Path) -> dict[str, float]:
     tasks: dict[str, list[float]] = {}
     prompts: dict[str, bool] = {}
     with reading(f"evaluation.scores {path} is not GenEval's results"):
-        for line in filter(str.strip, text.splitlines()):
+        for line in filter(str.strip, text_lines(text)):
             entry = json.loads(line)
             correct = entry["correct"]
             if type(correct) is not bool:
@@ -50,25 +48,35 @@ def _geneval(text: str, path: Path) -> dict[str, float]:
             prompts[prompt] = prompts.get(prompt, False) or correct
         if not tasks:
             raise ValueError("it has no images")
-    of_task = {tag: fmean(correct) for tag, correct in tasks.items()}
-    images = [correct for values in tasks.values() for correct in values]
-    totals = {"overall": fmean(of_task.values()), "correct_images": fmean(images)}
-    return {**totals, "correct_prompts": fmean(map(float, prompts.values())), **of_task, **_counts(images, prompts)}
-
-
-def _counts(images: list[float], prompts: Mapping[str, bool]) -> dict[str, float]:
-    return {"images": float(len(images)), "prompts": float(len(prompts))}
+        images = [correct for values in tasks.values() for correct in values]
+        of_task = {tag: fmean(correct) for tag, correct in tasks.items()}
+        totals = {"overall": fmean(of_task.values()), "correct_images": fmean(images)}
+        totals |= {"correct_prompts": fmean(map(float, prompts.values()))}
+        totals |= {"images": float(len(images)), "prompts": float(len(prompts))}
+        return _with_parts(totals, of_task)
 
 
 def _dpg(text: str, path: Path) -> dict[str, float]:
-    """Lines of the summary behind the lines of the images; the words before a colon name a category."""
-    summary = text[text.rindex("Model:") :] if "Model:" in text else text
-    found = {}
-    for line in summary.splitlines():
-        if match := DPG_LINE.fullmatch(line):
-            with reading(f"evaluation.scores {path} is not DPG-Bench's results"):
-                found[match["name"].strip()] = float(match["score"])
-    total = found.pop(DPG_TOTAL, math.nan)
-    if not math.isfinite(total):
-        raise UserError(f"evaluation.scores {path} has no {DPG_TOTAL} that is a number: let the scorer end first")
-    return {"overall": total, **found}
+    """The summary behind the lines of the images: the total and, in indented lines, categories.
+
+    One of which nothing was asked has the score nan there, and is left out.
+    """
+    found, total = {}, math.nan
+    with reading(f"evaluation.scores {path} is not DPG-Bench's results"):
+        for line in text_lines(text[text.rfind("\nModel:") + 1 :]):
+            name, _, value = line.rpartition(":")
+            if name == DPG_TOTAL:
+                total = float(value)
+            elif name[:1].isspace() and value.strip():
+                found[name.strip()] = float(value)
+        if not math.isfinite(total):
+            raise UserError(f"evaluation.scores {path} has no {DPG_TOTAL} that is a number: let the scorer end first")
+        return _with_parts({"overall": total}, {name: value for name, value in found.items() if math.isfinite(value)})
+
+
+def _with_parts(totals: Mapping[str, float], parts: Mapping[str, float]) -> dict[str, float]:
+    """Both, by names that can be shown. Raises a ValueError where a part has the name of a total."""
+    parts = {printable(name): value for name, value in parts.items()}
+    if both := totals.keys() & parts.keys():
+        raise ValueError(f"a part of it has the name {min(both)}, which is that of a total")
+    return {**totals, **parts}

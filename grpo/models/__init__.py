@@ -2,11 +2,19 @@
 
 from grpo.formats import read_weights, save_weights
 from grpo.models.cached_forward import CachedForward
-from grpo.models.class_names import WORDNET_ID, imagenet, imagenet_names, learned_classes, numbered
+from grpo.models.class_names import WORDNET_ID, default_names, imagenet, imagenet_names, learned_classes, numbered
 from grpo.models.classifier import Classifier, ClassifierConfig, load_classifier
 from grpo.models.condition import CONDITION_PLACE, ClassCondition, Condition, TextCondition, as_condition
 from grpo.models.discriminator import Discriminator, DiscriminatorConfig, load_discriminator
-from grpo.models.family import MODEL_SPECS, ModelFamily, family_of, generator_sizes, get_family, load_generator
+from grpo.models.family import (
+    MODEL_SPECS,
+    ModelFamily,
+    family_named,
+    family_of,
+    generator_sizes,
+    get_family,
+    load_generator,
+)
 from grpo.models.gpt import GPT, GPTConfig
 from grpo.models.kv_cache import KVCache
 from grpo.models.lora import WithoutAdapter, adapter_matrices, add_adapter, load_adapter, mark_trained

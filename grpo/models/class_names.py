@@ -29,6 +29,11 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(names[0] for names in imagenet().values())
 
 
+def default_names(count: int) -> tuple[str, ...]:
+    """Names of the classes of weights that have none with them: 1,000 are ImageNet's, as in every released LlamaGen."""
+    return imagenet_names() if count == len(imagenet()) else numbered(count)
+
+
 def numbered(count: int) -> tuple[str, ...]:
     """Names of classes that have none."""
     return tuple(map(str, range(count)))
@@ -47,7 +52,7 @@ def learned_classes(model: Model) -> tuple[str, ...]:
         return ()
     names = written_names(model.checkpoint)
     if names is None:
-        return imagenet_names() if kept == len(imagenet()) else numbered(kept)
+        return default_names(kept)
     if len(names) != kept:
         raise UserError(class_count_problem(model.checkpoint, found=len(names), wanted=kept, new=model.new_classes))
     return names

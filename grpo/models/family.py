@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 import grpo.models.costs as costs
-from grpo.config import Model, Tokenizer
+from grpo.config import Model, Tokenizer, UserError
 from grpo.formats import merged, read_adapter
 from grpo.models.cached_forward import CachedForward
 from grpo.models.fused_gpt import cached_forward
@@ -106,6 +106,14 @@ MODEL_SPECS: Mapping[str, Any] = {name: spec for family in FAMILIES for name, sp
 def get_family(spec_name: str) -> ModelFamily:
     """The family that the spec belongs to. Raises a UserError, with the nearest name, if there is none."""
     return named_spec({name: family for family in FAMILIES for name in family.specs}, spec_name, key="model.name")
+
+
+def family_named(architecture: str) -> ModelFamily:
+    """The family whose models are of the class of that name. Raises a UserError if there is none."""
+    known = {family.model.__name__: family for family in FAMILIES}
+    if architecture not in known:
+        raise UserError(f"there is no generator of the architecture {architecture}; known are {', '.join(known)}")
+    return known[architecture]
 
 
 def family_of(model: nn.Module) -> ModelFamily:

@@ -96,13 +96,20 @@ def numbers_table(
     """Metric -> its value in each run, with the difference to the first run; and of runs that differ in seeds only
     their mean with a 95 % interval."""
     groups = seed_groups(runs)
-    names = [f"mean of {', '.join(runs[number].name for number in group)}" for group in groups]
+    names = [f"mean of {_together([runs[number].name for number in group])}" for group in groups]
     rows = []
     for metric, row in values.items():
         cells = [_cell(value, row[0] if number else None) for number, value in enumerate(row)]
         cells += [mean_and_interval([row[number] for number in group]) for group in groups]
         rows.append((metric, cells))
     return Table(title, [run.name for run in runs] + names, rows, note)
+
+
+def _together(names: Sequence[str]) -> str:
+    """A name for several runs: what the names that a sweep has given them have in common, or all of them."""
+    parts = [name.split(",") for name in names]
+    common = [part for part in parts[0] if "=" in part and all(part in other for other in parts)]
+    return f"{len(names)}, {','.join(common)}" if common else ", ".join(names)
 
 
 def end_table(runs: Sequence[Run]) -> Table:

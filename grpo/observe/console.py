@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -22,17 +22,25 @@ HEADLINES = {
     "aux_ce": "CE",
     "clip_fraction": "clipped",
     "zero_spread": "no spread",
+    "codebook_usage": "codes used",
+    "skipped_steps": "skipped",
     "images_per_second": "images/s",
 }
 """The metrics that the console shows, in this order and under these names, as far as a job has them."""
 
-SHOWN_WHEN_NOT_ZERO = ("clip_fraction", "zero_spread")
+LONG_STEP_SECONDS = 2.0
+
+SHOWN_WHEN_NOT_ZERO = ("loss", "clip_fraction", "zero_spread", "skipped_steps")
+"""Those that are 0 in most runs, or always: of one optimizer step a rollout the loss is, but for its other terms."""
+
+ROUNDING = 1e-6  # less is 0
 
 
 def headline(metrics: Mapping[str, float]) -> str:
     """The metrics of HEADLINES in one line, four digits each: `reward -0.8123  loss 0.0041  images/s 31.2`."""
-    there = [name for name in HEADLINES if name in metrics and (metrics[name] or name not in SHOWN_WHEN_NOT_ZERO)]
-    return "  ".join(f"{HEADLINES[name]} {float(metrics[name]):.4g}" for name in there)
+    shown = {name: float(metrics[name]) for name in HEADLINES if name in metrics}
+    idle = [name for name in SHOWN_WHEN_NOT_ZERO if abs(shown.get(name, 0.0)) < ROUNDING]
+    return "  ".join(f"{HEADLINES[name]} {value:.4g}" for name, value in shown.items() if name not in idle)
 
 
 def duration(seconds: float) -> str:
@@ -52,13 +60,14 @@ class _Terminal(Console):
 
 
 class _BarOverMetrics(Progress):
-    """A bar with the metrics on a line of their own, so that both fit into a narrow terminal."""
+    """A bar with lines of text under it, so that all fits into a narrow terminal. It is drawn ten times a second."""
+
+    lines: Callable[[], Iterable[str]] = tuple
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        for task in self.tasks:
-            if task.fields["headline"]:
-                yield Text(task.fields["headline"], no_wrap=True, overflow="ellipsis")
+        for line in self.lines():
+            yield Text(line, no_wrap=True, overflow="ellipsis")
 
 
 class ProgressDisplay:
@@ -67,24 +76,37 @@ class ProgressDisplay:
     Args:
         start: steps done before, by the run that this one continues.
         console: where to write; None is standard error.
+        where: says how far the present step is: on a terminal, under the bar, from the first step on that takes longer
+            than LONG_STEP_SECONDS.
     """
 
-    def __init__(self, description: str, total: int, *, start: int = 0, console: Console | None = None) -> None:
-        self.description, self.total, self.start = description, total, start
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        *,
+        start: int = 0,
+        console: Console | None = None,
+        where: Callable[[], str] = str,
+    ) -> None:
+        self.description, self.total, self.start, self.where = description, total, start, where
         self.console = console or _Terminal(stderr=True)
-        self._started = time.perf_counter()
+        self._started = self._step_started = time.perf_counter()
+        self._headline, self._steps_are_long = "", False
         self._bar: Progress | None = None
         if self.console.is_terminal:
             counts = BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
             columns = "[bold]{task.description}", *counts, "left", TimeRemainingColumn(compact=True)
             self._bar = _BarOverMetrics(*columns, console=self.console, expand=True)
-            self._task = self._bar.add_task(description, total=total, completed=start, headline="")
+            self._bar.lines = self._lines
+            self._task = self._bar.add_task(description, total=total, completed=start)
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, float], *, line: bool) -> None:
         """Shows that `step` is done; without a bar prints it as a line, if `line`."""
+        self._step_started, self._headline = time.perf_counter(), headline(metrics)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, headline=headline(metrics))
+            self._bar.update(self._task, completed=step)
         elif line:
             self.message(self.line(step, metrics))
 
@@ -93,6 +115,14 @@ class ProgressDisplay:
         seconds_left = (time.perf_counter() - self._started) / max(step - self.start, 1) * (self.total - step)
         parts = [f"{self.description} {step}/{self.total}", headline(metrics), f"{duration(seconds_left)} left"]
         return "  ".join(part for part in parts if part)
+
+    def _lines(self) -> Iterator[str]:
+        """The metrics, and how far the step is."""
+        seconds = time.perf_counter() - self._step_started
+        self._steps_are_long |= seconds > LONG_STEP_SECONDS
+        yield from filter(None, [self._headline])
+        if self._steps_are_long and (where := self.where()):
+            yield f"{where}, {duration(seconds)} into the step"
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -1,13 +1,10 @@
 """RunObserver: the one place where a run reports what it does."""
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
-from uuid import uuid4
+from typing import Self
 
 from grpo.config import Metrics, UserError, printable
 from grpo.observe.console import ProgressDisplay
@@ -15,10 +12,11 @@ from grpo.observe.files import MetricsFile, metric_lines, write_atomically
 from grpo.observe.grids import SampleRow, sample_grid, sample_grids
 from grpo.observe.history import History
 from grpo.observe.report import write_report
+from grpo.observe.trackers import EVENTS_NAME, WANDB_ID_NAME, build_trackers, require_trackers
 
 # What a run writes into its folder besides checkpoints, which guard themselves.
-RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "model.safetensors",
-             "model_ema.safetensors", "discriminator.safetensors", "judge.json", "wandb_run_id.txt")  # fmt: skip
+RUN_FILES = ("recipe.toml", "metrics.jsonl", "log.txt", "report.html", "samples", "judge.json", "model.safetensors",
+             "model_ema.safetensors", "discriminator.safetensors", WANDB_ID_NAME, EVENTS_NAME)  # fmt: skip
 
 
 class RunObserver:
@@ -34,9 +32,10 @@ class RunObserver:
         main: whether this rank writes.
         start_step: the step that the run continues from; lines of metrics.jsonl after it are dropped. 0 is a new run:
             what an older one has left is moved into `previous/`.
+        where: says how far a step is, for a terminal, which shows it while steps are long.
 
     Raises:
-        UserError: the folder cannot be written, or Weights & Biases is asked for and not installed (on every rank).
+        UserError: the folder cannot be written, or a tracker is asked for and not installed (on every rank).
     """
 
     def __init__(
@@ -49,14 +48,12 @@ class RunObserver:
         title: str,
         main: bool,
         start_step: int = 0,
+        where: Callable[[], str] = str,
     ) -> None:
         self.run_dir, self.main = Path(run_dir), main
         self._settings, self._title, self._total_steps = metrics, title, total_steps
         self._step = start_step
-        if metrics.wandb and find_spec("wandb") is None:
-            raise UserError(
-                "metrics.wandb is true but the package wandb is not installed: pip install wandb, or set it to false"
-            )
+        require_trackers(metrics)
         if not main:
             return
         try:
@@ -69,8 +66,8 @@ class RunObserver:
         except OSError as error:
             problem = f"cannot write to the run's folder {self.run_dir}: {error.strerror}; set metrics.run_dir"
             raise UserError(problem) from error
-        self._wandb = _wandb_run(self.run_dir, metrics, recipe_text=recipe_text) if metrics.wandb else None
-        self._display = ProgressDisplay(title, total_steps, start=start_step)
+        self._trackers = build_trackers(self.run_dir, metrics, recipe_text=recipe_text, start_step=start_step)
+        self._display = ProgressDisplay(title, total_steps, start=start_step, where=where)
         self._note(f"{title}: from step {start_step} to {total_steps}")
         if aside is not None:
             self.message(f"the results of an earlier run in {self.run_dir} are now in {aside}")
@@ -86,8 +83,8 @@ class RunObserver:
         self._display.update(step, metrics, line=due)
         if due:
             self._note(self._display.line(step, metrics))
-            if self._wandb is not None:
-                self._wandb.log(dict(metrics), step=step)
+            for tracker in self._trackers:
+                tracker.log(step, metrics)
 
     def wants_images(self, step: int) -> bool:
         """Whether a grid is due, the same on every rank: every `image_interval` steps, at the first and the last."""
@@ -95,17 +92,14 @@ class RunObserver:
         return interval > 0 and (step % interval == 0 or step in (1, self._total_steps))
 
     def images(self, step: int, rows: Sequence[SampleRow]) -> None:
-        """Draws a grid of the step's rollouts into samples/ and to Weights & Biases, and refreshes the report."""
+        """Draws a grid of the step's rollouts into samples/ and to the trackers, and refreshes the report."""
         if not self.main or not rows:
             return
         grid = sample_grid(rows)
         grid.save(self.run_dir / "samples" / f"step-{step:06d}.png")
         self._prune_grids()
-        if self._wandb is not None:
-            import wandb
-
-            caption = ", ".join(row.caption for row in rows)
-            self._wandb.log({"samples": wandb.Image(grid, caption=caption)}, step=step)
+        for tracker in self._trackers:
+            tracker.images(step, grid, caption=", ".join(row.caption for row in rows))
         self._report(f"running, step {step} of {self._total_steps}")
 
     def message(self, text: str) -> None:
@@ -124,8 +118,8 @@ class RunObserver:
         self._report(f"{status}, step {self._step} of {self._total_steps}")
         self._metrics_file.close()
         self._log_file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _report(self, summary: str) -> None:
         evolution = self.run_dir / "samples" / "evolution.png"
@@ -171,26 +165,3 @@ def set_aside(run_dir: Path, recipe_text: str) -> Path | None:
         if (run_dir / name).exists():
             (run_dir / name).replace(aside / name)
     return aside
-
-
-def _wandb_run(run_dir: Path, metrics: Metrics, *, recipe_text: str) -> Any:
-    """The `wandb.Run` of a run's folder.
-
-    Offline unless the environment says otherwise: WANDB_MODE is obeyed, and WANDB_API_KEY alone means online. A run
-    that is continued goes on under the id kept in `wandb_run_id.txt`.
-    """
-    import wandb
-
-    id_file = run_dir / "wandb_run_id.txt"
-    if not id_file.exists():
-        id_file.write_text(uuid4().hex[:8])
-    return wandb.init(
-        project=metrics.wandb_project,
-        entity=metrics.wandb_entity,
-        name=metrics.wandb_run_name or run_dir.resolve().name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=run_dir,
-        mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
-        config={"recipe": recipe_text},
-    )

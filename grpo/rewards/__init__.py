@@ -1,4 +1,4 @@
-"""Rewards of completions: one kind a file, and their weighted sum. docs/rewards.md shows how to add one."""
+"""Rewards of completions: one kind a file, and their weighted sum. docs/extending.md shows how to add one."""
 
 from grpo.rewards.base import DecodedBatch, PopulationReward, Reward, RewardContext, Term
 from grpo.rewards.reward_sum import Rewarded, RewardSum, build_rewards

@@ -51,11 +51,11 @@ class HTTPScorer(Reward):
         retries: Annotated[int, Ge(0), Le(100)] = 3
         """Tries after the first has failed; the pause before each is twice as long as the one before."""
         retry_seconds: Seconds = 0.5
-        """The first of these pauses."""
+        """Seconds of the first pause between two tries."""
         max_failures: Fraction = 0.5
         """Share of a step's completions, over all ranks, that may be without an answer."""
         max_failed_steps: PositiveInt = 3
-        """After so many steps in a row with more, the run stops, with a checkpoint."""
+        """After so many steps in a row with more failures the run stops, with a checkpoint."""
 
         @field_validator("url")
         @classmethod

@@ -53,17 +53,17 @@ class NetworkTable(RewardTable):
     checkpoint: Annotated[str, Wanted("weights of the network that net names")]
     """Its weights, as that library publishes them."""
     resize: NetworkSide | None = None
-    """Images are resized to this side; none is the network's own, which the classifier has none of."""
+    """Images are resized to this side; none is what the network was trained with (a classifier of ours: not at all)."""
     crop: NetworkSide | None = None
     """Then the square of this side in the middle is taken; none is the network's own."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """How they are resized; none is the network's own way."""
+    """How images are resized; none is what the network was trained with."""
     antialias: bool = True
-    """Whether resizing to a smaller side averages over what is left out."""
+    """Whether resizing to a smaller side averages over neighbouring pixels."""
     mean: Channels | None = None
-    """Subtracted from red, green and blue in [0, 1]; none is the network's own."""
+    """Subtracted from red, green and blue in [0, 1]; none is what the network was trained with."""
     std: Channels | None = None
-    """Then divides them; none is the network's own."""
+    """Red, green and blue are then divided by it; none is what the network was trained with."""
 
     def resolved(self) -> Self:
         keys = Preprocessing._fields

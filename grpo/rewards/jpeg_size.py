@@ -22,7 +22,7 @@ class JPEGSize(Reward):
         """Minus the size of the image as a JPEG, in units of 500 kB."""
 
         quality: Annotated[int, Ge(1), Le(100)] = 95
-        """Of the JPEG."""
+        """Quality of the JPEG."""
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.quality = settings.quality

@@ -48,7 +48,7 @@ class PythonFunction(Reward):
         arguments: dict[str, Any] = Field(default_factory=dict)
         """Keyword arguments of the function."""
         sha256: str | None = None
-        """Of the file; a saved recipe has it, so that another version of the file is refused."""
+        """SHA-256 of the file. A saved recipe has it, so that another version of the file is refused."""
 
         def resolved(self) -> Self:
             return self.model_copy(update={"sha256": hashlib.sha256(self.source()).hexdigest()})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from grpo.config import Compile, Rewards, UserError, reward_class
 from grpo.models import Condition, VQModel, fold_upsampling
 from grpo.parallel import MetricSums
+from grpo.position import counted
 from grpo.rewards.base import DecodedBatch, PopulationReward, RewardContext, Term
 from grpo.rewards.networks import decode_batch, reward_dtype
 
@@ -113,7 +114,7 @@ class RewardSum:
         config, weight = self.tokenizer.config, self.tokenizer.post_quant_conv.weight
         most = self.batch_size or decode_batch(config, flat.shape[1], dtype=weight.dtype, device=weight.device)
         size = whole_groups(len(flat), group, most)
-        for start in range(0, len(flat), size):
+        for start in counted(range(0, len(flat), size), "batch"):
             part = flat[start : start + size]
             with timer("decode"):
                 images = self.tokenizer.decode(part)

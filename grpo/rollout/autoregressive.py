@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from grpo.kernels import Draw
 from grpo.models import CachedForward, Condition, as_condition, family_of
 from grpo.parallel import free_memory, gathered
+from grpo.position import counted
 from grpo.rollout.cached_sampler import CachedSampler, SampledCodes, bytes_per_sequence
 
 MEMORY_SHARE = 0.8  # of the free memory, for caches and logits
@@ -60,12 +61,12 @@ class CodeSampler:
             rows, parts = engine.rows, math.ceil(total / engine.rows)
             row_ids = nn.functional.pad(row_ids, (0, rows * parts - total))  # with copies of the first completion's
             condition_rows = torch.arange(rows * parts, device=row_ids.device).clamp(max=total - 1) // group
-            for start in range(0, rows * parts, rows):
+            for start in counted(range(0, rows * parts, rows), "batch"):
                 part = slice(start, start + rows)
                 first, last = (min(place, total - 1) // group for place in (start, start + rows - 1))
                 shared = condition.select(slice(first, last + 1))
                 engine.start(shared, row_ids[part], condition_rows[part] - first)
-                for _ in range(engine.length - 1):
+                for _ in counted(range(engine.length - 1), "code"):
                     engine.extend()
                 drawn.append(engine.read())
             held = engine.nbytes + bytes_of_copies(engine.forward)

@@ -58,10 +58,16 @@ def _resized(images: Tensor, sampling: Sampling) -> Tensor:
 
 def load_sampler(model: Model, tokenizer: TokenizerConfig, sampling: Sampling, *, device: torch.device) -> ImageSampler:
     """The sampler of a recipe's checkpoints, whole on this rank, in the recipe's precision."""
-    require_backend(sampling.kernels, device, key="sampling.kernels")
     sizes = generator_sizes(model, tokenizer, image_size=sampling.image_size)
+    return place_sampler(
+        load_generator(model, sizes), build_tokenizer(tokenizer, device=device), sampling, device=device
+    )
+
+
+def place_sampler(model: nn.Module, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> ImageSampler:
+    """The sampler of a generator and its tokenizer, which are brought to this device, in this precision, frozen."""
+    require_backend(sampling.kernels, device, key="sampling.kernels")
     dtype = compute_dtype(sampling.mixed_precision)
     set_matmul_precision(sampling.mixed_precision)
-    generator = load_generator(model, sizes).to(device, dtype)
-    decoder = build_tokenizer(tokenizer, device=device).to(dtype)
-    return ImageSampler(generator.requires_grad_(False), decoder, sampling, device=device)
+    model, tokenizer = (part.to(device, dtype).eval().requires_grad_(False) for part in (model, tokenizer))
+    return ImageSampler(model, tokenizer, sampling, device=device)

@@ -8,5 +8,5 @@ from grpo.shapes.rendering import render
 from grpo.shapes.scoring import ATTRIBUTES, reward, score
 from grpo.shapes.world import Request, Scenes, Thing
 
-VERSION = 1
+VERSION = 2
 """Of the drawings and captions: another where an example of some number is another."""

@@ -1,11 +1,11 @@
 """Examples: a scene and what a caption says of it, by split and number, with combinations held out of training.
 
-Held out are one colour of each shape, and of each shape and axis the second shape of a pair ("a circle left of a
-square" asks for the same pair as "a square right of a circle"). No scene of the split `train` shows such a
-combination, whether its caption says so or not. Which ones is a function of their names alone. In `validation` and
-`test` nine captions that ask for seen combinations only, one of each category, take turns with five that ask for one
-that is held out. Of the requests with many meanings (`color_attr`, `scenes`) a sixteenth is kept for `validation` and
-another for `test`.
+Held out are one place of each shape, one number of each shape, one partner of each colour, and of each shape and axis
+the second shape of a pair ("a circle left of a square" asks for the same pair as "a square right of a circle"). No
+scene of the split `train` shows such a combination, whether its caption says so or not. Which ones is a function of
+their names alone. In `validation` and `test` nine captions that ask for seen combinations only, one of each category,
+take turns with five that ask for one that is held out. Of the requests with many meanings (`color_attr`, `scenes`) a
+sixteenth is kept for `validation` and another for `test`.
 """
 
 import zlib
@@ -39,7 +39,7 @@ SPLITS = {"train": 50_000, "reader": 50_000, "validation": 14_000, "test": 14_00
 """Number of examples: for the generator; for networks that read (every combination); to tune; to claim. Example i is a
 function of the split's name and of i."""
 
-UNSEEN_CATEGORIES = ("counting", "colors", "position", "color_attr", "scenes")
+UNSEEN_CATEGORIES = ("counting", "position", "color_attr", "places", "scenes")
 """Those whose captions can ask for a combination that is held out."""
 
 TRAIN_WEIGHTS = {
@@ -72,23 +72,31 @@ class Example(NamedTuple):
 
 
 @cache
-def held_out_colors() -> frozenset[tuple[int, int]]:
-    """Pairs (shape, colour) that are not in `train`: one colour of each shape."""
-    return frozenset(
-        (index, min(range(len(COLORS)), key=lambda color: _hash(f"{shape} {list(COLORS)[color]}")))
-        for index, shape in enumerate(SHAPES)
-    )
+def held_out_places() -> frozenset[tuple[int, int]]:
+    """Pairs (shape, place) that are not in `train`: one place of each shape that is alone."""
+    return frozenset((index, _least(shape, PLACES)) for index, shape in enumerate(SHAPES))
+
+
+@cache
+def held_out_numbers() -> frozenset[tuple[int, int]]:
+    """Pairs (shape, number) that are not in `train`: one number of each shape, where nothing else is shown."""
+    numbers = tuple(NUMBERS)
+    return frozenset((index, numbers[_least(shape, tuple(NUMBERS.values()))]) for index, shape in enumerate(SHAPES))
+
+
+@cache
+def held_out_colors() -> frozenset[frozenset[int]]:
+    """Pairs of colours that are not in `train` together: one partner of each colour."""
+    names = tuple(COLORS)
+    partners = [_least(color, names, other_than=index) for index, color in enumerate(names)]
+    return frozenset(frozenset(pair) for pair in enumerate(partners))
 
 
 @cache
 def held_out_pairs() -> frozenset[tuple[int, int, int]]:
     """Triples (first shape, axis, second shape) that are not in `train`: left of (axis 0) and above (1)."""
     return frozenset(
-        (
-            index,
-            axis,
-            min(range(len(SHAPES)), key=lambda other: _hash(f"{shape} {RELATIONS[2 * axis]} {SHAPES[other]}")),
-        )
+        (index, axis, _least(f"{shape} {RELATIONS[2 * axis]}", SHAPES))
         for index, shape in enumerate(SHAPES)
         for axis in (0, 1)
     )
@@ -97,12 +105,14 @@ def held_out_pairs() -> frozenset[tuple[int, int, int]]:
 def is_unseen(request: Request) -> bool:
     """Whether it asks for a combination that is held out."""
     request = canonical(request)
-    if any((thing.shape, thing.color) in held_out_colors() for thing in request.things):
+    things, first, last = request.things, request.things[0], request.things[-1]
+    if (first.shape, request.place) in held_out_places():
         return True
-    if request.relation == NO:
-        return False
-    first, second = request.things
-    return (first.shape, request.relation // 2, second.shape) in held_out_pairs()
+    if len({thing.shape for thing in things}) == 1 and (first.shape, len(things)) in held_out_numbers():
+        return True
+    if frozenset((first.color, last.color)) in held_out_colors():
+        return True
+    return request.relation != NO and (first.shape, request.relation // 2, last.shape) in held_out_pairs()
 
 
 def split_size(split: str) -> int:
@@ -149,6 +159,12 @@ def _hash(text: str) -> int:
     return zlib.crc32(f"held out: {text}".encode())
 
 
+def _least(subject: str, options: Sequence[str], *, other_than: int = NO) -> int:
+    """The place of the option whose name, after the subject's, has the least hash."""
+    places = [place for place in range(len(options)) if place != other_than]
+    return min(places, key=lambda place: _hash(f"{subject} {options[place]}"))
+
+
 def _bucket(request: Request) -> int:
     """0 is for `test`, 1 for `validation`, 2 for all else."""
     return min(_hash(caption(canonical(request))) % 16, 2)
@@ -173,8 +189,9 @@ def _scene(draw: Draw, wanted: str, *, anything: bool) -> tuple[tuple[Thing, ...
         drawn = [Thing(*(_one_of(draw, len(known)) for known in (SHAPES, COLORS, SIZES))) for _ in range(number)]
         things = tuple(drawn[:1] * number if wanted == "counting" else drawn)
         relation = _one_of(draw, len(RELATIONS)) if number == 2 else NO
-        if anything or not is_unseen(Request(things, relation=relation)):
-            return things, relation, _one_of(draw, len(PLACES)) if number == 1 else NO
+        place = _one_of(draw, len(PLACES)) if number == 1 else NO
+        if anything or not is_unseen(Request(things, relation, place)):
+            return things, relation, place
 
 
 def _said(draw: Draw, wanted: str, things: tuple[Thing, ...], relation: int, place: int) -> Request | None:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from grpo.config import UserError
+from grpo.config import UserError, shorten
 from grpo.shapes.world import COLORS, NO, NUMBERS, PLACES, RELATIONS, SHAPES, SIZES, Request, Thing
 
 CATEGORIES = (
@@ -58,9 +58,9 @@ def parse(text: str) -> Request:
         request = _parse(words)
     except (ValueError, IndexError):
         request = None
-    if request is None:
+    if request is None or not any(caption(request, wording=way).split() == words for way in range(wordings(request))):
         known = f"{', '.join(SHAPES)}; {', '.join(COLORS)}; {', '.join(SIZES)}"
-        raise UserError(f'caption "{text}" is not of the world of shapes: say it like "{EXAMPLE}" ({known})')
+        raise UserError(f'caption "{shorten(text)}" is not of the world of shapes: say it like "{EXAMPLE}" ({known})')
     return request
 
 
@@ -112,6 +112,7 @@ def _crosses(things: Sequence[Thing]) -> str:
 
 
 def _parse(words: Sequence[str]) -> Request | None:
+    """What the words ask for if they are in the grammar; articles and plurals are not looked at closely."""
     for place, name in enumerate(PLACES):
         if words[-len(name.split()) :] == name.split():
             return Request((_thing(words[: -len(name.split())]),), place=place)
@@ -122,7 +123,8 @@ def _parse(words: Sequence[str]) -> Request | None:
     links = [("and", NO), *((name, relation) for names in WORDINGS for relation, name in enumerate(names))]
     for name, relation in sorted(links, key=lambda link: -len(link[0])):  # "to the left of" before "left of"
         if (start := _find(words, name.split())) is not None:
-            return Request((_thing(words[:start]), _thing(words[start + len(name.split()) :])), relation=relation)
+            first, second = _thing(words[:start]), _thing(words[start + len(name.split()) :])
+            return Request((first, second), relation=relation) if first != second else None
     return Request((_thing(words),))
 
 
@@ -132,8 +134,8 @@ def _find(words: Sequence[str], part: Sequence[str]) -> int | None:
 
 
 def _thing(words: Sequence[str]) -> Thing:
-    """Of an article, a size, a colour and a shape, of which the shape alone must be there."""
-    return _described_by(words[1:] if words[0] in ("a", "an", "one") else words)
+    """Of an article, a size, a colour and a shape, of which size and colour may be left out."""
+    return _described_by(words[1:])
 
 
 def _described_by(words: Sequence[str]) -> Thing:

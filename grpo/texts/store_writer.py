@@ -22,11 +22,15 @@ class FeatureWriter:
         encoder: what makes the features, in a few words and hashes.
         width: C.
         max_tokens: of a text, at most.
+        precision: of the encoder and of the features, "bf16" or "fp32".
     """
 
-    def __init__(self, folder: str | Path, *, encoder: Mapping[str, Any], width: int, max_tokens: int) -> None:
+    def __init__(
+        self, folder: str | Path, *, encoder: Mapping[str, Any], width: int, max_tokens: int, precision: str
+    ) -> None:
         self.folder = Path(folder)
-        self.about = {"format": FORMAT, "encoder": dict(encoder), "width": width, "max_tokens": max_tokens}
+        sizes = {"width": width, "max_tokens": max_tokens, "precision": precision}
+        self.about = {"format": FORMAT, "encoder": dict(encoder), **sizes}
 
     def start(self) -> set[bytes]:
         """Keys of the texts whose features are there already, those of whole shards of a killed job included.
@@ -41,7 +45,7 @@ class FeatureWriter:
             is_empty = not any(self.folder.iterdir())
         if (self.folder / ABOUT).exists():
             found = read_about(self.folder)
-            if different := [key for key in self.about if found[key] != self.about[key]]:
+            if different := [key for key in self.about if found.get(key) != self.about[key]]:
                 raise UserError(
                     f"encode_text.output {self.folder} holds features of something else: {', '.join(different)} "
                     "differ; give another folder, or remove this one"

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from grpo.config import UserError, import_extra, read_text, reading
+from grpo.config import UserError, import_extra, read_text, reading, shorten
 from grpo.formats import read_weights
 from grpo.texts.features import TextEncoder
 
@@ -97,7 +97,7 @@ class T5Encoder(TextEncoder):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """k texts -> [L, C] of each, in the precision of the encoder, on the CPU."""
+        """k texts -> [L, C] of each, in the precision of the encoder, on the CPU. Raises a UserError: no numbers."""
         tokens = self.tokenizer(
             [_plain(text) for text in texts],
             max_length=self.max_tokens,
@@ -108,7 +108,11 @@ class T5Encoder(TextEncoder):
         mask = tokens.attention_mask
         found = self.network(input_ids=tokens.input_ids.to(self.device), attention_mask=mask.to(self.device))
         features = found.last_hidden_state.cpu()
-        return [rows[kept] for rows, kept in zip(features, mask.bool(), strict=True)]
+        kept = [rows[standing] for rows, standing in zip(features, mask.bool(), strict=True)]
+        if bad := [text for text, rows in zip(texts, kept, strict=True) if not rows.isfinite().all()]:
+            told = f"text.path {self.folder} gives features that are not finite of {shorten(bad[0])!r}"
+            raise UserError(f"{told}: its weights are damaged, or of another precision than {self.dtype}")
+        return kept
 
     def features(self, texts: Sequence[str]) -> list[Tensor]:
         parts = [self.encode(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)]

@@ -89,10 +89,12 @@ def memory_line(recipe: TrainingRecipe, world: World) -> str | None:
     return f"memory: about {peak / GIB:.0f} of {total / GIB:.0f} GiB expected on a GPU"
 
 
-def closing(recipe: TrainingRecipe) -> Iterator[str]:
-    """Lines for the end: where things are, and the command that uses them."""
+def closing(recipe: TrainingRecipe, best: tuple[str, float] | None) -> Iterator[str]:
+    """Lines for the end: where things are, the best checkpoint with its score, and the command that uses them."""
     run_dir, average = recipe.run_dir, recipe.run_dir / AVERAGE_NAME
     yield f"the run's page: {run_dir / 'report.html'}"
+    if best is not None:
+        yield f"its best checkpoint: {best[0]}, {recipe.checkpoint.best_metric} {best[1]:.4g}"
     if (run_dir / EXPORT_NAME).exists():
         also = f", and their moving average, {AVERAGE_NAME}" if average.exists() else ""
         yield f"its weights: {run_dir / EXPORT_NAME}{also}"

@@ -41,7 +41,7 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
         return
     memory = free_memory(world.device) if world.device.type == "cuda" else ASSUMED_MEMORY
     recipe, sizes = chosen(recipe, world, memory=memory)
-    lines = [*opening(recipe, _on_meta(recipe), world, title=f"dry run of grpo {job}")]
+    lines = [*opening(recipe, on_meta(recipe), world, title=f"dry run of grpo {job}")]
     if type(recipe) in (GRPORecipe, PretrainRecipe):
         mesh = mesh_shape(recipe.parallel, size=world.size, local_size=world.local_size)
         lines += _memory_lines(recipe_memory(recipe, mesh=mesh, memory=memory))
@@ -52,7 +52,8 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
         print("\n".join([*lines, "the recipe is valid and its files are there; nothing was started"]))
 
 
-def _on_meta(recipe: TrainingRecipe) -> torch.nn.Module:
+def on_meta(recipe: TrainingRecipe) -> torch.nn.Module:
+    """The model that a recipe trains, without memory. Raises a UserError: its sizes do not fit together."""
     with torch.device("meta"):
         if isinstance(recipe, GeneratorRecipe):
             sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)

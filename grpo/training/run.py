@@ -26,6 +26,7 @@ from grpo.parallel import (
     require_backend,
     set_matmul_precision,
 )
+from grpo.position import position
 from grpo.rewards import Seen
 from grpo.training.banner import closing, opening
 from grpo.training.fingerprints import take_fingerprints
@@ -88,7 +89,7 @@ class TrainingRun:
         self._open = ExitStack()  # what is given back when the run ends
         self._stop_request = StopRequest(speaks=world.is_main)
         self._best_values: list[float] = []
-        self._closing: list[str] = []  # what to say at the very end
+        self._is_done = False  # the last step was taken
         self._resumed_from: str | None = None
         self._first_step = 0
         if recipe.debug.deterministic:
@@ -138,6 +139,7 @@ class TrainingRun:
             title=self.title,
             main=self.world.is_main,
             start_step=self._first_step,
+            where=self._where,
         )
         self.observer = self._open.enter_context(observer)
         for line in (*opening(self.recipe, model, self.world, title=self.title), *notes):
@@ -148,8 +150,11 @@ class TrainingRun:
             seconds = self.timer.read()["seconds/judge"]
             judge.note(None, seconds)
             judge.record(seconds)
-            words = ", ".join(f"{name} {value:.4g}" for name, value in judged.items())
-            self.observer.message(f"before the first step: {words}")
+            self._tell_judged("before the first step", judged)
+
+    def _where(self) -> str:
+        """How far the step is, for a terminal; another thread asks."""
+        return ", ".join(filter(None, (self._watchdog.phase, position())))
 
     def _lock_checkpoints(self) -> None:
         """Keep other runs out of a folder of checkpoints that is not inside this run's, which is locked already."""
@@ -210,6 +215,8 @@ class TrainingRun:
         votes, own_seconds = gather_numbers([vote, own_work(times)]).unbind(1)  # each [ranks]
         vote, slowest = int(votes.max()), self._stragglers.look(own_seconds)
         verdict = self._heard(metrics, times, is_due)
+        if is_due:
+            self._tell_judged(f"step {step}", judged)
         judged |= {"judge/time_share": self._judge.time_share} if is_due else {}
         values = {**metrics, **judged, **rates, **times, **slowest.metrics}
         self.observer.log(step, values)
@@ -232,14 +239,16 @@ class TrainingRun:
         if last and self._exports:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
             self._export()
-        if last:
-            self._closing = [*closing(self.recipe)]
+        self._is_done = last
 
     def _judged(self, step: int) -> dict[str, float]:
         """What the judge says of the weights as they are, or of their moving average where there is one."""
         average = self._optimizer.average
         with self.timer("judge"), nullcontext() if average is None else average.swapped():
             return self._judge(step)
+
+    def _tell_judged(self, when: str, judged: Mapping[str, float]) -> None:
+        self.observer.message(f"{when}: {', '.join(f'{name} {value:.4g}' for name, value in judged.items())}")
 
     def _heard(self, metrics: Mapping[str, float], times: Mapping[str, float], is_due: bool) -> Verdict:
         """Tell the judge of a step, and what it makes of it where it has looked at it."""
@@ -315,8 +324,9 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.checkpoints.close()
-            for line in self._closing:
-                self.observer.message(line)
+            if self._is_done and self.world.is_main:
+                for line in closing(self.recipe, self.checkpoints.best()):
+                    self.observer.message(line)
         self._open.__exit__(kind, *error)
 
     def _idle(self, causes: tuple[str, ...]) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from grpo.checkpoint import ExtraState
 from grpo.data import ImageBatch, ImageDataset, build_stream
 from grpo.parallel import MetricSums, gradient_sync
+from grpo.position import counted
 from grpo.training.judge import RunJudge
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.run import TrainingRun
@@ -52,7 +53,8 @@ def minimise(
         with run.timer("data"):
             images = next(stream).to(world.device)  # [B]
         prepared = prepare(images)
-        for batch in (parts := prepared.parts(training.micro_batch_size)):
+        parts = prepared.parts(training.micro_batch_size)
+        for batch in counted(parts, "micro-batch"):
             gradient_sync(model, batch is parts[-1])
             value, means = loss(batch)
             with run.timer("backward"):

@@ -11,6 +11,7 @@ from grpo.config import Objective, Rollout, Schedule
 from grpo.kernels import Draw, RandomStream, philox_uniform
 from grpo.objectives import EntropyControl, highest_entropy, policy_loss, token_weights
 from grpo.parallel import MetricSums, gradient_sync
+from grpo.position import counted
 from grpo.rollout import Scores, Trajectory, score
 from grpo.training.optimizer import GuardedOptimizer
 
@@ -65,12 +66,13 @@ class PolicyUpdate:
         """
         metrics, ranks = MetricSums(), self.schedule.ranks
         passes = [self._one_pass(trajectory, drops) for drops in self.schedule.dropout_passes]
-        for planned in list(zip(*map(self._plan, passes), strict=True)) * self.schedule.epochs:
+        steps = list(zip(*map(self._plan, passes), strict=True)) * self.schedule.epochs
+        for planned in counted(steps, "optimizer step"):
             real_rows = sum(part.rows for part in planned[0] if not part.num_completions)
             self._pending += sum(part.num_completions for part in planned[0])
             parts = [part for one_pass in planned for part in one_pass]
             complete = self._pending == self.schedule.completions_per_step
-            for part in parts:
+            for part in counted(parts, "micro-batch"):
                 gradient_sync(self.policy, complete and part is parts[-1])
                 loss = self._loss(part, real_rows, metrics) / len(passes)
                 metrics.add("loss", loss, 0)

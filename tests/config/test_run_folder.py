@@ -4,7 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import EvaluateRecipe, GenerateRecipe, GRPORecipe, TokenizerRecipe, UserError, load_recipe, of_run
+from grpo.config import (
+    EvaluateRecipe,
+    GenerateRecipe,
+    GRPORecipe,
+    ShareRecipe,
+    TokenizerRecipe,
+    UserError,
+    load_recipe,
+    of_run,
+    shared_recipe,
+)
+
+OUTPUT = ("--share.output", "shared")
 
 
 def run_folder(folder: Path, **rollout: object) -> Path:
@@ -38,6 +50,8 @@ def test_what_the_arguments_set_wins(tmp_path: Path) -> None:
     given = ["--sampling.cfg_scale=2", "--output.npz", "x.npz", "--model.checkpoint", "other.pt"]
     recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, [str(folder), *given]))
     assert (recipe.sampling.cfg_scale, recipe.output.grid, recipe.model.checkpoint) == (2, None, "other.pt")
+    recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, [str(folder), "--output.num_images", "3"]))
+    assert (recipe.output.num_images, recipe.output.grid) == (3, str(folder / "grid.png"))
 
 
 def test_an_evaluation_takes_data_and_judge_too(tmp_path: Path) -> None:
@@ -65,4 +79,31 @@ def test_what_is_no_run_of_a_generator_is_refused(tmp_path: Path) -> None:
         of_run(GenerateRecipe, [str(tmp_path)])
     (tmp_path / "recipe.toml").write_bytes(b'job = "train"\n\xff')
     with pytest.raises(UserError, match=r"recipe\.toml"):
+        of_run(GenerateRecipe, [str(tmp_path)])
+
+
+def test_a_shared_folder_stands_for_its_settings(tmp_path: Path) -> None:
+    of_training = load_recipe(ShareRecipe, of_run(ShareRecipe, [str(run_folder(tmp_path, cfg_scale=1.5)), *OUTPUT]))
+    assert of_training.share.run == str(tmp_path)
+    (tmp_path / "generator.toml").write_text(shared_recipe(of_training))
+    recipe = load_recipe(GenerateRecipe, of_run(GenerateRecipe, [str(tmp_path), "--sampling.top_k", "5"]))
+    assert (recipe.model.checkpoint, recipe.model.name) == (str(tmp_path / "model.safetensors"), "GPT-tiny")
+    assert recipe.tokenizer.checkpoint == str(tmp_path / "tokenizer.safetensors")
+    assert (recipe.sampling.cfg_scale, recipe.sampling.image_size, recipe.sampling.top_k) == (1.5, 32, 5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[output]\nnpz = "/home/me/x.npz"',
+        '[text]\npath = "/"',
+        '[model]\ncheckpoint = "x"',
+        "[model]\nname = [1]",
+        "x",
+        "a = 1",
+    ],
+)
+def test_a_shared_folder_names_no_files(text: str, tmp_path: Path) -> None:
+    (tmp_path / "generator.toml").write_text(text)
+    with pytest.raises(UserError, match=r"generator\.toml is not that of a shared generator"):
         of_run(GenerateRecipe, [str(tmp_path)])

@@ -101,6 +101,19 @@ def test_tars(tars, section):
     assert found(build_text_dataset(section(folder, index_cache="none"), WORDS, MODEL), 23)[7] == "c"
 
 
+@pytest.mark.parametrize("name", ["webdataset", "stream"])
+def test_lines_of_captions_are_those_of_a_text_file(tars, pictures, section, name):
+    """Whatever the source, so that the same features are found: with a byte order mark, and other ends of lines."""
+    content = "\ufeffone\u2028caption\x0c of two\r\nanother\rthird\n"
+    wanted = ["one caption of two", "another", "third"]
+    folder = pictures()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(content, encoding="utf-8", newline="")
+    assert open_captions(section(folder)).captions_of.of(3) == wanted
+    dataset = build_text_dataset(section(tars(label=lambda index: ("txt", content)), name=name), WORDS, MODEL)
+    assert set(found(dataset, 23).values()) == set(wanted)
+
+
 def test_a_saved_data_set_and_parquet_files(saved_dataset, parquet, make_images, section):
     columns = {"image": make_images(6), "text": [*TEXTS[:5], " "], "own": [[text, text] for text in TEXTS]}
     folder = saved_dataset(columns, features=datasets.Features(
@@ -216,10 +229,18 @@ def test_a_caption_of_ten_thousand_words_is_cut(pictures, section):
         ),
         ("metadata.jsonl", '{"text": "a"}\n', "names no image: give its file in file_name"),
         ("metadata.jsonl", '{"file_name": "0.png", "text": 7}\n', "a text is expected, not 7"),
-        ("metadata.jsonl", "", "has no images with captions"),
+        ("metadata.jsonl", '{"file_name": "\\ud800.png", "text": "a"}\n', "names no image"),
+        ("metadata.jsonl", json.dumps({"file_name": "a" * 5000, "text": "a"}), "names no image"),
+        ("metadata.jsonl", "", r"has no images with captions: metadata"),
+        ("metadata.jsonl", '{"file_name": "0.png", "words": "a"}\n', r"no images with .*:1 \(0.png\) has no caption"),
         ("captions.json", "[1]", "is no table of captions"),
         ("captions.json", '{"images": [{"id": 1}], "annotations": []}', "is not as COCO's: file_name is missing"),
-        ("list.jsonl", '{"image_path": "0.png"}\n' * 101, r"has no caption \(and 100 more such\), more than"),
+        ("captions.json", '{"images": [{"id": 1, "file_name": [1]}], "annotations": []}', "entry 0 names no image"),
+        (
+            "list.jsonl",
+            '{"image_path": "0.png"}\n' * 101 + '{"image_path": "0.png", "text": "a"}',
+            r"has no caption \(and 100 more such\), more than",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_folder_is_told(pictures, section, name, content, told):
@@ -270,6 +291,17 @@ def test_llamagens_features(llamagens, section):
     assert torch.equal(batch.condition.features[:, -1, 0].long(), numbers + batch.condition.mask.sum(1))
     listed = build_text_dataset(section(folder, first_list=1, last_list=1), text, MODEL)
     assert sorted(listed.captions_of.distinct()) == TEXTS[4:]
+
+
+def test_features_of_another_encoder_are_told_by_the_first_of_a_list(llamagens, section):
+    folder, text = llamagens
+    before = build_text_dataset(section(folder), text, MODEL).requests.identity
+    assert build_text_dataset(section(folder), text, MODEL).requests.identity == before
+    np.save(folder.parent / "short" / "part1" / "0.npy", np.zeros((1, 3, 16), dtype=np.float32))
+    after = build_text_dataset(section(folder), text, MODEL).requests.identity
+    assert {key for key in before if before[key] != after[key]} == {"features"}
+    (folder.parent / "long" / "part0" / "0.npy").unlink()  # is told when it is asked for
+    assert build_text_dataset(section(folder), text, MODEL).requests.identity.keys() == after.keys()
 
 
 def pipe(file):

@@ -68,6 +68,17 @@ def test_genevals_results_have_its_own_summary(tmp_path):
     )  # fmt: skip
 
 
+def test_a_line_of_results_ends_where_json_says(tmp_path):
+    line = {"tag": "a", "metadata": "one\u2028prompt\x85", "correct": True}
+    (tmp_path / "r.jsonl").write_text(f"{json.dumps(line, ensure_ascii=False)}\r\n", encoding="utf-8", newline="")
+    assert read_scores(tmp_path / "r.jsonl")[1]["prompts"] == 1
+
+
+def test_names_from_results_can_be_shown(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"tag": "\\ud800\\u001b[31m", "metadata": "m", "correct": true}')
+    assert r"\ud800\x1b[31m" in read_scores(tmp_path / "r.jsonl")[1]
+
+
 DPG = """/images/1.png, 0.5, 0.75, 1.0, 0.75, 0.75
 Model: images
 L1 category scores:
@@ -76,7 +87,8 @@ L1 category scores:
 L2 category scores:
 	entity - whole: 80.5
 	relation - spatial: 70.0
-Image path: /images
+	other - text: nan
+Image path: /images: 5
 Save results to: /images/results.txt
 DPG-Bench score: 75.125
 """
@@ -98,6 +110,13 @@ def test_dpgs_results(tmp_path):
         ("r.jsonl", '{"tag": "a", "metadata": "m"}', "correct is missing"),
         ("r.jsonl", '{"tag": "a", "metadata": "m", "correct": 7}', "correct is 7, not true or false"),
         ("r.jsonl", "[", "is not GenEval's results"),
+        (
+            "r.jsonl",
+            '{"tag": "overall", "metadata": "m", "correct": true}',
+            "has the name overall, which is that of",
+        ),
+        ("r.txt", "Model: x\n\toverall: 1\nDPG-Bench score: 2\n", "has the name overall"),
+        ("r.txt", f"Model: x\n{' ' * 30_000}x\nDPG-Bench score: x\n", "could not convert"),  # in no time
         ("r.txt", "hello", "is neither GenEval's results.jsonl nor DPG-Bench's"),
         ("r.txt", "Model: x\nDPG-Bench score: nan\n", "has no DPG-Bench score that is a number"),
     ],

@@ -56,6 +56,8 @@ def test_numbers_at_the_end_with_the_interval_of_seeds(runs):
     assert name == "Reward"
     assert cells[:3] == ["38.5", "39.5 (+1)", "77 (+38.5)"]  # of steps 37 to 40
     assert cells[3] == "39 ± 6.4"  # 12.706 * sqrt(.5) / sqrt(2)
+    swept = [run._replace(name=f"lr=0.001,seed={seed}") for seed, run in enumerate(runs[:2])]
+    assert end_table(swept).columns[2] == "mean of 2, lr=0.001"
 
 
 def test_interval_by_hand():

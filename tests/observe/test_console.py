@@ -5,6 +5,7 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from grpo.observe import PhaseTimer, progress
 from grpo.observe import console as console_module
@@ -19,6 +20,14 @@ def test_headline_shows_what_there_is_in_order():
     metrics = {"loss": 0.00412, "other": 3.0, "reward_mean": -0.81234, "clip_fraction": 0.03}
     assert headline(metrics) == "reward -0.8123  loss 0.00412  clipped 0.03"
     assert headline({}) == ""
+
+
+def test_headline_leaves_out_what_is_always_zero():
+    """A NaN is not: it is what there is to see."""
+    idle = {"reward_mean": 1.0, "loss": -3e-8, "clip_fraction": 0.0, "zero_spread": 0.0, "skipped_steps": 0.0}
+    assert headline(idle) == "reward 1"
+    watched = {"loss": float("nan"), "entropy": 5.5, "aux_ce": 6.0, "zero_spread": 0.25, "skipped_steps": 2.0}
+    assert headline(watched) == "loss nan  entropy 5.5  CE 6  no spread 0.25  skipped 2"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
@@ -54,6 +63,33 @@ def test_a_terminal_gets_a_bar_with_the_metrics():
     assert "3/4" in text
     assert "loss 0.25" in text
     assert "left" in text
+
+
+def test_a_terminal_shows_how_far_a_long_step_is(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def shown():
+        return [line.plain for line in display._bar.get_renderables() if isinstance(line, Text)]
+
+    display = ProgressDisplay("GRPO", 4, console=recording(terminal=True), where=lambda: "rollout, code 3 of 64")
+    now += 1.0
+    assert shown() == []
+    now += 2.0
+    assert shown() == ["rollout, code 3 of 64, 0:03 into the step"]
+    display.update(1, {"loss": 1.0}, line=True)
+    assert shown() == ["loss 1", "rollout, code 3 of 64, 0:00 into the step"], "the next step's from its beginning on"
+    display.close()
+
+
+def test_a_pipe_gets_nothing_of_a_long_step(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    display = ProgressDisplay("GRPO", 4, console=recording(terminal=False), where=lambda: "rollout")
+    now += 10.0
+    display.update(1, {"loss": 1.0}, line=True)
+    display.close()
+    assert display.console.file.getvalue() == "GRPO 1/4  loss 1  0:30 left\n"
 
 
 def test_progress_passes_everything_on(monkeypatch):

@@ -1,16 +1,12 @@
-"""RunObserver: what is in a run's folder, who writes it, Weights & Biases."""
+"""RunObserver: what is in a run's folder, who writes it."""
 
-import sys
-from importlib.machinery import ModuleSpec
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from grpo.config import Metrics, UserError
 from grpo.observe import RunObserver, SampleRow, read_metrics
-from grpo.observe import observer as observer_module
 
 
 def observer(run_dir, *, main=True, start_step=0, total_steps=4, **metrics):
@@ -133,72 +129,3 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match=r"cannot write to the run's folder .*run: .*; set metrics.run_dir"):
         observer(tmp_path / "run")
-
-
-@pytest.mark.parametrize("main", [True, False])
-def test_wandb_that_is_missing_is_told_on_every_rank(tmp_path, monkeypatch, main):
-    monkeypatch.setattr(observer_module, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        observer(tmp_path / "run", main=main, wandb=True)
-    assert not (tmp_path / "run").exists()
-
-
-class FakeWandb(ModuleType):
-    """Records what it is given; stands in for the package, which not every machine has."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.__spec__ = ModuleSpec("wandb", None)
-        self.inits, self.logged, self.finished = [], [], 0
-        self.run = SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=self.finish)
-
-    def init(self, **arguments):
-        self.inits.append(arguments)
-        return self.run
-
-    def finish(self):
-        self.finished += 1
-
-    def Image(self, image, caption):
-        return image.size, caption
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    return fake
-
-
-def test_wandb_gets_metrics_at_the_interval_and_captioned_images(tmp_path, wandb):
-    with observer(tmp_path / "run", wandb=True, wandb_project="p", wandb_entity="team") as watching:
-        run_steps(watching, range(1, 5))
-    assert [step for step, values in wandb.logged if "loss" in values] == [2, 4]
-    images = [(step, values["samples"]) for step, values in wandb.logged if "samples" in values]
-    assert [step for step, _ in images] == [1, 2, 4]
-    assert images[0][1][1] == "seven"
-    assert wandb.finished == 1
-    arguments = wandb.inits[0]
-    assert (arguments["project"], arguments["entity"], arguments["name"]) == ("p", "team", "run")
-    assert arguments["mode"] == "offline"
-
-
-def test_a_continued_run_keeps_its_wandb_id(tmp_path, wandb):
-    for start_step in (0, 2):
-        observer(tmp_path, wandb=True, start_step=start_step).close()
-    first, second = wandb.inits
-    assert first["id"] == second["id"]
-    assert second["resume"] == "allow"
-
-
-@pytest.mark.parametrize(
-    ("environment", "mode"),
-    [({"WANDB_API_KEY": "k"}, "online"), ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled")],
-)
-def test_the_environment_decides_whether_wandb_is_online(tmp_path, wandb, monkeypatch, environment, mode):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    observer(tmp_path, wandb=True).close()
-    assert wandb.inits[0]["mode"] == mode

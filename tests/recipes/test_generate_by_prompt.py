@@ -109,6 +109,10 @@ def test_evaluation_by_prompt_and_published_scores(flags, folder, tmp_path):
     assert together["scores"]["geneval"]["sha256"]
     run(evaluate, *scores[:2], "--evaluation.json_path", tmp_path / "new.json")
     assert json.loads((tmp_path / "new.json").read_text())["metrics"]["geneval"]["colors"] == 1.0
+    for wrong in ('{"scores": "mine"}', '{"metrics": [1]}', "[]"):
+        (tmp_path / "new.json").write_text(wrong)
+        with pytest.raises(UserError, match=r"new.json is no file of results: .*; give another path"):
+            run(evaluate, *scores[:2], "--evaluation.json_path", tmp_path / "new.json")
 
 
 def test_prompts_through_a_t5(flags, tmp_path):

@@ -12,6 +12,8 @@ import pytest
 import tomli
 import tomli_w
 
+from tests import test_documentation as documentation
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "train_configs" / "quickstart"
 
@@ -162,3 +164,20 @@ def test_missing_recipes_are_named_in_one_line(tmp_path):
     (line,) = [line for line in result.stderr.splitlines() if "cannot be read" in line]
     assert re.fullmatch(r"--config .*/nowhere/tokenizer.toml: cannot be read: .*", line)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_that_follow(first_run, configs, tmp_path, monkeypatch):
+    """Those of README and docs/first_run.md after a quickstart, and README's lines of Python."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(first_run[0])
+    monkeypatch.chdir(tmp_path)
+    for page in ("README.md", "docs/first_run.md"):
+        (lines,) = (lines for lines in documentation.blocks(ROOT / page) if lines[0] == documentation.AFTER_QUICKSTART)
+        for command in documentation.commands(lines):
+            documentation.run(command.replace("--config quickstart/evaluate", f"--config {configs / 'evaluate.toml'}"))
+        assert (tmp_path / "digits.png").is_file()
+        assert (tmp_path / "compare.html").is_file()
+    program = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    names = {}
+    exec(program, names)
+    assert names["images"].shape == (10, 3, 24, 24)

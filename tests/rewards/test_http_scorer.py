@@ -195,9 +195,9 @@ def test_limits_of_failures():
 
 
 def test_the_documented_server_works(batch, monkeypatch):
-    """The example of docs/rewards.md, on another port."""
+    """The example of docs/own_reward.md, on another port."""
     monkeypatch.setenv("no_proxy", "*")
-    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "own_reward.md").read_text()
     source = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "# scorer.py" in block)
     names = {}
     exec(source.partition("HTTPServer(")[0], names)

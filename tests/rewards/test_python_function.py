@@ -253,8 +253,8 @@ def test_a_wrong_return_names_the_table(tokenizer, write):
 
 
 def example(first_line):
-    """The code block of docs/rewards.md that begins so."""
-    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    """The code block of docs/own_reward.md that begins so."""
+    text = (Path(__file__).parents[2] / "docs" / "own_reward.md").read_text()
     return next(block for block in re.findall(r"```\w+\n(.*?)```", text, re.DOTALL) if block.startswith(first_line))
 
 
@@ -266,11 +266,3 @@ def test_the_documented_function_works(build, batch):
     assert scores[2] > 0
     table = tomllib.loads(example("# sharp.toml"))["reward"]["sharp"]
     assert PythonFunction.Settings(**table).arguments == {"radius": 3}
-
-
-def test_the_documented_kind_works(batch, context):
-    names = {}
-    exec(example('"""How near the brightness'), names)
-    settings = names["Brightness"].Settings(kind="brightness", target=0.25)
-    scores = names["Brightness"](settings, context)(replace(batch, images=batch.images.clamp(-1, 1)))
-    torch.testing.assert_close(scores, -torch.tensor([1.25, 0.0, 0.75]).square())

@@ -55,7 +55,12 @@ def test_place_of_one_thing():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "circle of red", "a red", "a red blue circle", "two circle and a", "a dog", "a circle at the"]
+    "text",
+    [
+        *["", "circle of red", "a red", "a red blue circle", "two circle and a", "a dog", "a circle at the"],
+        *["red circle", "an circle", "one circle", "two circle", "two cross", "a circles", "a circle and a circle"],
+        *["a ring left of a ring", "three circles at the top", "a circle and a square at the top"],
+    ],
 )
 def test_other_texts_are_refused_with_an_example(text):
     with pytest.raises(UserError, match=r"not of the world of shapes.*circle, square.*red, orange"):

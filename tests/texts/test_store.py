@@ -13,9 +13,9 @@ from grpo.texts import FeatureStore, FeatureWriter
 ABOUT = {"encoder": "t5", "sha256": "abc"}
 
 
-def write(folder, texts, *, width=4, encoder=ABOUT):
+def write(folder, texts, *, width=4, encoder=ABOUT, precision="fp32"):
     """Text number i has i + 1 rows that hold i."""
-    writer = FeatureWriter(folder, encoder=encoder, width=width, max_tokens=50)
+    writer = FeatureWriter(folder, encoder=encoder, width=width, max_tokens=50, precision=precision)
     known = writer.start()
     new = [text for text in texts if writer.key(text) not in known]
     for number in (int(text.split()[1]) for text in new):
@@ -47,7 +47,7 @@ def test_a_folder_grows(tmp_path):
 
 def test_a_shard_that_a_killed_job_left_is_kept_and_a_begun_one_is_not(tmp_path):
     folder = write(tmp_path / "f", ["text 1"])
-    writer = FeatureWriter(folder, encoder=ABOUT, width=4, max_tokens=50)
+    writer = FeatureWriter(folder, encoder=ABOUT, width=4, max_tokens=50, precision="fp32")
     writer.write(["text 2"], [torch.ones(1, 4)])
     (folder / ".features-x.safetensors.unfinished").write_bytes(b"half")
     assert FeatureStore(folder, rows=9, width=4).missing(["text 2"]) == ["text 2"]  # not named yet
@@ -57,7 +57,11 @@ def test_a_shard_that_a_killed_job_left_is_kept_and_a_begun_one_is_not(tmp_path)
 
 @pytest.mark.parametrize(
     ("other", "told"),
-    [({"width": 8}, "width differ"), ({"encoder": {"encoder": "t5", "sha256": "x"}}, "encoder differ")],
+    [
+        ({"width": 8}, "width differ"),
+        ({"encoder": {"encoder": "t5", "sha256": "x"}}, "encoder differ"),
+        ({"precision": "bf16"}, "precision differ"),
+    ],
 )
 def test_features_of_another_encoder_are_not_mixed(tmp_path, other, told):
     with pytest.raises(UserError, match=f"holds features of something else: {told}"):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from grpo.config import UserError
 from grpo.texts import FeatureStore, FeatureWriter, T5Encoder, clean_text
@@ -83,6 +84,16 @@ def test_what_is_no_t5_is_told(tmp_path, spoil, told):
         encoder(tmp_path)
 
 
+def test_weights_that_give_no_numbers_are_told(tmp_path):
+    """As those of T5 v1.1 did where they had once been saved in fp16."""
+    file = save_tiny_t5(tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"] *= float("inf")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="gives features that are not finite of 'a Red circle'"):
+        encoder(tmp_path).encode(["a Red circle"])
+
+
 def change(file, key, value):
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
 
@@ -95,7 +106,7 @@ def test_another_width_than_the_models_is_refused(folder):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_written_is_read(folder, tmp_path, precision):
     t5 = encoder(folder, precision=precision)
-    writer = FeatureWriter(tmp_path / "f", encoder=t5.identity, width=WIDTH, max_tokens=120)
+    writer = FeatureWriter(tmp_path / "f", encoder=t5.identity, width=WIDTH, max_tokens=120, precision=precision)
     assert writer.start() == set()
     writer.write(TEXTS[:1], t5.encode(TEXTS[:1]))
     writer.write(TEXTS[1:], t5.encode(TEXTS[1:]))

@@ -54,9 +54,10 @@ def test_a_gpu_is_told_what_memory_is_expected(monkeypatch):
 
 def test_the_closing_names_what_is_there(tmp_path):
     given = recipe(metrics={"run_dir": str(tmp_path)}, tokenizer={"name": "VQ-tiny", "checkpoint": "vq.pt"})
-    assert len(list(closing(given))) == 1
+    assert len(list(closing(given, None))) == 1
     (tmp_path / "model.safetensors").touch()
-    assert list(closing(given))[-1] == f"next: grpo generate {tmp_path}"
+    assert list(closing(given, ("c/step-000100", 3.25)))[1] == "its best checkpoint: c/step-000100, reward_mean 3.25"
+    assert list(closing(given, None))[-1] == f"next: grpo generate {tmp_path}"
 
 
 @pytest.mark.parametrize(

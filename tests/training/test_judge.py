@@ -97,6 +97,7 @@ def test_two_ranks_and_the_best_checkpoint(run_here, small, tmp_path):  # noqa: 
     one = run_here("pretrain", *flags, *best, "--metrics.run_dir", tmp_path / "one")
     kept = sorted(path.name for path in (tmp_path / "one" / "checkpoints").iterdir())
     fids = [line["judge/fid"] for line in one]
+    assert f"step 2: judge/fid {fids[1]:.4g}, " in (tmp_path / "one" / "log.txt").read_text()
     assert kept == sorted({"step-000001" if fids[0] < fids[1] else "step-000002", "step-000002"})
     result = run_two_ranks("-m", "grpo", "pretrain", *map(str, flags), "--metrics.run_dir", str(tmp_path / "two"))
     assert result.returncode == 0, result.stderr

@@ -152,7 +152,10 @@ def test_keep_best_by_a_metric_of_the_run(tmp_path):
     run(tmp_path, *flags, "--checkpoint.best_metric", "grad_norm", "--checkpoint.best_is", "lowest")
     norms = [json.loads(line)["grad_norm"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     kept = {int(path.name[-6:]) for path in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {6, norms.index(min(norms)) + 1}
+    best = norms.index(min(norms)) + 1
+    assert kept == {6, best}
+    told = f"its best checkpoint: {tmp_path}/checkpoints/step-{best:06d}, grad_norm {min(norms):.4g}\n"
+    assert told in (tmp_path / "log.txt").read_text()
     with pytest.raises(UserError, match=r"best_metric: this job has no metric 'reward'; it has .*reward_mean"):
         run(tmp_path / "other", *flags, "--checkpoint.best_metric", "reward")
 
