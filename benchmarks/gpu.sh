@@ -9,12 +9,15 @@
 # variants    settings of the update, decoders and encoders beside one another
 # run         the published run: some steps of it, phase by phase
 # rollout     autoregressive sampling of GPT-XXL beside LlamaGen's sampler and the memory's bandwidth
-# profile     tables of the profiler: update, decoder, sampling; counters of single kernels where ncu may read them
-# quickstart  the whole quickstart
+# peers       the projection's benchmark at the target's width against Liger and TRL's way alone
+# profile     tables of the profiler: update, decoder, sampling
+# counters    counters of six kernels by ncu, where it is there and may read them
+# recipes     small runs of GRPO with an adapter, with moments in 8 bits, and with sampled completions of texts
+# quickstart  the whole quickstart of classes; quickstart-text that of texts
 #
-# Each part is planned for two or three minutes or less, quickstart for five. After every step of a part OUT_FOLDER/results.tgz
-# holds all that is there so far: logs, JSON files, plots, and summary.txt with one line a step. Wheels in .whl
-# (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
+# Each part is planned for two or three minutes or less, quickstart for five, quickstart-text for eight. After every step
+# of a part OUT_FOLDER/results.tgz holds all that is there so far: logs, JSON files, plots, and summary.txt with one line
+# a step. Wheels in .whl (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
 # TESTS="FILE..." makes smoke run these tests alone, KERNELS="NAME..." kernels these benchmarks. BENCH (of each of them),
 # ROLLOUT, RUN, TUNE and VARIANTS are further arguments, such as ROLLOUT="--batches 8"; SMOKE_SECONDS, RUN_SECONDS and so
 # on are the most that a part, of kernels each benchmark, may take.
@@ -30,10 +33,12 @@ stamp=$(date +%F-%H%M)
 mkdir -p "$work"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
 run_preset=vapi-xxl-384 rollout_preset=xxl-384 processes=8 compile=true patience=1
+peer_cases="D=1536"
 profiled="--rollout.batch_size 16 --training.batch_size 128"  # two parts of a step: a profiler is slow
 run_flags=
 if [ -n "${SMALL:-}" ]; then
   run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=6 profiled=
+  peer_cases="D=256"
   run_flags="--reward.lpips.weight 1 --model.dropout 0.1 --training.dropout_mode train"  # as the published run has them
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 fi
@@ -66,10 +71,10 @@ bench() { # name, most seconds, further arguments
   step "bench-$name" "$limit" "$python" "benchmarks/bench_$name.py" --json "$work/$stamp-gpu-$name.json" "$@"
 }
 
-debug_recipe() { # name, flags
-  local name=$1
-  shift
-  step "$name" 80 "$python" -m torch.distributed.run --standalone --nproc_per_node 1 -m grpo train --config debug \
+debug_recipe() { # name, recipe, flags
+  local name=$1 recipe=$2
+  shift 2
+  step "$name" 80 "$python" -m torch.distributed.run --standalone --nproc_per_node 1 -m grpo train --config "$recipe" \
     --metrics.run_dir "$work/$name" "$@"
   trim "$name"
 }
@@ -79,8 +84,8 @@ smoke() {
   "$python" -m pip list > "$work/pip-list.txt" 2>/dev/null
   if [ -z "${TESTS:-}" ]; then # both recipes, one after the other, beside the tests
     (
-      debug_recipe debug-teacher-forced --compile.enabled "$compile"
-      debug_recipe debug-autoregressive --rollout.mode autoregressive --rollout.cfg_scale 2 \
+      debug_recipe debug-teacher-forced debug --compile.enabled "$compile"
+      debug_recipe debug-autoregressive debug --rollout.mode autoregressive --rollout.cfg_scale 2 \
         --reward.reconstruction.weight 0 --reward.jpeg_size.weight 1
     ) > "$work/debug-recipes.txt" 2>&1 &
   fi
@@ -133,13 +138,45 @@ profile() {
   # shellcheck disable=SC2086
   LINES_SHOWN=75 step profile-run 120 "$python" benchmarks/bench_run.py --preset "$run_preset" $profiled \
     --profile "$work/profile"
-  if command -v ncu > /dev/null; then
-    LINES_SHOWN=120 step ncu 60 ncu --clock-control none --section SpeedOfLight --section Occupancy \
-      --section WarpStateStats --kernel-name "regex:_kernel$" "$python" benchmarks/run_kernels.py
-  fi
 }
 
-quickstart() { step quickstart "${QUICKSTART_SECONDS:-320}" "$python" -m grpo quickstart --run-dir "$work/quickstart"; trim quickstart; }
+counters() {
+  if ! command -v ncu > /dev/null; then
+    echo "counters: not measured, ncu is not there" | tee -a "$work/summary.txt"
+    return
+  fi
+  LINES_SHOWN=120 step counters "${COUNTERS_SECONDS:-90}" ncu --clock-control none --section SpeedOfLight \
+    --section Occupancy --section WarpStateStats --kernel-name "regex:_kernel$" "$python" benchmarks/run_kernels.py
+  if grep -q ERR_NVGPUCTRPERM "$work/counters.log"; then
+    echo "counters: not measured, ncu may not read them here" | tee -a "$work/summary.txt"
+  fi
+  pack
+}
+
+peers() { # beside what `kernels` writes
+  # shellcheck disable=SC2086
+  stamp=$stamp-peers bench linear_log_probs "${PEERS_SECONDS:-120}" --seconds 1 --no-compile --cases "${peer_cases}" \
+    --without cut_cross_entropy fla torch_chunked ${BENCH:-}
+}
+
+recipes() {
+  local sampled="--rollout.mode autoregressive --reward.reconstruction.weight 0 --reward.jpeg_size.weight 1"
+  debug_recipe debug-lora debug --lora.rank 4 --lora.targets wqkv,w2
+  debug_recipe debug-8-bit debug --optimizer.name adamw_8bit
+  # shellcheck disable=SC2086
+  debug_recipe debug-text text/debug_text $sampled --rollout.cfg_scale 2
+}
+
+quickstart() {
+  step quickstart "${QUICKSTART_SECONDS:-320}" "$python" -m grpo quickstart --run-dir "$work/quickstart"
+  trim quickstart
+}
+
+quickstart-text() {
+  step quickstart-text "${QUICKSTART_SECONDS:-520}" "$python" -m grpo quickstart --recipe text \
+    --run-dir "$work/quickstart-text"
+  trim quickstart-text
+}
 
 trim() { # what a run's folder holds beside its results
   find "$work/$1" -type d -name checkpoints -prune -exec rm -rf {} +
@@ -157,7 +194,8 @@ fi
 for part in "$@"; do
   echo "==== $part"
   case $part in
-    smoke | kernels | tune | variants | run | rollout | profile | quickstart) "$part" ;;
+    smoke | kernels | tune | variants | run | rollout | peers | profile | counters | recipes) "$part" ;;
+    quickstart | quickstart-text) "$part" ;;
     *) echo "$part: unknown part" ;;
   esac
 done

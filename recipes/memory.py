@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from grpo.config import RECIPES, GeneratorRecipe, GRPORecipe, UserError, job_of_file, load_recipe
-from grpo.estimate import RecipeMemory, recipe_memory, step_seconds
+from grpo.estimate import RecipeMemory, recipe_memory, step_seconds, with_micro_batch
 from grpo.models import MODEL_SPECS
 from grpo.parallel import GIB, mesh_shape
 
@@ -64,13 +64,19 @@ def load(arguments: Sequence[str]) -> GeneratorRecipe:
     return recipe.model_copy(update={"training": on_a_gpu})
 
 
-def estimate(recipe: GeneratorRecipe, mode: str, own: argparse.Namespace) -> RecipeMemory:
-    """The recipe in another mode: with its own mesh sizes where they are for that mode."""
+def in_mode(recipe: GeneratorRecipe, mode: str, own: argparse.Namespace) -> tuple[GeneratorRecipe, tuple[int, ...]]:
+    """The recipe in a mode, with its own mesh sizes where they are for that mode, and the mesh."""
     same = mode == recipe.parallel.data_parallel
     sizes = {} if same else {"shard_size": -1, "replicate_size": -1, "reshard_after_forward": "auto"}
     parallel = recipe.parallel.model_copy(update={"data_parallel": mode, **sizes})
     mesh = mesh_shape(parallel, size=own.gpus, local_size=own.gpus // own.hosts)
     recipe = recipe.model_copy(update={"parallel": parallel})
+    return with_micro_batch(recipe, mesh=mesh, memory=round(own.memory * GIB)), mesh
+
+
+def estimate(recipe: GeneratorRecipe, mode: str, own: argparse.Namespace) -> RecipeMemory:
+    """What the recipe takes in a mode."""
+    recipe, mesh = in_mode(recipe, mode, own)
     return recipe_memory(recipe, mesh=mesh, memory=round(own.memory * GIB))
 
 
@@ -79,6 +85,8 @@ def print_parts(recipe: GeneratorRecipe, own: argparse.Namespace) -> None:
     estimates = [estimate(recipe, mode, own) for mode in MODES]
     print(f"{recipe.model.name}, {own.gpus} GPUs on {own.hosts} host(s), GiB on one GPU\n")
     print_row("", MODES)
+    sized = [in_mode(recipe, mode, own)[0] for mode in MODES]
+    print_row("rows at once", [str(each.training.micro_batch_size) for each in sized])
     for name in estimates[0].lasting:
         print_row(name, [gib(each.lasting[name]) for each in estimates])
     for phase, parts in estimates[0].phases.items():
@@ -99,7 +107,7 @@ def print_parts(recipe: GeneratorRecipe, own: argparse.Namespace) -> None:
 
 def print_time(recipe: GRPORecipe, own: argparse.Namespace) -> None:
     """What a step of the recipe's own mode would take on H100s, by the model of docs/scaling.md."""
-    mesh = mesh_shape(recipe.parallel, size=own.gpus, local_size=own.gpus // own.hosts)
+    recipe, mesh = in_mode(recipe, recipe.parallel.data_parallel, own)
     if not recipe.schedule(ranks=own.gpus).on_policy:
         return  # several optimizer steps a rollout
     seconds, traffic = step_seconds(recipe, mesh=mesh, hosts=own.hosts)

@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 def train(recipe: GRPORecipe, world: World) -> None:
     """The whole job on this rank."""
     with TrainingRun(recipe, world, title="GRPO") as run:
+        recipe = run.recipe  # with what was left to be chosen
         job = build(recipe, run)
         extra = {"reward": job.reward, "entropy": job.update.entropy_control}
         trained = {"model": job.policy, "optimizer": job.update.optimizer, "stream": job.stream}

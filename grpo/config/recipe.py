@@ -132,8 +132,12 @@ class TrainingRecipe(Recipe):
     metrics: Metrics = Metrics()
     debug: Debug = Debug()
 
+    memory_is_known: ClassVar[bool] = False  # whether there is an estimate of what a step of the job takes
+
     def problems(self) -> Iterator[str]:
         yield from data_problems(self.data)
+        if not (self.training.micro_batch_size or self.memory_is_known):
+            yield f"training.micro_batch_size must be at least 1: `grpo {self.job}` has no estimate to choose it by"
         if not self.data.has_images:
             yield from (f'data.name = "{self.data.name}" has no images: {use}' for use in self.image_uses())
         if self.parallel.data_parallel == "sdp" and self.parallel.reshard_after_forward == "always":

@@ -31,6 +31,8 @@ class GeneratorRecipe(TrainingRecipe):
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     judge: Judge = Judge()
 
+    memory_is_known = True
+
     def _beginnings(self) -> set[str]:
         if self.lora.rank:  # the weights are never changed, and not in the checkpoints
             return {"model.adapter"}

@@ -63,17 +63,18 @@ class Schedule:
         forced = rollout.mode == "teacher_forced"
         in_parts = forced and one_step and not waits
         alone = forced or any(passes)
+        micro_batch = training.micro_batch_size or share  # 0: all, or what is not chosen yet
         return Schedule(
             ranks=ranks,
             images=rollout.batch_size // ranks,
             group_size=group,
             completions_per_step=share,
             epochs=training.epochs_per_rollout,
-            micro_batch_size=training.micro_batch_size,
+            micro_batch_size=micro_batch,
             trains_sampling_forward=in_parts and False in passes,
             in_parts=in_parts,
             scores_targets=objective.aux_ce_weight > 0,
-            rows_of_a_condition=1 if alone else math.gcd(group, share, training.micro_batch_size),
+            rows_of_a_condition=1 if alone else math.gcd(group, share, micro_batch),
             dropout_passes=passes,
         )
 

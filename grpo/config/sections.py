@@ -226,9 +226,10 @@ class Training(Section):
     (exactly on-policy, and the fastest), and 64 images."""
     epochs_per_rollout: PositiveInt = 1
     """Times that the optimizer steps of one rollout go through it, in `train`; beyond 1 they are not on-policy."""
-    micro_batch_size: Annotated[PositiveInt, MayChange] = 8
+    micro_batch_size: Annotated[NonNegativeInt, MayChange] = 8
     """Rows in one forward and backward on each rank, at most; it bounds memory and, but for rounding, changes nothing.
-    With teacher forcing a row is an image with all its completions, elsewhere one completion or image."""
+    With teacher forcing a row is an image with all its completions, elsewhere one completion or image. 0 is the largest
+    divisor of a rank's batch that is expected to fit into a GPU's memory, and all on a CPU; for generators only."""
     mixed_precision: Precision = "bf16"
     """Precision of forward and backward; weights and optimizer stay fp32. fp16 uses loss scaling. auto: bf16 where the
     device multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32."""

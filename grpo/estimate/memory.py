@@ -112,9 +112,15 @@ class RecipeMemory(NamedTuple):
     phases: Mapping[str, Mapping[str, int]]
 
     @property
+    def peaks(self) -> dict[str, int]:
+        """Of each phase, with all that lasts."""
+        lasting = sum(self.lasting.values())
+        return {name: lasting + sum(phase.values()) for name, phase in self.phases.items()}
+
+    @property
     def peak(self) -> int:
         """All that lasts, and the largest phase."""
-        return sum(self.lasting.values()) + max(sum(phase.values()) for phase in self.phases.values())
+        return max(self.peaks.values())
 
 
 def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int) -> RecipeMemory:
@@ -153,7 +159,7 @@ def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int
     )
     lasting = {
         "weights": policy.parameters,
-        "gradients": policy.gradients,
+        "gradients": 0 if policy.unreduced else policy.gradients,  # else they take the place of the unreduced ones
         "optimizer": policy.optimizer,
         "unreduced gradients": policy.unreduced,
     }
@@ -177,6 +183,7 @@ def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int
     ends = {"update": update}
     if policy.backward:
         ends["reduction"] = {"gathered weights": policy.gathered, "reduction": policy.reduction}
+        ends["reduction"] |= {"gradients": policy.gradients} if policy.unreduced else {}
     if isinstance(recipe, DistillRecipe):
         update["teacher"] = FP32 * min(logits, CHUNK_ELEMENTS["cuda"]) + dtype.itemsize * rows * sizes.dim
         room = {"free": memory - sum(lasting.values()), "kept": int(KEEP_MEMORY * memory)}
@@ -199,16 +206,27 @@ def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int
     return RecipeMemory(lasting, {**phases, **ends})
 
 
+def rows_per_step(recipe: GeneratorRecipe, *, ranks: int) -> int:
+    """Rows of an optimizer step on one rank, which `training.micro_batch_size` cuts into parts.
+
+    Raises:
+        UserError: a batch of GRPO that so many ranks cannot share.
+    """
+    if not isinstance(recipe, GRPORecipe):
+        return max(1, recipe.training.images // ranks)
+    schedule = recipe.schedule(ranks=ranks)
+    share = schedule.group_size if recipe.rollout.mode == "teacher_forced" else 1  # completions of a row
+    return max(1, schedule.completions_per_step // share)
+
+
 def _micro_batches(recipe: GeneratorRecipe, schedule: Schedule | None, *, ranks: int) -> tuple[int, int]:
     """(sequences of one forward of the update, backward passes of one optimizer step)."""
-    most, copies, real = recipe.training.micro_batch_size, 1, 0
+    copies, real, sequences = 1, 0, rows_per_step(recipe, ranks=ranks)
+    most = recipe.training.micro_batch_size or sequences
     if schedule is None:
-        sequences = recipe.training.images // ranks
         copies = 2 if isinstance(recipe, FinetuneRecipe) and recipe.finetune.loss == "cca" else 1  # both conditions
-    elif recipe.rollout.mode == "teacher_forced":
-        sequences = max(1, schedule.completions_per_step // schedule.group_size)
-    else:
-        sequences, real = schedule.completions_per_step, int(schedule.scores_targets)  # of real images, at least
+    elif recipe.rollout.mode == "autoregressive":
+        real = int(schedule.scores_targets)  # of real images, at least
         copies = 1 if recipe.rollout.loss_cfg_scale == 1 else 2
     passes = len(schedule.dropout_passes) if schedule else 1
     return copies * min(most, sequences), passes * (math.ceil(sequences / most) + real)

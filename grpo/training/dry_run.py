@@ -16,8 +16,11 @@ from grpo.config import (
 )
 from grpo.estimate import RecipeMemory, recipe_memory
 from grpo.models import Classifier, ClassifierConfig, VQModel, generator_sizes, get_family, tokenizer_sizes
-from grpo.parallel import GIB, World, compute_dtype, launched_world, mesh_shape
+from grpo.parallel import GIB, World, compute_dtype, free_memory, launched_world, mesh_shape
 from grpo.training.banner import opening
+from grpo.training.micro_batch import chosen
+
+ASSUMED_MEMORY = 80 * GIB  # of the GPU that a machine without one plans for
 
 
 def dry_run(job: str, arguments: Sequence[str]) -> None:
@@ -36,11 +39,14 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
     if not isinstance(recipe, TrainingRecipe):
         print(f"the recipe of grpo {job} is valid, and its files are there")
         return
+    memory = free_memory(world.device) if world.device.type == "cuda" else ASSUMED_MEMORY
+    recipe, sizes = chosen(recipe, world, memory=memory)
     lines = [*opening(recipe, on_meta(recipe), world, title=f"dry run of grpo {job}")]
     if type(recipe) in (GRPORecipe, PretrainRecipe):
         mesh = mesh_shape(recipe.parallel, size=world.size, local_size=world.local_size)
-        lines += _memory_lines(recipe_memory(recipe, mesh=mesh, memory=80 * GIB))
-    notes = [*recipe.notes(), *recipe.remarks(), *(doubts(recipe, world) if isinstance(recipe, GRPORecipe) else ())]
+        lines += _memory_lines(recipe_memory(recipe, mesh=mesh, memory=memory))
+    notes = [*sizes, *recipe.notes(), *recipe.remarks()]
+    notes += doubts(recipe, world) if isinstance(recipe, GRPORecipe) else ()
     lines += [f"note: {note}" for note in notes]
     if world.is_main:
         print("\n".join([*lines, "the recipe is valid and its files are there; nothing was started"]))

@@ -31,6 +31,7 @@ from grpo.rewards import Seen
 from grpo.training.banner import closing, opening
 from grpo.training.fingerprints import take_fingerprints
 from grpo.training.judge import RunJudge, Verdict
+from grpo.training.micro_batch import sized_for
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.resume import NO_STATE, canonical, find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
@@ -58,13 +59,15 @@ class TrainingRun:
                 run.finish(step, metrics, images=...)
 
     Attributes:
+        recipe: with the sizes that were left to be chosen.
         mesh: the ranks, as the recipe arranges them.
         timer: phases of a step, see `PhaseTimer`.
         observer: where images and messages go.
     """
 
     def __init__(self, recipe: TrainingRecipe, world: World, *, title: str) -> None:
-        self.recipe, self.world, self.title = recipe, world, title
+        self.recipe, self._notes = sized_for(recipe, world)
+        self.world, self.title = world, title
         require_backend(recipe.training.kernels, world.device, key="training.kernels")
         # Of now: a user's code may go to another folder later.
         self.run_dir, place = recipe.run_dir.absolute(), recipe.checkpoint_dir
@@ -123,7 +126,7 @@ class TrainingRun:
             self.checkpoints.check_writable()
             self._lock_checkpoints()
         self._fingerprints, told = take_fingerprints(self.recipe, stream.dataset, self.world)
-        notes = [*self.recipe.notes(), *self.recipe.remarks(), *told]
+        notes = [*self._notes, *self.recipe.notes(), *self.recipe.remarks(), *told]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)

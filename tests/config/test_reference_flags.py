@@ -244,7 +244,7 @@ def test_batch_flags_override_a_file_where_they_are_given(tmp_path: Path) -> Non
         ("--sample-batch-size 4 --rollout.batch_size 8", "--rollout.batch_size: rollout.batch_size is already set by"),
         ("--training.batch_size 8 --train-batch-size 8", "--training.batch_size: training.batch_size is already set"),
         ("--training.micro_batch_size 4 --train-batch-size 8", "--train-batch-size: training.micro_batch_size is al"),
-        ("--train-batch-size 0", "--train-batch-size 0: training.micro_batch_size must be a whole number > 0"),
+        ("--train-batch-size 0", "training.batch_size must be a whole number > 0 or none, not 0"),
         ("--train-batch-size 3", "--sample-batch-size 32: training.batch_size = 3 completions"),
     ],
 )

@@ -1,0 +1,44 @@
+"""How many rows a rank computes at once, where a recipe leaves that to the memory of the GPU."""
+
+import math
+from typing import TypeVar
+
+from grpo.config import GeneratorRecipe
+from grpo.estimate.memory import recipe_memory, rows_per_step
+
+MEMORY_SHARE = 0.9  # the rest is for the CUDA context, NCCL's buffers and the fragmentation of the allocator
+AnyRecipe = TypeVar("AnyRecipe", bound=GeneratorRecipe)
+
+
+def with_micro_batch(recipe: AnyRecipe, *, mesh: tuple[int, ...], memory: int | None) -> AnyRecipe:
+    """The recipe with a size in place of `training.micro_batch_size = 0`, and as it is where it has one.
+
+    The size is the largest divisor of a rank's rows of an optimizer step with which each phase is expected to stay
+    below nine tenths of the memory, or to need no more than with single rows, as a rollout may that fills what is free.
+    So all parts are of equal size.
+
+    Args:
+        mesh: see `mesh_shape`.
+        memory: free bytes of a GPU before anything is built, the least of all ranks; None on a CPU, which takes all
+            rows at once.
+
+    Raises:
+        UserError: as `recipe_memory`.
+    """
+    if recipe.training.micro_batch_size:
+        return recipe
+    rows = rows_per_step(recipe, ranks=math.prod(mesh))
+    sized = (_sized(recipe, rows // parts) for parts in range(1, rows + 1) if rows % parts == 0)
+    if memory is None:
+        return next(sized)
+    single = recipe_memory(_sized(recipe, 1), mesh=mesh, memory=memory).peaks
+
+    def fits(each: AnyRecipe) -> bool:
+        peaks = recipe_memory(each, mesh=mesh, memory=memory).peaks
+        return all(peak <= max(MEMORY_SHARE * memory, single[phase]) for phase, peak in peaks.items())
+
+    return next(each for each in sized if fits(each))
+
+
+def _sized(recipe: AnyRecipe, size: int) -> AnyRecipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_size": size})})
