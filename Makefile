@@ -32,11 +32,13 @@ test-faults: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults
 
 docs: $(READY)
-	$(RUN) -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	@echo "site/index.html"
 
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
@@ -53,4 +55,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache

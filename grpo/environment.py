@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -32,8 +33,12 @@ def environment() -> dict[str, dict[str, str]]:
     return {"versions": versions, "hardware": hardware}
 
 
+@cache
 def code_commit() -> str | None:
-    """The commit of the checkout that this code runs from, `2209e31 and changes`; None where it is no checkout."""
+    """The commit of the checkout that this code runs from, `2209e31 and changes`; None where it is no checkout.
+
+    It is looked at once, for a run goes on with the code that it began with.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -24,7 +24,7 @@ from grpo.config import (
 from grpo.evaluation import classifier_gap, compare, load_judges, measure_images
 from grpo.jobs.evaluate import open_reference
 from grpo.jobs.finetune import train as finetune
-from grpo.jobs.generate import drawn_images
+from grpo.jobs.generate import asked_classes, drawn_images
 from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_classifier import train as train_classifier
 from grpo.jobs.train_grpo import train as train_policy
@@ -37,10 +37,10 @@ CONFIGS = SHIPPED_RECIPES / "quickstart"
 TITLE = "Quickstart: GRPO on digits"
 GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75), (0.9, 1.0)  # the rival row's grid: what sampling alone can do, tuned
 TUNING_SPLIT, TUNING_IMAGES = "validation", 1000
-GRID_IMAGES, GRID_COLUMNS = 100, 20
+GRID_IMAGES, GRID_COLUMNS, SHOWN_IMAGES = 100, 20, 20
 
 TABLES = {
-    "{count} samples each": {
+    "Results of {count} samples each": {
         "reward": "reward_mean",
         "accuracy": "accuracy",
         "FID": "fid",
@@ -114,6 +114,11 @@ def plan(options: argparse.Namespace, make: Callable[..., Phase]) -> list[Phase]
         judged(improved, "after GRPO"),
     ]
     return [phase for phase in phases if free or phase.folder.name not in ("gft", "evaluate_gft")]
+
+
+def asked(recipe: EvaluateRecipe) -> list[str]:
+    """The class of each image that the page shows."""
+    return [str(class_id) for class_id in asked_classes(recipe, GRID_IMAGES).class_ids.tolist()[:SHOWN_IMAGES]]
 
 
 def evaluate_tuned(recipe: EvaluateRecipe, world: World) -> None:

@@ -29,7 +29,7 @@ from grpo.jobs.pretrain import train as train_generator
 from grpo.jobs.train_grpo import train as train_policy
 from grpo.jobs.train_reader import train as train_reader
 from grpo.jobs.train_tokenizer import train as train_tokenizer
-from grpo.observe import captioned_grid, progress
+from grpo.observe import image_grid, progress
 from grpo.parallel import World
 from grpo.shapes import ATTRIBUTES, Fitting
 from grpo.training import GRID_NAME, Phase
@@ -38,15 +38,15 @@ CONFIGS = SHIPPED_RECIPES / "quickstart_text"
 TITLE = "Quickstart: GRPO on drawings of shapes"
 GUIDANCE, TEMPERATURES = (1.0, 1.5, 2.0, 3.0), (0.8, 1.0)  # the rival row's grid: what sampling alone can do, tuned
 TUNING_SPLIT, TUNING_SHARE = "validation", 0.4  # of the samples of a row, at each point of the grid
-GRID_IMAGES, GRID_COLUMNS = 56, 7  # four of each kind of prompt
+GRID_IMAGES, GRID_COLUMNS = 28, 7  # two of each kind of prompt
 
 TABLES = {
-    "all right, of {count} samples each": {
+    "All right, of {count} samples each": {
         "seen": "seen/all", "unseen": "unseen/all", "by fit": "fit/all", "FID": "fid", "recall": "recall",
         "entropy": "entropy",
     },
-    "seen combinations, by attribute": {f"seen {name}": f"seen/{name}" for name in ATTRIBUTES},
-    "unseen combinations, by attribute": {f"unseen {name}": f"unseen/{name}" for name in ATTRIBUTES},
+    "Seen combinations, by attribute": {f"seen {name}": f"seen/{name}" for name in ATTRIBUTES},
+    "Unseen combinations, by attribute": {f"unseen {name}": f"unseen/{name}" for name in ATTRIBUTES},
 }  # fmt: skip
 """Tables at the end: their titles, and headings of columns with the metrics in them."""
 
@@ -91,6 +91,11 @@ def plan(options: argparse.Namespace, make: Callable[..., Phase]) -> list[Phase]
     ]  # fmt: skip
 
 
+def asked(recipe: EvaluateRecipe) -> list[str]:
+    """The caption of each image that the page shows."""
+    return [prompt.text for prompt in asked_texts(recipe, recipe.evaluation.num_images)[:GRID_IMAGES]]
+
+
 def evaluate_tuned(recipe: EvaluateRecipe, world: World) -> None:
     """`evaluate` at the point of the grid where the judge finds most right on the tuning split."""
     config = recipe.evaluation
@@ -126,6 +131,5 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     metrics |= {"accuracy": metrics["unseen/all"], "entropy": entropy}
     metrics |= recipe.sampling.model_dump(include={"cfg_scale", "temperature"})
     path = Path(config.json_path)
-    shown = captioned_grid(samples.pixels(0, GRID_IMAGES), texts[:GRID_IMAGES], columns=GRID_COLUMNS)
-    shown.save(path.with_name(GRID_NAME))
+    image_grid(samples.pixels(0, GRID_IMAGES), columns=GRID_COLUMNS).save(path.with_name(GRID_NAME))
     path.write_text(json.dumps(metrics, indent=2) + "\n")

@@ -128,7 +128,7 @@ def print_table(table: Table) -> None:
         for column in part.columns:
             grid.add_column(column, justify="right", overflow="fold")
         for label, cells in part.rows:
-            grid.add_row(label, *cells)
+            grid.add_row(label, *map(str, cells))
         console.print(grid, markup=False)
 
 

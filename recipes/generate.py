@@ -31,7 +31,7 @@ from grpo.evaluation import (
     make_writable,
     save_image,
 )
-from grpo.models import Condition
+from grpo.models import ClassCondition, Condition
 from grpo.observe import captioned_grid, image_grid, progress
 from grpo.parallel import World, barrier, distributed
 from grpo.rollout import load_sampler
@@ -112,9 +112,15 @@ def drawn_images(
         asked = TextList(texts_in_turn(prompts, count), build_encoder(recipe.text, recipe.model, device=device))
         asked.encoder.require(asked.texts)
     else:
-        classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
-        asked = drawn_classes(classes, count, order=sampling.class_order, seed=sampling.seed)
+        asked = asked_classes(recipe, count)
     return DrawnImages(asked, load_sampler(recipe.model, recipe.tokenizer, sampling, device=device))
+
+
+def asked_classes(recipe: GenerateRecipe | EvaluateRecipe, count: int) -> ClassCondition:
+    """The classes that a generator without prompts is asked for, a row an image."""
+    sampling = recipe.sampling
+    classes = range(recipe.model.num_classes) if sampling.class_ids == "all" else sampling.class_ids
+    return drawn_classes(classes, count, order=sampling.class_order, seed=sampling.seed)
 
 
 def saving_pngs(draw: Draw, save: SaveImages) -> Draw:

@@ -31,14 +31,25 @@ from typing import NoReturn
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from grpo.config import EvaluateRecipe, Recipe, load_recipe
 from grpo.environment import environment
+from grpo.formats import read_weights
 from grpo.jobs import _quickstart_digits, _quickstart_shapes
-from grpo.observe import History, write_atomically, write_report
+from grpo.observe import (
+    Cell,
+    History,
+    Results,
+    Table,
+    duration,
+    gallery,
+    metric,
+    write_atomically,
+    write_report,
+)
 from grpo.parallel import distributed
-from grpo.training import EXPORT_NAME, GRID_NAME, Phase, run_phases
+from grpo.training import EXPORT_NAME, GRID_NAME, Phase, in_words, run_phases
 
 STORIES: Mapping[str, ModuleType] = {
     "class": _quickstart_digits,
@@ -145,15 +156,64 @@ def write_results(options: argparse.Namespace, names: Sequence[str], results: Se
 
 def result_table(
     title: str, columns: Mapping[str, str], names: Sequence[str], results: Sequence[Mapping[str, float]]
-) -> Table:
+) -> TerminalTable:
     """The rows with the metrics of these columns, for the terminal."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title)
+    table = TerminalTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title)
     table.add_column()  # wraps where the terminal is narrow, so that the numbers stay whole
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, metrics in zip(names, results, strict=True):
         table.add_row(name, *(f"{metrics[key]:.3f}" for key in columns.values()))
     return table
+
+
+def page_table(
+    title: str, columns: Mapping[str, str], names: Sequence[str], results: Sequence[Mapping[str, float]]
+) -> Table:
+    """The same for the page, with differences to the first row."""
+    values = {heading: [metrics[key] for metrics in results] for heading, key in columns.items()}
+    better = {heading: metric(key).better for heading, key in columns.items()}
+    note = "Small numbers: difference to the first row. Bold: the best of the column."
+    return Results(names, values, better).by_name(title, note=note)
+
+
+def phase_table(phases: Sequence[Phase]) -> Table:
+    """How long each phase took, and of what trains a model, how many numbers its weights are."""
+    rows = []
+    for phase in phases:
+        trains = phase.product.name == EXPORT_NAME
+        count = sum(tensor.numel() for tensor in read_weights(phase.product).values()) if trains else 0
+        rows.append((phase.title, [Cell(duration(phase.seconds)), Cell(in_words(count) if trains else "")]))
+    return Table("Phases: their time and size", ["time", "parameters"], rows)
+
+
+def write_story(
+    options: argparse.Namespace, phases: Sequence[Phase], names: Sequence[str], results: Sequence[Mapping[str, float]]
+) -> Path:
+    """report.html: the tables, samples of the same requests, the curves of every phase, the last one first."""
+    story = STORIES[options.recipe]
+    evaluations = [phase for phase in phases if isinstance(phase.recipe, EvaluateRecipe)]
+    trained = [phase for phase in reversed(phases) if phase not in evaluations]
+    recipe, count = evaluations[0].recipe, evaluations[0].recipe.evaluation.num_images
+    tables = [page_table(title.format(count=count), columns, names, results) for title, columns in story.TABLES.items()]
+    grids = {name: phase.product.with_name(GRID_NAME) for name, phase in zip(names, evaluations, strict=True)}
+    ends = {name: grids[name] for name in (names[0], names[-1])}
+    others = {name: grid for name, grid in grids.items() if name not in ends}
+    show = partial(gallery, side=recipe.data.image_size, captions=story.asked(recipe))
+    return write_report(
+        options.run_dir,
+        title=story.TITLE,
+        summary=f"Recipe {options.recipe}, seed {options.seed}; another seed would move all numbers",
+        tables=[*tables, phase_table(phases)],
+        notes=[note.format(split=recipe.data.split) for note in story.NOTES],
+        galleries=[
+            show("Before and after: the same requests and random numbers", ends),
+            show("The other rows, the same requests and random numbers", others, folded=True),
+        ],
+        curves=[(phase.title, History.read(phase.folder / "metrics.jsonl")) for phase in trained],
+        facts={"Time of all phases": duration(sum(phase.seconds for phase in phases)), "Folder": str(options.run_dir)},
+        recipes=[(f"Recipe: {phase.title}", phase.recipe.to_toml()) for phase in trained],
+    )
 
 
 def report(options: argparse.Namespace, phases: Sequence[Phase], console: Console, *, seconds: float) -> None:
@@ -167,27 +227,7 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
     tables = [
         result_table(title.format(count=count), columns, names, results) for title, columns in story.TABLES.items()
     ]
-    columns = {heading: key for columns in story.TABLES.values() for heading, key in columns.items()}
-    data = evaluations[0].recipe.data
-    page = write_report(
-        options.run_dir,
-        title=story.TITLE,
-        summary=f"Recipe {options.recipe}, seed {options.seed}",
-        table=[
-            {"model": name, **{heading: metrics[key] for heading, key in columns.items()}}
-            for name, metrics in zip(names, results, strict=True)
-        ],
-        images=[
-            (f"{name}: the same seeds in each grid", phase.product.with_name(GRID_NAME))
-            for name, phase in zip(names, evaluations, strict=True)
-        ],
-        curves=[
-            (phase.title, History.read(phase.product.with_name("metrics.jsonl")))
-            for phase in phases
-            if phase not in evaluations
-        ],
-        notes=[note.format(split=data.split) for note in story.NOTES],
-    )
+    page = write_story(options, phases, names, results)
     console.print(*tables, sep="\n")
     console.print(f"{page}: curves and samples. Done in {seconds / 60:.1f} minutes.", soft_wrap=True)
     console.print(story.NEXT[options.recipe], soft_wrap=True)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import tomli
 from pydantic import ValidationError
@@ -119,6 +119,7 @@ class RecipeBuilder(Generic[RecipeT]):
         if self._is_grpo:
             values["reward"] = {**values.get("reward", {}), **self._build_rewards(values)}
         own = self._recipe_class.sections().items()
+        sections: dict[str, Any]
         sections = {name: section.model_validate(values[name]) for name, section in own if name in values}
         recipe = self._recipe_class.model_construct(**sections)
         for problem in recipe.problems():
@@ -132,7 +133,8 @@ class RecipeBuilder(Generic[RecipeT]):
 
     def _name_flags(self, flags: Sequence[Flag]) -> list[tuple[str, str, str]]:
         """Key, text and origin of the flags; a line for each that is unknown, lacks its value or was given twice."""
-        settings, seen = [], {}
+        settings: list[tuple[str, str, str]] = []
+        seen: dict[str, str] = {}
         for flag, given in flags:
             name = flag.removeprefix("--")
             table = name.rpartition(".")[0]
@@ -157,7 +159,8 @@ class RecipeBuilder(Generic[RecipeT]):
                 settings.append((key, text, f"{flag} {text or '(empty)'}"))
             if problem:
                 self._problems.append(f"{flag}: {problem}")
-            seen.setdefault(key, flag)
+            if key is not None:
+                seen.setdefault(key, flag)
         return settings
 
     def _read_section(self, title: str, section: object) -> None:
@@ -268,7 +271,7 @@ class RecipeBuilder(Generic[RecipeT]):
         titles = [title for title in self._sections if title.startswith("reward.")]
         for title in titles:
             try:
-                table = self._sections[title].model_validate(values[title])
+                table = cast(type[RewardTable], self._sections[title]).model_validate(values[title])
                 tables[title.removeprefix("reward.")] = table.resolved() if self._resolves else table
             except UserError as error:
                 self._problems += [f"{title}: {line}" for line in error.problems]
@@ -295,22 +298,22 @@ class RecipeBuilder(Generic[RecipeT]):
             for key in ("model.dropout", "model.class_dropout"):
                 self._values.setdefault(key, reference.DROPOUT_RATE)
         if self._selects_text:
-            defaults = reference.TEXT_MODEL | (reference.TEXT_COMMAND if self._is_text_command else {})
+            defaults = {**reference.TEXT_MODEL, **(reference.TEXT_COMMAND if self._is_text_command else {})}
             for key, value in defaults.items():
                 self._values.setdefault(key, value)
         used = {origin.partition(" ")[0]: origin for origin in self._sources.values()}  # every flag -> with its text
         is_its_command = not self._origin and not used.keys().isdisjoint(reference.ALL_FLAGS)
         if is_its_command or any(flag in used for flags in reference.BATCH_FLAGS.values() for flag in flags):
-            for key, defaults in reference.BATCH_FLAGS.items():
-                own_keys = {flag: reference.ALL_FLAGS[flag] for flag in defaults}
-                given = [flag for flag in defaults if flag in used]
+            for key, batch_flags in reference.BATCH_FLAGS.items():
+                own_keys = {flag: reference.ALL_FLAGS[flag] for flag in batch_flags}
+                given = [flag for flag in batch_flags if flag in used]
                 if not self._suspects.isdisjoint(own_keys.values()):
                     self._suspects.add(key)
                 elif given and self._sources.get(key, "").startswith(f"--{key} "):
                     self._problems.append(f"--{key}: {key} is already set by {given[0]}; give one of them")
                 elif given or key not in self._values:
-                    numbers = [self._values.get(own_keys[flag], default) for flag, default in defaults.items()]
-                    origins = [used.get(flag, f"{flag} {default}") for flag, default in defaults.items()]
+                    numbers = [self._values.get(own_keys[flag], default) for flag, default in batch_flags.items()]
+                    origins = [used.get(flag, f"{flag} {default}") for flag, default in batch_flags.items()]
                     self._take(key, math.prod(numbers) * ranks, ", ".join(origins))
         for switch, (name, default) in reference.SWITCHES.items():
             self._switch(switch, f"reward.{name}", default=default, used=used.keys())

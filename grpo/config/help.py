@@ -26,13 +26,13 @@ def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
         UserError: there is no such section.
     """
     sections = recipe_class.sections()
-    kinds = reward_kinds() if topics and "reward" in sections else {}
+    kinds: list[str] = [*reward_kinds()] if topics and "reward" in sections else []
     titles = [*sections, *(f"reward.{kind}" for kind in kinds)]
     for topic in topics:
         if topic not in titles:
             raise UserError(f"--help {topic}: no section of this job; {did_you_mean(topic, titles)}")
     lines = [
-        recipe_class.__doc__,
+        recipe_class.__doc__ or "",
         "",
         f"usage: grpo {recipe_class.job} [--config NAME] [--section.key VALUE ...]",
         "A flag overrides the recipe file, the file overrides the default. --help SECTION shows that section only.",

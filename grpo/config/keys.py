@@ -67,7 +67,8 @@ class Key:
             ValidationError: it is not allowed.
         """
         config = ConfigDict(str_min_length=Section.model_config["str_min_length"])
-        adapter = TypeAdapter(Annotated[self.field.annotation, self.field], config=config)
+        kind: Any = Annotated[self.field.annotation, self.field]
+        adapter: TypeAdapter[Any] = TypeAdapter(kind, config=config)
         return adapter.validate_strings(value) if is_text else adapter.validate_python(value, strict=True)
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -47,7 +47,8 @@ class Recipe(BaseModel):
     @classmethod
     def sections(cls) -> dict[str, type[Section]]:
         """Name and class of every section, in the order of the file."""
-        return {name: cls.model_fields[name].annotation for name in sorted(cls.model_fields, key=ORDER.index)}
+        names = sorted(cls.model_fields, key=ORDER.index)
+        return {name: cast(type[Section], cls.model_fields[name].annotation) for name in names}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -71,8 +72,10 @@ class Recipe(BaseModel):
         """
         named = list(self._named_paths())
         inputs = [*others.items(), *((key, path) for key, path, kind in named if isinstance(kind, Wanted))]
+        outputs: list[tuple[str, str | Path, bool]]
         outputs = [(key, path, kind.folder) for key, path, kind in named if isinstance(kind, Written)]
-        for key, path, is_folder in [*outputs, *((key, path, False) for key, path in self.written_files())]:
+        outputs += [(key, path, False) for key, path in self.written_files()]
+        for key, path, is_folder in outputs:
             for read_key, read_path in inputs:
                 if same_file(path, read_path) and os.path.isdir(path) == is_folder:
                     yield f"{key}: {path} would be written over what {read_key} names; give another path"
@@ -210,6 +213,9 @@ def required(name: str, section: Section, *keys: str) -> Iterator[str]:
     yield from (f"{name}.{key} is required" for key in keys if getattr(section, key) is None)
 
 
+SMALLEST_SHAPES = 24  # pixels
+
+
 def data_problems(data: Data) -> Iterator[str]:
     """A data set in files needs a path; the rows of a stream have no numbers by which codes could be kept."""
     if data.may_be_stream:
@@ -218,6 +224,8 @@ def data_problems(data: Data) -> Iterator[str]:
         yield from (f"{key} needs a data set whose images can be read in any order, not {where}" for key in keys)
     if data.path is None and data.name in DATA_IN_FILES:
         yield f'data.path is required with data.name = "{data.name}"'
+    if data.name == "shapes" and data.image_size < SMALLEST_SHAPES:
+        yield f'data.image_size must be at least {SMALLEST_SHAPES} with data.name = "shapes": smaller ones look alike'
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
@@ -239,7 +247,7 @@ def _changed_keys(before: Recipe, after: Recipe) -> dict[str, str]:
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Value of every `section.key` and `reward.NAME.key`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

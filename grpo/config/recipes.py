@@ -1,7 +1,7 @@
 """The recipes of most jobs: their sections, and what cannot work together in them."""
 
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self, cast
 
 from pydantic import Field
 
@@ -114,16 +114,22 @@ class GRPORecipe(GeneratorRecipe):
 
     def schedule(self, *, ranks: int) -> Schedule:
         """The sizes of a step on each of so many ranks. Raises a UserError if they cannot share the batches."""
-        sections = {"rollout": self.rollout, "training": self.training, "objective": self.objective}
         waits = self._rewards_needing("population") or any(
             table.normalise == "batch" for table in self.reward.active.values()
         )
-        return Schedule.of(**sections, ranks=ranks, whole_batch_rewards=bool(waits))
+        return Schedule.of(
+            rollout=self.rollout,
+            training=self.training,
+            objective=self.objective,
+            ranks=ranks,
+            whole_batch_rewards=bool(waits),
+        )
 
     def frozen_generators(self) -> set[str | None]:
         """Those of the KL term, and of rewards."""
         objective, tables = self.objective, self.reward.active.values()
-        named = {table.checkpoint for table in tables if "generator" in reward_class(table.kind).needs}
+        named: set[str | None]
+        named = {cast(Any, table).checkpoint for table in tables if "generator" in reward_class(table.kind).needs}
         if objective.kl_estimator != "none" and objective.reference == "start":
             named.add(objective.reference_checkpoint)
         return {name or self.model.checkpoint for name in named}

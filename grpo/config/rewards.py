@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, SerializeAsAny, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
 from grpo.config.errors import UserError, did_you_mean
 from grpo.config.types import MayChange, NonNegativeInt, Normalise, Section, Wanted, Weight
@@ -95,7 +95,7 @@ class Rewards(Section):
     """The weighted sum of rewards of one completion; each reward is a table of its own, [reward.NAME]."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, SerializeAsAny[RewardTable]]  # the tables
+    __pydantic_extra__: dict[str, SerializeAsAny[RewardTable]] = Field(init=False)  # the tables
 
     batch_size: Annotated[NonNegativeInt, MayChange] = 64
     """Completions decoded and scored at once on each rank; 0 is what fits into a GPU's memory, and 64 on a CPU."""

@@ -65,6 +65,7 @@ def _settings(folder: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{file}: is not of a run that trained a generator")
     with reading(f"{file} cannot be read"):
         recipe = recipe_from_toml(RECIPES[job], read_text(file), origin=str(file))
+    assert isinstance(recipe, GeneratorRecipe)
     settings = {
         name: getattr(recipe, name).model_dump(exclude_defaults=True, exclude_none=True)
         for name in ("model", "text", "tokenizer", "data")

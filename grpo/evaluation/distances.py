@@ -102,8 +102,8 @@ def _share_on_manifold(features: Tensor, vectors: Tensor, nearest_k: int) -> flo
     """Share of features on the manifold of the vectors."""
     assert len(vectors) > nearest_k, f"{len(vectors)} vectors have no {nearest_k} neighbours each"
     # Each vector is its own nearest, at distance 0: hence k + 1.
-    radii = [torch.cdist(rows, vectors).kthvalue(nearest_k + 1).values for rows in vectors.split(_ROWS_AT_ONCE)]
-    radii = torch.cat(radii)
+    parts = [torch.cdist(rows, vectors).kthvalue(nearest_k + 1).values for rows in vectors.split(_ROWS_AT_ONCE)]
+    radii = torch.cat(parts)
     inside = [(torch.cdist(rows, vectors) <= radii).any(dim=1) for rows in features.split(_ROWS_AT_ONCE)]
     return torch.cat(inside).double().mean().item()
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.config import Evaluation, UserError
-from grpo.models import load_classifier, normalize, read_weights
+from grpo.models import Classifier, load_classifier, normalize, read_weights
 from grpo.shapes import Reader, load_reader
 
 SPATIAL_CHANNELS = 7
@@ -32,7 +32,7 @@ class ClassifierJudge(Judge):
 
     names_classes = True
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ def judge_files(evaluation: Evaluation) -> dict[str, str]:
 
 def load_judges(evaluation: Evaluation, *, device: torch.device) -> dict[str, Judge]:
     """The judges of `judge_files`, loaded."""
-    judges = {}
+    judges: dict[str, Judge] = {}
     for name, file in judge_files(evaluation).items():
         if name == "inception":
             judges[name] = InceptionJudge(file, device=device, spatial=True)

@@ -23,6 +23,7 @@ def build_layout(output: Output, prompts: Sequence[Prompt]) -> SaveImages:
     In the layout dpg an image is written where three others were written before it: numbers must come whole, prompt by
     prompt, to one rank, as `output.images_per_prompt` divides the batch.
     """
+    assert output.folder is not None, "the recipe was checked"
     folder = Path(output.folder)
     if output.layout == "geneval":
         return GenEvalLayout(folder, prompts, output.images_per_prompt)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ class Measured(NamedTuple):
 
     def spatial_gaussian(self, device: torch.device | str) -> FeatureStatistics:
         """The same of the spatial features."""
+        assert self.spatial is not None, "a judge without spatial features"
         return _gaussian(self.spatial, self.spatial_statistics, device)
 
 
@@ -89,18 +90,21 @@ def measure_images(
         columns = {"features": features, "probabilities": logits.softmax(dim=1)}
         if spatial:
             columns["spatial"] = spatial[0]
-        if reward is not None:
+        if reward is not None and class_ids is not None:
             asked = class_ids[start : start + batch_size].to(device)
             columns["rewards"] = -F.cross_entropy(reward(pixels)[1], asked, reduction="none")
         seen.append((start, tuple(pixels.shape[-2:]), {name: column.cpu() for name, column in columns.items()}))
-    of_ranks = [seen]
+    of_ranks: list[Any] = [seen]
     if ranks > 1:
         of_ranks = [None] * ranks
         dist.all_gather_object(of_ranks, seen)
     _, sizes, batches = zip(*sorted(chain(*of_ranks), key=itemgetter(0)), strict=True)
     whole = {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
     return Measured(
-        **{"rewards": None, **whole},
+        features=whole["features"],
+        probabilities=whole["probabilities"],
+        rewards=whole.get("rewards"),
+        spatial=whole.get("spatial"),
         class_ids=class_ids if judge.names_classes else None,
         size=sizes[0],
         statistics=source.inception_statistics if judge.is_inception else None,
@@ -162,5 +166,7 @@ def _gaussian(features: Tensor, statistics: FeatureStatistics | None, device: to
 
 def classifier_gap(images: Measured) -> float:
     """How much surer of the class the rewarding classifier is than the judging one: mean difference of log p, nats."""
+    assert images.class_ids is not None, "a reward needs classes"
+    assert images.rewards is not None, "nothing was rewarded"
     judged = images.probabilities.gather(1, images.class_ids[:, None]).clamp_min(1e-12).log()
     return (images.rewards.mean() - judged.mean()).item()

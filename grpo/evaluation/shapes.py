@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ def measure_shapes(
         asked = requests[start : start + len(images)]
         scores = {name: score(read(images), asked) for name, read in readers.items()}
         seen.append((start, {name: {key: v.cpu() for key, v in values.items()} for name, values in scores.items()}))
-    of_ranks = [seen]
+    of_ranks: list[Any] = [seen]
     if ranks > 1:
         of_ranks = [None] * ranks
         dist.all_gather_object(of_ranks, seen)

@@ -72,8 +72,8 @@ class NpzImages(ImageSource):
                 wrong = class_ids[(class_ids < 0) | (class_ids >= LARGEST_LABEL)][0]
                 raise UserError(f"{path}: arr_1 holds {wrong}, which is no class id")
         self._images = images
-        class_ids = None if class_ids is None else torch.from_numpy(class_ids.astype(np.int64))
-        super().__init__(len(images), class_ids, limit=limit)
+        labels = None if class_ids is None else torch.from_numpy(class_ids.astype(np.int64))
+        super().__init__(len(images), labels, limit=limit)
         if len(self) == len(images):
             self.inception_statistics = _statistics(path, arrays, "mu", "sigma")
             self.spatial_statistics = _statistics(path, arrays, "mu_s", "sigma_s")
@@ -147,7 +147,8 @@ class FolderImages(DatasetImages):
             raise UserError(f"{path} has no images: check the path")
         folders = [file.relative_to(path).parts[0] for file in files]
         names, class_ids = np.unique(folders, return_inverse=True)
-        super().__init__(ImageFiles(files, class_ids, names.tolist(), data=Data()), limit=limit)
+        dataset = ImageFiles([str(file) for file in files], class_ids.tolist(), names.tolist(), data=Data())
+        super().__init__(dataset, limit=limit)
         if any(file.parent == Path(path) for file in files):
             self.class_ids = None
         self._size = self._dataset.whole(0).size

@@ -29,7 +29,7 @@ def batches_in_order(
     for start in progress(range(0, len(source), batch_size * ranks)):
         first = start + rank * batch_size
         mine = source.pixels(first, first + batch_size).cpu() if first < len(source) else None
-        batches = [mine]
+        batches: list[Tensor | None] | None = [mine]
         if ranks > 1:
             batches = [None] * ranks if rank == 0 else None
             dist.gather_object(mine, batches, dst=0)
@@ -81,7 +81,9 @@ class NpzWriter:
     def __init__(
         self, path: str | Path, class_ids: Tensor | None, *, size: tuple[int, int], count: int | None = None
     ) -> None:
-        self.path, self._missing = Path(path), len(class_ids) if count is None else count
+        assert class_ids is not None or count is not None, "one of them says how many images come"
+        self.path = Path(path)
+        self._missing = len(class_ids) if count is None and class_ids is not None else count or 0
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         with writing(self.path):
             self._archive = zipfile.ZipFile(self._partial, "w")

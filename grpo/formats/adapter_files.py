@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from grpo.formats.weight_files import require_finite, save_weights
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LARGEST_CONFIG = 2**20  # bytes
-_PLAIN = {
+_PLAIN: dict[str, Any] = {
     "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "use_dora": False, "fan_in_fan_out": False,
     "lora_bias": False, "bias": "none",
 }  # fmt: skip

@@ -6,8 +6,9 @@ import hashlib
 import json
 import stat
 from collections.abc import Collection, Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from grpo.config import UserError, read_bytes, reason
 
@@ -22,7 +23,7 @@ class FileSum(NamedTuple):
     sha256: str
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """A file of a checkpoint. Raises an OSError where it is none: a link may lead elsewhere, a pipe never ends."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise OSError(errno.EINVAL, "it is a link or no file: copy the file itself there, if you trust it", str(path))

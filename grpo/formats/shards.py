@@ -85,6 +85,7 @@ class ShardReader(HuggingFaceStorageReader):
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:  # crafted sharding info
             raise UserError(f"{folder} is damaged ({type(error).__name__}): take another checkpoint") from error
         for name, entry in self.metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata), "of tensors alone, by `_add_pieces`"
             pieces = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
             if not tiles(tuple(entry.size), pieces):
                 raise UserError(f"{folder} is damaged: {name} is stored in part, or twice; take another checkpoint")
@@ -107,6 +108,7 @@ class ShardReader(HuggingFaceStorageReader):
                 entry = self.metadata.state_dict_metadata.setdefault(
                     name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(end), [])
                 )
+                assert isinstance(entry, TensorStorageMetadata), "of tensors alone"
                 if entry.properties.dtype != dtype:
                     raise ValueError("pieces of several dtypes")
                 entry.size = torch.Size(max(pair) for pair in zip(entry.size, end, strict=True))

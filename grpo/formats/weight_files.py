@@ -28,7 +28,12 @@ from grpo.formats.shards import WHOLE, read_tensors, shard_files, write_shards
 Layout = Literal["auto", "llamagen", "safetensors", "distributed"]
 
 _WRAPPERS = ("model", "module", "state_dict", "params")
-_LAYOUT_OF_SUFFIX = {".pt": "llamagen", ".pth": "llamagen", ".safetensors": "safetensors", "": "distributed"}
+_LAYOUT_OF_SUFFIX: dict[str, Layout] = {
+    ".pt": "llamagen",
+    ".pth": "llamagen",
+    ".safetensors": "safetensors",
+    "": "distributed",
+}
 _DTYPES = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,

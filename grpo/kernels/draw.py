@@ -4,8 +4,9 @@ The gradient needs the logits again. Where they come from is chosen once, by `_k
 forward pass (three matrix products in all) or computed again in chunks (four).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,11 +56,11 @@ class Draw:
         """Tokens from logits [N, V]; see `sample_tokens`."""
         return sample_tokens(logits, row_ids=row_ids, num_samples=num_samples, **asdict(self))
 
-    def sample_projection(self, hidden: Tensor, weight: Tensor, **rows: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+    def sample_projection(self, hidden: Tensor, weight: Tensor, **rows: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens from logits hidden [N, D] @ weight.T [D, V], without gradient; see `sample_projection`."""
         return sample_projection(hidden, weight, **rows, **asdict(self))
 
-    def sample_and_score(self, hidden: Tensor, weight: Tensor, **rows: Tensor | int | None) -> ScoredSample:
+    def sample_and_score(self, hidden: Tensor, weight: Tensor, **rows: Any) -> ScoredSample:
         """The same with differentiable log-probs of what is drawn and of `targets`; see `sample_and_score`."""
         return sample_and_score(hidden, weight, **rows, **asdict(self))
 
@@ -68,12 +69,13 @@ class Draw:
 
         See `linear_token_log_probs`. Truncation shapes what is drawn, not what it is scored by.
         """
-        settings = {"temperature": self.temperature, "return_entropy": True, "impl": self.impl}
-        return linear_token_log_probs(hidden, weight, tokens, **settings)
+        return linear_token_log_probs(
+            hidden, weight, tokens, temperature=self.temperature, return_entropy=True, impl=self.impl
+        )
 
 
 def sample_projection(
-    hidden: Tensor, weight: Tensor, *, row_ids: Tensor, **settings: int | float | str
+    hidden: Tensor, weight: Tensor, *, row_ids: Tensor, **settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """tokens, log_probs [N, num_samples] and kept_mass [N] of `sample_tokens` for a projection, without gradients.
 
@@ -83,7 +85,8 @@ def sample_projection(
     for rows in projection_chunks(hidden, weight):
         sample = sample_tokens(project_logits(hidden[rows], weight), row_ids=row_ids[rows], **settings)
         parts.append((sample.tokens, sample.log_probs, sample.kept_mass))
-    return _joined(parts)
+    tokens, log_probs, kept_mass = _joined(parts)
+    return tokens, log_probs, kept_mass
 
 
 def sample_and_score(
@@ -154,6 +157,6 @@ def _keeps_logits(hidden: Tensor, weight: Tensor) -> bool:
     return len(hidden) * len(weight) <= _KEPT_ELEMENTS.get(hidden.device.type, 0)
 
 
-def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """The columns of all chunks."""
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

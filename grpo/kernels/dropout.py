@@ -42,8 +42,11 @@ class Dropout:
 
     def __call__(self, x: Tensor, rate: float, *, place: int = 0) -> Tensor:
         """x [R, S, D] with a share `rate` of its features 0 and the others divided by 1 - rate; as it is at rate 0."""
-        keys = {"row_ids": self.row_ids, "seed": self.seed, "layer": self.layer, "place": place}
-        return drop_features(x, rate, **keys, impl=self.impl) if rate else x
+        if not rate:
+            return x
+        return drop_features(
+            x, rate, row_ids=self.row_ids, seed=self.seed, layer=self.layer, place=place, impl=self.impl
+        )
 
     def rows(self, rate: float, *, place: int) -> Tensor:
         """[R] bool: rows that are dropped whole."""

@@ -1,6 +1,7 @@
 """Log-probs of chosen tokens and the entropy of their rows, under rows of logits or a projection of hidden states."""
 
 from collections.abc import Iterator
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from grpo.kernels.row_math import (
 )
 
 
+@overload
+def token_log_probs(
+    logits: Tensor, tokens: Tensor, *, temperature: float = ..., return_entropy: Literal[True], impl: str = ...
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_log_probs(
+    logits: Tensor, tokens: Tensor, *, temperature: float = ..., return_entropy: Literal[False] = ..., impl: str = ...
+) -> Tensor: ...
 def token_log_probs(
     logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, return_entropy: bool = False, impl: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -38,6 +47,16 @@ def token_log_probs(
     return (log_probs, entropy) if return_entropy else log_probs
 
 
+@overload
+def linear_token_log_probs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *,
+    temperature: float = ..., return_entropy: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def linear_token_log_probs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *,
+    temperature: float = ..., return_entropy: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
 def linear_token_log_probs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *,
     temperature: float = 1.0, return_entropy: bool = False, impl: str = "auto",

@@ -11,7 +11,9 @@ come from groups 0 .. BLOCK/4-1, the numbers of the blocks from the groups after
 with q = ceil(n / 4) groups, number i is word i // q of group i % q.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import numpy
 import torch
@@ -40,8 +42,11 @@ class RandomStream(IntEnum):
     DROPOUT = 3  # features and conditions dropped in a forward, see `dropout.py`; rows are those of forwards
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
-    """Four int64 tensors that hold the 32-bit words of Philox4x32-10. Counter words are broadcast; all are int64."""
+def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """Four int64 tensors that hold the 32-bit words of Philox4x32-10. Counter words are broadcast; all are int64.
+
+    Words are tensors, arrays of NumPy, or numbers.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -54,7 +59,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) 
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def philox_stack(counter: tuple[Tensor, ...], seed: Tensor | int, *, dim: int) -> Tensor:
+def philox_stack(counter: Sequence[Any], seed: Tensor | int, *, dim: int) -> Tensor:
     """The four words of `philox` as one tensor, stacked along `dim`."""
     key = split_words(seed)
     if counter[-1].device.type == "cpu":  # NumPy does this arithmetic about twice as fast as torch there

@@ -88,7 +88,7 @@ def _autograd(ctx, grad_loss, grad_sums, grad_gradient):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _obstacle(*tensors: Tensor | None) -> str | None:
-    if {tensor.dtype for tensor in tensors if tensor is not None} != {torch.float32}:
+def _obstacle(log_probs: Tensor, *others: Tensor | None) -> str | None:
+    if {tensor.dtype for tensor in (log_probs, *others) if tensor is not None} != {torch.float32}:
         return "not every input is fp32"
-    return "2^31 tokens or more" if tensors[0].numel() >= 1 << 31 else None
+    return "2^31 tokens or more" if log_probs.numel() >= 1 << 31 else None

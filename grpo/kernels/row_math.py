@@ -42,7 +42,13 @@ class ScoredRows(NamedTuple):
 
     def rows(self, rows: slice) -> "ScoredRows":
         """Some of the rows."""
-        return ScoredRows(*(column if column is None else column[rows] for column in self))
+        return ScoredRows(
+            self.tokens[rows],
+            self.lse[rows],
+            self.entropy[rows],
+            self.grad_log_probs[rows],
+            None if self.grad_entropy is None else self.grad_entropy[rows],
+        )
 
 
 def check_arguments(rows: Tensor, tokens: Tensor, temperature: float) -> None:

@@ -45,8 +45,8 @@ def sample_rows(
 def new_sample(logits: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised tokens, log_probs, kept_log_probs [N, num_samples] and kept_mass [N] for logits [N, V]."""
     shape, dtype = (logits.shape[0], num_samples), accumulation_dtype(logits)
-    numbers = (logits.new_empty(size, dtype=dtype) for size in (shape, shape, shape[:1]))
-    return logits.new_empty(shape, dtype=torch.int64), *numbers
+    log_probs, kept_log_probs, kept_mass = (logits.new_empty(size, dtype=dtype) for size in (shape, shape, shape[:1]))
+    return logits.new_empty(shape, dtype=torch.int64), log_probs, kept_log_probs, kept_mass
 
 
 def _tempered(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,10 +76,10 @@ def kept_columns(scores: Tensor, peak: Tensor, top_k: int, top_p: float) -> Tens
             return scores >= kth
         survives = descending >= kth
     weights = (descending - peak).exp_()
-    prefix = (weights.mul_(survives) if top_k else weights).cumsum(1)
+    prefix = (weights if survives is None else weights.mul_(survives)).cumsum(1)
     # Exclusive sums ascend, so the columns that stay are a prefix of the order.
     stays = prefix[:, :-1] <= top_p * prefix[:, -1:]
-    count = (stays.logical_and_(survives[:, 1:]) if top_k else stays).sum(1, keepdim=True) + 1
+    count = (stays if survives is None else stays.logical_and_(survives[:, 1:])).sum(1, keepdim=True) + 1
     edge = descending.gather(1, count - 1)
     above = scores > edge
     equal = scores == edge

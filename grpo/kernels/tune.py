@@ -118,8 +118,14 @@ def works(device: torch.device) -> Iterator[Work]:
     def tokens() -> Tensor:
         return torch.randint(0, V, (rows, M), device=device)
 
+    def draws(options: dict) -> Run:
+        return sampling(logits(512, torch.float32), options)
+
+    def products_of(D: int) -> Run:
+        return projecting(D, tokens())
+
     for op, options in (("sample", {}), ("sample_truncated", {"top_k": 1000, "top_p": 0.9})):
-        yield Work(op, V, V // 2, V, warps, lambda options=options: sampling(logits(512, torch.float32), options))
+        yield Work(op, V, V // 2, V, warps, partial(draws, options))
     ahead = [{"TILE": 16384, "num_warps": 16, "AHEAD": 1}]
     ahead += grid(TILE=(1024, 2048), num_warps=(2, 4), AHEAD=(2, 3, 4)) + grid(
         TILE=(4096,), num_warps=(8, 16), AHEAD=(1, 2, 3)
@@ -135,8 +141,8 @@ def works(device: torch.device) -> Iterator[Work]:
         {"library": 0, "TILE_N": 64, "TILE_V": 256, "num_warps": 4, "num_stages": 4},
     ]
     for D, above, up_to in ((768, 512, 1023), (1536, 1023, 2048)):
-        yield Work("linear_split", D, above, up_to, products, lambda D=D: projecting(D, tokens()))
-    yield Work("linear_merge", 768, 0, None, grid(num_warps=(1, 2, 4, 8)), lambda: projecting(768, tokens()))
+        yield Work("linear_split", D, above, up_to, products, partial(products_of, D))
+    yield Work("linear_merge", 768, 0, None, grid(num_warps=(1, 2, 4, 8)), partial(products_of, 768))
     blocks = grid(TILE=(256, 512, 1024, 2048), num_warps=(4, 8))
     yield Work("ratio_loss", 16 * M * 512, 0, None, blocks, lambda: policy_loss(device))
     yield from sampling_step_works(device)
@@ -154,7 +160,7 @@ def sampling_step_works(device: torch.device) -> Iterator[Work]:
     sums = grid(TILE_K=(256,), num_warps=(1, 2), num_stages=(3, 4), SPLITS=(1, 2, 3, 4))
     sums += grid(TILE_K=(512,), num_warps=(1, 2, 4), num_stages=(3,), SPLITS=(1, 2))
     for K, above, up_to in ((1536, 0, 2048), (4096, 2048, None)):
-        yield Work("linear_add", K, above, up_to, sums, lambda K=K: adding(device, K))
+        yield Work("linear_add", K, above, up_to, sums, partial(adding, device, K))
 
 
 def attending(device: torch.device) -> Run:
@@ -211,10 +217,12 @@ def policy_loss(device: torch.device) -> Run:
     old, ref = (new + 0.2 * torch.randn_like(new) for _ in range(2))
     new.requires_grad_()
     advantages, weights = torch.randn(16, M, device=device), torch.full_like(old, 1 / old.numel())
-    clip = {"clip_low": 0.2, "clip_high": 0.28, "kl": "k3", "kl_coef": 0.1, "impl": "triton"}
 
     def run() -> tuple[Tensor, ...]:
-        loss, metrics = clipped_ratio_loss(new, old, advantages, weights=weights, ref_log_probs=ref, **clip)
+        loss, metrics = clipped_ratio_loss(
+            new, old, advantages, weights=weights, ref_log_probs=ref,
+            clip_low=0.2, clip_high=0.28, kl="k3", kl_coef=0.1, impl="triton",
+        )  # fmt: skip
         return torch.autograd.grad(loss, new)[0], torch.stack(list(metrics.values()))
 
     return run

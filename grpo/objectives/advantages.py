@@ -31,9 +31,14 @@ EPS = 1e-8  # added to standard deviations
 class Combined(Protocol):
     """How a reward goes into the advantage."""
 
-    weight: float
-    normalise: Normalise
-    separate: bool
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def normalise(self) -> Normalise: ...
+
+    @property
+    def separate(self) -> bool: ...
 
 
 class _Summand(NamedTuple):
@@ -176,7 +181,8 @@ def _standardise(rewards: Tensor, normalise: Normalise) -> Tensor:
 
 def _weighted_sum(summands: Sequence[tuple[Tensor, float]]) -> Tensor:
     """The sum of rewards by their weights, NaN where all of them abstain."""
-    total = sum(weight * _filled(rewards) for rewards, weight in summands)
+    first, *others = (weight * _filled(rewards) for rewards, weight in summands)
+    total = sum(others, start=first)
     absent = torch.stack([rewards.isnan() for rewards, _ in summands]).all(dim=0)
     return total.masked_fill(absent, float("nan"))
 

@@ -36,9 +36,10 @@ class EntropyControl:
 
     def update(self, entropy: float) -> None:
         """Take the mean token entropy of an optimizer step, nats, the same on every rank. Not finite: no change."""
-        if not self.steers or not math.isfinite(entropy):
+        target = self.objective.entropy_target
+        if target is None or not math.isfinite(entropy):
             return
-        start, error = self.objective.entropy_weight, self.objective.entropy_target - entropy / self._most
+        start, error = self.objective.entropy_weight, target - entropy / self._most
         outside = math.copysign(max(0.0, abs(error) - self.objective.entropy_dead_band), error)
         wanted = self.weight * math.exp(self.objective.entropy_gain * outside)
         self.weight = min(max(wanted, start / LARGEST_FACTOR), start * LARGEST_FACTOR)

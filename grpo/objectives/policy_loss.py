@@ -1,6 +1,6 @@
 """The policy loss in all its variants, on top of one clipped-ratio operation."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -29,9 +29,9 @@ def token_weights(
         keep: [R, M, T] bool, the tokens not dropped from the loss; None keeps all.
         keep_probability: the probability with which `keep` was drawn.
     """
-    length = shape[-1]
+    length: Tensor | float = shape[-1]
     if keep is None:
-        return torch.full(shape, 1.0 / (length * sequences), device=device)
+        return torch.full(shape, 1.0 / (shape[-1] * sequences), device=device)
     if loss in ("grpo", "gspo"):
         length = keep.float().sum(dim=-1, keepdim=True).clamp_min(1.0)
     elif loss != "dr_grpo":
@@ -99,11 +99,17 @@ def policy_loss(
 
     def terms(level: str, advantages: Tensor, *, with_kl: bool) -> tuple[Tensor, dict[str, Tensor]]:
         log_probs, old_log_probs, weights, ref_log_probs = levels[level]
-        penalty = {"ref_log_probs": ref_log_probs, "kl": kl, "kl_coef": kl_coef} if with_kl else {}
-        bounds = {"clip_low": clip_low, "clip_high": clip_high, "impl": impl}
-        surrogate = "cispo" if loss == "cispo" else "clip"
+        penalty: dict[str, Any] = {"ref_log_probs": ref_log_probs, "kl": kl, "kl_coef": kl_coef} if with_kl else {}
         return clipped_ratio_loss(
-            log_probs, old_log_probs, advantages, weights=weights, surrogate=surrogate, **bounds, **penalty
+            log_probs,
+            old_log_probs,
+            advantages,
+            weights=weights,
+            surrogate="cispo" if loss == "cispo" else "clip",
+            clip_low=clip_low,
+            clip_high=clip_high,
+            impl=impl,
+            **penalty,
         )
 
     value, metrics = terms(level, advantages, with_kl=kl_level == level)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from grpo.config import read_text, reading
+
 Metrics = dict[str, float | None]
 
 
@@ -41,6 +43,21 @@ def _step_line(line: str) -> Metrics | None:
 def _is_number(value: object) -> bool:
     """Whether it is a float or null; whole numbers in JSON have no end."""
     return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
+
+
+def judge_records(folder: str | Path) -> list[dict[str, float]]:
+    """What a run's judge has said, the oldest first: the numbers of the run's judge.json, nothing where there is none.
+
+    Raises a UserError: the file is damaged.
+    """
+    path = Path(folder) / "judge.json"
+    with reading(f"{path} cannot be read"):
+        records = json.loads(read_text(path)) if path.is_file() else []
+        numbers = [
+            {name: value for name, value in record.items() if value is not None and _is_number(value)}
+            for record in records
+        ]
+    return [record for record in numbers if "step" in record]
 
 
 class MetricsFile:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +16,9 @@ MAX_COLUMNS = 16
 CAPTION_WIDTH = 160  # pixels of an image with its text below, at least
 CAPTION_LINES = 4
 LONGEST_CAPTION = 400  # characters of a text that are looked at
-BACKGROUND, FOREGROUND, BEST, WORST = "#ffffff", "#333333", "#15803d", "#b91c1c"
+GAP = 2  # between images without words
+# Grids have no ground of their own: their words are to be read on white and on black. Without transparency it is white.
+TRANSPARENT, FOREGROUND, BEST, WORST = "#ffffff00", "#767676", "#16a34a", "#dc2626"
 
 
 class SampleRow(NamedTuple):
@@ -28,19 +30,22 @@ class SampleRow(NamedTuple):
     caption: str
 
 
-def sample_grids(folder: Path) -> list[tuple[int, Path]]:
-    """The grids that a run has drawn into its folder samples/, with their steps, the oldest first."""
-    found = [(re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("step-*.png")]
+def sample_grids(folder: Path, kind: Literal["step", "judge"] = "step") -> list[tuple[int, Path]]:
+    """The grids that a run has drawn into its folder samples/, with their steps, the oldest first.
+
+    "step" are rollouts with their rewards, "judge" the same requests and random numbers every time.
+    """
+    found = [(re.fullmatch(rf"{kind}-(\d+)\.png", path.name), path) for path in folder.glob(f"{kind}-*.png")]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def image_grid(images: torch.Tensor, *, columns: int, gap: int = 2) -> Image.Image:
-    """Images [N, 3, H, W] in [-1, 1] (or uint8) as one picture, row by row, `gap` white pixels between them."""
+def image_grid(images: torch.Tensor, *, columns: int, gap: int = GAP) -> Image.Image:
+    """Images [N, 3, H, W] in [-1, 1] (or uint8) as one picture, row by row, `gap` transparent pixels between them."""
     height, width = images.shape[-2:]
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
-    picture = Image.new("RGB", size, BACKGROUND)
+    picture = Image.new("RGBA", size, TRANSPARENT)
     for i, image in enumerate(images):
         picture.paste(_picture(image), (i % columns * (width + gap), i // columns * (height + gap)))
     return picture
@@ -57,7 +62,9 @@ def captioned_grid(images: torch.Tensor, captions: Sequence[str], *, columns: in
     lines = [_wrapped(caption, width, font) for caption in captions]
     below = max(map(len, lines)) * TEXT_HEIGHT
     step = width + MARGIN, height + below + MARGIN
-    picture = Image.new("RGB", (MARGIN + columns * step[0], MARGIN + -(-len(images) // columns) * step[1]), BACKGROUND)
+    picture = Image.new(
+        "RGBA", (MARGIN + columns * step[0], MARGIN + -(-len(images) // columns) * step[1]), TRANSPARENT
+    )
     draw = ImageDraw.Draw(picture)
     for number, (image, text) in enumerate(zip(images, lines, strict=True)):
         left, top = MARGIN + number % columns * step[0], MARGIN + number // columns * step[1]
@@ -97,10 +104,10 @@ def labelled_strips(strips: Sequence[tuple[str, Path]]) -> Image.Image:
         with Image.open(path, formats=["PNG"]) as file:
             factor = max(1, 960 // file.width)
             size = (file.width * factor, file.height * factor)
-            pictures.append(file.convert("RGB").resize(size, Image.Resampling.NEAREST))
+            pictures.append(file.convert("RGBA").resize(size, Image.Resampling.NEAREST))
     width = 2 * MARGIN + max(picture.width for picture in pictures)
     height = MARGIN + sum(picture.height + TEXT_HEIGHT + MARGIN for picture in pictures)
-    whole = Image.new("RGB", (width, height), BACKGROUND)
+    whole = Image.new("RGBA", (width, height), TRANSPARENT)
     draw, font, top = ImageDraw.Draw(whole), ImageFont.load_default(size=13), MARGIN
     for (label, _), picture in zip(strips, pictures, strict=True):
         draw.text((MARGIN, top), label, fill=FOREGROUND, font=font)
@@ -121,7 +128,7 @@ def sample_grid(rows: Sequence[SampleRow]) -> Image.Image:
     lines = [_labelled(row) for row in rows]
     columns = max(len(tiles) for tiles in lines)
     row_height = side + 2 * TEXT_HEIGHT + MARGIN
-    picture = Image.new("RGB", (MARGIN + columns * (side + MARGIN), MARGIN + len(rows) * row_height), BACKGROUND)
+    picture = Image.new("RGBA", (MARGIN + columns * (side + MARGIN), MARGIN + len(rows) * row_height), TRANSPARENT)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=13)
     for index, (row, tiles) in enumerate(zip(rows, lines, strict=True)):

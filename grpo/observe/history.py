@@ -2,24 +2,32 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Self
 
 from grpo.observe.files import metric_lines
 
 MAX_POINTS = 600
+END_SHARE = 0.1  # of the steps, whose mean stands for the start or the end of a run
 
 Point = tuple[float, float]  # step and value
 
 
 class Series:
-    """One metric over the steps: means over equal runs of neighbours, twice as long whenever there are too many."""
+    """One metric over the steps: means over equal runs of neighbours, twice as long whenever there are too many.
+
+    Attributes:
+        total: sum of all values.
+    """
 
     def __init__(self) -> None:
+        self.total = 0.0
         self._points: list[Point] = []
         self._stride, self._pending = 1, (0.0, 0.0, 0)  # values of a point; last step, sum and count of the next one
 
     def add(self, step: float, value: float) -> None:
         """The value of one more step."""
+        self.total += value
         _, total, count = self._pending
         self._pending = step, total + value, count + 1
         if count + 1 == self._stride:
@@ -34,6 +42,12 @@ class Series:
         """At most 2 x 600 of them, up to the last step."""
         step, total, count = self._pending
         return [*self._points, (step, total / count)] if count else list(self._points)
+
+    def ends(self) -> tuple[float, float]:
+        """Means over the first and over the last tenth of the steps; there is at least one."""
+        values = [value for _, value in self.points()]
+        count = max(1, round(END_SHARE * len(values)))
+        return fmean(values[:count]), fmean(values[-count:])
 
 
 class History:

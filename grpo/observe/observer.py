@@ -1,7 +1,7 @@
 """RunObserver: the one place where a run reports what it does."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -11,7 +11,7 @@ from grpo.observe.console import ProgressDisplay
 from grpo.observe.files import MetricsFile, metric_lines, write_atomically
 from grpo.observe.grids import SampleRow, sample_grid, sample_grids
 from grpo.observe.history import History
-from grpo.observe.report import write_report
+from grpo.observe.report import write_run_report
 from grpo.observe.trackers import EVENTS_NAME, WANDB_ID_NAME, build_trackers, require_trackers
 
 # What a run writes into its folder besides checkpoints, which guard themselves.
@@ -32,6 +32,7 @@ class RunObserver:
         main: whether this rank writes.
         start_step: the step that the run continues from; lines of metrics.jsonl after it are dropped. 0 is a new run:
             what an older one has left is moved into `previous/`.
+        about: lines that say what runs, for the console, the log and the report.
         where: says how far a step is, for a terminal, which shows it while steps are long.
 
     Raises:
@@ -48,11 +49,13 @@ class RunObserver:
         title: str,
         main: bool,
         start_step: int = 0,
+        about: Iterable[str] = (),
         where: Callable[[], str] = str,
     ) -> None:
         self.run_dir, self.main = Path(run_dir), main
         self._settings, self._title, self._total_steps = metrics, title, total_steps
-        self._step = start_step
+        self._step, self._recipe = start_step, recipe_text
+        self._about = [printable(line) for line in about]
         require_trackers(metrics)
         if not main:
             return
@@ -69,6 +72,8 @@ class RunObserver:
         self._trackers = build_trackers(self.run_dir, metrics, recipe_text=recipe_text, start_step=start_step)
         self._display = ProgressDisplay(title, total_steps, start=start_step, where=where)
         self._note(f"{title}: from step {start_step} to {total_steps}")
+        for line in self._about:
+            self.message(line)
         if aside is not None:
             self.message(f"the results of an earlier run in {self.run_dir} are now in {aside}")
 
@@ -122,9 +127,14 @@ class RunObserver:
             tracker.close()
 
     def _report(self, summary: str) -> None:
-        evolution = self.run_dir / "samples" / "evolution.png"
-        images = [("The same seeds as training goes on", evolution)] if evolution.exists() else []
-        write_report(self.run_dir, title=self._title, summary=summary, images=images, curves=[("", self._history)])
+        write_run_report(
+            self.run_dir,
+            title=f"{self._title}: {self.run_dir.resolve().name}",
+            summary=summary,
+            about=self._about,
+            history=self._history,
+            recipe=self._recipe,
+        )
 
     def _prune_grids(self) -> None:
         """Of more grids than `keep_grids` those go whose neighbours are closest, never the first or the newest.

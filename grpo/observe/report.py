@@ -1,39 +1,29 @@
-"""The report of a run: one HTML file that needs nothing else."""
+"""The report of a run, or of several: one HTML file that needs nothing else."""
 
-import base64
+import math
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from grpo.config import UserError
 from grpo.data import read_image
-from grpo.environment import environment
-from grpo.observe import charts
-from grpo.observe.charts import Curve, curve
-from grpo.observe.files import write_atomically
-from grpo.observe.grids import sample_grids
+from grpo.environment import code_commit, environment
+from grpo.observe.catalogue import FIRST, metric
+from grpo.observe.charts import ChartNumbers, group
+from grpo.observe.console import duration
+from grpo.observe.files import judge_records
+from grpo.observe.grids import GAP, sample_grids
 from grpo.observe.history import History
+from grpo.observe.page import write_page
+from grpo.observe.pictures import Gallery, Strips, data_url, gallery, strips
+from grpo.observe.tables import Results, Table
 
-CURVES = {
-    "reward_mean": "Reward",
-    "loss": "Loss",
-    "judge/fid": "FID in the judge's features",
-    "judge/accuracy": "Accuracy in the judge's eyes",
-    "accuracy": "Accuracy",
-    "kl": "KL to the reference",
-    "entropy": "Entropy, nats a token",
-    "grad_norm": "Gradient norm",
-    "clip_fraction": "Share of ratios clipped",
-    "ratio": "Mean probability ratio",
-    "aux_ce": "Cross-entropy on real codes",
-    "zero_spread": "Share of groups without spread",
-    "images_per_second": "Images a second",
-}
-"""Metrics that the report shows first, in this order; the others follow under their own names."""
+Item = TypeVar("Item")
 
-MAX_GRIDS = 6
-SMALL_WIDTH = 500  # pixels; of less, single ones are to be seen when enlarged to the page's width
+MAX_GRIDS, MAX_STRIPS = 6, 12
+_NO_RESULTS = ("judge/fid", "judge/accuracy", "images_per_second")  # of FIRST: shown elsewhere, or not the model's
 
 
 def write_report(
@@ -41,59 +31,154 @@ def write_report(
     *,
     title: str,
     summary: str = "",
-    table: Sequence[Mapping[str, object]] = (),
-    images: Sequence[tuple[str, str | Path]] = (),
-    curves: Sequence[tuple[str, History]] | None = None,
+    about: Sequence[str] = (),
+    tables: Sequence[Table] = (),
     notes: Sequence[str] = (),
+    galleries: Sequence[Gallery] = (),
+    evolution: Strips | None = None,
+    curves: Sequence[tuple[str, History]] = (),
+    facts: Mapping[str, str] | None = None,
+    recipes: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Writes `run_dir`/report.html and returns its path; a reader of the old one never sees half of the new.
 
     Args:
-        run_dir: the run's folder; its samples/ and recipe.toml are shown when they are there.
-        title, summary: heading and one line under it.
-        table: rows of a table of results, the same keys in each; floats are shown with four digits.
-        images: (caption, PNG) pairs shown large, such as grids of the same seeds before and after. PNGs that are
-            missing are an error.
-        curves: (heading, metrics) pairs; None is the run's own metrics.jsonl.
+        run_dir: the run's folder; its samples/ are shown when they are there.
+        title, summary, about: heading, one line under it, and more lines.
+        tables: results; the first is what the page begins with, the others are folded.
         notes: what a reader must know to judge the numbers, one paragraph each.
+        galleries: images before and after.
+        evolution: the same requests as training goes on.
+        curves: (heading, metrics) pairs; the first is shown, the others are folded.
+        facts: what else to say of how it was run, beside the command, the commit, the machine and the versions.
+        recipes: (heading, text) pairs.
     """
-    run_dir = Path(run_dir)
-    recipe = run_dir / "recipe.toml"
-    curves = [("", History.read(run_dir / "metrics.jsonl"))] if curves is None else curves
-    templates = Environment(
-        loader=PackageLoader("grpo.observe", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    run_dir, numbers = Path(run_dir), ChartNumbers()
+    grids = _spread(sample_grids(run_dir / "samples"), MAX_GRIDS)
+    samples = [(step, data_url(path)) for step, path in grids]
+    shows_last = bool(samples) and not galleries and evolution is None
+    groups = [group(heading, [history], numbers) for heading, history in curves]
+    return write_page(
+        run_dir / "report.html",
+        "report.html",
+        title=title,
+        numbers=numbers,
+        summary=summary,
+        about=about,
+        tables=tables,
+        notes=notes,
+        galleries=galleries,
+        strips=evolution,
+        newest=samples[-1:] if shows_last else [],
+        earlier=samples[:-1] if shows_last else samples,
+        groups=[found for found in groups if found.first or found.rest or found.constants],
+        facts={"Command": _command(), **_commit(), **(facts or {}), **_machine()},
+        recipes=recipes,
     )
-    page = templates.get_template("report.html").render(
+
+
+def write_run_report(
+    run_dir: Path, *, title: str, summary: str, about: Sequence[str], history: History, recipe: str = ""
+) -> Path:
+    """The report of one run: what its judge and its metrics say of before and after, its samples, its curves."""
+    try:
+        records = judge_records(run_dir)
+    except UserError:  # of a damaged file the run's page says nothing
+        records = []
+    drawn = dict(sample_grids(run_dir / "samples", "judge"))
+    judged = [(record, drawn[record["step"]]) for record in records if record["step"] in drawn]
+    tables = [table for table in (judge_verdict(records), run_verdict(history)) if table is not None]
+    seconds = history.series["seconds/step"].total if "seconds/step" in history.series else 0.0
+    return write_report(
+        run_dir,
         title=title,
         summary=summary,
-        written=f"{datetime.now():%Y-%m-%d %H:%M}",
-        table=table,
-        images=[(caption, _data_url(Path(path)), read_image(path).width < SMALL_WIDTH) for caption, path in images],
-        groups=[(heading, *_split(history)) for heading, history in curves],
-        samples=[(step, _data_url(path)) for step, path in _chosen(sample_grids(run_dir / "samples"))],
-        notes=notes,
-        recipe=recipe.read_text() if recipe.exists() else "",
-        environment=environment(),
-        charts=charts,
+        about=about,
+        tables=tables,
+        galleries=_before_and_after(judged),
+        evolution=_evolution(_spread(judged, MAX_STRIPS)),
+        curves=[("", history)],
+        facts={"Time of all steps": duration(seconds), "Folder": str(run_dir)},
+        recipes=[("The recipe, resolved", recipe)] if recipe else [],
     )
-    write_atomically(run_dir / "report.html", page)
-    return run_dir / "report.html"
 
 
-def _split(history: History) -> tuple[list[Curve], list[Curve]]:
-    """The curves of a run: those of CURVES, and the rest."""
-    series = history.series
-    first = [curve(title, series[name]) for name, title in CURVES.items() if name in series]
-    rest = [curve(name, series[name]) for name in series if name not in CURVES]
-    return [found for found in first if found], [found for found in rest if found]
+def judge_verdict(records: Sequence[Mapping[str, float]]) -> Table | None:
+    """What the judge said first, at its lowest FID, and last; None where there is no judge."""
+    if not records:
+        return None
+    best = min(records, key=lambda record: record.get("fid", math.inf))
+    chosen = {record["step"]: record for record in (records[0], best, records[-1])}
+    chosen = dict(sorted(chosen.items()))
+    names = [f"step {step:.0f}{', the lowest FID' if step == best['step'] else ''}" for step in chosen]
+    note = "Small numbers: difference to the first row. Bold: the best."
+    return _said(names, list(chosen.values())).by_name("Before and after, by the judge", note=note)
 
 
-def _data_url(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _said(names: Sequence[str], records: Sequence[Mapping[str, float]]) -> Results:
+    """What the judge said, a name for each record."""
+    kinds = {name: metric(name) for record in records for name in record if name not in ("step", "seconds", "reward")}
+    values = {kind.title: [record.get(name) for record in records] for name, kind in kinds.items()}
+    return Results(names, values, {kind.title: kind.better for kind in kinds.values()})
 
 
-def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """At most six of the grids: the first, the last, and others evenly between."""
-    if len(grids) <= MAX_GRIDS:
-        return grids
-    return [grids[round(i * (len(grids) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
+def run_verdict(history: History) -> Table | None:
+    """The metrics that pages show first, at the start and at the end; None where none has moved."""
+    names = [name for name in FIRST if name in history.series and name not in _NO_RESULTS]
+    ends = {name: history.series[name].ends() for name in names}
+    moved = [name for name in names if ends[name][0] != ends[name][1]]
+    if not moved:
+        return None
+    values = {metric(name).title: ends[name] for name in moved}
+    results = Results(["the start", "the end"], values, {metric(name).title: metric(name).better for name in moved})
+    note = "Means over the first and the last tenth of the steps. Small numbers: the difference."
+    return results.by_metric("Start and end, by the run's own metrics", note=note)
+
+
+def _before_and_after(judged: Sequence[tuple[Mapping[str, float], Path]]) -> list[Gallery]:
+    """The images of the judge's first and last strips, in pairs."""
+    if len(judged) < 2:
+        return []
+    grids = {f"step {record['step']:.0f}": strip for record, strip in (judged[0], judged[-1])}
+    picture = read_image(judged[0][1])
+    captions = [""] * ((picture.width + GAP) // (picture.height + GAP))
+    return [gallery("Before and after: the same requests", grids, side=picture.height, captions=captions)]
+
+
+def _evolution(judged: Sequence[tuple[Mapping[str, float], Path]]) -> Strips | None:
+    """The judge's strips, each with its step and what the judge said; None where nothing has gone on."""
+    if len(judged) < 2:
+        return None
+    names = [f"step {record['step']:.0f}" for record, _ in judged]
+    cells = _said(names, [record for record, _ in judged]).cells()
+    labels = [
+        f"{name}: {', '.join(f'{kind} {row[i].text}' for kind, row in cells.items())}" for i, name in enumerate(names)
+    ]
+    return strips(
+        "The same requests as training goes on", list(zip(labels, [strip for _, strip in judged], strict=True))
+    )
+
+
+def _spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them: the first, the last, and others evenly between."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def _command() -> str:
+    """What this process was started by, without the folders of the machine's Python."""
+    program = Path(sys.argv[0]).name
+    started = ["grpo"] if program in ("grpo", "__main__.py") else ["python", sys.argv[0]]
+    return shlex.join([*started, *sys.argv[1:]])
+
+
+def _commit() -> dict[str, str]:
+    commit = code_commit()
+    return {} if commit is None else {"Commit of the code": commit}
+
+
+def _machine() -> dict[str, str]:
+    found = environment()
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    return {**{part.upper(): text for part, text in found["hardware"].items()}, "Versions": versions}

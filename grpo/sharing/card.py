@@ -10,7 +10,17 @@ import tomli_w
 from huggingface_hub import ModelCardData
 from torch import nn
 
-from grpo.config import RECIPES, Recipe, Share, UserError, is_url, job_of_file, read_text, reading, recipe_from_toml
+from grpo.config import (
+    RECIPES,
+    GeneratorRecipe,
+    Share,
+    UserError,
+    is_url,
+    job_of_file,
+    read_text,
+    reading,
+    recipe_from_toml,
+)
 from grpo.environment import code_commit, environment
 from grpo.evaluation import read_result
 from grpo.observe import end_table, judge_table, read_run
@@ -33,7 +43,7 @@ it."""
 class Training(NamedTuple):
     """What is known of how a generator was trained: its recipe, and tables of results in Markdown."""
 
-    recipe: Recipe
+    recipe: GeneratorRecipe
     tables: list[str]
 
 
@@ -43,6 +53,8 @@ def read_training(folder: str | Path) -> Training:
     file = folder / "recipe.toml"
     with reading(f"{file} cannot be read"):
         recipe = recipe_from_toml(RECIPES[job_of_file(str(file)) or "train"], read_text(file), origin=str(file))
+    if not isinstance(recipe, GeneratorRecipe):
+        raise UserError(f"{file} is not of a run that trained a generator")
     run = read_run(folder, name=folder.resolve().name)
     tables = [
         markdown(table.title, table.columns, table.rows, note=table.note)
@@ -118,8 +130,9 @@ def _head(model: nn.Module, share: Share) -> str:
 
 def _summary(model: nn.Module, tokenizer: nn.Module) -> str:
     """What it is, in numbers."""
-    sizes = model.config
-    side = math.isqrt(sizes.block_size) * tokenizer.config.downsample_size
+    sizes: Any = model.config
+    codes: Any = tokenizer.config
+    side = math.isqrt(sizes.block_size) * codes.downsample_size
     parameters = sum(parameter.numel() for parameter in model.parameters())
     asked = "a text" if _reads_texts(model) else f"one of {sizes.num_classes} classes"
     return (
@@ -134,7 +147,7 @@ def _training_lines(share: Share, training: Training | None) -> Iterator[str]:
     known = environment()
     packages = [f"{name} {version}" for name, version in known["versions"].items()]
     packages += [f"commit {commit}"] if (commit := code_commit()) else []
-    lines = {"Base model": share.base_model, "This folder was written with": ", ".join(packages)}
+    lines: dict[str, object] = {"Base model": share.base_model, "This folder was written with": ", ".join(packages)}
     if training is not None:
         section = training.recipe.model
         lines["Weights at the start"] = _name(section.checkpoint) if section.checkpoint else "random"
@@ -176,4 +189,5 @@ def _number(value: float | None) -> str:
 
 
 def _reads_texts(model: nn.Module) -> bool:
-    return model.config.caption_dim is not None
+    sizes: Any = model.config
+    return sizes.caption_dim is not None

@@ -101,18 +101,19 @@ class ImageGenerator(ModelHubMixin, library_name="autoregressive-grpo"):
         device: torch.device | str | None = None,
         files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        sizes, codes = model.config, tokenizer.config.codebook_size
+        sizes: Any = model.config
+        codes = tokenizer.config.codebook_size
         if sizes.vocab_size != codes:
             raise UserError(f"the generator draws {sizes.vocab_size} codes, the tokenizer has {codes}: not a pair")
         if encoder is not None and text is None:
-            text = TextFeatures(**encoder.identity)
+            text = TextFeatures.model_validate(encoder.identity)
         if text is not None and text.width != sizes.caption_dim:
             raise UserError(
                 f"the texts' features have width {text.width}, the generator takes {sizes.caption_dim}: not a pair"
             )
         self.device = _device(device)
         sampler = place_sampler(model, tokenizer, sampling, device=self.device)
-        self.model, self.tokenizer, self.sampling = sampler.model, sampler.tokenizer, sampling
+        self.model, self.tokenizer, self.sampling, self._sizes = sampler.model, sampler.tokenizer, sampling, sizes
         self.encoder, self.text, self.files = encoder, text, dict(files)
 
     def __call__(
@@ -155,12 +156,12 @@ class ImageGenerator(ModelHubMixin, library_name="autoregressive-grpo"):
     @property
     def reads_texts(self) -> bool:
         """Whether it is asked by prompts, and not by classes."""
-        return self.model.config.caption_dim is not None
+        return self._sizes.caption_dim is not None
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """By class id; none where it reads texts."""
-        sizes = self.model.config
+        sizes = self._sizes
         return () if self.reads_texts else sizes.class_names or default_names(sizes.num_classes)
 
     def class_id(self, asked: int | str) -> int:
@@ -229,7 +230,7 @@ class ImageGenerator(ModelHubMixin, library_name="autoregressive-grpo"):
         return cls.from_recipe(load_recipe(DemoRecipe, arguments, needs_files=True), device=device)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the mixin's downloads unless it is told not to
         cls,
         place: str | os.PathLike[str],
         *,
@@ -267,7 +268,7 @@ class ImageGenerator(ModelHubMixin, library_name="autoregressive-grpo"):
         require_sizes(tokenizer, config.tokenizer, file=folder / SHARED_TOKENIZER)
         device = _device(device)
         path = None if text_path is None else os.fspath(text_path)
-        encoder = config.text and _encoder(config.text, model, path=path, device=device)
+        encoder = None if config.text is None else _encoder(config.text, model, path=path, device=device)
         return cls(
             model,
             tokenizer,
@@ -328,9 +329,10 @@ def _encoder(text: TextFeatures, model: nn.Module, *, path: str | None, device: 
     """What encodes the texts of a shared generator; None where its T5 is not given."""
     if text.encoder == "t5" and path is None:
         return None
+    sizes: Any = model.config
     sections = (
         Text(encoder=text.encoder, path=path),
-        Model(cls_token_num=model.config.cls_token_num, caption_dim=text.width),
+        Model(cls_token_num=sizes.cls_token_num, caption_dim=text.width),
     )
     encoder = build_encoder(*sections, device=device, max_tokens=text.max_tokens)
     text.require_same(encoder, where="the shared generator" if path is None else f"text_path {path}")

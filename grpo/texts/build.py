@@ -1,5 +1,7 @@
 """The encoder of a recipe's texts."""
 
+from typing import Any
+
 import torch
 
 from grpo.config import Model, Text
@@ -23,7 +25,7 @@ def build_encoder(
     Raises:
         UserError: features on disk that cannot be read or are of another width, no T5 where one is wanted.
     """
-    sizes = {"rows": model.cls_token_num, "width": model.caption_dim}
+    sizes: dict[str, Any] = {"rows": model.cls_token_num, "width": model.caption_dim}
     if text.encoder == "words":
         return WordEncoder(**sizes)
     store = FeatureStore(text.features, **sizes) if text.features is not None else None

@@ -97,7 +97,8 @@ class FeatureStore(TextEncoder):
 
     def features(self, texts: Sequence[str]) -> list[Tensor]:
         self.require(texts)
-        return [self._rows_of(self._place(text)) for text in texts]
+        places = (self._place(text) for text in texts)
+        return [self._rows_of(place) for place in places if place is not None]  # all are there
 
     def _rows_of(self, place: int) -> Tensor:
         """[L, C], L at most P."""

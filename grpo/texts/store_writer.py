@@ -30,7 +30,7 @@ class FeatureWriter:
     ) -> None:
         self.folder = Path(folder)
         sizes = {"width": width, "max_tokens": max_tokens, "precision": precision}
-        self.about = {"format": FORMAT, "encoder": dict(encoder), **sizes}
+        self.about: dict[str, Any] = {"format": FORMAT, "encoder": dict(encoder), **sizes}
 
     def start(self) -> set[bytes]:
         """Keys of the texts whose features are there already, those of whole shards of a killed job included.

@@ -77,7 +77,7 @@ class T5Encoder(TextEncoder):
             return read_weights(self.folder / PICKLE)
         if not files:
             raise UserError(f"text.path {self.folder} has no {SAFE}, no shards {SAFE_SHARDS} and no {PICKLE}")
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for file in files:
             with reading(f"{file} is not a readable .safetensors file"), safe_open(file, framework="pt") as opened:
                 weights |= {name: opened.get_tensor(name).to(self.dtype) for name in names & {*opened.keys()}}

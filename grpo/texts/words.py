@@ -54,7 +54,7 @@ def words_of(text: str) -> list[str]:
 @lru_cache(maxsize=1 << 14)
 def word_vector(word: str, place: int, width: int) -> np.ndarray:
     """[C] fp32 of mean 0 and variance 1: (heads - n/2) / sqrt(n/4) of n tosses each, half of them the word's own."""
-    heads = sum(_heads(text, width) for text in (f"{VERSION} {word}", f"{VERSION} {place} {word}"))
+    heads = _heads(f"{VERSION} {word}", width) + _heads(f"{VERSION} {place} {word}", width)
     vector = (heads.astype(np.float32) - COINS) / np.float32((COINS / 2) ** 0.5)
     vector.flags.writeable = False
     return vector

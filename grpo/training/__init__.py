@@ -1,6 +1,7 @@
 """The life of a training run, its optimizer, the policy update and the loop of supervised jobs."""
 
 from grpo.training.adversary import ADVERSARY_NAME, Adversary
+from grpo.training.banner import in_words
 from grpo.training.build import (
     autocast,
     build_classifier,

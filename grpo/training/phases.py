@@ -30,6 +30,11 @@ class Phase:
         """Of the product and of what else the job writes."""
         return self.product.parent
 
+    @property
+    def seconds(self) -> float:
+        """That it took when it was done last."""
+        return _read_marker(self.folder / MARKER).get("seconds", 0.0)
+
 
 def run_phases(phases: Sequence[Phase], world: World, *, say: Callable[[str], None]) -> None:
     """Do the phases in their order. Collective.

@@ -131,6 +131,7 @@ class TrainingRun:
         if path is not None:
             notes += self._resume(path, named=named)
         self._counted_before = optimizer.steps, optimizer.skipped
+        *about, places = opening(self.recipe, model, self.world, title=self.title)
         observer = RunObserver(
             self.run_dir,
             self.recipe.metrics,
@@ -139,10 +140,11 @@ class TrainingRun:
             title=self.title,
             main=self.world.is_main,
             start_step=self._first_step,
+            about=about,
             where=self._where,
         )
         self.observer = self._open.enter_context(observer)
-        for line in (*opening(self.recipe, model, self.world, title=self.title), *notes):
+        for line in (places, *notes):
             self.observer.message(line)
         self._watchdog.start(until=self._open)
         if judge is not None and path is None:

@@ -5,7 +5,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from grpo.config import ClassifierRecipe, EncodeRecipe, GRPORecipe, PretrainRecipe, TokenizerRecipe
+from grpo.config import ClassifierRecipe, EncodeRecipe, GRPORecipe, PretrainRecipe, ReaderRecipe, TokenizerRecipe
 
 TOKENIZER = {"tokenizer": {"checkpoint": "vq.pt"}}
 STREAM = {"name": "stream", "path": "hf://datasets/a/b/*.parquet"}
@@ -19,6 +19,7 @@ STREAM = {"name": "stream", "path": "hf://datasets/a/b/*.parquet"}
         (PretrainRecipe, {"data": {**STREAM, "name": "imagenet", "codes": "c"}}, "data.codes needs a data set"),
         (GRPORecipe, {"data": {"name": "codes", "path": "c"}}, "tokenizer.checkpoint is required"),
         (GRPORecipe, {"data": {"name": "codes", "path": "c"}, **TOKENIZER}, "reward.reconstruction.weight must be 0"),
+        (ReaderRecipe, {"data": {"name": "shapes", "image_size": 20}}, "data.image_size must be at least 24"),
         (TokenizerRecipe, {"data": {"name": "codes", "path": "c"}}, 'data.name = "codes" has no images'),
         (ClassifierRecipe, {"data": {"name": "codes", "path": "c"}}, 'data.name = "codes" has no images'),
         (EncodeRecipe, {"data": {"path": "x"}, **TOKENIZER}, "encode.output is required"),

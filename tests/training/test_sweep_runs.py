@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,14 @@ def test_one_run_is_no_sweep():
 
 
 @pytest.fixture
+def _nothing_is_ignored():
+    """A shell without job control starts what runs in its background with SIGINT ignored, which a sweep then keeps."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def runs(tmp_path, monkeypatch):
     """runs(program, ...): runs of the debug recipe whose processes are these Python programs instead of training."""
 
@@ -126,6 +135,7 @@ def test_a_run_that_was_stopped_or_runs_is_not_finished(runs, text):
     assert not run.is_finished()
 
 
+@pytest.mark.usefixtures("_nothing_is_ignored")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_goes_on_to_the_run_and_no_other_is_started(runs, tmp_path, capsys, number):
     note, ready = tmp_path / "note", tmp_path / "ready"
@@ -140,18 +150,18 @@ def test_a_signal_goes_on_to_the_run_and_no_other_is_started(runs, tmp_path, cap
 
     def ask():
         while not ready.exists():
-            pass
+            time.sleep(0.05)
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(SystemExit) as ended:
         run_all(planned, say=print)
+    assert signal.getsignal(number) is before
     assert ended.value.code == 128 + number
     assert note.read_text() == str(int(number))
     assert not (tmp_path / "second").exists()
     assert "the same command goes on from there" in capsys.readouterr().out
-    assert signal.getsignal(number) is before
 
 
 def test_a_slurm_array_has_a_task_for_each_run(tmp_path):
