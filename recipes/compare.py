@@ -18,13 +18,14 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("compare")
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from grpo.config import UserError, writing
+from grpo.config import UserError, printable, writing
 from grpo.evaluation import Result, make_writable, read_result, require_comparable, shown, unequal_settings
 from grpo.observe import (
     Run,
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"{unknown[0]}: unknown flag; grpo compare --help tells them")
     if len(own.places) < 2:
         raise UserError("grpo compare takes at least two folders of runs, or two result files of grpo evaluate")
-    folders = [Path(place).is_dir() for place in own.places]
+    folders = [os.path.isdir(place) for place in own.places]
     if any(folders) and not all(folders):
         other = own.places[folders.index(False)]
         raise UserError(f"{other} is not the folder of a run: runs are compared with runs, and results with results")
@@ -83,7 +84,7 @@ def compare_runs(folders: Sequence[str], *, allowed: Sequence[str], html: str | 
     if html is not None:
         with writing(f"--html {html}"):
             write_comparison(html, runs, tables)
-        print(f"written to {html}")
+        print(printable(f"written to {html}"))
 
 
 def result_tables(runs: Sequence[Run], *, allowed: Sequence[str]) -> list[Table]:
@@ -120,15 +121,16 @@ def print_table(table: Table) -> None:
     """A table on the terminal; of many runs as several, with a line for each run."""
     console = Console()
     if not table.rows:
-        console.print(f"{table.title}: nothing. {table.note}", markup=False)
+        console.print(printable(f"{table.title}: nothing. {table.note}"), markup=False)
         return
     for part in [table] if len(table.columns) <= MOST_COLUMNS else turned(table):
-        grid = TerminalTable(title=part.title or None, title_justify="left", caption=part.note or None, box=None)
+        title, note = printable(part.title) or None, printable(part.note) or None
+        grid = TerminalTable(title=title, title_justify="left", caption=note, box=None)
         grid.add_column("", overflow="fold")
         for column in part.columns:
-            grid.add_column(column, justify="right", overflow="fold")
+            grid.add_column(printable(column), justify="right", overflow="fold")
         for label, cells in part.rows:
-            grid.add_row(label, *map(str, cells))
+            grid.add_row(*(printable(str(text)) for text in (label, *cells)))  # from anyone's files
         console.print(grid, markup=False)
 
 
@@ -144,7 +146,7 @@ def turned(table: Table) -> Iterator[Table]:
 
 def print_results(results: Sequence[Result]) -> None:
     """A table for each judge, and what differs in how the results were measured."""
-    print(*(f"[{number}] {result.name}" for number, result in enumerate(results, 1)), sep="\n")
+    print(*(f"[{number}] {printable(result.name)}" for number, result in enumerate(results, 1)), sep="\n")
     for key, values in unequal_settings(results).items():
         print(f"    {key}: {', '.join(map(shown, values))}")
     for judge in dict.fromkeys(judge for result in results for judge in result.metrics):

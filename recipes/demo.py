@@ -99,11 +99,11 @@ def page(gradio: ModuleType, generator: ImageGenerator, *, title: str) -> Any:
                 )
 
         def draw(words: Any, count: int, seed: int, guidance: float, temperature: float, k: int, p: float) -> Any:
-            asked = words.splitlines() if generator.reads_texts else words
+            asked = (words or "").splitlines() if generator.reads_texts else words or []
             try:
                 return drawn(
-                    generator, [word for word in asked if word != ""], num_images=int(count), seed=int(seed),
-                    cfg_scale=guidance, temperature=temperature, top_k=int(k), top_p=p,
+                    generator, [word for word in asked if word != ""], num_images=int(count), seed=int(seed or 0),
+                    cfg_scale=guidance, temperature=temperature, top_k=int(k or 0), top_p=p,
                 )  # fmt: skip
             except UserError as error:
                 raise gradio.Error(str(error), print_exception=False) from error

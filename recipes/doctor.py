@@ -140,7 +140,10 @@ def processes() -> Iterator[Finding]:
 
 def folder(path: Path) -> Iterator[Finding]:
     """Whether runs can be written, and how much room there is."""
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.isdir(parent))
+    if path.absolute() != there and os.path.lexists(there / path.absolute().relative_to(there).parts[0]):
+        yield Finding("disk", "broken", f"{path} is no folder; choose metrics.run_dir")
+        return
     try:
         with tempfile.NamedTemporaryFile(dir=there) as file:
             file.write(b"grpo")

@@ -51,7 +51,7 @@ def variants(recipe_class: type[TrainingRecipe], arguments: Sequence[str]) -> li
         count *= len(texts)
         [(most, times)] = Counter(_shown(text, keys.get(flag)) for text in texts).most_common(1)
         if times > 1:
-            raise UserError(f"{flag}: {most} is given {times} times")
+            raise UserError(f"{flag}: {most or 'an empty value'} is given {times} times")
     if count > MOST_RUNS:
         raise UserError(f"these are {count} runs: a sweep has at most {MOST_RUNS}")
     found = []

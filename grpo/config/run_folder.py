@@ -1,5 +1,6 @@
 """`grpo generate RUN`, evaluate, share and demo: the settings of a run as flags, so that its generator is used."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ import tomli
 import tomli_w
 
 from grpo.config.errors import UserError
+from grpo.config.grid import as_arguments
 from grpo.config.load import LARGEST_RECIPE, job_of_file, recipe_from_toml
 from grpo.config.recipe import EXPORT_NAME, Recipe
 from grpo.config.recipes import GeneratorRecipe, GRPORecipe
 from grpo.config.registry import RECIPES
-from grpo.config.user_files import read_text, reading
+from grpo.config.user_files import read_text, reading, shorten
 
 SHARED_RECIPE, SHARED_TOKENIZER = "generator.toml", "tokenizer.safetensors"
 """In a folder that `grpo share` wrote, beside the weights."""
@@ -43,23 +45,22 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
     given = {word.partition("=")[0] for word in own if word.startswith("--")}
     given |= {"--output.grid"} if given & {"--output.folder", "--output.npz"} else set()
     sections = recipe_class.sections()
-    settings = _shared_settings(folder) if (folder / SHARED_RECIPE).is_file() else _settings(folder)
+    settings = _shared_settings(folder) if os.path.isfile(folder / SHARED_RECIPE) else _settings(folder)
     settings["output"] = {"grid": folder / "grid.png"}
     flags = [
-        word
+        (f"--{section}.{key}", _text(value))
         for section, values in settings.items()
         for key, value in values.items()
         if section in sections and key in sections[section].model_fields and f"--{section}.{key}" not in given
-        for word in (f"--{section}.{key}", _text(value))
     ]
-    return [*flags, *own]
+    return [*as_arguments(flags), *own]
 
 
 def _settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Keys by section, without those that have their defaults."""
     file = folder / "recipe.toml"
-    if not file.is_file():
-        raise UserError(f"{folder}: is no run's folder, it has no recipe.toml; flags begin with --")
+    if not os.path.isfile(file):  # False for a name that is too long, too
+        raise UserError(f"{shorten(str(folder))}: is no run's folder, it has no recipe.toml; flags begin with --")
     job = job_of_file(str(file))
     if job is None or not issubclass(RECIPES[job], GeneratorRecipe):
         raise UserError(f"{file}: is not of a run that trained a generator")

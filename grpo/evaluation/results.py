@@ -1,11 +1,12 @@
 """Result files of `grpo evaluate`: what their numbers depend on, and whether several may stand side by side."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo.config import UserError, read_text, reading
+from grpo.config import UserError, printable, read_text, reading
 
 LARGEST_RESULT = 2**24  # bytes
 _FREE = (
@@ -19,7 +20,7 @@ class Result(NamedTuple):
     """One result file.
 
     name       how it is called beside others
-    metrics    judge -> metric -> value; None stands for no number
+    metrics    judge -> metric -> value; None stands for no number, and for one that is not finite
     settings   section.key -> value of everything that its metrics depend on, apart from what was measured
     about      the whole file
     """
@@ -36,11 +37,21 @@ def read_result(path: str | Path, *, name: str = "") -> Result:
         about = json.loads(read_text(Path(path), largest=LARGEST_RESULT))
         if not isinstance(about, dict) or not {"metrics", "images", "reference", "judges", "settings"} <= about.keys():
             raise ValueError("it lacks metrics, images, reference, judges or settings")
-        metrics = about["metrics"]
-        values = [value for part in metrics.values() for value in part.values()]
-        if not all(value is None or isinstance(value, int | float) for value in values):
-            raise ValueError("a metric is no number")
-    return Result(name or str(path), metrics, dict(_settings(about)), about)
+        if not isinstance(about["images"], dict):
+            raise ValueError("images is no table")
+        metrics = {
+            printable(judge): {printable(metric): _number(value) for metric, value in part.items()}
+            for judge, part in about["metrics"].items()
+        }
+        settings = dict(_settings(about))
+    return Result(name or str(path), metrics, settings, about)
+
+
+def _number(value: Any) -> float | None:
+    """Raises a ValueError, or an OverflowError, for what is none."""
+    if not (value is None or isinstance(value, int | float)):
+        raise ValueError("a metric is no number")
+    return value if value is not None and math.isfinite(value) else None
 
 
 def unequal_settings(results: Sequence[Result], *, allowed: Sequence[str] = ()) -> dict[str, list[Any]]:
@@ -67,13 +78,13 @@ def shown(value: Any) -> str:
     """A setting in a few words."""
     if isinstance(value, list) and len(value) > 4 and all(isinstance(item, int) for item in value):
         return f"{min(value)}..{max(value)} of each of {len(value)}"
-    return str(value)
+    return printable(str(value))
 
 
 def _settings(about: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting by its full name; where a file's checksum is known, its path says nothing."""
     for key, value in about.items():
-        name = f"{prefix}{key}"
+        name = printable(f"{prefix}{key}")
         if _within(name, _FREE) or (key == "path" and "sha256" in about):
             continue
         if isinstance(value, dict):

@@ -57,6 +57,7 @@ def save_image(image: Image.Image, path: str | Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path):
+            partial.unlink(missing_ok=True)  # in a folder from elsewhere it may be a link to anything
             image.save(partial, "PNG")
             partial.replace(path)
     finally:
@@ -86,6 +87,7 @@ class NpzWriter:
         self._missing = len(class_ids) if count is None and class_ids is not None else count or 0
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         with writing(self.path):
+            self._partial.unlink(missing_ok=True)
             self._archive = zipfile.ZipFile(self._partial, "w")
             if class_ids is not None:
                 with self._archive.open("arr_1.npy", "w") as member:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from grpo.observe.catalogue import FIRST, metric
-from grpo.observe.history import MAX_POINTS, History, Point
+from grpo.observe.history import LARGEST, MAX_POINTS, History, Point
 
-LARGEST = 1e100  # in size; what is beyond cannot be drawn on a linear axis with anything else
+DIGITS = 5  # of a value, and of the range of a curve, that a page has at least
 FLAT = 1e-6  # a curve that moves by less than this share of its size is told as a number
 
 
@@ -48,10 +48,14 @@ class ChartNumbers:
 
     def add(self, title: str, unit: str, lines: dict[int, list[Point]]) -> Chart:
         """Number of a run -> its points."""
+        values = [value for points in lines.values() for _, value in points]
+        low, high = min(values), max(values)
+        digits = DIGITS + max(0, math.floor(math.log10(max(abs(low), abs(high)) / (high - low))))
         numbers = []
         for run, points in lines.items():
             steps = self._steps.setdefault(tuple(step for step, _ in points), len(self._steps))
-            numbers.append({"run": run, "steps": steps, "values": [float(f"{value:.5g}") for _, value in points]})
+            shown = [float(f"{value:.{digits}g}") for _, value in points]
+            numbers.append({"run": run, "steps": steps, "values": shown})
         self._charts.append({"title": title, "unit": unit, "lines": numbers})
         return Chart(title, unit, len(self._charts) - 1, [(run, points[-1][1]) for run, points in lines.items()])
 
@@ -67,13 +71,14 @@ def group(heading: str, runs: Sequence[History], numbers: ChartNumbers) -> Group
     for name in [*(name for name in FIRST if name in names), *(name for name in names if name not in FIRST)]:
         title, unit, _ = metric(name)
         lines = {number: drawn(run.series[name].points()) for number, run in enumerate(runs) if name in run.series}
-        values = [value for points in lines.values() for _, value in points]
+        moving = {number: points for number, points in lines.items() if len(points) > 1}
+        values = [value for points in (moving or lines).values() for _, value in points]
         if not values:
             continue
         low, high = min(values), max(values)
         if high - low <= FLAT * max(abs(low), abs(high)):
             found.constants.append(Constant(title, f"{values[-1]:.4g} {unit}".rstrip()))
-        elif moving := {number: points for number, points in lines.items() if len(points) > 1}:
+        elif moving:
             (found.first if name in FIRST else found.rest).append(numbers.add(title, unit, moving))
     return found
 
@@ -83,4 +88,4 @@ def drawn(points: Sequence[Point]) -> list[Point]:
     size = max(1, -(-len(points) // MAX_POINTS))
     runs = [points[i : i + size] for i in range(0, len(points), size)]
     means = ((run[-1][0], sum(value for _, value in run) / len(run)) for run in runs)
-    return [point for point in means if all(math.isfinite(number) and abs(number) <= LARGEST for number in point)]
+    return [point for point in means if all(abs(number) <= LARGEST for number in point)]

@@ -14,7 +14,7 @@ from grpo.observe.catalogue import FIRST, metric
 from grpo.observe.charts import ChartNumbers, group
 from grpo.observe.files import judge_records
 from grpo.observe.grids import sample_grids
-from grpo.observe.history import History
+from grpo.observe.history import LARGEST, History
 from grpo.observe.page import write_page
 from grpo.observe.pictures import data_url, strips
 from grpo.observe.tables import Cell, Table, compared, with_interval
@@ -111,7 +111,8 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
     if not any(run.judged for run in runs):
         return None
     last = [run.judged[-1] if run.judged else {} for run in runs]
-    best = [min(run.judged, key=lambda record: record.get("fid", math.inf)) if run.judged else {} for run in runs]
+    rated = [[record for record in run.judged if "fid" in record] for run in runs]
+    best = [min(records, key=lambda record: record["fid"], default={}) for records in rated]
     values = {"last step": [record.get("step") for record in last]}
     for name in ("fid", "accuracy"):
         values[f"last {name}"] = [record.get(name) for record in last]
@@ -121,7 +122,7 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
 
 def mean_and_interval(values: Sequence[float | None]) -> str:
     """Their mean and, of at least two, half of its 95 % interval by Student's t, as text."""
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and abs(value) <= LARGEST]
     if len(known) < 2:
         return "-"
     half = T_95[min(len(known) - 2, len(T_95) - 1)] * stdev(known) / math.sqrt(len(known))

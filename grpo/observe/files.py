@@ -18,7 +18,7 @@ def metric_lines(path: str | Path) -> Iterator[Metrics]:
     A last line without its end is left out: the run that wrote it was killed at that moment, or is still writing. So is
     a line that is not one of a step, wherever it came from.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file():  # a pipe has no end
         return
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -90,5 +90,6 @@ class MetricsFile:
 def write_atomically(path: Path, content: str) -> None:
     """Replaces `path` by `content` in one step: written beside it first, then renamed over it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # in a folder from elsewhere it may be a link to anything
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from grpo.data import to_image, to_uint8
+from grpo.data import read_image, to_image, to_uint8
 
 MARGIN = 8
 TEXT_HEIGHT = 18
@@ -37,6 +37,17 @@ def sample_grids(folder: Path, kind: Literal["step", "judge"] = "step") -> list[
     """
     found = [(re.fullmatch(rf"{kind}-(\d+)\.png", path.name), path) for path in folder.glob(f"{kind}-*.png")]
     return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def picture_of(path: Path) -> Image.Image:
+    """The picture of a file in a run's folder; an empty one where it holds none.
+
+    A run that was killed may have left half of one, and in the folder of somebody else a name may lead anywhere.
+    """
+    try:
+        return read_image(path)
+    except (OSError, ValueError):
+        return Image.new("RGBA", (480, 12), TRANSPARENT)
 
 
 def image_grid(images: torch.Tensor, *, columns: int, gap: int = GAP) -> Image.Image:
@@ -101,10 +112,10 @@ def labelled_strips(strips: Sequence[tuple[str, Path]]) -> Image.Image:
     """PNG files under each other, each with its text above it; small ones are enlarged."""
     pictures = []
     for _, path in strips:
-        with Image.open(path, formats=["PNG"]) as file:
-            factor = max(1, 960 // file.width)
-            size = (file.width * factor, file.height * factor)
-            pictures.append(file.convert("RGBA").resize(size, Image.Resampling.NEAREST))
+        picture = picture_of(path)
+        factor = max(1, 960 // picture.width)
+        size = (picture.width * factor, picture.height * factor)
+        pictures.append(picture.convert("RGBA").resize(size, Image.Resampling.NEAREST))
     width = 2 * MARGIN + max(picture.width for picture in pictures)
     height = MARGIN + sum(picture.height + TEXT_HEIGHT + MARGIN for picture in pictures)
     whole = Image.new("RGBA", (width, height), TRANSPARENT)

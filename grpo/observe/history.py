@@ -8,6 +8,7 @@ from typing import Self
 from grpo.observe.files import metric_lines
 
 MAX_POINTS = 600
+LARGEST = 1e100  # in size; what is beyond has no sum, and no axis has room for it with anything else
 END_SHARE = 0.1  # of the steps, whose mean stands for the start or the end of a run
 
 Point = tuple[float, float]  # step and value
@@ -46,8 +47,9 @@ class Series:
     def ends(self) -> tuple[float, float]:
         """Means over the first and over the last tenth of the steps; there is at least one."""
         values = [value for _, value in self.points()]
+        weights = [self._stride] * len(self._points) + [self._pending[2]] * bool(self._pending[2])
         count = max(1, round(END_SHARE * len(values)))
-        return fmean(values[:count]), fmean(values[-count:])
+        return fmean(values[:count], weights[:count]), fmean(values[-count:], weights[-count:])
 
 
 class History:
@@ -65,7 +67,7 @@ class History:
         return history
 
     def add(self, step: float, metrics: Mapping[str, float | None]) -> None:
-        """One more step; what is no number is left out."""
+        """One more step; what is no number, or too large a one, is left out."""
         for name, value in metrics.items():
-            if name != "step" and isinstance(value, int | float):
+            if name != "step" and isinstance(value, int | float) and abs(value) <= LARGEST:
                 self.series.setdefault(name, Series()).add(step, value)

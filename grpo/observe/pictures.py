@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from grpo.data import read_image
-from grpo.observe.grids import GAP
+from grpo.observe.grids import GAP, picture_of
 
 LARGE_BYTES = 200_000  # a picture of more is packed with some loss
 FEW_PIXELS = 64 * 64  # of which none is to be lost
@@ -49,7 +48,7 @@ def gallery(
         grids: what the images are of -> the picture, the same requests in all of them.
         captions: what was asked for, as many as are to be shown.
     """
-    cut = [tiles(read_image(path), side) for path in grids.values()]
+    cut = [tiles(picture_of(path), side) for path in grids.values()]
     items = [(caption, [_packed(image) for image in images]) for caption, *images in zip(captions, *cut, strict=False)]
     return Gallery(title, list(grids), items, side < SMALL_SIDE, folded)
 
@@ -70,28 +69,24 @@ def tiles(grid: Image.Image, side: int) -> Iterator[Image.Image]:
 
 def is_small(path: Path) -> bool:
     """Whether a strip or grid is of images so small that they are to be seen enlarged."""
-    return read_image(path).height < SMALL_SIDE
+    return picture_of(path).height < SMALL_SIDE
 
 
 def data_url(path: Path) -> str:
-    """A PNG as it is, or packed with some loss if it is large."""
-    return _data_url(path, path.stat().st_mtime_ns)
+    """A picture as it is, or packed with some loss if its file is large; an empty one where that holds none."""
+    return _data_url(path, path.lstat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)  # a run writes its page again and again, and packing takes a moment
 def _data_url(path: Path, changed: int) -> str:
-    content = path.read_bytes()
-    return _packed(read_image(path)) if len(content) > LARGE_BYTES else _url(content, "png")
+    picture = picture_of(path)  # decoded first: a page must not carry away what a link of that name leads to
+    return _packed(picture, few_bytes=path.is_file() and path.stat().st_size <= LARGE_BYTES)
 
 
-def _packed(image: Image.Image) -> str:
-    """An image as PNG if it has few pixels, else as WebP, at most as wide as a page."""
-    buffer, kind = BytesIO(), "png" if image.width * image.height <= FEW_PIXELS else "webp"
+def _packed(image: Image.Image, *, few_bytes: bool = False) -> str:
+    """An image as PNG if it has few pixels or bytes, else as WebP, at most as wide as a page."""
+    buffer, kind = BytesIO(), "png" if few_bytes or image.width * image.height <= FEW_PIXELS else "webp"
     if kind == "webp":
         image.thumbnail((WIDEST, 4 * WIDEST))
     image.save(buffer, format=kind, **({"quality": 85, "method": 2} if kind == "webp" else {}))
-    return _url(buffer.getvalue(), kind)
-
-
-def _url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,6 +1,5 @@
 """The report of a run, or of several: one HTML file that needs nothing else."""
 
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,13 +7,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from grpo.config import UserError
-from grpo.data import read_image
 from grpo.environment import code_commit, environment
 from grpo.observe.catalogue import FIRST, metric
 from grpo.observe.charts import ChartNumbers, group
 from grpo.observe.console import duration
 from grpo.observe.files import judge_records
-from grpo.observe.grids import GAP, sample_grids
+from grpo.observe.grids import GAP, picture_of, sample_grids
 from grpo.observe.history import History
 from grpo.observe.page import write_page
 from grpo.observe.pictures import Gallery, Strips, data_url, gallery, strips
@@ -107,10 +105,11 @@ def judge_verdict(records: Sequence[Mapping[str, float]]) -> Table | None:
     """What the judge said first, at its lowest FID, and last; None where there is no judge."""
     if not records:
         return None
-    best = min(records, key=lambda record: record.get("fid", math.inf))
-    chosen = {record["step"]: record for record in (records[0], best, records[-1])}
+    best = min((record for record in records if "fid" in record), key=lambda record: record["fid"], default=None)
+    chosen = {record["step"]: record for record in (records[0], best or records[0], records[-1])}
     chosen = dict(sorted(chosen.items()))
-    names = [f"step {step:.0f}{', the lowest FID' if step == best['step'] else ''}" for step in chosen]
+    lowest = None if best is None else best["step"]
+    names = [f"step {step:.0f}{', the lowest FID' if step == lowest else ''}" for step in chosen]
     note = "Small numbers: difference to the first row. Bold: the best."
     return _said(names, list(chosen.values())).by_name("Before and after, by the judge", note=note)
 
@@ -140,7 +139,7 @@ def _before_and_after(judged: Sequence[tuple[Mapping[str, float], Path]]) -> lis
     if len(judged) < 2:
         return []
     grids = {f"step {record['step']:.0f}": strip for record, strip in (judged[0], judged[-1])}
-    picture = read_image(judged[0][1])
+    picture = picture_of(judged[0][1])
     captions = [""] * ((picture.width + GAP) // (picture.height + GAP))
     return [gallery("Before and after: the same requests", grids, side=picture.height, captions=captions)]
 
@@ -168,8 +167,9 @@ def _spread(items: Sequence[Item], most: int) -> list[Item]:
 
 def _command() -> str:
     """What this process was started by, without the folders of the machine's Python."""
-    program = Path(sys.argv[0]).name
-    started = ["grpo"] if program in ("grpo", "__main__.py") else ["python", sys.argv[0]]
+    program = Path(sys.argv[0])
+    is_own = program.name == "grpo" or program.parts[-2:] == ("grpo", "__main__.py")
+    started = ["grpo"] if is_own else ["python", sys.argv[0]]
     return shlex.join([*started, *sys.argv[1:]])
 
 

@@ -17,6 +17,7 @@ from grpo.config import (
     UserError,
     is_url,
     job_of_file,
+    printable,
     read_text,
     reading,
     recipe_from_toml,
@@ -79,14 +80,14 @@ def _evaluations(folder: Path) -> Iterator[str]:
 
 
 def _quickstart_rows(folder: Path) -> Iterator[str]:
-    """The table of results.json, which the quickstart writes beside its runs; nothing where there is none."""
-    file = folder / "results.json"
-    if not file.is_file():
+    """The table of results.json, which the quickstart writes beside its runs; nothing where that is another file."""
+    try:
+        with reading("results.json"):
+            rows = json.loads(read_text(folder / "results.json"))["rows"]
+            columns = [key for key, value in rows[0].items() if isinstance(value, int | float) and key != "seed"]
+            cells = [(str(row["name"]), [_number(row.get(key)) for key in columns]) for row in rows]
+    except UserError:
         return
-    with reading(f"{file} is not that of a quickstart"):
-        rows = json.loads(read_text(file))["rows"]
-        columns = [key for key, value in rows[0].items() if isinstance(value, int | float) and key != "seed"]
-        cells = [(str(row["name"]), [_number(row.get(key)) for key in columns]) for row in rows]
     yield markdown("Results of the quickstart", columns, cells, note=f"One seed, {rows[0].get('seed')}.")
 
 
@@ -180,8 +181,13 @@ def _name(text: str) -> str:
 def markdown(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]], *, note: str) -> str:
     """A table as GitHub and the Hub show it."""
     lines = [["", *columns], ["---", *["---:"] * len(columns)], *([label, *map(str, cells)] for label, cells in rows)]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n\n".join(part for part in (f"### {title}", table, note) if part)
+    table = "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n\n".join(part for part in (f"### {_plain(title)}", table, _plain(note)) if part)
+
+
+def _plain(text: str) -> str:
+    """Names come from files: in one line, and no HTML."""
+    return printable(text).replace("<", "&lt;")
 
 
 def _number(value: float | None) -> str:

@@ -256,7 +256,7 @@ class ImageGenerator(ModelHubMixin, library_name="autoregressive-grpo"):
             UserError: no such folder, or what is in it is damaged or not of one generator.
         """
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        folder = Path(place) if Path(place).is_dir() else _fetched(str(place), download=download, **hub)
+        folder = Path(place) if os.path.isdir(place) else _fetched(str(place), download=download, **hub)
         file = folder / CONFIG_NAME
         config = read(folder)
         given = {**config.sampling, "mixed_precision": precision}

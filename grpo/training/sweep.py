@@ -1,6 +1,7 @@
 """Several runs of one job that differ in some keys: what they are, and how they are done one after another."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from grpo.config import (
     UserError,
     changes_that_matter,
     load_recipe,
+    printable,
     read_text,
     recipe_from_toml,
     variants,
@@ -59,7 +61,7 @@ class SweepRun:
         try:
             beat = json.loads(read_text(self.folder / "heartbeat.json"))
             before = recipe_from_toml(type(self.recipe), read_text(self.folder / "recipe.toml"))
-        except (OSError, ValueError, UserError):
+        except (OSError, ValueError, RecursionError, UserError):
             return False
         same_length = before.training.steps == self.recipe.training.steps
         is_whole = isinstance(beat, dict) and beat.get("finished") is True
@@ -194,11 +196,11 @@ def slurm_script(runs: Sequence[SweepRun], *, name: str, made_by: Sequence[str],
         [
             "#!/bin/bash",
             f"# {len(runs)} runs, a task of the array each. Made by",
-            f"#   {shlex.join(made_by)} > sweep.sh",
+            f"#   {printable(shlex.join(made_by))} > sweep.sh",
             "# Submit it by `sbatch sweep.sh`, with the environment active that has the project installed. A run that",
             "# was stopped goes on when it is submitted again. When all are done:",
-            f"#   {shlex.join(then)}",
-            f"#SBATCH --job-name={name}",
+            f"#   {printable(shlex.join(then))}",
+            f"#SBATCH --job-name={re.sub(r'[^A-Za-z0-9_.=,+-]+', '-', name)}",
             f"#SBATCH --array=0-{len(runs) - 1}",
             "#SBATCH --nodes=1",
             "#SBATCH --ntasks-per-node=1",

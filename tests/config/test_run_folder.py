@@ -107,3 +107,16 @@ def test_a_shared_folder_names_no_files(text: str, tmp_path: Path) -> None:
     (tmp_path / "generator.toml").write_text(text)
     with pytest.raises(UserError, match=r"generator\.toml is not that of a shared generator"):
         of_run(GenerateRecipe, [str(tmp_path)])
+
+
+def test_a_value_from_a_folder_is_never_a_flag(tmp_path: Path) -> None:
+    (tmp_path / "generator.toml").write_text('[model]\nname = "--output.npz=/elsewhere.npz"\n')
+    words = of_run(GenerateRecipe, [str(tmp_path)])
+    assert "--model.name=--output.npz=/elsewhere.npz" in words
+    recipe = load_recipe(GenerateRecipe, words)
+    assert (recipe.model.name, recipe.output.npz) == ("--output.npz=/elsewhere.npz", None)
+
+
+def test_a_name_that_is_too_long_is_no_folder() -> None:
+    with pytest.raises(UserError, match="no run's folder"):
+        of_run(GenerateRecipe, ["a" * 5000])

@@ -25,6 +25,7 @@ from grpo.evaluation import (
 )
 from grpo.evaluation.sources import FolderImages, NpzImages
 from grpo.models import Condition
+from grpo.observe import write_atomically
 
 
 def random_pixels(count, *, seed=0, side=6):
@@ -223,3 +224,17 @@ def test_a_member_that_is_no_array(tmp_path):
         archive.writestr("arr_0", b"text")
     with pytest.raises(UserError, match="arr_0 is no array"):
         open_images(tmp_path / "a.npz")
+
+
+def test_no_link_of_a_strangers_folder_is_followed(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for name in (".grid.png.partial", ".images.npz.partial", f".page.html.{os.getpid()}"):
+        (tmp_path / name).symlink_to(mine)
+    (tmp_path / "grid.png").symlink_to(mine)
+    save_image(Image.new("RGB", (2, 2)), tmp_path / "grid.png")
+    with NpzWriter(tmp_path / "images.npz", None, size=(2, 2), count=0):
+        pass
+    write_atomically(tmp_path / "page.html", "page")
+    assert mine.read_text() == "mine"
+    assert [(tmp_path / name).is_symlink() for name in ("grid.png", "images.npz", "page.html")] == [False] * 3

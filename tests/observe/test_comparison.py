@@ -117,3 +117,18 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "recipe.toml").write_text("[model\n")
     with pytest.raises(UserError, match=r"recipe.toml cannot be read"):
         read_run(tmp_path, name="a")
+
+
+def test_best_of_a_judge_without_fid(runs):
+    rows = dict(judge_table([runs[0]._replace(judged=[{"step": 7, "accuracy": 0.5}]), runs[2]]).rows)
+    assert [rows[name][0].text for name in ("last step", "best fid", "at step")] == ["7", "-", "-"]
+
+
+def test_intervals_of_numbers_that_have_none():
+    assert mean_and_interval([float("inf"), 1.0, 3.0]) == mean_and_interval([1.0, 3.0, float("nan"), 1.7e308])
+
+
+def test_numbers_without_a_sum(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 1.7e308 * (-1) ** (step % 3), "kl": step}) + "\n" for step in range(50)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert [label for label, _ in end_table([read_run(tmp_path, name="x")]).rows] == ["KL to the reference"]

@@ -1,6 +1,7 @@
 """metrics.jsonl: full precision, strict JSON, unique steps."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -65,3 +66,9 @@ def test_a_line_of_garbage_costs_that_line(tmp_path, garbage):
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
     MetricsFile(path, start_step=2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_has_no_metrics(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -1,6 +1,8 @@
 """The report: self-contained, complete, and safe to show any text."""
 
+import base64
 import json
+import os
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -8,10 +10,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from grpo.observe import Cell, History, MetricsFile, Table, gallery, image_grid, write_report
+from grpo.observe import Cell, History, MetricsFile, Table, gallery, image_grid, labelled_strips, write_report
 from grpo.observe.charts import ChartNumbers, drawn, group
 from grpo.observe.history import MAX_POINTS
-from grpo.observe.report import write_run_report
+from grpo.observe.report import judge_verdict, write_run_report
 from tests.observe.browser import look, needs_browser
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -256,3 +258,51 @@ def test_a_browser_runs_no_script_but_the_pages_own(run_dir):
     path.write_text(path.read_text().replace("<h1>", "<script>document.title = 'other'</script><h1>"))
     with pytest.raises(AssertionError, match="Content Security Policy"):
         look(path, width=390)
+
+
+def test_a_curve_that_moves_little_keeps_its_digits():
+    numbers = ChartNumbers()
+    group("", [history_of([1.00001, 1.00002, 1.00004])], numbers)
+    group("", [history_of([1e9, 0.123456, 0.5])], numbers)
+    values = [chart["lines"][0]["values"] for chart in numbers.as_json()["charts"]]
+    assert values == [[1.00001, 1.00002, 1.00004], [1e9, 0.12346, 0.5]]
+
+
+def test_lines_that_do_not_move_are_told_whatever_a_single_point_says():
+    found = group("", [history_of([2.0, 2.0]), history_of([3.0])], ChartNumbers())
+    assert [text for _, text in found.constants] == ["2"]
+
+
+def test_the_end_counts_each_step_once():
+    series = history_of(range(1, 1202)).series["loss"]  # 600 pairs, and the last step alone
+    last = range(1201 - 2 * 59, 1202)
+    assert series.ends()[1] == sum(last) / len(last)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "device", "half", "nowhere"])
+def test_what_is_no_picture_is_not_carried_away(run_dir, tmp_path, kind):
+    secret = tmp_path / "secret"
+    secret.write_text("not to be seen by anybody else")
+    for name in ("judge-000000.png", "judge-000005.png", "step-000091.png"):
+        picture = run_dir / "samples" / name
+        picture.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(picture)
+        elif kind == "half":
+            picture.write_bytes(b"\x89PNG\r\n\x1a\n")
+        else:
+            picture.symlink_to({"link": secret, "device": "/dev/zero", "nowhere": "nowhere"}[kind])
+    (run_dir / "judge.json").write_text(json.dumps([{"step": 0, "fid": 2.0}, {"step": 5, "fid": 1.0}]))
+    history = History.read(run_dir / "metrics.jsonl")
+    page = write_run_report(run_dir, title="t", summary="", about=[], history=history).read_text()
+    pictures = [base64.b64decode(found) for found in re.findall(r"base64,([\w+/=]+)", page)]
+    assert pictures
+    assert not any(secret.read_bytes() in content for content in pictures)
+    assert not any(content == b"\x89PNG\r\n\x1a\n" for content in pictures)
+    strip = labelled_strips([("one", run_dir / "samples" / "judge-000000.png")])
+    assert strip.height < 100
+
+
+def test_a_judge_without_fid_names_no_lowest():
+    table = judge_verdict([{"step": 0, "accuracy": 0.5}, {"step": 5, "accuracy": 0.6}])
+    assert [name for name, _ in table.rows] == ["step 0", "step 5"]

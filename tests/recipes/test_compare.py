@@ -160,3 +160,29 @@ def test_a_wide_table_is_turned(capsys):
     compare.print_table(Table("At the end", names, [("Reward", ["1", "2", "3", "4"])]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[2:]] == [[name, str(seed + 1)] for seed, name in enumerate(names)]
+
+
+def test_names_from_anyone_do_not_steer_the_terminal(results, tmp_path, capsys):
+    files = results(metrics={"\x1b[31mred": {"\x1b[2Jfid\ud800": 1.0}})
+    compare.main([files[1], files[1]])
+    for name in ("one", "\x1b[31mtwo"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+        (tmp_path / name / "recipe.toml").write_text(f'[model]\n"\\u001b[32m" = "\\u202e{name[-3:]}"\n')
+    compare.main([str(tmp_path / "one"), str(tmp_path / "\x1b[31mtwo")])
+    told = capsys.readouterr().out
+    assert "\\x1b[31mred" in told
+    assert all(letter not in told for letter in "\x1b\u202e\ud800")
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e400", "NaN"])
+def test_numbers_that_are_none(results, tmp_path, capsys, number):
+    files = results()
+    text = json.dumps(RESULT).replace("3.5", number)
+    (tmp_path / "b.json").write_text(text)
+    if number.isdigit():
+        with pytest.raises(UserError, match="too large"):
+            compare.main(files)
+        return
+    compare.main(files)
+    assert next(line for line in capsys.readouterr().out.splitlines() if "fid" in line).split() == ["fid", "3.5", "-"]

@@ -51,3 +51,12 @@ def test_the_requirements_of_an_extra_are_its_own(monkeypatch: pytest.MonkeyPatc
 def test_what_is_no_flag_is_refused() -> None:
     with pytest.raises(UserError, match="--folder: unknown flag"):
         doctor.main(["--folder", "x"])
+
+
+def test_a_file_is_no_folder_for_runs(tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/runs"):
+        [finding] = doctor.folder(tmp_path / place)
+        assert (finding.state, "is no folder" in finding.what) == ("broken", True)
+    [finding] = doctor.folder(tmp_path / ("a" * 5000))
+    assert finding.part == "disk"

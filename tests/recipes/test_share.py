@@ -172,3 +172,14 @@ def test_push(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ):
         share.main([str(run), "--share.output", str(tmp_path / "c"), "--share.push", "me/mine", *flags])
     assert (tmp_path / "c/README.md").is_file()  # what was written stays
+
+
+def test_what_others_left_beside_a_run_is_no_part_of_the_card(run: Path, tmp_path: Path) -> None:
+    text = json.loads((run / "evaluation.json").read_text())
+    text["metrics"] = {"a\n\n# heading <script>": {"fid": 1.5}}
+    (run / "evaluation.json").write_text(json.dumps(text))
+    (run.parent / "results.json").write_text('["of something else"]')
+    share.main([str(run), "--share.output", str(tmp_path / "shared"), "--share.num_samples", "0"])
+    card = (tmp_path / "shared/README.md").read_text()
+    assert "| a  # heading &lt;script> |" in card
+    assert "<script" not in card

@@ -127,7 +127,9 @@ def test_a_run_is_finished_if_it_is_the_same_in_all_that_matters(runs, change, f
     assert replace(run, recipe=run.recipe.model_copy(update=sections)).is_finished() is finished
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"step": 3, "ended": "Terminated: 143"}', '{"phase": "update"}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[" * 100_000, '{"step": 3, "ended": "Terminated: 143"}', '{"phase": "update"}']
+)
 def test_a_run_that_was_stopped_or_runs_is_not_finished(runs, text):
     run = runs("", "")[0]
     leave_finished(run)
@@ -177,3 +179,11 @@ def test_a_slurm_array_has_a_task_for_each_run(tmp_path):
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(number)}
         done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
         assert done.stdout.splitlines() == ["--ntasks=1", *run.words], done.stderr
+
+
+def test_no_word_of_a_sweep_is_a_line_of_its_script():
+    _, planned = plan("train", DEBUG, ranks=None)
+    words = ["grpo", "sweep", "a\n#SBATCH --uid=0\ntouch x"]
+    text = slurm_script(planned, name="a b\ntouch x", made_by=words, then=words)
+    assert not any(line.startswith(("touch", "#SBATCH --uid")) for line in text.splitlines())
+    assert "#SBATCH --job-name=a-b-touch-x\n" in text
