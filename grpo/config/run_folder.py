@@ -35,7 +35,7 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
     What the arguments set themselves wins. A folder that `grpo share` wrote may stand in place of a run's.
 
     Raises:
-        UserError: the folder is no run of a generator, or has no weights yet.
+        UserError: the folder is no run of a generator, has no weights yet, or its tokenizer was a random one.
     """
     if not arguments or arguments[0].startswith("-"):
         return list(arguments)
@@ -44,6 +44,8 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
     given |= {"--output.grid"} if given & {"--output.folder", "--output.npz"} else set()
     sections = recipe_class.sections()
     settings = _shared_settings(folder) if (folder / SHARED_RECIPE).is_file() else _settings(folder)
+    if "checkpoint" not in settings["tokenizer"] and not given & {"--tokenizer.checkpoint", "--config"}:
+        raise UserError(f"{folder}: its tokenizer had random weights, so it has no images; give --tokenizer.checkpoint")
     settings["output"] = {"grid": folder / "grid.png"}
     flags = [
         word
@@ -58,6 +60,8 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
 def _settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Keys by section, without those that have their defaults."""
     file = folder / "recipe.toml"
+    if not folder.exists():
+        raise UserError(f"{folder}: there is no such folder of a run; flags begin with --")
     if not file.is_file():
         raise UserError(f"{folder}: is no run's folder, it has no recipe.toml; flags begin with --")
     job = job_of_file(str(file))

@@ -1,5 +1,6 @@
 """`grpo doctor` says what is there, and ends with code 2 only where nothing can be trained."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from packaging.requirements import Requirement
 
 from grpo.config import UserError
 from grpo.jobs import doctor
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +54,8 @@ def test_the_requirements_of_an_extra_are_its_own(monkeypatch: pytest.MonkeyPatc
 def test_what_is_no_flag_is_refused() -> None:
     with pytest.raises(UserError, match="--folder: unknown flag"):
         doctor.main(["--folder", "x"])
+
+
+def test_every_extra_for_users_is_told() -> None:
+    declared = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
+    assert {*doctor.EXTRAS} == declared - {"dev", "docs", "launch"}
