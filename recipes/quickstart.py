@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from grpo.config import EvaluateRecipe, Recipe, load_recipe
+from grpo.config import EXPORT_NAME, EvaluateRecipe, Recipe, load_recipe
 from grpo.environment import environment
 from grpo.formats import read_weights
 from grpo.jobs import _quickstart_digits, _quickstart_shapes
@@ -50,7 +50,7 @@ from grpo.observe import (
     write_report,
 )
 from grpo.parallel import distributed
-from grpo.training import EXPORT_NAME, GRID_NAME, Phase, in_words, run_phases
+from grpo.training import GRID_NAME, Phase, in_words, run_phases
 
 STORIES: Mapping[str, ModuleType] = {
     "class": _quickstart_digits,

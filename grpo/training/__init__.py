@@ -16,6 +16,6 @@ from grpo.training.judge import RunJudge, build_judge
 from grpo.training.moving_average import MovingAverage
 from grpo.training.optimizer import GuardedOptimizer, build_optimizer, learning_rate
 from grpo.training.phases import GRID_NAME, Phase, run_phases
-from grpo.training.run import AVERAGE_NAME, EXPORT_NAME, TrainingRun
+from grpo.training.run import TrainingRun
 from grpo.training.supervised import minimise
 from grpo.training.update import PolicyUpdate

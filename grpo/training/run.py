@@ -11,17 +11,14 @@ import torch
 from torch import nn
 
 from grpo.checkpoint import CheckpointManager, ExtraState
-from grpo.config import ADAPTER_NAMES, AVERAGE_NAME, EXPORT_NAME, TrainingRecipe, UserError, is_url
+from grpo.config import TrainingRecipe, UserError, is_url
 from grpo.data import ImageStream
 from grpo.estimate import Work, device_peaks, throughput
-from grpo.formats import merged, require_finite, save_adapter
-from grpo.models import adapter_matrices, save_weights
 from grpo.observe import PhaseTimer, RunObserver
 from grpo.parallel import (
     MetricSums,
     World,
     build_mesh,
-    full_state_dict,
     gather_numbers,
     require_backend,
     set_matmul_precision,
@@ -29,12 +26,14 @@ from grpo.parallel import (
 from grpo.position import position
 from grpo.rewards import Seen
 from grpo.training.banner import closing, opening
+from grpo.training.export import export
 from grpo.training.fingerprints import take_fingerprints
 from grpo.training.judge import RunJudge, Verdict
 from grpo.training.micro_batch import sized_for
 from grpo.training.optimizer import GuardedOptimizer
 from grpo.training.resume import NO_STATE, canonical, find_checkpoint, read_run_state, require_classes
 from grpo.training.run_lock import lock_folder
+from grpo.training.skipped import SkippedSteps
 from grpo.training.step_trace import traced
 from grpo.training.stop_request import StopRequest
 from grpo.training.stragglers import Stragglers, own_work
@@ -130,7 +129,7 @@ class TrainingRun:
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
-        self._counted_before = optimizer.steps, optimizer.skipped
+        self._skipped = SkippedSteps(optimizer)
         *about, places = opening(self.recipe, model, self.world, title=self.title)
         observer = RunObserver(
             self.run_dir,
@@ -173,11 +172,11 @@ class TrainingRun:
                 "to go on, or give another metrics.run_dir to start anew"
             )
             if self._exports:  # what ended the start before may have been the writing of just that
-                self._export()
+                export(self.run_dir, self._model, self._optimizer.average, self.world)
         device_peaks(self.world.device)  # it may take a moment
         self.timer.read()  # do not count the set-up
         for step in range(self._first_step + 1, total + 1):
-            self._skipped_before = self._optimizer.skipped
+            self._skipped.step_begins()
             self._seed(step)
             self._watchdog.step_begins(step)
             wanted, tell = self.recipe.debug.profile, self.observer.message
@@ -223,12 +222,14 @@ class TrainingRun:
         values = {**metrics, **judged, **rates, **times, **slowest.metrics}
         self.observer.log(step, values)
         seen = watch(values)
-        for note in (*seen.notes, *verdict.notes, *slowest.warnings):
+        skipped = self._skipped.note(metrics, seen.not_finite)
+        for note in (*seen.notes, *verdict.notes, *slowest.warnings, *([] if skipped is None else [skipped])):
             self.observer.message(f"step {step}: {note}")
-        self._note_skipped(step, metrics, seen.not_finite)
         self._note_best({**metrics, **judged})
         config = self.recipe.checkpoint
-        problem = seen.problem or verdict.problem or (self._idle(seen.not_finite) or seen.if_last if last else None)
+        problem = (
+            seen.problem or verdict.problem or (self._skipped.idle(seen.not_finite) or seen.if_last if last else None)
+        )
         if vote == _SAVE_FAILED:
             self.checkpoints.wait()  # raises
         stopping = self._optimizer.stuck or problem is not None or (vote == _STOP and not last)
@@ -240,7 +241,7 @@ class TrainingRun:
             self._stop(step, problem)
         if last and self._exports:
             self.checkpoints.wait()  # the work of the run is safe before anything else can fail
-            self._export()
+            export(self.run_dir, self._model, self._optimizer.average, self.world)
         self._is_done = last
 
     def _judged(self, step: int) -> dict[str, float]:
@@ -263,26 +264,6 @@ class TrainingRun:
     def _exports(self) -> bool:
         """Whether the run ends with its weights in files of their own."""
         return self.recipe.checkpoint.save_final and not self.recipe.checkpoint.sharded
-
-    def _export(self) -> None:
-        """Write the weights under names that do not change with the number of steps, for the next job."""
-        self._write_weights(EXPORT_NAME)
-        if self._optimizer.average is not None:
-            with self._optimizer.average.swapped():
-                self._write_weights(AVERAGE_NAME)
-
-    def _write_weights(self, name: str) -> None:
-        """Write the weights; of a model with an adapter that alone too, in a folder, and the weights merged with it."""
-        weights, adapter = full_state_dict(self._model), getattr(self._model, "adapter", None)
-        if not self.world.is_main:
-            return
-        require_finite(f"{self.run_dir / name} is not written", weights)
-        if adapter is not None:
-            matrices = adapter_matrices(weights)
-            save_adapter(self.run_dir / ADAPTER_NAMES[name], adapter, matrices)
-            weights = {name: weight for name, weight in weights.items() if name not in matrices}
-            weights = merged(weights, adapter, matrices)
-        save_weights(self.run_dir / name, weights, config=self._model.config)
 
     def _stop(self, step: int, problem: str | None) -> NoReturn:
         """End the run after its checkpoint of this step."""
@@ -330,26 +311,6 @@ class TrainingRun:
                 for line in closing(self.recipe, self.checkpoints.best()):
                     self.observer.message(line)
         self._open.__exit__(kind, *error)
-
-    def _idle(self, causes: tuple[str, ...]) -> str | None:
-        """That no optimizer step since the start was taken, if so; `causes` are the rewards that were not finite."""
-        steps_before, skipped_before = self._counted_before
-        done = self._optimizer.steps - steps_before
-        if not done or self._optimizer.skipped - skipped_before < done:
-            return None
-        named = f" ({', '.join(causes)})" if causes else ""
-        return f"nothing was learned: all {done} optimizer steps had a non-finite reward, loss or gradient{named}"
-
-    def _note_skipped(self, step: int, metrics: Mapping[str, float], causes: tuple[str, ...]) -> None:
-        """Say that an optimizer step was skipped and what was not finite; `causes` are rewards."""
-        if self._optimizer.skipped == self._skipped_before:
-            return
-        seen = (name for name in ("reward_mean", "loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0)))
-        self.observer.message(
-            f"step {step}: {next(seen, 'a gradient')} is not finite, the optimizer step was skipped "
-            f"({self._optimizer.skipped} so far, {self._optimizer.skipped_in_a_row} in a row)"
-            + (f": {', '.join(causes)}" if causes else "")
-        )
 
     def _note_best(self, metrics: Mapping[str, float]) -> None:
         config = self.recipe.checkpoint

@@ -119,7 +119,7 @@ def measured_peaks():
         yield batch | flags, numbers["peak_gb"] * 1e9
 
 
-@pytest.mark.parametrize(("flags", "peak"), measured_peaks())
+@pytest.mark.parametrize(("flags", "peak"), [*measured_peaks()])
 def test_what_an_h100_took_is_less_than_the_estimate_by_no_more_than_a_quarter(flags, peak):
     """Compiled blocks keep less than the formulas have it: most of all where nothing is recomputed."""
     arguments = ["--config", "published/vapi_xxl_384_one_gpu", *(text for pair in flags.items() for text in pair)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import grpo.training.run as run_module
+import grpo.training.export as export_module
 from grpo.config import UserError
 from grpo.formats import read_tensors
 from grpo.jobs import train_grpo
@@ -50,9 +50,9 @@ def grad_norm(job, bad):
 
 def test_weights_that_are_not_finite_are_not_exported(monkeypatch, tmp_path):
     """But the checkpoint before is there, to look at."""
-    whole = run_module.full_state_dict
+    whole = export_module.full_state_dict
     monkeypatch.setattr(
-        run_module,
+        export_module,
         "full_state_dict",
         lambda model: {name: tensor * torch.nan for name, tensor in whole(model).items()},
     )
