@@ -168,8 +168,9 @@ def _spread(items: Sequence[Item], most: int) -> list[Item]:
 
 def _command() -> str:
     """What this process was started by, without the folders of the machine's Python."""
-    program = Path(sys.argv[0]).name
-    started = ["grpo"] if program in ("grpo", "__main__.py") else ["python", sys.argv[0]]
+    program = Path(sys.argv[0])
+    is_ours = program.name == "grpo" or program.parts[-2:] == ("grpo", "__main__.py")
+    started = ["grpo"] if is_ours else ["python", sys.argv[0]]
     return shlex.join([*started, *sys.argv[1:]])
 
 
