@@ -38,6 +38,8 @@ DISTRIBUTION = "autoregressive-grpo"
 EXTRAS = {
     "rewards": "the rewards clip, hps_v2, pick_score, image_reward, and networks of timm",
     "evaluation": "Inception features of torch-fidelity",
+    "text": "features of texts by a T5 (grpo encode-text)",
+    "low-bit": "8-bit AdamW",
     "demo": "the page of grpo demo",
     "s3": 'checkpoint.dir = "s3://..."',
     "tensorboard": "metrics.tensorboard",

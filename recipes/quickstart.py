@@ -6,7 +6,8 @@ grpo quickstart [--recipe class|vapi|text] [--seed N] [--run-dir FOLDER] [--conf
             rewarded by likeness; text: drawings of coloured shapes by their captions, rewarded for what is drawn
 --seed      of tokenizer, generator and GRPO; default 0
 --run-dir   default runs/quickstart, for text runs/quickstart_text
---configs   folder of the phases' recipes: a changed copy of train_configs/quickstart or quickstart_text, the defaults
+--configs   folder of the phases' recipes, a changed copy of all that `grpo recipes` lists under quickstart/ or
+            quickstart_text/ and `grpo recipes NAME` prints; default: these
 
 Every phase is a job with a recipe of its own in that folder and can be run by itself as well, for instance
 `grpo pretrain --config quickstart/pretrain`. A finished phase is not done again unless its recipe, or a phase that it

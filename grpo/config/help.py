@@ -31,10 +31,14 @@ def help_text(recipe_class: type[Recipe], topics: Sequence[str] = ()) -> str:
     for topic in topics:
         if topic not in titles:
             raise UserError(f"--help {topic}: no section of this job; {did_you_mean(topic, titles)}")
+    draws = "sampling" in sections
+    source = "[RUN | --config NAME]" if draws else "[--config NAME]"
+    usage_of_run = ["RUN: folder of a run, or of `grpo share`, whose generator is used."] if draws else []
     lines = [
         recipe_class.__doc__ or "",
         "",
-        f"usage: grpo {recipe_class.job} [--config NAME] [--section.key VALUE ...]",
+        f"usage: grpo {recipe_class.job} {source} [--section.key VALUE ...]",
+        *usage_of_run,
         "A flag overrides the recipe file, the file overrides the default. --help SECTION shows that section only.",
     ]
     is_grpo = recipe_class is GRPORecipe

@@ -37,7 +37,7 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
     What the arguments set themselves wins. A folder that `grpo share` wrote may stand in place of a run's.
 
     Raises:
-        UserError: the folder is no run of a generator, or has no weights yet.
+        UserError: the folder is no run of a generator, has no weights yet, or its tokenizer was a random one.
     """
     if not arguments or arguments[0].startswith("-"):
         return list(arguments)
@@ -46,6 +46,8 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
     given |= {"--output.grid"} if given & {"--output.folder", "--output.npz"} else set()
     sections = recipe_class.sections()
     settings = _shared_settings(folder) if os.path.isfile(folder / SHARED_RECIPE) else _settings(folder)
+    if "checkpoint" not in settings["tokenizer"] and not given & {"--tokenizer.checkpoint", "--config"}:
+        raise UserError(f"{folder}: its tokenizer had random weights, so it has no images; give --tokenizer.checkpoint")
     settings["output"] = {"grid": folder / "grid.png"}
     flags = [
         (f"--{section}.{key}", _text(value))
@@ -59,7 +61,9 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
 def _settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Keys by section, without those that have their defaults."""
     file = folder / "recipe.toml"
-    if not os.path.isfile(file):  # False for a name that is too long, too
+    if not os.path.exists(folder):  # False for a name that is too long, too
+        raise UserError(f"{shorten(str(folder))}: there is no such folder of a run; flags begin with --")
+    if not os.path.isfile(file):
         raise UserError(f"{shorten(str(folder))}: is no run's folder, it has no recipe.toml; flags begin with --")
     job = job_of_file(str(file))
     if job is None or not issubclass(RECIPES[job], GeneratorRecipe):

@@ -45,10 +45,13 @@ def make_writable(path: str | Path, *, key: str, folder: bool = False) -> None:
     with writing(f"{key} {path}", remedy="give another path"):
         parent.mkdir(parents=True, exist_ok=True)
         is_folder = Path(path).is_dir()  # an error for a name that is too long
+        is_device = Path(path).exists() and not (is_folder or Path(path).is_file())  # a rename would replace it
     if not os.access(parent, os.W_OK):
         raise UserError(f"{key} {path} cannot be written: its folder is read-only; give another path")
     if is_folder and not folder:
         raise UserError(f"{key} {path} is a folder: give the name of a file")
+    if is_device:
+        raise UserError(f"{key} {path} is a device or a pipe: give the name of a file")
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:

@@ -53,7 +53,7 @@ def model_line(recipe: TrainingRecipe, model: nn.Module) -> str:
     """Name, parameters, what an image is made of."""
     counts = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    name = recipe.model.name if hasattr(recipe, "model") else type(model).__name__
+    name = recipe.model.name if hasattr(recipe, "model") else type(model).__name__.removeprefix("FSDP")
     share = "" if trained == sum(counts) else f", {in_words(trained)} of them trained"
     length, size = getattr(model.config, "block_size", None), recipe.data.image_size
     codes = f", {length} codes of {model.config.vocab_size} an image" if length else ""

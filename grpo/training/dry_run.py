@@ -69,8 +69,9 @@ def _memory_lines(memory: RecipeMemory) -> Iterator[str]:
     name, phase = max(memory.phases.items(), key=lambda entry: sum(entry[1].values()))
     parts = {**memory.lasting, **{f"{part} of {name}": size for part, size in phase.items()}}
     largest = sorted(parts.items(), key=lambda entry: -entry[1])[:3]
-    told = ", ".join(f"{part} {size / GIB:.3g}" for part, size in largest)
-    yield f"memory: about {memory.peak / GIB:.3g} GiB on a GPU at its peak, in {name}; most of it: {told}"
+    unit, scale = ("GiB", GIB) if memory.peak >= GIB else ("MiB", GIB / 1024)
+    told = ", ".join(f"{part} {size / scale:.3g}" for part, size in largest)
+    yield f"memory: about {memory.peak / scale:.3g} {unit} on a GPU at its peak, in {name}; most of it: {told}"
     yield f"less: {_KNOBS.get(largest[0][0].partition(' of ')[0], _SHARDING)}"
 
 

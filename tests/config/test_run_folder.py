@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from grpo.config import (
+    RECIPES,
     EvaluateRecipe,
     GenerateRecipe,
     GRPORecipe,
     ShareRecipe,
     TokenizerRecipe,
     UserError,
+    help_text,
     load_recipe,
     of_run,
     shared_recipe,
@@ -118,5 +120,26 @@ def test_a_value_from_a_folder_is_never_a_flag(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_too_long_is_no_folder() -> None:
-    with pytest.raises(UserError, match="no run's folder"):
+    with pytest.raises(UserError, match="there is no such folder"):
         of_run(GenerateRecipe, ["a" * 5000])
+
+
+def test_a_run_with_a_random_tokenizer_is_told_so(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    text = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(
+        text.replace('checkpoint = "vq.safetensors"\n', "").replace('"classes"', '"synthetic"')
+    )
+    with pytest.raises(UserError, match="its tokenizer had random weights"):
+        of_run(GenerateRecipe, [str(folder)])
+    assert "vq.pt" in of_run(GenerateRecipe, [str(folder), "--tokenizer.checkpoint", "vq.pt"])
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        of_run(GenerateRecipe, [str(tmp_path / "gone")])
+
+
+@pytest.mark.parametrize("job", ["generate", "evaluate", "share", "demo"])
+def test_help_tells_that_a_run_may_be_given(job: str) -> None:
+    assert f"usage: grpo {job} [RUN | --config NAME]" in help_text(RECIPES[job])

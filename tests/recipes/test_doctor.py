@@ -1,5 +1,6 @@
 """`grpo doctor` says what is there, and ends with code 2 only where nothing can be trained."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from packaging.requirements import Requirement
 
 from grpo.config import UserError
 from grpo.jobs import doctor
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +63,8 @@ def test_a_file_is_no_folder_for_runs(tmp_path):
         assert (finding.state, "is no folder" in finding.what) == ("broken", True)
     [finding] = doctor.folder(tmp_path / ("a" * 5000))
     assert finding.part == "disk"
+
+
+def test_every_extra_for_users_is_told() -> None:
+    declared = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
+    assert {*doctor.EXTRAS} == declared - {"dev", "docs", "launch"}

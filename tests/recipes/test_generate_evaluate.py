@@ -209,6 +209,12 @@ def test_names_that_are_too_long_are_told(length, tmp_path):
         generate.prepare(Output(folder=str(tmp_path / name)))
 
 
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"output\.grid .* is a device or a pipe"):
+        make_writable(tmp_path / "pipe", key="output.grid")
+
+
 @pytest.mark.parametrize("amount", ["nan", "inf", "1e300", "-1", "0"])
 def test_an_absurd_memory_is_refused(amount):
     with pytest.raises(UserError, match=r"--memory .* must be the GiB of one GPU"):
