@@ -77,19 +77,25 @@ def numbers_table(
     title: str, runs: Sequence[Run], values: Mapping[str, Sequence[float | None]], *, note: str = ""
 ) -> Table:
     """Metric -> its value in each run, with the difference to the first run; and of runs that differ in seeds only
-    their mean with a 95 % interval.
+    their mean with a 95 % interval. Rewards are not ranked where the runs were rewarded for different things.
 
     A metric may have words before its name, such as "last fid", which stay.
     """
-    groups = seed_groups(runs)
+    groups, are_rewarded_alike = seed_groups(runs), len({_rewards(run) for run in runs}) == 1
     names = [f"mean of {_together([runs[number].name for number in group])}" for group in groups]
     rows = []
     for label, row in values.items():
         words, _, name = label.rpartition(" ")
-        cells = compared(row, better=metric(name).better)
+        is_ranked = are_rewarded_alike or not name.startswith("reward")
+        cells = compared(row, better=metric(name).better if is_ranked else "")
         cells += [Cell(mean_and_interval([row[number] for number in group])) for group in groups]
         rows.append((label if words else metric(name).title, cells))
     return Table(title, [run.name for run in runs] + names, rows, note)
+
+
+def _rewards(run: Run) -> str:
+    """What its recipe rewards."""
+    return json.dumps({k: v for k, v in run.settings.items() if k.startswith("reward.")}, sort_keys=True, default=str)
 
 
 def _together(names: Sequence[str]) -> str:

@@ -60,6 +60,12 @@ def test_numbers_at_the_end_with_the_interval_of_seeds(runs):
     assert end_table(swept).columns[2] == "mean of 2, lr=0.001"
 
 
+def test_rewards_of_different_things_are_not_ranked(runs):
+    runs[2].settings["reward.clip.weight"] = 1.0
+    _, cells = end_table(runs).rows[0]
+    assert [(cell.improved, cell.best) for cell in cells[:3]] == [(None, False)] * 3
+
+
 def test_interval_by_hand():
     assert mean_and_interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 * 1 / sqrt(3)
     assert mean_and_interval([1.0, None]) == "-"
