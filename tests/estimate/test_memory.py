@@ -234,8 +234,9 @@ def test_an_adapter_takes_little_and_its_reference_nothing():
     whole, adapted = (estimate("--objective.kl", "k3", *lora) for lora in ((), ("--lora.rank", "16")))
     assert "reference" in whole.lasting
     assert "reference" not in adapted.lasting
-    for part in ("gradients", "optimizer", "unreduced gradients"):
-        assert adapted.lasting[part] < 0.03 * whole.lasting[part], part
+    for parts in (("optimizer",), ("gradients", "unreduced gradients")):
+        little, much = (sum(found.lasting[part] for part in parts) for found in (adapted, whole))
+        assert 0 < little < 0.03 * much, parts
     other = estimate("--objective.kl", "k3", "--lora.rank", "16", "--objective.reference_checkpoint", "other.pt")
     assert other.lasting["reference"] == other.lasting["weights"]
     averages = [

@@ -46,10 +46,10 @@ def look(page: Path, *, width: int, dark: bool = False, unfold: bool = True, scr
         "const drawn = () => [...page.querySelectorAll('.plot')].every((plot) => plot.firstChild || !plot.clientWidth);"
         "const wait = (left) => { if (left && !drawn()) return setTimeout(() => wait(left - 1), 50);"
         "setTimeout(() => document.querySelector('pre').textContent = JSON.stringify(look()), 200); };"
-        "wait(100); };</script>"
+        "wait(400); };</script>"
     )
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
-    flags += ["--enable-logging=stderr", "--virtual-time-budget=9000", f"--user-data-dir={page.parent / 'profile'}"]
+    flags += ["--enable-logging=stderr", "--virtual-time-budget=40000", f"--user-data-dir={page.parent / 'profile'}"]
     flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
     command = ["chromium", *flags, "--dump-dom", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)

@@ -89,8 +89,8 @@ def test_generated_files_hold_the_same_images(folder, drawn):
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(14)]
     assert all(np.array_equal(np.asarray(Image.open(file)), image) for file, image in zip(files, images, strict=True))
     grid = np.asarray(Image.open(folder / "grid.png"))
-    assert grid.shape == (3 * 18 - 2, 5 * 18 - 2, 3)
-    assert np.array_equal(grid[18:34, 36:52], images[7])  # second row, third column
+    assert grid.shape == (3 * 18 - 2, 5 * 18 - 2, 4)  # no ground between the images
+    assert np.array_equal(grid[18:34, 36:52, :3], images[7])  # second row, third column
     assert len(np.unique(images.reshape(14, -1), axis=0)) == 14
 
 
