@@ -55,6 +55,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"{unknown[0]}: unknown flag; grpo compare --help tells them")
     if len(own.places) < 2:
         raise UserError("grpo compare takes at least two folders of runs, or two result files of grpo evaluate")
+    if gone := [place for place in own.places if not os.path.exists(place)]:
+        raise UserError(f"{gone[0]}: there is no such folder or file")
     folders = [os.path.isdir(place) for place in own.places]
     if any(folders) and not all(folders):
         other = own.places[folders.index(False)]
