@@ -142,7 +142,7 @@ def test_results_in_runs_that_were_not_measured_alike(folders, capsys):
     assert "3.25" not in told
 
 
-def test_runs_and_results_do_not_mix(folders, results):
+def test_runs_and_results_do_not_mix(folders, results, tmp_path):
     with pytest.raises(UserError, match=r"gone: there is no such folder or file"):
         compare.main([str(tmp_path / "gone"), str(tmp_path)])
     with pytest.raises(UserError, match=r"a.json is not the folder of a run"):
