@@ -8,7 +8,7 @@ import torch
 from grpo.config import UserError
 from grpo.observe import Cell, MetricsFile, end_table, image_grid, judge_table, numbers_table, read_run, recipe_table
 from grpo.observe.comparison import mean_and_interval, seed_groups, write_comparison
-from tests.observe.browser import look, needs_browser
+from tests.browser import look, needs_browser
 from tests.observe.test_report import Page, numbers
 
 RECIPE = '[model]\nname = "GPT-B"\n[optimizer]\nlr = {lr}\n[training]\nseed = {seed}\n[metrics]\nrun_dir = "{name}"\n'

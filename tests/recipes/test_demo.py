@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,10 +14,9 @@ from PIL import Image
 
 from grpo.config import UserError
 from grpo.jobs import demo
-from tests.sharing.browser import chromium
+from tests.browser import chromium, needs_browser
 from tests.sharing.tiny import run_folder
 
-CHROMIUM = shutil.which("chromium")
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 BUTTON = "[...document.querySelectorAll('button')].find((button) => button.innerText.trim() == 'Draw')"
 DRAWN = "[...document.querySelectorAll('.grid-wrap img')].filter((image) => image.naturalWidth >= 192).length"
@@ -56,10 +54,10 @@ def test_the_page_draws_what_is_asked_for(address: str) -> None:
 
 
 @needs_gradio
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look at the page with")
+@needs_browser
 def test_the_page_in_a_browser(address: str, tmp_path: Path) -> None:
     """Nothing overflows, images come back, and nothing is fetched from elsewhere."""
-    with chromium(CHROMIUM, tmp_path) as page:
+    with chromium(tmp_path) as page:
         for width in (1280, 390):
             page.open(address, width=width)
             page.wait_for(f"!!{BUTTON}")
