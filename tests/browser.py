@@ -49,7 +49,7 @@ LOOK = """
 
 
 class Page:
-    """One tab. `requests` are the addresses that it has asked for, `errors` what failed in its scripts or was refused."""
+    """One tab. `requests`: addresses that it has asked for. `errors`: what failed in its scripts or was refused."""
 
     def __init__(self, socket: Any) -> None:
         self._socket, self._count = socket, 0
@@ -123,7 +123,7 @@ def chromium(folder: Path) -> Iterator[Page]:
 
 
 def look(file: Path, *, width: int, dark: bool = False, script: str = "null") -> dict[str, Any]:
-    """What a browser makes of a page, all of it unfolded, in a window of this width: sizes, images; `found`: `script`'s value.
+    """What a browser makes of an unfolded page in a window of this width: sizes, images; `found`: what `script` gives.
 
     Fails where the page's own script does, or where it asks for what its policy forbids.
     """
