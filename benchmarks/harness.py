@@ -279,13 +279,11 @@ def compiled(run: Callable, options: argparse.Namespace) -> dict[str, Callable]:
 
 
 def peers(**functions: Callable[[], Callable]) -> dict[str, Callable]:
-    """The peers that can run here: on a GPU, with their package (`liger_kernel=...`) installed.
+    """The peers, on a GPU. Each value imports its peer and returns the function to time.
 
-    Each value imports its peer and returns the function to time.
+    A peer that is not installed is a side that fails, so that the results tell why it has no number.
     """
-    if DEVICE.type != "cuda":
-        return {}
-    return {name: _late(make) for name, make in functions.items() if importlib.util.find_spec(name)}
+    return {name: _late(make) for name, make in functions.items()} if DEVICE.type == "cuda" else {}
 
 
 def _late(make: Callable[[], Callable]) -> Callable:
