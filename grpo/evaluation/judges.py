@@ -70,7 +70,7 @@ class InceptionJudge(Judge):
     is_inception = True
 
     def __init__(self, path: str | Path, *, device: torch.device, spatial: bool = False) -> None:
-        key = "evaluation.inception_checkpoint"
+        key = "inception_checkpoint"
         if find_spec("torch_fidelity") is None:
             raise UserError(f"{key} needs the package torch-fidelity: pip install torch-fidelity")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
