@@ -23,7 +23,6 @@ from grpo.evaluation import (
     measure_images,
     save_pngs,
 )
-from grpo.evaluation import judges as judges_module
 from grpo.evaluation.sources import FolderImages, NpzImages
 from grpo.models import save_weights
 
@@ -175,8 +174,8 @@ def test_inception_weights_are_read_safely_and_given_to_torch_fidelity(tmp_path,
 
 
 def test_inception_without_torch_fidelity(tmp_path, monkeypatch):
-    monkeypatch.setattr(judges_module, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torch-fidelity"):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UserError, match=r"pip install 'autoregressive-grpo\[evaluation\]'"):
         InceptionJudge(tmp_path / "inception.pth", device=torch.device("cpu"))
 
 
