@@ -321,6 +321,8 @@ class TrainingRun:
                 return  # between two evaluations
             known = ", ".join(sorted(metrics))
             raise UserError(f"checkpoint.best_metric: this job has no metric {config.best_metric!r}; it has {known}")
+        if config.best_metric.startswith("judge/"):
+            self._best_values = []  # the newest evaluation alone: those before saw other weights
         if math.isfinite(value := metrics[config.best_metric]):
             self._best_values.append(value)
 
