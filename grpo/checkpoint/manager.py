@@ -1,5 +1,6 @@
 """Save and resume a training run."""
 
+import functools
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,9 @@ class CheckpointManager:
         self.world, self.config = world, config
         self._stage = Path(stage) / os.environ.get("GROUP_RANK", "0")  # hosts may share the folder that it is in
         self.storage = open_storage(folder, stage=self._stage)
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+        self._group = group
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._origins: dict[Path, str] = {}  # of what was brought to the stage
@@ -97,15 +100,16 @@ class CheckpointManager:
         """
         self.wait()
         tensors = training_tensors(model, optimizer, extra)
-        self._together(step, lambda: self.world.is_main and self._begin(step, tensors))
-        about = {"format": CHECKPOINT_FORMAT, "step": step, "world_size": self.world.size}
+        self._together(step, lambda: self._begin(step, tensors), here=self.world.is_main)
+        about: dict[str, Any] = {"format": CHECKPOINT_FORMAT, "step": step, "world_size": self.world.size}
         about |= {"torch": torch.__version__, "score": score}
         config, adapter = getattr(model, "config", None), getattr(model, "adapter", None)
         about["config"] = None if config is None else saved_config(config)
         shared = step, json.dumps(about | {"run": run_state}, indent=1), config, adapter
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
-            self._pending = self._executor.submit(self._write, *shared, DefaultStager(options).stage(tensors))
+            staged = cast(dict[str, Any], DefaultStager(options).stage(tensors))
+            self._pending = self._executor.submit(self._write, *shared, staged)
         else:
             self._write(*shared, tensors)
 
@@ -159,7 +163,7 @@ class CheckpointManager:
                 break
             if (problem := self._examine(self.storage, name)) is None:
                 return self.storage.local / name
-            tell(f"{problem}; {self._on_main(lambda name=name: self.storage.set_aside(name))}")
+            tell(f"{problem}; {self._on_main(functools.partial(self.storage.set_aside, name))}")
         return None
 
     def named(self, place: str | Path) -> Path:
@@ -239,7 +243,7 @@ class CheckpointManager:
         """Bring a checkpoint to every host's stage."""
         if not storage.is_remote:
             return
-        problem = None
+        problem: UserError | None = None
         self._origins[storage.local / name] = f"{storage}/{name}"
         if self.world.local_rank == 0:
             try:
@@ -288,9 +292,10 @@ class CheckpointManager:
         """Write a checkpoint together; `sizes` are the model's config, for weights in one file."""
         stages = self.storage.is_remote and self.world.local_rank == 0
         if self.storage.is_remote:
-            self._together(step, lambda: stages and self.storage.prepare())
+            self._together(step, self.storage.prepare, here=stages)
         shares = self._together(step, lambda: self._write_share(step, tensors))
-        self._together(step, lambda: self.world.is_main and self._publish(step, run_text, sizes, adapter, shares))
+        publish = functools.partial(self._publish, step, run_text, sizes, adapter, shares)
+        self._together(step, publish, here=self.world.is_main)
         if stages:
             shutil.rmtree(self.storage.partial(step), ignore_errors=True)
 
@@ -348,11 +353,11 @@ class CheckpointManager:
         except (OSError, UserError) as error:  # the new one is whole; what cannot go stays
             logger.warning("old checkpoints in %s could not be removed: %s", storage, error)
 
-    def _together(self, step: int, work: Callable[[], Any]) -> list[Any]:
-        """Do this rank's part; the results of all ranks. If one fails, all raise its reason, what was written goes."""
+    def _together(self, step: int, work: Callable[[], Any], *, here: bool = True) -> list[Any]:
+        """All ranks' results of the work, done `here` or not. If one fails all raise why, and what was written goes."""
         problem, result = None, None
         try:
-            result = work()
+            result = work() if here else None
         except (dcp.api.CheckpointException, UserError, OSError, RuntimeError) as error:
             problem = _reason(error)
         outcomes = self._gather((problem, result))

@@ -143,9 +143,10 @@ class ObjectStore(Storage):
 @contextmanager
 def _told(what: str, *, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn whatever a library for a store raises into one line about `what`."""
+    told_already: tuple[type[Exception], ...] = (UserError, ImportError, *passes)
     try:
         yield
-    except (UserError, ImportError, *passes):
+    except told_already:
         raise
     except (FileNotFoundError, PermissionError, ValueError) as error:  # no such bucket, no right to it, no such scheme
         raise UserError(f"{what}: {_one_line(error)}") from error

@@ -1,11 +1,12 @@
 """What of a run goes into a checkpoint as tensors: one flat dict by name, without regard to the number of ranks."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from grpo.config import UserError
@@ -50,9 +51,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live weights of a parallelized model by name, sharded as they are; of one with an adapter, only that."""
     reshard(model)  # a forward without backward may have left parameters gathered
     trained_only = getattr(model, "adapter", None) is not None
-    return state_dict.get_model_state_dict(
-        model, options=state_dict.StateDictOptions(ignore_frozen_params=trained_only)
-    )
+    options = state_dict.StateDictOptions(ignore_frozen_params=trained_only)
+    return cast(dict[str, Tensor], state_dict.get_model_state_dict(model, options=options))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -72,7 +72,9 @@ def load_tensors(tensors: dict[str, Tensor], reader: ShardReader) -> None:
 
     Raises a UserError if the checkpoint is of another model, optimizer or recipe, or damaged.
     """
-    expected, found = set(tensors), set(reader.metadata.state_dict_metadata)
+    entries = reader.metadata.state_dict_metadata
+    stored = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    expected, found = set(tensors), set(stored)
     if expected != found:
         missing, superfluous = sorted(expected - found), sorted(found - expected)
         name = (missing or superfluous)[0]
@@ -82,7 +84,6 @@ def load_tensors(tensors: dict[str, Tensor], reader: ShardReader) -> None:
             f"({len(missing) + len(superfluous)} names differ). Use the recipe that wrote it, or start anew from its "
             "weights by model.checkpoint."
         )
-    stored = reader.metadata.state_dict_metadata
     if other := [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]:
         dtypes = f"{stored[other[0]].properties.dtype}, not {tensors[other[0]].dtype}"
         raise UserError(f"{reader.path} is a checkpoint of another recipe: {other[0]} is {dtypes}")
@@ -94,7 +95,7 @@ def _parts(name: str, state: Tensor) -> dict[str, Tensor]:
 
     Scales are cut over ranks like the rows whose blocks they belong to, see `grpo.parallel.low_bit`.
     """
-    local = state.to_local() if isinstance(state, DTensor) else state
+    local: Any = state.to_local() if isinstance(state, DTensor) else state
     if not hasattr(local, "codes"):
         return {name: state}
     in_rows = state.numel() // len(state) % local.block_size == 0  # whole blocks in each row

@@ -20,20 +20,21 @@ def checkpoint_activations(block: nn.Module, mode: Literal["none", "selective", 
     as they are, and identical blocks still share one compilation.
     """
     if mode != "none":
-        block.__class__ = _checkpointed_class(type(block), mode)
+        block_class: type = type(block)
+        block.__class__ = _checkpointed_class(block_class, mode)
 
 
 @functools.cache
-def _checkpointed_class(block_class: type[nn.Module], mode: str) -> type[nn.Module]:
+def _checkpointed_class(block_class: Any, mode: str) -> type[nn.Module]:
     select = functools.partial(create_selective_checkpoint_contexts, _KEPT_OPERATIONS)
-    context = {"context_fn": select} if mode == "selective" else {}
+    # Random masks are functions of row numbers, so there is no generator whose state would have to come back.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options |= {"context_fn": select} if mode == "selective" else {}
 
     class Checkpointed(block_class):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return super().forward(*args, **kwargs)
-            # Random masks are functions of row numbers, so there is no generator whose state would have to come back.
-            options = {"use_reentrant": False, "preserve_rng_state": False, **context}
             return checkpoint(super().forward, *args, **options, **kwargs)
 
     Checkpointed.__name__ = Checkpointed.__qualname__ = f"Checkpointed{block_class.__name__}"

@@ -1,8 +1,9 @@
 """Turn a single-device model into a parallel one."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ def parallelize(
     The blocks are in `model.layers`; every other parameter belongs to the root. `model.forward_methods` names what is
     called besides `forward`.
     """
-    for block in model.layers:
+    blocks = cast(Iterable[nn.Module], model.layers)
+    for block in blocks:
         checkpoint_activations(block, activation_checkpoint.mode)
         if compile.enabled:
             block.compile()
@@ -46,12 +48,12 @@ def parallelize(
     if mesh.size() == 1 and policy.param_dtype is None:
         return model  # nothing to shard or cast, and sharded tensors double the time of a small model's step
     reshards = reshards_after_forward(parallel, ranks=mesh.size())
-    for block in model.layers if shards_blocks(parallel, ranks=mesh.size()) else ():
+    for block in blocks if shards_blocks(parallel, ranks=mesh.size()) else ():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for name in getattr(model, "forward_methods", ()):
         register_fsdp_forward_method(model, name)
-    model.defers_gradient_sync, model.reshards = parallel.defer_gradient_sync, reshards
+    vars(model).update(defers_gradient_sync=parallel.defer_gradient_sync, reshards=reshards)
     return model
 
 
@@ -79,7 +81,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> None:
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled or not model.defers_gradient_sync)
-        model.set_reshard_after_backward(enabled or model.reshards)
+        model.set_reshard_after_backward(enabled or bool(model.reshards))
 
 
 @contextmanager
@@ -115,11 +117,10 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     Returns the norm before, 0-dim, local, the same on every rank (non-finite if any gradient is).
     """
     reshard(model)  # a forward without backward may have come between, and left parameters gathered
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
 
 

@@ -138,10 +138,9 @@ def launched_world() -> World:
 def _launch_environment() -> tuple[int, int, int, int]:
     """Rank, ranks, rank on this host, ranks on this host, as the launcher says; a process alone without a launcher."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    told = {name: os.environ.get(name) for name in names}
-    if told["RANK"] is None and told["WORLD_SIZE"] is None:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 1, 0, 1
-    told["MASTER_ADDR"] = os.environ.get("MASTER_ADDR")
+    told = {name: os.environ.get(name, "") for name in (*names, "MASTER_ADDR")}
     if missing := [name for name, value in told.items() if not value]:
         raise UserError(
             f"the environment has RANK or WORLD_SIZE but no {missing[0]}: start with torchrun, or unset both"

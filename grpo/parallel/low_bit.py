@@ -19,7 +19,7 @@ def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opt
     tensors everywhere (the library decides on each rank by the shard: pytorch/ao#4912). torch's own Adafactor,
     which factors the second moment instead, refuses sharded parameters (torch 2.15).
     """
-    base = import_extra("torchao.optim", extra="low-bit", wanted_by="optimizer.name = adamw_8bit").AdamW8bit
+    base: Any = import_extra("torchao.optim", extra="low-bit", wanted_by="optimizer.name = adamw_8bit").AdamW8bit
 
     class AdamW8bit(base):
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:

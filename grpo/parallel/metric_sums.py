@@ -23,7 +23,8 @@ class MetricSums:
 
     def add_values(self, name: str, values: Tensor, *, where: Tensor | None = None) -> None:
         """Add the entries of `values`, or those that the mask `where` holds; `name_mean`, `name_std` (population)."""
-        values, count = values.detach().double(), values.numel()
+        values = values.detach().double()
+        count: Tensor | int = values.numel()
         if where is not None:
             values, count = torch.where(where, values, 0.0), where.sum()
         self.add(f"{name}_mean", values.sum(), count)

@@ -36,10 +36,10 @@ def agree_on_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta)
     process's word does no harm, and nobody takes a dead rank 0's answer, because the words are new.
     """
     if rank:
-        word = uuid.uuid4().hex
-        store.set(f"word/{rank}", word)
-        store.wait([f"prefix/{word}"], timeout)
-        prefix = store.get(f"prefix/{word}").decode()
+        own = uuid.uuid4().hex
+        store.set(f"word/{rank}", own)
+        store.wait([f"prefix/{own}"], timeout)
+        prefix = store.get(f"prefix/{own}").decode()
         store.add(f"{prefix}/joined", 1)
         return dist.PrefixStore(prefix, store)
     prefix, deadline = f"start-{uuid.uuid4().hex}", time.monotonic() + timeout.total_seconds()

@@ -1,6 +1,7 @@
 """Whole state dicts in and out of a sharded model."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,4 +24,5 @@ def load_full_state_dict(
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All weights on rank 0's CPU, not copied if they are there; other ranks take part and get an empty dict."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

@@ -221,7 +221,8 @@ def _layout(draw: Draw, extents: Sequence[float], relation: int, place: int) -> 
     if len(extents) == 1:
         edges = (0.0, *PLACE_BORDERS, 1.0)
         cells = [(edges[cell] + CLEARNESS, edges[cell + 1] - CLEARNESS) for cell in (place % 3, place // 3)]
-        return [tuple(one_of([x for x in inside[0] if low <= x <= high]) for low, high in cells)]
+        x, y = (one_of([x for x in inside[0] if low <= x <= high]) for low, high in cells)
+        return [(x, y)]
     if len(extents) > 2:
         quarters, centers = [(0, 0), (0, 1), (1, 0), (1, 1)], []
         for extent, points in zip(extents, inside, strict=True):
@@ -229,7 +230,8 @@ def _layout(draw: Draw, extents: Sequence[float], relation: int, place: int) -> 
                 x for x in points if x + extent + GAP / 2 <= 0.5
             ]  # in the first half; the other is its mirror image
             sides = quarters.pop(_one_of(draw, len(quarters)))
-            centers.append(tuple(1 - one_of(near) if side else one_of(near) for side in sides))
+            x, y = (1 - one_of(near) if side else one_of(near) for side in sides)
+            centers.append((x, y))
         return centers
     axis, sign = relation // 2, 1 if relation % 2 == 0 else -1
     while True:

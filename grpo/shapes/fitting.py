@@ -52,7 +52,7 @@ def connected(mask: Tensor) -> Tensor:
 
     Labels spread from pixel to pixel until nothing changes; a part has the largest label that was in it.
     """
-    count = mask[0].numel()
+    count = mask.shape[1:].numel()
     labels = torch.arange(1, count + 1, device=mask.device, dtype=torch.float32).view(1, *mask.shape[1:]) * mask
     while True:
         wide = F.pad(labels, (1, 1, 1, 1))
@@ -168,7 +168,7 @@ def _grown(own: Tensor, *, others: Tensor) -> Tensor:
 
 def _parts(labels: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Image [M], label [M] and place in the scene [M] of the largest parts of each image that are no dirt."""
-    size, each = labels.shape[-1], labels[0].numel() + 1
+    size, each = labels.shape[-1], labels.shape[1:].numel() + 1
     keys = labels + each * torch.arange(len(labels), device=labels.device)[:, None, None]
     inside = labels > 0
     keys, inverse = torch.unique(keys[inside], return_inverse=True)

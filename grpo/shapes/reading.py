@@ -66,8 +66,8 @@ class Reader(nn.Module):
     def maps(self, images: Tensor) -> Tensor:
         """What the heads decide on, [N, 2 width, 8, 8]."""
         if images.shape[-1] != READING_SIZE:
-            how = {"mode": "area"} if images.shape[-1] > READING_SIZE else {"mode": "bilinear"}
-            images = F.interpolate(images, size=(READING_SIZE, READING_SIZE), **how)
+            mode = "area" if images.shape[-1] > READING_SIZE else "bilinear"
+            images = F.interpolate(images, size=(READING_SIZE, READING_SIZE), mode=mode)
         return self.looks(self.layers(images))
 
     def features(self, images: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ def render(scenes: Scenes, image_size: int) -> Tensor:
         if not len(rows):
             continue
         x, y = scenes.centers[rows, slots].unbind(-1)
-        x, y = grid - x[:, None, None], grid[:, None] - y[:, None, None]  # [n, 1, S], [n, S, 1]
-        share = coverage(shape, *torch.broadcast_tensors(x, y), scenes.radii[rows, slots, None, None], 1 / image_size)
+        x, y = torch.broadcast_tensors(grid - x[:, None, None], grid[:, None] - y[:, None, None])  # [n, S, S]
+        share = coverage(shape, x, y, scenes.radii[rows, slots, None, None], 1 / image_size)
         paint = share[:, None] * (colors[scenes.colors[rows, slots]] - background)[:, :, None, None]
         images.index_add_(0, rows, paint)  # shapes do not overlap
     return (images * 255).round().clamp(0, 255).to(torch.uint8)

@@ -54,7 +54,9 @@ def _tensors(requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor, Tenso
     nothing = [(NO, NO, NO)] * MOST_DRAWN
     things = [[*((one.shape, one.color, one.size) for one in request.things), *nothing] for request in requests]
     others = [(request.relation, request.place, len(request.things)) for request in requests]
-    return torch.tensor([rows[:MOST_DRAWN] for rows in things]), *torch.tensor(others).unbind(1)
+    asked = torch.tensor([rows[:MOST_DRAWN] for rows in things], dtype=torch.int64).view(-1, MOST_DRAWN, 3)
+    relation, place, count = torch.tensor(others, dtype=torch.int64).view(-1, 3).unbind(1)
+    return asked, relation, place, count
 
 
 def _padded(scenes: Scenes) -> Scenes:

@@ -60,6 +60,12 @@ def test_fit_names_nothing_in_what_is_no_shape():
     assert found.shapes[1:, 0].tolist() == [NO, NO]
 
 
+def test_no_image_is_read_as_no_scene():
+    found = Fitting()(torch.zeros(0, 3, 32, 32))
+    assert [len(field) for field in found] == [0] * len(found)
+    assert len(score(found, [])["all"]) == 0
+
+
 def test_parts_are_connected_over_four_neighbours():
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
     labels = connected(mask[None])[0]
