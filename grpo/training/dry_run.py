@@ -17,6 +17,7 @@ from grpo.config import (
 from grpo.estimate import RecipeMemory, recipe_memory
 from grpo.models import Classifier, ClassifierConfig, VQModel, generator_sizes, get_family, tokenizer_sizes
 from grpo.parallel import GIB, World, compute_dtype, free_memory, launched_world, mesh_shape
+from grpo.rewards import check_rewards
 from grpo.training.banner import opening
 from grpo.training.micro_batch import chosen
 
@@ -39,6 +40,8 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
     if not isinstance(recipe, TrainingRecipe):
         print(f"the recipe of grpo {job} is valid, and its files are there")
         return
+    if isinstance(recipe, GRPORecipe):
+        check_rewards(recipe.reward, has_prompts=recipe.model.caption_dim is not None)
     memory = free_memory(world.device) if world.device.type == "cuda" else ASSUMED_MEMORY
     recipe, sizes = chosen(recipe, world, memory=memory)
     lines = [*opening(recipe, on_meta(recipe), world, title=f"dry run of grpo {job}")]
