@@ -7,17 +7,28 @@ import torch
 
 from grpo.config import (
     RECIPES,
+    ClassifierRecipe,
     GeneratorRecipe,
     GRPORecipe,
-    PretrainRecipe,
+    ReaderRecipe,
+    TokenizerRecipe,
     TrainingRecipe,
     load_recipe,
     of_run,
 )
 from grpo.estimate import RecipeMemory, recipe_memory
-from grpo.models import Classifier, ClassifierConfig, VQModel, generator_sizes, get_family, tokenizer_sizes
+from grpo.models import (
+    Classifier,
+    VQModel,
+    generator_sizes,
+    get_family,
+    mark_trained,
+    tokenizer_sizes,
+)
 from grpo.parallel import GIB, World, compute_dtype, free_memory, launched_world, mesh_shape
+from grpo.shapes import Reader
 from grpo.training.banner import opening
+from grpo.training.build import classifier_sizes, reader_sizes
 from grpo.training.micro_batch import chosen
 
 ASSUMED_MEMORY = 80 * GIB  # of the GPU that a machine without one plans for
@@ -42,7 +53,7 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
     memory = free_memory(world.device) if world.device.type == "cuda" else ASSUMED_MEMORY
     recipe, sizes = chosen(recipe, world, memory=memory)
     lines = [*opening(recipe, on_meta(recipe), world, title=f"dry run of grpo {job}")]
-    if type(recipe) in (GRPORecipe, PretrainRecipe):
+    if isinstance(recipe, GeneratorRecipe):
         mesh = mesh_shape(recipe.parallel, size=world.size, local_size=world.local_size)
         lines += _memory_lines(recipe_memory(recipe, mesh=mesh, memory=memory))
     notes = [*sizes, *recipe.notes(), *recipe.remarks()]
@@ -57,10 +68,12 @@ def on_meta(recipe: TrainingRecipe) -> torch.nn.Module:
     with torch.device("meta"):
         if isinstance(recipe, GeneratorRecipe):
             sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
-            return get_family(recipe.model.name).build(sizes)
-        if hasattr(recipe, "classifier"):
-            width, classes = recipe.classifier.width, recipe.classifier.num_classes
-            return Classifier(ClassifierConfig(width=width, num_classes=classes))
+            return mark_trained(get_family(recipe.model.name).build(sizes), recipe.model, recipe.lora)
+        if isinstance(recipe, ClassifierRecipe):
+            return Classifier(classifier_sizes(recipe))
+        if isinstance(recipe, ReaderRecipe):
+            return Reader(reader_sizes(recipe))
+        assert isinstance(recipe, TokenizerRecipe)
         return VQModel(tokenizer_sizes(recipe.tokenizer))
 
 

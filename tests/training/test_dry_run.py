@@ -54,6 +54,30 @@ def test_nothing_is_started(tmp_path, capsys, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+DIGITS = ["--data.name", "digits", "--data.image_size", "32"]
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "words"),
+    [
+        ("reader", [], ["Reader, 35906 parameters", "64 images a step"]),
+        ("classifier", [*DIGITS, "--training.batch_size", "16"], ["Classifier, ", "16 images a step"]),
+        ("tokenizer", [*DIGITS, "--tokenizer.name", "VQ-tiny", "--tokenizer.downsample_size", "4"], ["VQModel, "]),
+        ("train", ["--config", "debug", "--lora.rank", "4"], ["of them trained", "memory: about"]),
+    ],
+)
+def test_every_training_job_has_one(job, flags, words, capsys):
+    dry_run(job, flags)
+    out = capsys.readouterr().out
+    assert all(word in out for word in words), out
+
+
+@pytest.mark.parametrize("job", ["reader", "classifier"])
+def test_sizes_that_do_not_fit_are_told(job):
+    with pytest.raises(UserError, match=rf"{job}.width: width 12 must be a multiple of 8"):
+        dry_run(job, [*([] if job == "reader" else DIGITS), f"--{job}.width", "12"])
+
+
 def test_mistakes_are_told_as_by_the_job(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         dry_run("train", ["--config", "debug", "--tokenizer.checkpoint", str(tmp_path / "vq.pt")])
