@@ -1,7 +1,6 @@
 """What the benchmarks of ours against the reference algorithm share: the clock, a model, what goes into the JSON."""
 
 import importlib.util
-import json
 import sys
 import time
 from datetime import date
@@ -12,6 +11,7 @@ import torch
 
 from grpo.environment import environment
 from grpo.models import GPT, GPTConfig
+from harness import write_whole
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -46,7 +46,7 @@ def write(result: dict[str, Any], file: Path | None, *, seconds_of: str = "step"
     """The result as JSON where a file is wanted, with a plot of its sweeps beside it."""
     if file is None:
         return
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(file, result)
     if "sweeps" in result:
         plot(result["sweeps"], file.with_suffix(".png"), seconds_of=seconds_of)
 

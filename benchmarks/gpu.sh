@@ -17,49 +17,67 @@
 #
 # Each part is planned for two or three minutes or less, quickstart for five, quickstart-text for eight. After every step
 # of a part OUT_FOLDER/results.tgz holds all that is there so far: logs, JSON files, plots, and summary.txt with one line
-# a step. Wheels in .whl (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
+# a step; while a step runs it is packed anew every PACK_SECONDS=20, so that a machine that is taken away takes no case
+# that has finished. Wheels in .whl (benchmarks/collect_wheels.sh) are installed into a folder of their own first.
 # TESTS="FILE..." makes smoke run these tests alone, KERNELS="NAME..." kernels these benchmarks. BENCH (of each of them),
 # ROLLOUT, RUN, TUNE and VARIANTS are further arguments, such as ROLLOUT="--batches 8"; SMOKE_SECONDS, RUN_SECONDS and so
 # on are the most that a part, of kernels each benchmark, may take.
 # SMALL=1 is a rehearsal on a CPU of everything but the speed: small sizes, the kernels in Triton's interpreter, six times
-# the time. SITE=FOLDER is put on the path there in place of the wheels.
+# the time, or PATIENCE times. SITE=FOLDER is put on the path there in place of the wheels.
 set -u -o pipefail
-cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:?folder for the results}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+parts="smoke kernels tune variants run rollout peers profile counters recipes quickstart quickstart-text"
+refuse() {
+  printf 'benchmarks/gpu.sh: %s\nusage: benchmarks/gpu.sh OUT_FOLDER PART...   parts: %s\n' "$1" "$parts" >&2
+  exit 2
+}
+[ -n "${1:-}" ] || refuse "a folder for the results is missing"
+[[ " $parts " != *" $1 "* ]] || refuse "$1 is a part; the first argument is the folder for the results"
+[ $# -gt 1 ] || refuse "no part is named"
+for part in "${@:2}"; do
+  [[ " $parts " == *" $part "* ]] || refuse "$part is no part"
+done
+{ mkdir -p "$1" && : > "$1/part.0" && rm "$1/part.0"; } 2> /dev/null || refuse "cannot write to the folder $1"
+out=$(cd "$1" && pwd)
 shift
 python=${PYTHON:-python3}
+command -v "$python" > /dev/null || refuse "there is no $python; PYTHON names the program"
 work=$(mktemp -d)/results
 stamp=$(date +%F-%H%M)
 mkdir -p "$work"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
-run_preset=vapi-xxl-384 rollout_preset=xxl-384 processes=8 compile=true patience=1
+run_preset=vapi-xxl-384 rollout_preset=xxl-384 processes=8 compile=true patience=${PATIENCE:-1}
 peer_cases="D=1536"
 profiled="--rollout.batch_size 16 --training.batch_size 128"  # two parts of a step: a profiler is slow
 run_flags=
 if [ -n "${SMALL:-}" ]; then
-  run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=6 profiled=
+  run_preset=cpu rollout_preset=cpu processes=2 compile=false patience=${PATIENCE:-6} profiled=
   peer_cases="D=256"
   run_flags="--reward.lpips.weight 1 --model.dropout 0.1 --training.dropout_mode train"  # as the published run has them
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 fi
 last_second=$((SECONDS + patience * ${SECONDS_IN_ALL:-540}))
 
-pack() { # steps may run at the same time
+pack() { # steps may run at the same time, and be killed
   tar -czf "$work.$BASHPID" -C "$(dirname "$work")" results 2> /dev/null
-  cp "$work.$BASHPID" "$out/results.tgz" && rm "$work.$BASHPID"
+  cp "$work.$BASHPID" "$out/part.$BASHPID" && mv -f "$out/part.$BASHPID" "$out/results.tgz"
+  rm -f "$work.$BASHPID"
 }
 
 # name, most seconds, command: runs it into a log of its own, shows the log's end, packs.
 step() {
-  local name=$1 limit=$((patience * $2)) begin=$SECONDS code
+  local name=$1 limit=$((patience * $2)) begin=$SECONDS code packer
   shift 2
   [ $((last_second - SECONDS)) -lt "$limit" ] && limit=$((last_second - SECONDS))
   if [ "$limit" -lt 5 ]; then
     echo "$name: not begun, no time left" | tee -a "$work/summary.txt"
     return
   fi
+  while sleep "${PACK_SECONDS:-20}"; do pack; done > /dev/null 2>&1 &
+  packer=$!
   timeout --kill-after 5 "$limit" "$@" > "$work/$name.log" 2>&1
   code=$?
+  kill "$packer" && wait "$packer" 2> /dev/null
   tail -n "${LINES_SHOWN:-25}" "$work/$name.log"
   echo "== $name: exit code $code, $((SECONDS - begin)) of $limit seconds" | tee -a "$work/summary.txt"
   pack
@@ -167,15 +185,19 @@ recipes() {
   debug_recipe debug-text text/debug_text $sampled --rollout.cfg_scale 2
 }
 
-quickstart() {
-  step quickstart "${QUICKSTART_SECONDS:-320}" "$python" -m grpo quickstart --run-dir "$work/quickstart"
-  trim quickstart
-}
+quickstart() { run_quickstart quickstart class 320; }
 
-quickstart-text() {
-  step quickstart-text "${QUICKSTART_SECONDS:-520}" "$python" -m grpo quickstart --recipe text \
-    --run-dir "$work/quickstart-text"
-  trim quickstart-text
+quickstart-text() { run_quickstart quickstart-text text 520; }
+
+run_quickstart() { # name, recipe, most seconds
+  local configs=
+  if [ -n "${SMALL:-}" ]; then
+    configs="--configs $(dirname "$work")/$1"
+    "$python" tests/recipes/small_quickstarts.py "$2" "$(dirname "$work")/$1"
+  fi
+  # shellcheck disable=SC2086
+  step "$1" "${QUICKSTART_SECONDS:-$3}" "$python" -m grpo quickstart --recipe "$2" --run-dir "$work/$1" $configs
+  trim "$1"
 }
 
 trim() { # what a run's folder holds beside its results
@@ -188,18 +210,16 @@ if [ -n "${SITE:-}" ]; then
   export PYTHONPATH=$PWD:$SITE
 elif compgen -G ".whl/*.whl" > /dev/null; then
   site=$(dirname "$work")/site
-  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl ||
+    echo "the wheels in .whl could not be installed" | tee -a "$work/summary.txt"
   export PYTHONPATH=$PWD:$site
 fi
 for part in "$@"; do
   echo "==== $part"
-  case $part in
-    smoke | kernels | tune | variants | run | rollout | peers | profile | counters | recipes) "$part" ;;
-    quickstart | quickstart-text) "$part" ;;
-    *) echo "$part: unknown part" ;;
-  esac
+  "$part"
 done
 grep -h -E "^(pass|MISS|none) " "$work"/bench-*.log 2> /dev/null | tee -a "$work/summary.txt"
+touch "$work/summary.txt"
 "$python" benchmarks/gpu_results.py --checks "$work" "$work/$stamp-gpu-checks.json"
 pack
 echo "==== all in $out/results.tgz"

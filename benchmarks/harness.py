@@ -126,7 +126,9 @@ def main(description: str, cases: Callable[[argparse.Namespace], Iterator[Case]]
         print(f"left out at the deadline: {', '.join(left_out)}")
     if DEVICE.type == "cuda":
         print(*map(target_line, held(targets, results)), sep="\n", flush=True)
-    if options.json:
+    if not results:
+        print(f"no case was measured: the names in --cases are searched for {options.cases!r}")
+    elif options.json:
         write(options.json, results, rates, targets, left_out)
         draw(results, options.json.with_suffix(".png"))
 
@@ -277,13 +279,11 @@ def compiled(run: Callable, options: argparse.Namespace) -> dict[str, Callable]:
 
 
 def peers(**functions: Callable[[], Callable]) -> dict[str, Callable]:
-    """The peers that can run here: on a GPU, with their package (`liger_kernel=...`) installed.
+    """The peers, on a GPU. Each value imports its peer and returns the function to time.
 
-    Each value imports its peer and returns the function to time.
+    A peer that is not installed is a side that fails, so that the results tell why it has no number.
     """
-    if DEVICE.type != "cuda":
-        return {}
-    return {name: _late(make) for name, make in functions.items() if importlib.util.find_spec(name)}
+    return {name: _late(make) for name, make in functions.items()} if DEVICE.type == "cuda" else {}
 
 
 def _late(make: Callable[[], Callable]) -> Callable:
@@ -330,6 +330,11 @@ def write(
         "sides": results[0].sides,
         "cases": [asdict(result) for result in results],
     }
+    write_whole(file, content)
+
+
+def write_whole(file: Path, content: dict) -> None:
+    """JSON that is there as a whole or not at all, so that a benchmark that is killed keeps its finished cases."""
     whole = file.with_suffix(".part")
     whole.write_text(json.dumps(content, indent=1) + "\n")
     whole.replace(file)

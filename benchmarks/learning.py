@@ -255,9 +255,6 @@ def prepare(cell: Cell, store: Store) -> tuple[str, dict[str, Any]]:
         if not isinstance(start, str):
             start = best(start, found).removeprefix("look/")
         flags["model.checkpoint"] = f"@{start}"
-    if "grid" in settings:
-        point = found[best(settings["grid"], found)]
-        flags |= {"distill.cfg_scale": point["cfg_scale"], "distill.temperature": point["temperature"]}
     if (timed := settings.get("timed")) is not None:
         time_left = settings["cpu_seconds"] - found[timed]["cpu_seconds_once"]
         flags["training.steps"] = max(2, round(time_left / found[timed]["cpu_seconds_a_step"]))

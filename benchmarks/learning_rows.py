@@ -113,7 +113,6 @@ class Row:
     averaged: bool = False  # whether the moving average of its weights is a row too
     seeds: int = len(SEEDS)
     block: int = 0  # rows of a lower block come first
-    at_best: bool = False  # whether a teacher has the guidance and temperature that are best for the base
 
 
 def rates(*values: float) -> tuple[dict[str, float], ...]:
@@ -146,31 +145,10 @@ ROWS: dict[str, Row] = {
     "gft": Row("GFT", "finetune", "gft", FALLING, rates(2e-3, 5e-3)),
     "k3": Row(
         "distilled, then GRPO with KL, no CE", "train", "grpo", {**FALLING, **K3}, rates(1e-4),
-        start="start", share=0.5, block=1,
-    ),
-    "own start": Row(
-        "distilled at the best point, half the time", "distill", "distill", BATCH_64, rates(1e-3), share=0.5,
-        shown=False, at_best=True, seeds=1,
-        block=1,
-    ),
-    "own": Row(
-        "distilled at the base's best point, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
-        start="own start", share=0.5, seeds=1, block=1,
+        start="start", share=0.5, block=3, seeds=1,
     ),
     "gft start": Row("GFT, .7 of the time", "finetune", "gft", FALLING, rates(2e-3), share=0.7, shown=False),
     "gft+grpo": Row("GFT, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4), start="gft start", share=0.3),
-    "ce start": Row(
-        "cross-entropy, .4 of the time", "pretrain", "pretrain", FALLING, rates(5e-3), share=0.4, shown=False,
-    ),
-    "ce distill": Row(
-        "then distilled, .3 of the time", "distill", "distill", BATCH_64, rates(1e-3), start="ce start", share=0.3,
-        shown=False,
-        at_best=True,
-    ),
-    "ce+distill+grpo": Row(
-        "more cross-entropy, distilled, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4),
-        start="ce distill", share=0.3,
-    ),
     "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-6, 1e-5, 3e-5), block=1, seeds=1),
     # VA-π's pattern, on completions of real digits
     "forced": Row("teacher-forced, reward and CE", "train", "grpo_vapi", FALLING, rates(1e-4), block=2, seeds=1),
@@ -182,9 +160,8 @@ ROWS: dict[str, Row] = {
         "teacher-forced, CE alone", "pretrain", "pretrain",
         {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2, seeds=1,
     ),
-    "ce weight": replace(
-        lever("the same, CE weight .3", objective__aux_ce_weight=0.3), block=1, seeds=len(SEEDS)
-    ),
+    "plain": lever("distilled, then GRPO, beside the next rows"),
+    "ce weight": lever("the same, CE weight .3", objective__aux_ce_weight=0.3),
     "no ce": lever("the same, CE weight 0", objective__aux_ce_weight=0.0),
     "loo fid": lever(
         "the same, leave-one-out FID in two networks beside", objective__advantage="gdpo",
@@ -300,9 +277,7 @@ def _row(name: str, row: Row, *, order: float, sizes: Sizes) -> Iterator[Cell]:
         run, start = f"{name}/{base}.{seed}", f"{row.start}/{base}.{seed}" if row.start else f"base-{base}"
         settings = {**_settings(row, base, seed, {}), **timed, "start": start, "tuned": looks}
         settings["candidates"] = row.candidates
-        if row.at_best:
-            settings["grid"] = tuple(grid_of(f"base/{base}"))
-        needs = (start, timed["timed"], *rewards, *looks, *settings.get("grid", ()))
+        needs = (start, timed["timed"], *rewards, *looks)
         yield Cell(run, "train", order + 40, settings, needs)
         if row.shown:
             yield look_cell(f"look/{run}", run, base, order=order + 60, sizes=sizes, judge=JUDGES)

@@ -74,19 +74,18 @@ def in_mode(recipe: GeneratorRecipe, mode: str, own: argparse.Namespace) -> tupl
     return with_micro_batch(recipe, mesh=mesh, memory=round(own.memory * GIB)), mesh
 
 
-def estimate(recipe: GeneratorRecipe, mode: str, own: argparse.Namespace) -> RecipeMemory:
-    """What the recipe takes in a mode."""
+def estimate(recipe: GeneratorRecipe, mode: str, own: argparse.Namespace) -> tuple[int, RecipeMemory]:
+    """Rows at once in a mode, and what the recipe then takes."""
     recipe, mesh = in_mode(recipe, mode, own)
-    return recipe_memory(recipe, mesh=mesh, memory=round(own.memory * GIB))
+    return recipe.training.micro_batch_size, recipe_memory(recipe, mesh=mesh, memory=round(own.memory * GIB))
 
 
 def print_parts(recipe: GeneratorRecipe, own: argparse.Namespace) -> None:
     """Each part of the recipe's memory, for each mode."""
-    estimates = [estimate(recipe, mode, own) for mode in MODES]
+    rows, estimates = zip(*(estimate(recipe, mode, own) for mode in MODES), strict=True)
     print(f"{recipe.model.name}, {own.gpus} GPUs on {own.hosts} host(s), GiB on one GPU\n")
     print_row("", MODES)
-    sized = [in_mode(recipe, mode, own)[0] for mode in MODES]
-    print_row("rows at once", [str(each.training.micro_batch_size) for each in sized])
+    print_row("rows at once", map(str, rows))
     for name in estimates[0].lasting:
         print_row(name, [gib(each.lasting[name]) for each in estimates])
     for phase, parts in estimates[0].phases.items():
@@ -97,9 +96,10 @@ def print_parts(recipe: GeneratorRecipe, own: argparse.Namespace) -> None:
     chosen = MODES.index(recipe.parallel.data_parallel)
     free = own.memory - estimates[chosen].peak / GIB
     verdict = "fits" if free >= own.memory / 10 else "is tight" if free >= 0 else "does not fit"
+    room = f"{free:.1f} of {own.memory:g} GiB stay free" if free >= 0 else f"{-free:.1f} GiB are missing, beside those"
     print(
-        f"\nThe recipe's mode, {MODES[chosen]}, {verdict}: {free:.1f} of {own.memory:g} GiB stay free for the CUDA "
-        "context, NCCL\nand fragmentation, which need about a tenth. The peak is what lasts and the largest phase."
+        f"\nThe recipe's mode, {MODES[chosen]}, {verdict}: {room} for the CUDA context, NCCL\n"
+        "and fragmentation, which need about a tenth. The peak is what lasts and the largest phase."
     )
     if isinstance(recipe, GRPORecipe) and recipe.rollout.mode == "teacher_forced":
         print_time(recipe, own)
@@ -123,7 +123,7 @@ def print_sizes(recipe: GeneratorRecipe, own: argparse.Namespace) -> None:
         if spec.dim < SMALLEST_DIM:
             continue
         sized = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": name})})
-        peaks = [estimate(sized, mode, own).peak for mode in MODES]
+        peaks = [estimate(sized, mode, own)[1].peak for mode in MODES]
         print(f"| {name} | {' | '.join(gib(peak) for peak in peaks)} |")
 
 

@@ -1,10 +1,12 @@
 """The page of GPU results: current, honest about what is missing, one line a measurement."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +53,24 @@ def test_each_measurement_has_a_line_and_what_was_not_measured_a_dash(gpu_result
     assert "| **9** | missed | 2026-01-02 |" in minutes
     (peak,) = [line for line in lines if line.startswith("| peak")]
     assert peak.endswith("| - | | | | |")
+
+
+def test_a_peer_that_is_missing_is_told_and_ends_no_other_side(gpu_results, monkeypatch):
+    import harness
+
+    monkeypatch.setattr(harness, "DEVICE", torch.device("cuda"))
+    sides = harness.peers(absent=lambda: importlib.import_module("no_such_peer"))
+    monkeypatch.setattr(harness, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(harness, "peak_bytes", lambda run: run() or 1)
+    sides |= {"ours": lambda: None, "out of memory": lambda: [][1], "eager": lambda: None}
+    case = harness.Case(name="case", sizes={}, sides=sides, error=lambda: {})
+    result = harness.measure(case, {}, repeats=5, seconds=1)
+    assert result.sides.keys() == {"ours", "eager"}
+    assert result.speedup > 0
+    assert result.failed == {
+        "absent": "ModuleNotFoundError: No module named 'no_such_peer'",
+        "out of memory": "IndexError: list index out of range",
+    }
 
 
 def test_checks_are_read_from_a_results_folder(gpu_results, tmp_path):

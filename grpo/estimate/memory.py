@@ -123,7 +123,18 @@ class RecipeMemory(NamedTuple):
         return max(self.peaks.values())
 
 
-def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int) -> RecipeMemory:
+def models_on_meta(recipe: GeneratorRecipe) -> tuple[nn.Module, VQModel]:
+    """Generator, with what is trained of it, and tokenizer, without memory. Raises a UserError: sizes do not fit."""
+    sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
+    with torch.device("meta"):
+        model, tokenizer = get_family(recipe.model.name).build(sizes), VQModel(tokenizer_sizes(recipe.tokenizer))
+        mark_trained(model, recipe.model, recipe.lora)
+    return model, tokenizer
+
+
+def recipe_memory(
+    recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int, models: tuple[nn.Module, VQModel] | None = None
+) -> RecipeMemory:
     """The estimate for one of the ranks of a mesh.
 
     Sizes that the run chooses by the memory that is free (`rollout.max_rows = 0`, `reward.batch_size = 0`) are chosen
@@ -133,16 +144,15 @@ def recipe_memory(recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int
     Args:
         mesh: see `mesh_shape`; its sizes multiply to the number of ranks.
         memory: bytes of the GPU.
+        models: `models_on_meta(recipe)` where they are already there.
 
     Raises:
         UserError: sizes that do not fit together, or a batch that so many ranks cannot share.
     """
     training, ranks, schedule = recipe.training, math.prod(mesh), None
     family, dtype = get_family(recipe.model.name), compute_dtype(training.mixed_precision)
-    sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
-    with torch.device("meta"):
-        model, tokenizer = family.build(sizes), VQModel(tokenizer_sizes(recipe.tokenizer))
-        mark_trained(model, recipe.model, recipe.lora)
+    model, tokenizer = models or models_on_meta(recipe)
+    sizes = model.config
     if isinstance(recipe, GRPORecipe):
         schedule = recipe.schedule(ranks=ranks)
     sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)

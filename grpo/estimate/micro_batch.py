@@ -4,7 +4,7 @@ import math
 from typing import TypeVar
 
 from grpo.config import GeneratorRecipe
-from grpo.estimate.memory import recipe_memory, rows_per_step
+from grpo.estimate.memory import models_on_meta, recipe_memory, rows_per_step
 
 MEMORY_SHARE = 0.9  # the rest is for the CUDA context, NCCL's buffers and the fragmentation of the allocator
 AnyRecipe = TypeVar("AnyRecipe", bound=GeneratorRecipe)
@@ -31,10 +31,11 @@ def with_micro_batch(recipe: AnyRecipe, *, mesh: tuple[int, ...], memory: int | 
     sized = (_sized(recipe, rows // parts) for parts in range(1, rows + 1) if rows % parts == 0)
     if memory is None:
         return next(sized)
-    single = recipe_memory(_sized(recipe, 1), mesh=mesh, memory=memory).peaks
+    given = {"mesh": mesh, "memory": memory, "models": models_on_meta(recipe)}  # which take longer than the estimates
+    single = recipe_memory(_sized(recipe, 1), **given).peaks
 
     def fits(each: AnyRecipe) -> bool:
-        peaks = recipe_memory(each, mesh=mesh, memory=memory).peaks
+        peaks = recipe_memory(each, **given).peaks
         return all(peak <= max(MEMORY_SHARE * memory, single[phase]) for phase, peak in peaks.items())
 
     return next(each for each in sized if fits(each))

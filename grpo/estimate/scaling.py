@@ -130,7 +130,8 @@ def step_seconds(
         model, **how, micro_batches=micro_batches * len(schedule.dropout_passes), samplings=samplings
     )
     flops = grpo_work(recipe, sizes, schedule).flops
-    update = flops["update"] / (machine.update_share * machine.flops)
+    again = len(schedule.dropout_passes) * (recipe.activation_checkpoint.mode == "full")  # forwards inside backwards
+    update = (flops["update"] + again * flops["rollout"]) / (machine.update_share * machine.flops)
     rollout = flops["rollout"] / (machine.rollout_share * machine.flops)
     generator = max(rollout + update, micro_batches * len(model.layers) * machine.host_seconds)
     pixels = side**2 * schedule.images

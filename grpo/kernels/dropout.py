@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from grpo.kernels.dispatch import accumulation_dtype, use_triton
-from grpo.kernels.philox import RandomStream, philox_stack, philox_uniform, split_words
+from grpo.kernels.philox import RandomStream, philox_stack, split_words
+from grpo.kernels.uniform import philox_uniform
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Dropout:
     def rows(self, rate: float, *, place: int) -> Tensor:
         """[R] bool: rows that are dropped whole."""
         stream = RandomStream.DROPOUT | place << 8
-        return philox_uniform(self.row_ids, 1, seed=self.seed, step=stream)[:, 0] < rate
+        return philox_uniform(self.row_ids, 1, seed=self.seed, step=stream, impl=self.impl)[:, 0] < rate
 
 
 def drop_features(

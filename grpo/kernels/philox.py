@@ -1,4 +1,4 @@
-"""Counter-based random numbers: Philox4x32-10, the Gumbel noise of one draw, uniform numbers.
+"""Counter-based random numbers: Philox4x32-10, and the Gumbel noise of one draw.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words are the low 32 bits of int64.
 
@@ -71,19 +71,6 @@ def philox_stack(counter: Sequence[Any], seed: Tensor | int, *, dim: int) -> Ten
 def split_words(number: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
     """The low and the high 32 bits."""
     return number & _MASK, number >> 32 & _MASK
-
-
-def philox_uniform(row_ids: Tensor, count: int, *, seed: int, step: int = 0) -> Tensor:
-    """`count` fp32 numbers in [0, 1) for each of `row_ids` [N] int64: [N, count]. They depend on nothing else.
-
-    Counters have sample 0 and groups 0 .. ceil(count / 4) - 1; draws that use the same row ids for another purpose take
-    another `step`.
-    """
-    groups = torch.arange(-(-count // 4), device=row_ids.device)
-    row_ids = row_ids[:, None]
-    counter = (groups, torch.full_like(row_ids, step), *split_words(row_ids))
-    words = torch.stack(philox(counter, split_words(seed)), dim=-1)  # [N, groups, 4]
-    return (words.flatten(1)[:, :count] >> 8).to(torch.float32) * 2.0**-24  # 24 bits: exact in fp32, never 1
 
 
 def gumbel(bits: Tensor) -> Tensor:

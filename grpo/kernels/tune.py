@@ -259,13 +259,19 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=FILE, help="where the table goes; default: this installation's")
-    parser.add_argument("--ops", nargs="+", help="these ops only")
+    ops = sorted({work.op for work in works(torch.device("cpu"))})
+    parser.add_argument("--ops", nargs="+", choices=ops, metavar="OP", help=f"of {', '.join(ops)} these only")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "grpo.kernels.tune: there is no GPU to measure on\n")
+    try:
+        table = read_table()
+        write_table(table, options.out)  # now and not after minutes of measuring
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"grpo.kernels.tune: {error}\n")
     torch.manual_seed(0)
     chosen = [work for work in works(torch.device("cuda")) if not options.ops or work.op in options.ops]
-    tune(chosen, read_table(), device_name(), clock=gpu_seconds, written=partial(write_table, file=options.out))
+    tune(chosen, table, device_name(), clock=gpu_seconds, written=partial(write_table, file=options.out))
     print(f"\nwrote {options.out}")
 
 

@@ -49,7 +49,7 @@ class TeacherForcedRollout(RolloutMode):
         codes = self.encode(batch)  # [B, T]
         context = perturb(
             codes[:, :-1], batch.sample_ids, share=self.config.context_noise_share, seed=self.draw.seed,
-            vocab_size=self.model.config.vocab_size,
+            vocab_size=self.model.config.vocab_size, impl=self.draw.impl,
         )  # fmt: skip
         with torch.set_grad_enabled(self.schedule.trains_sampling_forward):
             hidden = self.model.hidden(context, batch.condition).flatten(0, 1)  # [B*T, D]
@@ -120,12 +120,14 @@ class AutoregressiveRollout(RolloutMode):
         return real_rows(batch.condition, self.encode(batch), row_ids=~batch.sample_ids)
 
 
-def perturb(context: Tensor, sample_ids: Tensor, *, share: float, vocab_size: int, seed: int) -> Tensor:
+def perturb(
+    context: Tensor, sample_ids: Tensor, *, share: float, vocab_size: int, seed: int, impl: str = "auto"
+) -> Tensor:
     """Replace a share of the context [B, T-1] by uniform random codes, a function of seed and sample ids only."""
     if share == 0.0:
         return context
-    length = context.shape[1]
-    uniform = philox_uniform(sample_ids, 2 * length, seed=seed, step=RandomStream.CONTEXT_NOISE)  # [B, 2(T-1)]
+    length, stream = context.shape[1], RandomStream.CONTEXT_NOISE
+    uniform = philox_uniform(sample_ids, 2 * length, seed=seed, step=stream, impl=impl)  # [B, 2(T-1)]
     random_codes = (uniform[:, length:] * vocab_size).long().clamp_(max=vocab_size - 1)
     return torch.where(uniform[:, :length] < share, random_codes, context)
 

@@ -186,7 +186,7 @@ class PolicyUpdate:
         share, length, keep, probability = self.objective.token_dropout_share, part.tokens.shape[-1], None, 1.0
         if share > 0.0:
             ids, stream = part.completion_ids.flatten(), RandomStream.TOKEN_DROPOUT
-            keep = philox_uniform(ids, length, seed=self.draw.seed, step=stream) >= share
+            keep = philox_uniform(ids, length, seed=self.draw.seed, step=stream, impl=self.draw.impl) >= share
             keep[:, 0] |= ~keep.any(dim=1)
             keep, probability = keep.view(part.tokens.shape), 1 - share
         if self.objective.entropy_token_share < 1.0:

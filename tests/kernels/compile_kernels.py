@@ -25,6 +25,7 @@ from grpo.kernels import (
     triton_norm_and_gate,
     triton_ratio_loss,
     triton_sampling,
+    triton_uniform,
 )
 
 V = 16384
@@ -63,6 +64,8 @@ def kernels():
 
     types = "*bf16 *bf16 *i64 *i64 i64 i32 i64 i32 i32 fp32"
     yield "dropout", triton_dropout.dropout_kernel, types, triton_dropout.kernel_options(1536)
+    types = "*i64 *fp32 i32 i32 i32 i64 i32"
+    yield "uniform", triton_uniform.uniform_kernel, types, triton_uniform.kernel_options()
 
     attention, norm, gate = (
         triton_cached_attention.cached_attention_kernel,

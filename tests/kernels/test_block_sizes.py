@@ -1,9 +1,13 @@
 """The table of block sizes and its tuner, with a clock of our own: a CPU has no kernel to time."""
 
+import json
+import os
+
 import pytest
 import torch
 
 from grpo.kernels import block_sizes as table_of
+from grpo.kernels import tune as tuner
 from grpo.kernels.tune import Work, tune, works, write_table
 
 TABLE = {"default": {"op": [{"up_to": 100, "TILE": 32}, {"TILE": 64}], "other": [{"TILE": 8}]}}
@@ -71,3 +75,57 @@ def test_every_work_is_of_an_op_in_the_table_and_changes_what_it_has(work):
     assert work.above < work.size <= (work.up_to or work.size)
     for candidate in work.candidates:
         assert candidate.keys() <= present.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "Expecting value"),
+        ("[]", "an object of ops for each device"),
+        ('{"GPU": {}}', "an object of ops for each device"),
+        ('{"GPU": {"op": []}, "default": {"op": 3}}', "default, op is not a list"),
+        ('{"default": {"op": []}}', "default, op is not a list"),
+        ('{"default": {"op": [{"TILE": 32, "up_to": 9}]}}', "must be for every size"),
+        ('{"default": {"op": [{"TILE": 32}]}, "GPU": {"op": [{"tile": 32}]}}', "the unknown setting tile"),
+        ('{"default": {"op": [{"TILE": 32}]}, "GPU": {"op": [{"up_to": 32}]}}', "an entry without TILE"),
+        *(
+            (json.dumps({"default": {"op": [{"TILE": 32}]}, "GPU": {"op": [{"TILE": value}]}}), "GPU, op has TILE = ")
+            for value in (0, -32, 48, 1 << 40, 32.0, "32", True, None, [32], float("nan"))
+        ),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_table_that_no_kernel_can_use_is_refused(tmp_path, text, problem):
+    file = tmp_path / "table.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"{file} is no table of block sizes: .*{problem}"):
+        table_of.read_table(file)
+
+
+def test_ops_of_another_version_are_no_mistake(tmp_path):
+    file = tmp_path / "table.json"
+    write_table(TABLE | {"GPU": {"later op": [{"WIDTH": 3}]}}, file)
+    assert table_of.find(table_of.read_table(file), "op", 50, "GPU") == {"TILE": 32}
+    with pytest.raises(ValueError, match="has no later op under default"):
+        table_of.find(table_of.read_table(file), "later op", 50, "GPU")
+
+
+@pytest.mark.parametrize("bad", ["no GPU", "unknown op", "broken table", "no such folder", "folder in the way"])
+def test_the_tuner_tells_a_mistake_before_it_measures(bad, tmp_path, monkeypatch, capsys):
+    out, broken = tmp_path / "out.json", tmp_path / "broken.json"
+    broken.write_text("{")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bad != "no GPU")
+    monkeypatch.setattr(tuner, "tune", lambda *_, **__: pytest.fail("measured"))
+    words = ["tune", "--out", str(out / "below" if bad == "no such folder" else out)]
+    if bad == "unknown op":
+        words += ["--ops", "sample", "shuffle"]
+    if bad == "broken table":
+        monkeypatch.setattr(tuner, "read_table", lambda: table_of.read_table(broken))
+    if bad == "folder in the way":
+        os.mkdir(out)
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        tuner.main()
+    assert ended.value.code == 2
+    expected = {"no GPU": "there is no GPU", "unknown op": "'shuffle'", "broken table": str(broken)}
+    assert expected.get(bad, str(out)) in capsys.readouterr().err

@@ -13,45 +13,15 @@ import tomli
 import tomli_w
 
 from tests import test_documentation as documentation
+from tests.recipes.small_quickstarts import write_small
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "train_configs" / "quickstart"
-
-SMALL = {
-    "tokenizer": {
-        "tokenizer": {"name": "VQ-tiny", "codebook_size": 32},
-        "tokenizer_loss": {"unquantised_steps": 2, "codebook_ema": 0.1, "restart_threshold": 2.0},
-        "training": {"steps": 4, "batch_size": 8},
-    },
-    "classifier_reward": {"classifier": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
-    "classifier_judge": {"classifier": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
-    "pretrain": {"training": {"steps": 3, "batch_size": 4}},
-    "pretrain_more": {"training": {"steps": 2, "batch_size": 4}},
-    "gft": {"training": {"steps": 2, "batch_size": 8}},
-    "grpo": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
-    "grpo_vapi": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
-    "evaluate": {
-        "evaluation": {"num_images": 40, "batch_size": 20},
-        "sampling": {"batch_size": 20, "mixed_precision": "fp32"},
-    },
-}
-MODELS = {"model": {"name": "GPT-tiny"}, "tokenizer": {"name": "VQ-tiny", "codebook_size": 32}}
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
     """The quickstart's own recipes with small numbers."""
-    folder = tmp_path_factory.mktemp("configs")
-    for name, changes in SMALL.items():
-        recipe = tomli.loads((CONFIGS / f"{name}.toml").read_text())
-        if "model" in recipe:
-            changes = {**MODELS, **changes}
-        if "training" in recipe:
-            changes = {**changes, "training": {**changes["training"], "mixed_precision": "fp32"}}
-        for section, values in changes.items():
-            recipe.setdefault(section, {}).update(values)
-        (folder / f"{name}.toml").write_text(tomli_w.dumps(recipe))
-    return folder
+    return write_small("class", tmp_path_factory.mktemp("configs"))
 
 
 def run(*arguments, processes=1):

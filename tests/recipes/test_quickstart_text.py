@@ -8,28 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomli
-import tomli_w
 
 from grpo.shapes import ATTRIBUTES
+from tests.recipes.small_quickstarts import write_small
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "train_configs" / "quickstart_text"
-MODELS = {
-    "model": {"name": "GPT-tiny", "caption_dim": 32},
-    "tokenizer": {"name": "VQ-tiny", "codebook_size": 32},
-    "sampling": {"mixed_precision": "fp32"},
-    "training": {"mixed_precision": "fp32"},
-}
-SMALL = {
-    "tokenizer": {"tokenizer_loss": {"unquantised_steps": 2}, "training": {"steps": 4, "batch_size": 8}},
-    "reader": {"reader": {"width": 8}, "training": {"steps": 4, "batch_size": 8}},
-    "pretrain": {"training": {"steps": 3, "batch_size": 4}},
-    "gft": {"training": {"steps": 2, "batch_size": 4}},
-    "grpo": {"rollout": {"batch_size": 2, "num_generations": 4}, "training": {"steps": 2, "batch_size": 8}},
-    "evaluate": {"evaluation": {"num_images": 56, "num_reference_images": 56, "batch_size": 28}},
-    "generate": {},
-}
 
 
 def run(*arguments, processes=1):
@@ -45,15 +28,7 @@ def run(*arguments, processes=1):
 def finished(tmp_path_factory):
     """Configs with small numbers, the run's folder, and what the run printed."""
     folder = tmp_path_factory.mktemp("text")
-    (folder / "configs").mkdir()
-    for name, changes in SMALL.items():
-        recipe = tomli.loads((CONFIGS / f"{name}.toml").read_text())
-        for section, values in (*MODELS.items(), *changes.items()):
-            if section in recipe:
-                recipe[section].update(values)
-        if name == "reader":
-            recipe.pop("tokenizer", None)
-        (folder / "configs" / f"{name}.toml").write_text(tomli_w.dumps(recipe))
+    write_small("text", folder / "configs")
     flags = ["--recipe", "text", "--configs", folder / "configs", "--run-dir", folder / "run"]
     return folder, run("quickstart", *flags, processes=2)
 
