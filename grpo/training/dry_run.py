@@ -16,7 +16,7 @@ from grpo.config import (
     load_recipe,
     of_run,
 )
-from grpo.estimate import RecipeMemory, recipe_memory
+from grpo.estimate import RecipeMemory, on_a_gpu, recipe_memory
 from grpo.models import (
     Classifier,
     VQModel,
@@ -51,12 +51,13 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
         print(f"the recipe of grpo {job} is valid, and its files are there")
         return
     memory = free_memory(world.device) if world.device.type == "cuda" else ASSUMED_MEMORY
-    recipe, sizes = chosen(recipe, world, memory=memory)
     lines = [*opening(recipe, on_meta(recipe), world, title=f"dry run of grpo {job}")]
+    notes = [*recipe.notes(), *recipe.remarks()]
     if isinstance(recipe, GeneratorRecipe):
+        planned, sizes = chosen(on_a_gpu(recipe), world, memory=memory)
         mesh = mesh_shape(recipe.parallel, size=world.size, local_size=world.local_size)
-        lines += _memory_lines(recipe_memory(recipe, mesh=mesh, memory=memory))
-    notes = [*sizes, *recipe.notes(), *recipe.remarks()]
+        lines += _memory_lines(recipe_memory(planned, mesh=mesh, memory=memory))
+        notes = [*sizes, *notes]
     notes += doubts(recipe, world) if isinstance(recipe, GRPORecipe) else ()
     lines += [f"note: {note}" for note in notes]
     if world.is_main:
