@@ -125,7 +125,7 @@ class TrainingRun:
             self.checkpoints.check_writable()
             self._lock_checkpoints()
         self._fingerprints, told = take_fingerprints(self.recipe, stream.dataset, self.world)
-        notes = [*self._notes, *self.recipe.notes(), *self.recipe.remarks(), *told]
+        notes = [*self._notes, *self.recipe.notes(), *self.recipe.remarks(), *stream.dataset.remarks, *told]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
