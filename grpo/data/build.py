@@ -65,6 +65,8 @@ def build_dataset(
             f"{num_classes - 1}: correct the label or set num_classes (now {num_classes}) of the recipe's [model], or "
             "[classifier], to the number of classes"
         )
+    if not learned and data.name != "classes" and len(dataset):
+        dataset.remarks += _without_images(dataset, num_classes=num_classes)
     return dataset
 
 
@@ -123,6 +125,16 @@ def _match_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence
     dataset.class_names = titles
 
 
+def _without_images(dataset: ImageDataset, *, num_classes: int) -> list[str]:
+    """A line, where a network that has learned nothing yet will know less than `num_classes` classes."""
+    found = np.unique(dataset.class_ids)
+    if len(found) == num_classes:
+        return []
+    remedy = f"; set num_classes = {len(found)} if these are all" if found[-1] + 1 == len(found) else ""
+    others = f"{num_classes - len(found)} are never learned"
+    return [f"the data have images of {len(found)} of num_classes = {num_classes} classes, {others}{remedy}"]
+
+
 def _require_new_classes(dataset: ImageDataset, *, num_classes: int, new_classes: int) -> None:
     """Every class that a model is to learn beside those it has must have images."""
     found = set(np.unique(dataset.class_ids).tolist())
@@ -132,8 +144,9 @@ def _require_new_classes(dataset: ImageDataset, *, num_classes: int, new_classes
         known = f" (of the model's classes they have {', '.join(map(repr, learned[:4]))})" if learned else ""
         names = [dataset.class_names[class_id] for class_id in without]
         named = ", ".join(repr(name) for name in names if not name.isdecimal())
+        count = new_classes - len(without)
         raise UserError(
-            f"the data have images of {new_classes - len(without)} new classes{f', none of {named}' if named else ''}"
+            f"the data have images of {count} new class{'es' * (count != 1)}{f', none of {named}' if named else ''}"
             f"{known}, and model.new_classes = {new_classes}: add images, lower model.new_classes and "
             f"model.num_classes by {len(without)}, or say in data.class_map which class is which"
         )

@@ -18,4 +18,5 @@ from grpo.observe.observer import RunObserver
 from grpo.observe.pictures import gallery
 from grpo.observe.report import write_report
 from grpo.observe.tables import Cell, Results, Table
+from grpo.observe.terminal import table_lines
 from grpo.observe.timer import PhaseTimer
