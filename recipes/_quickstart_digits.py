@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from grpo.config import (
-    SHIPPED_RECIPES,
     ClassifierRecipe,
     EvaluateRecipe,
     FinetuneRecipe,
@@ -33,7 +32,6 @@ from grpo.observe import image_grid, progress
 from grpo.parallel import World
 from grpo.training import GRID_NAME, Phase
 
-CONFIGS = SHIPPED_RECIPES / "quickstart"
 TITLE = "Quickstart: GRPO on digits"
 GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75), (0.9, 1.0)  # the rival row's grid: what sampling alone can do, tuned
 TUNING_SPLIT, TUNING_IMAGES = "validation", 1000
@@ -67,10 +65,10 @@ NOTES = [
 ]
 
 NEXT = {
-    "class": "Next: the teacher-forced recipe on the same base model, grpo quickstart --recipe vapi; or "
-    f"set aux_ce_weight = 0 in a copy of {CONFIGS} (--configs) and watch recall fall.",
-    "vapi": "Next: the free-running recipe on the same base model, grpo quickstart; or your own images, "
-    "docs/quickstart.md.",
+    "class": "Next: look at digits, grpo generate {run_dir}/grpo; try them on a page, grpo demo {run_dir}/grpo; "
+    "the teacher-forced recipe on the same base model, grpo quickstart --recipe vapi; "
+    "your own images, docs/own_data.md.",
+    "vapi": "Next: the free-running recipe on the same base model, grpo quickstart; your own images, docs/own_data.md.",
 }
 
 
