@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from grpo.config import (
+    SHIPPED_RECIPES,
     ClassifierRecipe,
     EvaluateRecipe,
     FinetuneRecipe,
@@ -32,6 +33,7 @@ from grpo.observe import image_grid, progress
 from grpo.parallel import World
 from grpo.training import GRID_NAME, Phase
 
+CONFIGS = SHIPPED_RECIPES / "quickstart"
 TITLE = "Quickstart: GRPO on digits"
 GUIDANCE, TEMPERATURES = (1.25, 1.5, 1.75), (0.9, 1.0)  # the rival row's grid: what sampling alone can do, tuned
 TUNING_SPLIT, TUNING_IMAGES = "validation", 1000

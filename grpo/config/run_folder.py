@@ -37,7 +37,8 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
     What the arguments set themselves wins. A folder that `grpo share` wrote may stand in place of a run's.
 
     Raises:
-        UserError: there are no arguments; or the folder is no run of a generator, has no weights yet, or its tokenizer was a random one.
+        UserError: there are no arguments; or the folder is no run of a generator, has no weights yet, or its tokenizer
+            was a random one.
     """
     if not arguments:
         job = next(name for name, recipe in RECIPES.items() if recipe is recipe_class)
