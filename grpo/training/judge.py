@@ -26,7 +26,7 @@ from grpo.evaluation import (
 )
 from grpo.kernels import Draw
 from grpo.models import Condition, VQModel, load_classifier, to_uint8
-from grpo.observe import image_grid, labelled_strips, write_atomically
+from grpo.observe import finite, image_grid, labelled_strips, write_atomically
 from grpo.parallel import World, broadcast_object
 from grpo.rollout import CodeSampler
 
@@ -158,10 +158,8 @@ class RunJudge:
         image_grid(self._first, columns=STRIP_IMAGES).save(folder / f"judge-{step:06d}.png")
         shown = [(_label(record), folder / f"judge-{record['step']:06.0f}.png") for record in _spread(self.records)]
         labelled_strips([strip for strip in shown if strip[1].exists()]).save(folder / EVOLUTION_NAME)
-        finite = [  # JSON has no NaN
-            {name: value if math.isfinite(value) else None for name, value in record.items()} for record in self.records
-        ]
-        write_atomically(self.run_dir / RECORDS_NAME, json.dumps(finite, indent=2, allow_nan=False) + "\n")
+        records = [{**finite(record), "step": record["step"]} for record in self.records]
+        write_atomically(self.run_dir / RECORDS_NAME, json.dumps(records, indent=2) + "\n")
 
     def state_tensors(self) -> dict[str, Tensor]:
         """None."""
