@@ -86,7 +86,7 @@ step() {
 bench() { # name, most seconds, further arguments
   local name=$1 limit=$2
   shift 2
-  step "bench-$name" "$limit" "$python" "benchmarks/bench_$name.py" --json "$work/$stamp-gpu-$name.json" "$@"
+  step "bench-$name${label:-}" "$limit" "$python" "benchmarks/bench_$name.py" --json "$work/$stamp-gpu-$name.json" "$@"
 }
 
 debug_recipe() { # name, recipe, flags
@@ -173,8 +173,8 @@ counters() {
 
 peers() { # beside what `kernels` writes
   # shellcheck disable=SC2086
-  stamp=$stamp-peers bench linear_log_probs "${PEERS_SECONDS:-120}" --seconds 1 --no-compile --cases "${peer_cases}" \
-    --without cut_cross_entropy fla torch_chunked ${BENCH:-}
+  label=-peers stamp=$stamp-peers bench linear_log_probs "${PEERS_SECONDS:-120}" --seconds 1 --no-compile \
+    --cases "${peer_cases}" --without cut_cross_entropy fla torch_chunked ${BENCH:-}
 }
 
 recipes() {

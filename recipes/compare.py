@@ -19,11 +19,9 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table as TerminalTable
 
 from grpo.config import UserError, printable, writing
 from grpo.evaluation import Result, make_writable, read_result, require_comparable, shown, unequal_settings
@@ -35,10 +33,9 @@ from grpo.observe import (
     numbers_table,
     read_run,
     recipe_table,
+    table_lines,
     write_comparison,
 )
-
-MOST_COLUMNS = 3  # beside the names: what 80 letters have room for
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -79,10 +76,11 @@ def compare_runs(folders: Sequence[str], *, allowed: Sequence[str], html: str | 
     short = [Path(folder).resolve().name for folder in folders]
     names = short if len(set(short)) == len(short) else folders
     runs = [read_run(folder, name=str(name)) for folder, name in zip(folders, names, strict=True)]
-    tables = [recipe_table(runs), end_table(runs), judge_table(runs), *result_tables(runs, allowed=allowed)]
-    tables = [table for table in tables if table is not None]
+    found = [recipe_table(runs), end_table(runs), judge_table(runs), *result_tables(runs, allowed=allowed)]
+    tables = [table for table in found if table is not None]
+    width = shutil.get_terminal_size().columns  # 80 where there is no terminal
     for table in tables:
-        print_table(table)
+        print(*table_lines(table, width), "", sep="\n")
     if html is not None:
         with writing(f"--html {html}"):
             write_comparison(html, runs, tables)
@@ -119,33 +117,6 @@ def _result_in(run: Run, name: str) -> Result | None:
         return None
 
 
-def print_table(table: Table) -> None:
-    """A table on the terminal; of many runs as several, with a line for each run."""
-    console = Console()
-    if not table.rows:
-        console.print(printable(f"{table.title}: nothing. {table.note}"), markup=False)
-        return
-    for part in [table] if len(table.columns) <= MOST_COLUMNS else turned(table):
-        title, note = printable(part.title) or None, printable(part.note) or None
-        grid = TerminalTable(title=title, title_justify="left", caption=note, box=None)
-        grid.add_column("", overflow="fold")
-        for column in part.columns:
-            grid.add_column(printable(column), justify="right", overflow="fold")
-        for label, cells in part.rows:
-            grid.add_row(*(printable(str(text)) for text in (label, *cells)))  # from anyone's files
-        console.print(grid, markup=False)
-
-
-def turned(table: Table) -> Iterator[Table]:
-    """Tables with the rows of this one as their columns, a few in each."""
-    for start in range(0, len(table.rows), MOST_COLUMNS):
-        some = table.rows[start : start + MOST_COLUMNS]
-        cells = map(list, zip(*(cells for _, cells in some), strict=True))
-        rows = list(zip(table.columns, cells, strict=True))
-        is_last = start + MOST_COLUMNS >= len(table.rows)
-        yield Table("" if start else table.title, [label for label, _ in some], rows, table.note if is_last else "")
-
-
 def print_results(results: Sequence[Result]) -> None:
     """A table for each judge, and what differs in how the results were measured."""
     print(*(f"[{number}] {printable(result.name)}" for number, result in enumerate(results, 1)), sep="\n")
@@ -163,7 +134,6 @@ def print_row(metric: str, values: Sequence[float | None]) -> None:
     first, *others = values
     cells = [f"{'-' if first is None else format(first, '.6g'):>12}"]
     for value in others:
-        known = value is not None and first is not None
-        difference = f"({value - first:+.3g})" if known else ""
+        difference = "" if value is None or first is None else f"({value - first:+.3g})"
         cells.append(f"{'-' if value is None else format(value, '.6g'):>12} {difference:<11}")
     print(f"  {metric:<20}{''.join(cells)}".rstrip())

@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from grpo.config import RECIPES, GeneratorRecipe, GRPORecipe, UserError, job_of_file, load_recipe
-from grpo.estimate import RecipeMemory, recipe_memory, step_seconds, with_micro_batch
+from grpo.estimate import RecipeMemory, on_a_gpu, recipe_memory, step_seconds, with_micro_batch
 from grpo.models import MODEL_SPECS
 from grpo.parallel import GIB, mesh_shape
 
@@ -57,11 +57,7 @@ def load(arguments: Sequence[str]) -> GeneratorRecipe:
     job = job_of_file(parser.parse_known_args(list(arguments))[0].config) or GRPORecipe.job
     if not issubclass(RECIPES[job], GeneratorRecipe):
         raise UserError(f"--config: is a recipe of grpo {job}; the estimate knows recipes that train a generator")
-    recipe = load_recipe(RECIPES[job], arguments)
-    if recipe.training.mixed_precision != "auto":
-        return recipe
-    on_a_gpu = recipe.training.model_copy(update={"mixed_precision": "bf16"})
-    return recipe.model_copy(update={"training": on_a_gpu})
+    return on_a_gpu(load_recipe(RECIPES[job], arguments))
 
 
 def in_mode(recipe: GeneratorRecipe, mode: str, own: argparse.Namespace) -> tuple[GeneratorRecipe, tuple[int, ...]]:

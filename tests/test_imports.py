@@ -81,7 +81,7 @@ def test_files_are_imported_through_their_package_or_by_their_own():
         assert ".".join(module.split(".")[:2]) not in imported_modules(file) or module.count(".") == 1, module
 
 
-PLAIN_MODELS = ("condition", "condition_rows", "kv_cache", "gpt", "vq")
+PLAIN_MODELS = ("condition", "condition_rows", "generator", "kv_cache", "gpt", "vq")
 
 
 @pytest.mark.parametrize("name", PLAIN_MODELS)

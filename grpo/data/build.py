@@ -65,6 +65,8 @@ def build_dataset(
             f"{num_classes - 1}: correct the label or set num_classes (now {num_classes}) of the recipe's [model], or "
             "[classifier], to the number of classes"
         )
+    if not learned and data.name != "classes" and len(dataset):
+        dataset.remarks += _without_images(dataset, num_classes=num_classes)
     return dataset
 
 
@@ -121,6 +123,16 @@ def _match_classes(dataset: ImageDataset, *, num_classes: int, learned: Sequence
                 said = (class_map or {}).get(nfc(name), name)
                 titles[class_id] = name if is_class_id(said) else said
     dataset.class_names = titles
+
+
+def _without_images(dataset: ImageDataset, *, num_classes: int) -> list[str]:
+    """A line, where a network that has learned nothing yet will know less than `num_classes` classes."""
+    found = np.unique(dataset.class_ids)
+    if len(found) == num_classes:
+        return []
+    remedy = f"; set num_classes = {len(found)} if these are all" if found[-1] + 1 == len(found) else ""
+    others = f"{num_classes - len(found)} are never learned"
+    return [f"the data have images of {len(found)} of num_classes = {num_classes} classes, {others}{remedy}"]
 
 
 def _require_new_classes(dataset: ImageDataset, *, num_classes: int, new_classes: int) -> None:

@@ -68,6 +68,7 @@ class ImageDataset(Dataset):
         captions_of: the texts of the images, where the source has texts and no classes; else None.
         requests: how samples ask for images by these texts (`build_text_dataset`); None where they ask for classes.
         source_names: of the classes as the source numbers and names them; empty where it has no names.
+        remarks: what a run that trains on it should tell.
         unreadable: indices of the unreadable images met so far by this process's stream.
     """
 
@@ -82,6 +83,7 @@ class ImageDataset(Dataset):
         self.class_ids = np.asarray(class_ids, dtype=np.int64)
         self.class_names, self.source_names = list(class_names), tuple(class_names)
         self.unreadable: set[int] = set()
+        self.remarks: list[str] = []
         self.num_classes: int | None = None
         self.reads_images = self.has_images
         self.codes: Codes | None = None

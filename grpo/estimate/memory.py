@@ -285,7 +285,7 @@ def _sampling(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What sampling `rows` sequences token by token takes, and what of it stays until the next time."""
     row, copy = bytes_per_sequence(model, dtype=dtype, guided=guided), dtype.itemsize * count_parameters(model)
-    merges = copy <= kept or hasattr(model, "adapter")  # with an adapter there are matrices of their own
+    merges = copy <= kept or model.adapter is not None  # with an adapter there are matrices of their own
     weights = {"gathered weights": policy.gathered_whole, "copied weights": copy if merges else 0}
     fitting = max(1, int(SAMPLING_SHARE * (free - sum(weights.values()))) // row)
     cache = row * min(rows, max_rows or fitting)

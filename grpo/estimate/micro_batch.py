@@ -10,6 +10,13 @@ MEMORY_SHARE = 0.9  # the rest is for the CUDA context, NCCL's buffers and the f
 AnyRecipe = TypeVar("AnyRecipe", bound=GeneratorRecipe)
 
 
+def on_a_gpu(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe with the precision that a GPU would choose rather than this machine."""
+    if recipe.training.mixed_precision != "auto":
+        return recipe
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"mixed_precision": "bf16"})})
+
+
 def with_micro_batch(recipe: AnyRecipe, *, mesh: tuple[int, ...], memory: int | None) -> AnyRecipe:
     """The recipe with a size in place of `training.micro_batch_size = 0`, and as it is where it has one.
 

@@ -15,6 +15,7 @@ from grpo.models.family import (
     get_family,
     load_generator,
 )
+from grpo.models.generator import Generator
 from grpo.models.gpt import GPT, GPTConfig
 from grpo.models.kv_cache import KVCache
 from grpo.models.lora import WithoutAdapter, adapter_matrices, add_adapter, load_adapter, mark_trained

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.models.condition import Condition
+from grpo.models.generator import Generator
 
 
 class CachedForward:
@@ -18,7 +19,7 @@ class CachedForward:
     reads_filled_part = False
     """Whether `extend` finds by itself which part of the cache is filled; otherwise it reads all that it is given."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Generator) -> None:
         self.model = model
 
     @property

@@ -44,6 +44,8 @@ class CaptionProjection(nn.Module):
 class CaptionEmbedding(nn.Module):
     """Text features projected to the model's width. Dropped rows take one text for no text, under their own mask."""
 
+    uncond_embedding: Tensor  # [P, C]
+
     def __init__(self, rows: int, width: int, dim: int) -> None:
         super().__init__()
         self.cap_proj = CaptionProjection(width, dim)

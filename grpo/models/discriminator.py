@@ -38,7 +38,7 @@ class Discriminator(nn.Module):
         self.main = nn.Sequential(nn.Conv2d(3, widths[0], kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2))
         for level in range(1, len(widths)):
             stride = 2 if level < config.num_layers else 1
-            conv = nn.Conv2d(*widths[level - 1 : level + 1], kernel_size=4, stride=stride, padding=1, bias=False)
+            conv = nn.Conv2d(widths[level - 1], widths[level], kernel_size=4, stride=stride, padding=1, bias=False)
             self.main.extend([conv, nn.BatchNorm2d(widths[level]), nn.LeakyReLU(0.2)])
         self.main.append(nn.Conv2d(widths[-1], 1, kernel_size=4, padding=1))
         for module in self.main:

@@ -10,39 +10,25 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-import grpo.models.costs as costs
+import grpo.models.costs as gpt_costs
 from grpo.config import Model, Tokenizer, UserError
 from grpo.formats import merged, read_adapter
 from grpo.models.cached_forward import CachedForward
 from grpo.models.fused_gpt import cached_forward
+from grpo.models.generator import Generator
 from grpo.models.gpt import GPT, GPTConfig
 from grpo.models.specs import GPT_SPECS, named_spec
 from grpo.models.weights import load_gpt
 
 
 class ModelFamily(Protocol):
-    """How the models of a family are made. A model of V codes, T an image and width D has
-
-    - `config`: its sizes, a frozen dataclass with `block_size` T, `vocab_size` V and `dim` D;
-    - `layers`: its blocks, the units of recomputation, compilation and sharding;
-    - `cls_embedding`: what embeds a condition;
-    - `output`: the projection of hidden states to V logits;
-    - `hidden(tokens [B, S], condition, dropout=None) -> [B, S + 1, D]`, what `output` is applied to, and `forward`,
-      after it; they drop where they are given a `grpo.kernels.Dropout`, by its masks alone;
-    - `init_cache(batch_size, *, dtype, device, length=None)`, `prefill(condition, cache) -> [B, D]` and
-      `extend(tokens [B], position, cache) -> [B, D]`: the same, row by row, in static shapes; and `prefix_length`, the
-      rows of a cache that `prefill` fills. A cache is a tuple of tensors with the methods of `KVCache`;
-    - `forward_methods`: the names of those that are called besides `forward` and need whole parameters;
-
-    and embeds the conditions that it knows, their dropped rows as its own unconditional ones. Buffers that are not in
-    the state dict are rebuilt by their module's `_apply`, as in `Rotary`.
-    """
+    """How the models of a family are made; what a model is, see `Generator`."""
 
     specs: Mapping[str, Any]
     """Its named sizes; a name belongs to one family."""
     costs: ModuleType
     """Floating-point operations and bytes by `config`, as in `grpo.models.costs`."""
-    model: type[nn.Module]
+    model: type[Generator]
     """The class of its models."""
 
     def sizes(
@@ -53,18 +39,18 @@ class ModelFamily(Protocol):
         `class_names`, a name a class, go with the weights in files that have a place for them.
         """
 
-    def build(self, config: Any) -> nn.Module:
+    def build(self, config: Any) -> Generator:
         """A model with fresh weights."""
 
     def load(
         self, path: str | os.PathLike[str], config: Any = None, *, bare: bool = False, new_classes: int = 0
-    ) -> nn.Module:
+    ) -> Generator:
         """A model with the weights at `path`, in any layout in which the family is published; see `load_gpt`."""
 
     def export(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by the names under which the family is published."""
 
-    def cached_forward(self, model: nn.Module, *, impl: str, copies: bool) -> CachedForward:
+    def cached_forward(self, model: Any, *, impl: str, copies: bool) -> CachedForward:
         """What samples from a model: `CachedForward(model)`, or the same in fused kernels where the family has them.
 
         Its parameters are whole. With `copies` the weights may be copied, see `FusedGPT`.
@@ -74,12 +60,17 @@ class ModelFamily(Protocol):
 class LlamaGen:
     """LlamaGen's GPTs over the codes of a VQ tokenizer (https://arxiv.org/abs/2406.06525)."""
 
-    specs = GPT_SPECS
-    costs = costs
-    model = build = GPT
+    specs: Mapping[str, Any] = GPT_SPECS
+    costs: ModuleType = gpt_costs
+    model: type[Generator] = GPT
     load = staticmethod(load_gpt)
-    export = dict  # the names are the released ones
     cached_forward = staticmethod(cached_forward)
+
+    def build(self, config: GPTConfig) -> GPT:
+        return GPT(config)
+
+    def export(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(state_dict)  # the names are the released ones
 
     def sizes(
         self, model: Model, tokenizer: Tokenizer, *, image_size: int, class_names: Sequence[str] | None = None
@@ -121,13 +112,14 @@ def family_of(model: nn.Module) -> ModelFamily:
     return next(family for family in FAMILIES if isinstance(model, family.model))
 
 
-def load_generator(section: Model, sizes: Any, *, checkpoint: str | None = None, new_classes: int = 0) -> nn.Module:
+def load_generator(section: Model, sizes: Any, *, checkpoint: str | None = None, new_classes: int = 0) -> Generator:
     """The weights of `model.checkpoint`, or of another `checkpoint`, in a model of these sizes, see `load_gpt`.
 
     `model.adapter` belongs to the first, and is merged into it.
     """
     family, own = get_family(section.name), checkpoint in (None, section.checkpoint)
     path = section.checkpoint if own else checkpoint
+    assert path is not None, "a recipe without model.checkpoint builds its generator"
     model = family.load(path, sizes, bare=section.from_fsdp and own, new_classes=new_classes)
     if section.adapter is not None and own:
         model.load_state_dict(merged(model.state_dict(), *read_adapter(section.adapter)))

@@ -11,11 +11,11 @@ or 9 where w1 and w3 are products of their own. The numbers are those of `GPT.ex
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.kernels import (
     MAX_ROWS,
@@ -58,6 +58,7 @@ class FusedGPT(CachedForward):
         impl: of the kernels.
     """
 
+    model: GPT
     reads_filled_part = True
     few_rows = MAX_ROWS
 
@@ -69,7 +70,7 @@ class FusedGPT(CachedForward):
             blocks, others = map(_new_block, blocks), [torch.empty_like(weight) for weight in others]
         self.blocks, (self.embeddings, self.norm, self.output) = [*blocks], others
         self.after_text = config.caption_dim is not None
-        self.rotary = model.layers[0].attention.rotary.table
+        self.rotary = _block(model.layers[0]).attention.rotary.table
         super().__init__(model)
         self.refresh()
 
@@ -104,17 +105,17 @@ class FusedGPT(CachedForward):
 
     def _row(self, x: Tensor, row: Tensor, cache: KVCache) -> Tensor:
         """Embeddings of one row of each sequence [B, D] -> normed hidden states [B, D]."""
-        x = self._few_rows(x, row, cache) if len(x) <= self.few_rows else self._many_rows(x, row, cache)
-        return add_rms_norm(*x, self.norm, eps=self.eps, impl=self.impl)[0]
+        blocks = self._few_rows if len(x) <= self.few_rows else self._many_rows
+        x, residual = blocks(x, row, cache)
+        return add_rms_norm(x, residual, self.norm, eps=self.eps, impl=self.impl)[0]
 
-    def _few_rows(self, x: Tensor, row: Tensor, cache: KVCache) -> tuple[Tensor, None]:
+    def _few_rows(self, x: Tensor, row: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
         """All blocks, by products that compute what stands around them."""
-        squares, settings = sums_of_squares(x), {"eps": self.eps, "impl": self.impl}
-        weight = cache.first_weight if self.after_text else None
-        where = {"row": row, "rotary": self.rotary, "first_weight": weight, "impl": self.impl}
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+        squares = sums_of_squares(x)
+        settings: dict[str, Any] = {"eps": self.eps, "impl": self.impl}
+        for block, keys, values in self._layers(cache):
             qkv = norm_linear(x, squares, block.attention_norm, block.wqkv, **settings)
-            attended = cached_attention(qkv, keys, values, **where)
+            attended = self._attend(qkv, keys, values, row, cache)
             x, squares = linear_add(attended, block.wo, x, impl=self.impl)
             gated = norm_linear(x, squares, block.ffn_norm, block.w1, block.w3, **settings)
             x, squares = linear_add(gated, block.w2, x, impl=self.impl)
@@ -122,16 +123,22 @@ class FusedGPT(CachedForward):
 
     def _many_rows(self, x: Tensor, row: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
         """All blocks, by the library's products. The last one is still to be added to the residual."""
-        settings, residual = {"eps": self.eps, "impl": self.impl}, None
-        weight = cache.first_weight if self.after_text else None
-        where = {"row": row, "rotary": self.rotary, "first_weight": weight, "impl": self.impl}
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+        residual: Tensor | None = None
+        settings: dict[str, Any] = {"eps": self.eps, "impl": self.impl}
+        for block, keys, values in self._layers(cache):
             normed, residual = add_rms_norm(x, residual, block.attention_norm, **settings)
-            qkv = F.linear(normed, block.wqkv)
-            attended = cached_attention(qkv, keys, values, **where)
+            attended = self._attend(F.linear(normed, block.wqkv), keys, values, row, cache)
             normed, residual = add_rms_norm(F.linear(attended, block.wo), residual, block.ffn_norm, **settings)
             x = F.linear(silu_mul(*self._gate_and_up(normed, block), impl=self.impl), block.w2)
         return x, residual
+
+    def _layers(self, cache: KVCache) -> Iterator[tuple[BlockWeights, Tensor, Tensor]]:
+        """Each block's weights, keys and values."""
+        return zip(self.blocks, cache.keys, cache.values, strict=True)
+
+    def _attend(self, qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, cache: KVCache) -> Tensor:
+        weight = cache.first_weight if self.after_text else None
+        return cached_attention(qkv, keys, values, row=row, rotary=self.rotary, first_weight=weight, impl=self.impl)
 
     def _gate_and_up(self, x: Tensor, block: BlockWeights) -> tuple[Tensor, Tensor]:
         if self.copies:  # w3 follows w1
@@ -155,7 +162,13 @@ def cached_forward(model: GPT, *, impl: str, copies: bool) -> CachedForward:
 def _weights(model: GPT) -> tuple[Iterator[BlockWeights], list[Tensor]]:
     """Those of the blocks; embeddings of the codes, last norm and projection."""
     others = [model.tok_embeddings.weight, model.norm.weight, model.output.weight]
-    return (BlockWeights(*_block_weights(block)) for block in model.layers), [weight.detach() for weight in others]
+    blocks = (BlockWeights(*_block_weights(_block(layer))) for layer in model.layers)
+    return blocks, [weight.detach() for weight in others]
+
+
+def _block(layer: nn.Module) -> Block:
+    assert isinstance(layer, Block)
+    return layer
 
 
 def _block_weights(block: Block) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ the first P embed the condition (P is 1 for a class), the others the codes, and 
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from grpo.models.condition import CONDITION_PLACE, Condition, as_condition
 from grpo.models.condition_rows import CaptionEmbedding, ClassEmbedding, TextRows, attend_evenly, text_mask, weigh_first
+from grpo.models.generator import Dropout, Generator
 from grpo.models.kv_cache import KVCache, LayerCache
 
 
@@ -85,19 +86,6 @@ class GPTConfig:
         return -(-width // self.multiple_of) * self.multiple_of
 
 
-class Dropout(Protocol):
-    """The random masks of a forward's rows, the same whenever a row is computed; see `grpo.kernels.Dropout`."""
-
-    def layers(self, count: int) -> "list[Dropout]":
-        """Those of `count` blocks."""
-
-    def rows(self, rate: float, *, place: int) -> Tensor:
-        """[R] bool: a share `rate` of the rows."""
-
-    def __call__(self, x: Tensor, rate: float, *, place: int) -> Tensor:
-        """x [R, S, D] with a share `rate` of its features dropped and the others scaled up."""
-
-
 EMBEDDINGS = 1  # place of dropout before the blocks, beside CONDITION_PLACE
 ATTENTION, FEED_FORWARD = 0, 1  # and in each of them
 
@@ -122,6 +110,8 @@ class Rotary(nn.Module):
     is not part of the state dict and is rebuilt after every move of the module: `.to` a lower precision would round
     it, `to_empty` would leave garbage.
     """
+
+    table: Tensor  # [1 + T, head_dim / 2, 2]
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -200,20 +190,24 @@ class Attention(nn.Module):
         """[B, S, n_head * head_dim] of S rows; the first has the weight of `weight` [B] rows."""
         n_head, n_kv_head = self.heads
         turned, values = heads.split([n_head + n_kv_head, n_kv_head], dim=2)
-        row, mask = (None, None) if cache is None else (cache.row, cache.mask)
+        row = None if cache is None else cache.row
         turned, values = self.rotary(turned, row).transpose(1, 2), values.transpose(1, 2)  # [B, heads, S, head_dim]
         queries, keys = turned.split(self.heads, dim=1)
+        mask = None
         if cache is not None:
-            keys = cache.keys.index_copy_(2, row, keys)
-            values = cache.values.index_copy_(2, row, values)
+            mask = cache.mask
+            keys = cache.keys.index_copy_(2, cache.row, keys)
+            values = cache.values.index_copy_(2, cache.row, values)
             if mask.is_floating_point() and not mask.is_cpu:  # GPUs want it in the dtype of keys, which would round it
                 queries, keys, values = queries.to(mask.dtype), keys.to(mask.dtype), values.to(mask.dtype)
         elif heads.is_cpu:  # where the backward of bf16 attention takes four times as long as that of fp32
             queries, keys, values = queries.float(), keys.float(), values.float()
         if cache is None and weight is not None:
             queries, keys, values = weigh_first(queries, keys, values, weight)
-        settings = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": n_head != n_kv_head}
-        attended = F.scaled_dot_product_attention(queries, keys, values, **settings, scale=self.head_dim**-0.5)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=mask is None, scale=self.head_dim**-0.5,
+            enable_gqa=n_head != n_kv_head,
+        )  # fmt: skip
         return attended[..., : self.head_dim].transpose(1, 2).flatten(2)
 
 
@@ -238,14 +232,16 @@ class Block(nn.Module):
         return x + (fed if dropout is None else dropout(fed, self.rate, place=FEED_FORWARD))
 
 
-class GPT(nn.Module):
+class GPT(Generator):
     """Autoregressive transformer over the codes of one image, conditioned on its class or on a text.
 
     What it computes is the same in train and eval mode, and nothing of a rollout is module state. A forward has the
     dropouts of the config where it is given a `Dropout`, and none elsewhere.
     """
 
-    forward_methods: ClassVar = ("hidden", "prefill", "extend")  # called besides `forward`, with whole parameters
+    config: GPTConfig
+    forward_methods: ClassVar = ("hidden", "prefill", "extend")
+    prefix_length: ClassVar = 1  # the whole condition
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -311,8 +307,6 @@ class GPT(nn.Module):
             condition = condition.one_of_each_group()
         text = TextRows(mask[::group], group)
         return text.join(self.cls_embedding(condition), codes), text
-
-    prefix_length: ClassVar = 1  # rows of a cache that `prefill` fills
 
     def init_cache(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str, length: int | None = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grpo.config import Lora, Model, UserError
 from grpo.formats import Adapter, add_product, read_adapter
+from grpo.models.generator import Generator
 
 MARKS = (".lora_A.", ".lora_B.")
 
@@ -35,7 +36,7 @@ class LoraLinear(nn.Module):
         return y + self.scale * self.lora_B(self.lora_A(x)) if self.is_on else y
 
 
-def add_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
+def add_adapter(model: Generator, adapter: Adapter) -> Generator:
     """Give the linear layers that an adapter names, in all blocks, its matrices; in place. Nothing else is trained.
 
     The model knows it as `model.adapter`. Raises a UserError: no layers of that name.
@@ -57,10 +58,11 @@ def add_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     return model
 
 
-def mark_trained(model: nn.Module, section: Model, lora: Lora) -> nn.Module:
+def mark_trained(model: Generator, section: Model, lora: Lora) -> Generator:
     """Leave a gradient to those parameters alone that a recipe trains, in place; with `lora.rank`, add an adapter."""
     if section.trained == "embeddings":
-        model.requires_grad_(False).cls_embedding.requires_grad_(True)
+        model.requires_grad_(False)
+        model.cls_embedding.requires_grad_(True)
     if not lora.rank:
         return model
     alpha = lora.alpha or 2.0 * lora.rank
@@ -69,10 +71,11 @@ def mark_trained(model: nn.Module, section: Model, lora: Lora) -> nn.Module:
     )
 
 
-def load_adapter(model: nn.Module, path: str) -> None:
+def load_adapter(model: Generator, path: str) -> None:
     """Give a model's adapter the matrices of a folder. Raises a UserError if they are not of such an adapter."""
     stored, matrices = read_adapter(path)
-    own, fresh = model.adapter, adapter_matrices(model.state_dict())
+    own: Adapter = model.adapter
+    fresh = adapter_matrices(model.state_dict())
     if stored.scale != own.scale or {name: value.shape for name, value in fresh.items()} != {
         name: value.shape for name, value in matrices.items()
     }:
@@ -101,7 +104,7 @@ class WithoutAdapter:
     It stands for a frozen copy of the model from before the adapter was trained, and takes no memory.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Generator) -> None:
         self.model, self.config, self.output = model, model.config, model.output
 
     def hidden(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -48,6 +48,8 @@ class VGGStages(nn.Module):
 class Head(nn.Module):
     """One stage's part of the distance, in fp32: what each channel's squared difference counts, mean over places."""
 
+    weight: Tensor  # [C, 1, 1]
+
     def __init__(self, weight: Tensor) -> None:
         """`weight` [C]."""
         super().__init__()
@@ -66,6 +68,9 @@ class LPIPS(nn.Module):
     may be cast, compiled or run under autocast; scaling, norms and sums stay fp32. Gradients reach the images.
     """
 
+    shift: Tensor  # [3, 1, 1]
+    scale: Tensor  # [3, 1, 1]
+
     def __init__(self, backbone: VGGStages, head_weights: Sequence[Tensor]) -> None:
         """`head_weights` [C] of each stage."""
         super().__init__()
@@ -80,7 +85,7 @@ class LPIPS(nn.Module):
             size = f"{images.shape[3]} x {images.shape[2]}"
             raise UserError(f"LPIPS needs images of at least {SMALLEST_SIDE} pixels each way, not {size}")
         scaled = (images.float() - self.shift) / self.scale
-        return self.backbone(scaled.to(self.backbone.features[0].weight.dtype))
+        return self.backbone(scaled.to(next(self.backbone.parameters()).dtype))
 
     def distance(self, features: Sequence[Tensor], real: Sequence[Tensor], image_of: Tensor | None = None) -> Tensor:
         """[n] fp32, from the features of n images and of b real ones; `image_of` [n] int64 says whose each is."""

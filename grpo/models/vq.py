@@ -117,7 +117,8 @@ class Level(nn.Module):
         widths = [inputs] + [outputs] * count
         self.res = nn.ModuleList(ResnetBlock(*pair, config) for pair in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(outputs, config) for _ in self.res if attention)
-        self.downsample = self.upsample = nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
         if down:
             conv = nn.Conv2d(outputs, outputs, kernel_size=3, stride=2)
             self.downsample = nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
@@ -133,16 +134,18 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-def fold_upsampling(decoder: nn.Module) -> None:
+def fold_upsampling(decoder: "Decoder") -> None:
     """Make each enlargement and its convolution one transposed convolution, in place; for decoders that are not saved.
 
     Pixels that are doubled and then convolved 3 x 3 are, at each of the four places of a pixel, a 2 x 2 convolution of
     the small map with sums of the taps: 4/9 of the operations, and no enlarged map in memory.
     """
     for level in decoder.conv_blocks:
+        assert isinstance(level, Level)
         if isinstance(level.upsample, nn.Identity):
             continue
         conv = level.upsample.conv
+        assert isinstance(conv, nn.Conv2d)
         weight = conv.weight.data.double().transpose(0, 1)  # [inputs, outputs, 3, 3]
         for dim in (2, 3):
             before, middle, after = weight.unbind(dim)
@@ -221,6 +224,8 @@ class VectorQuantizer(nn.Module):
     `embedding.weight` [K, C] is an ordinary parameter that need not be of unit length; a trainer may overwrite it, as
     an exponential moving average does. `codebook_used` holds the last codes of training.
     """
+
+    codebook_used: Tensor  # [CODES_REMEMBERED], the last codes of training
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()

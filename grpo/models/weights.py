@@ -106,7 +106,7 @@ def _gpt_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     vocab_size, dim = weights[_GPT.mark].shape
     if _TEXT_MARK in weights:
         rows, width = weights[_NULL_TEXT].shape
-        condition = {"cls_token_num": rows, "caption_dim": width}
+        condition: dict[str, int | None] = {"cls_token_num": rows, "caption_dim": width}
     else:
         condition = {"num_classes": len(weights[_CLASS_TABLE]) - 1, "cls_token_num": 1, "caption_dim": None}
     return condition | {

@@ -2,12 +2,13 @@
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo.kernels import Draw
-from grpo.models import CachedForward, Condition, as_condition, family_of
+from grpo.models import CachedForward, Condition, Generator, as_condition, family_of
 from grpo.parallel import free_memory, gathered
 from grpo.position import counted
 from grpo.rollout.cached_sampler import CachedSampler, SampledCodes, bytes_per_sequence
@@ -34,7 +35,7 @@ class CodeSampler:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Generator,
         *,
         draw: Draw,
         cfg_scale: float = 1.0,
@@ -43,7 +44,7 @@ class CodeSampler:
         keep_memory: float = KEEP_MEMORY,
     ) -> None:
         self.model, self.max_rows, self.keep_memory = model, max_rows, keep_memory
-        self.settings = {"draw": draw, "cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
+        self.draw, self.cfg_scale, self.cfg_interval = draw, cfg_scale, cfg_interval
         self._kept: CachedSampler | None = None
         self._addresses: list[int] = []  # of the weights that its graph reads
 
@@ -82,10 +83,10 @@ class CodeSampler:
             return kept
         del kept
         fits = sum(parameter.nbytes for parameter in self.model.parameters()) <= self._memory_to_keep()
-        impl = self.settings["draw"].impl
-        forward = family_of(self.model).cached_forward(self.model, impl=impl, copies=fits)
-        most = self.max_rows or rows_in_memory(self.model, guided=self.settings["cfg_scale"] != 1.0)
-        return CachedSampler(forward, parts_of(total, most)[0], **self.settings)
+        forward = family_of(self.model).cached_forward(self.model, impl=self.draw.impl, copies=fits)
+        most = self.max_rows or rows_in_memory(self.model, guided=self.cfg_scale != 1.0)
+        rows, _ = parts_of(total, most)
+        return CachedSampler(forward, rows, draw=self.draw, cfg_scale=self.cfg_scale, cfg_interval=self.cfg_interval)
 
     def _refreshed_in_place(self, forward: CachedForward) -> bool:
         """Takes up the model's weights; whether they are where the graph of the last call looks for them."""
@@ -100,7 +101,7 @@ class CodeSampler:
         return int(self.keep_memory * torch.cuda.get_device_properties(device).total_memory)
 
 
-def sample_codes(model: nn.Module, condition: Condition, *, row_ids: Tensor, **settings) -> SampledCodes:
+def sample_codes(model: Generator, condition: Condition, *, row_ids: Tensor, **settings: Any) -> SampledCodes:
     """A single call of a `CodeSampler` with these settings."""
     return CodeSampler(model, **settings)(condition, row_ids=row_ids)
 
@@ -122,7 +123,7 @@ def parts_of(total: int, most: int) -> tuple[int, int]:
     return math.ceil(total / parts), parts
 
 
-def rows_in_memory(model: nn.Module, *, guided: bool) -> int:
+def rows_in_memory(model: Generator, *, guided: bool) -> int:
     """Completions whose caches fit beside what is in the memory of the model's GPU now."""
     weight = model.output.weight
     if weight.device.type != "cuda":
@@ -132,13 +133,13 @@ def rows_in_memory(model: nn.Module, *, guided: bool) -> int:
 
 
 def generate(
-    model: nn.Module,
+    model: Generator,
     condition: Condition | Tensor,
     *,
     cfg_scale: float = 1.0,
     cfg_interval: int = -1,
     row_ids: Tensor | None = None,
-    **draw: float | int | str,
+    **draw: Any,
 ) -> Tensor:
     """Codes [B, T] of one image for each row of a condition, or for each of the class ids [B].
 
@@ -152,5 +153,5 @@ def generate(
     condition = as_condition(condition)
     if row_ids is None:
         row_ids = torch.arange(condition.rows, device=condition.device)
-    guidance = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
-    return sample_codes(model, condition, row_ids=row_ids, draw=Draw(**draw), **guidance).tokens
+    sampler = CodeSampler(model, draw=Draw(**draw), cfg_scale=cfg_scale, cfg_interval=cfg_interval)
+    return sampler(condition, row_ids=row_ids).tokens

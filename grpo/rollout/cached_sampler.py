@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.kernels import Draw, project_logits
-from grpo.models import CachedForward, Condition, KVCache
+from grpo.models import CachedForward, Condition, Generator, KVCache
 from grpo.rollout.cuda_graphs import Replay
 from grpo.rollout.scoring import guide
 
@@ -67,8 +67,7 @@ class CachedSampler:
             index = torch.cat([index, index + condition.rows])
             condition = condition.with_unconditional()
         model, keys = self.forward.model, self.cache.keys
-        like = {"dtype": keys.dtype, "device": keys.device, "length": model.prefix_length}
-        prefixes = model.init_cache(condition.rows, **like)
+        prefixes = model.init_cache(condition.rows, dtype=keys.dtype, device=keys.device, length=model.prefix_length)
         hidden, most = [], max(1, PREFILL_ROWS // condition.length)
         for start in range(0, condition.rows, most):
             part = slice(start, start + most)
@@ -114,7 +113,7 @@ class CachedSampler:
         self.row.add_(1)
 
 
-def bytes_per_sequence(model: nn.Module, *, dtype: torch.dtype, guided: bool) -> int:
+def bytes_per_sequence(model: Generator, *, dtype: torch.dtype, guided: bool) -> int:
     """Memory of one sequence: its cache, and twice its logits in fp32. The model may be on the meta device."""
     cache = sum(tensor.nbytes for tensor in model.init_cache(1, dtype=dtype, device="meta"))
     return cache * (2 if guided else 1) + 2 * 4 * model.config.vocab_size

@@ -1,12 +1,12 @@
 """From conditions to images: what generating, evaluating and the quickstart draw with."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from grpo.config import Model, Sampling
 from grpo.config import Tokenizer as TokenizerConfig
-from grpo.models import Condition, VQModel, build_tokenizer, generator_sizes, load_generator, to_uint8
+from grpo.models import Condition, Generator, VQModel, build_tokenizer, generator_sizes, load_generator, to_uint8
 from grpo.parallel import MetricSums, compute_dtype, require_backend, set_matmul_precision
 from grpo.rollout.autoregressive import CodeSampler
 from grpo.rollout.modes import build_draw
@@ -18,11 +18,12 @@ class ImageSampler:
     An image depends on its condition, its row id and the seed only.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> None:
+    def __init__(self, model: Generator, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> None:
         self.model, self.tokenizer, self.sampling, self.device = model, tokenizer, sampling, device
         draw = build_draw(sampling, seed=sampling.seed, impl=sampling.kernels)
-        guidance = {"cfg_scale": sampling.cfg_scale, "cfg_interval": sampling.cfg_interval}
-        self.draw_codes = CodeSampler(model, draw=draw, **guidance)
+        self.draw_codes = CodeSampler(
+            model, draw=draw, cfg_scale=sampling.cfg_scale, cfg_interval=sampling.cfg_interval
+        )
         self._drawn = MetricSums()
 
     @torch.no_grad()
@@ -64,10 +65,11 @@ def load_sampler(model: Model, tokenizer: TokenizerConfig, sampling: Sampling, *
     )
 
 
-def place_sampler(model: nn.Module, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> ImageSampler:
+def place_sampler(model: Generator, tokenizer: VQModel, sampling: Sampling, *, device: torch.device) -> ImageSampler:
     """The sampler of a generator and its tokenizer, which are brought to this device, in this precision, frozen."""
     require_backend(sampling.kernels, device, key="sampling.kernels")
     dtype = compute_dtype(sampling.mixed_precision)
     set_matmul_precision(sampling.mixed_precision)
-    model, tokenizer = (part.to(device, dtype).eval().requires_grad_(False) for part in (model, tokenizer))
+    for part in (model, tokenizer):
+        part.to(device, dtype).eval().requires_grad_(False)
     return ImageSampler(model, tokenizer, sampling, device=device)

@@ -1,29 +1,35 @@
 """The two modes of rollout: B images, or what they are asked to be -> Trajectory."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.config import Rollout, Sampling, Schedule
 from grpo.data import ImageBatch
 from grpo.kernels import Draw, RandomStream, philox_uniform
+from grpo.models import Generator
 from grpo.rollout.autoregressive import CodeSampler
 from grpo.rollout.scoring import score_targets
 from grpo.rollout.trajectory import Scores, Trajectory, real_rows
 
 
 @dataclass
-class RolloutMode:
+class RolloutMode(ABC):
     """What both modes are made of."""
 
-    model: nn.Module
+    model: Generator
     encode: Callable[[ImageBatch], Tensor]  # images -> codes [B, T], by the frozen tokenizer
     config: Rollout
     draw: Draw
     schedule: Schedule
+
+    @abstractmethod
+    def __call__(self, batch: ImageBatch) -> Trajectory:
+        """The trajectory of B images or conditions."""
 
     def completion_ids(self, batch: ImageBatch) -> Tensor:
         """[B, G] int64: global running numbers of the completions."""
@@ -41,8 +47,10 @@ class TeacherForcedRollout(RolloutMode):
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] images -> Trajectory with R = B rows, M = G."""
         codes = self.encode(batch)  # [B, T]
-        noise = {"share": self.config.context_noise_share, "seed": self.draw.seed, "impl": self.draw.impl}
-        context = perturb(codes[:, :-1], batch.sample_ids, vocab_size=self.model.config.vocab_size, **noise)
+        context = perturb(
+            codes[:, :-1], batch.sample_ids, share=self.config.context_noise_share, seed=self.draw.seed,
+            vocab_size=self.model.config.vocab_size, impl=self.draw.impl,
+        )  # fmt: skip
         with torch.set_grad_enabled(self.schedule.trains_sampling_forward):
             hidden = self.model.hidden(context, batch.condition).flatten(0, 1)  # [B*T, D]
             tokens, log_probs, kept_mass, scores = self._sample(hidden, batch.sample_ids, codes)
@@ -87,8 +95,10 @@ class AutoregressiveRollout(RolloutMode):
     @cached_property
     def draw_codes(self) -> CodeSampler:
         config = self.config
-        how = {"cfg_scale": config.cfg_scale, "max_rows": config.max_rows, "keep_memory": config.keep_memory}
-        return CodeSampler(self.model, draw=self.draw, **how)
+        return CodeSampler(
+            self.model, draw=self.draw, cfg_scale=config.cfg_scale, max_rows=config.max_rows,
+            keep_memory=config.keep_memory,
+        )  # fmt: skip
 
     def __call__(self, batch: ImageBatch) -> Trajectory:
         """[B] conditions -> Trajectory with R = B * G rows in groups of G, M = 1."""
@@ -128,7 +138,7 @@ def build_draw(section: Rollout | Sampling, *, seed: int, impl: str) -> Draw:
 
 
 def build_rollout(
-    model: nn.Module, encode: Callable[[ImageBatch], Tensor], config: Rollout, *, draw: Draw, schedule: Schedule
+    model: Generator, encode: Callable[[ImageBatch], Tensor], config: Rollout, *, draw: Draw, schedule: Schedule
 ) -> RolloutMode:
     """The rollout of the section's mode, a function from B images to their trajectory."""
     mode = TeacherForcedRollout if config.mode == "teacher_forced" else AutoregressiveRollout

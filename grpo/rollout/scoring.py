@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.kernels import Draw, Dropout, linear_token_log_probs
-from grpo.models import Condition
+from grpo.models import Condition, Generator, WithoutAdapter
 from grpo.rollout.trajectory import Scores, Trajectory
 
 
@@ -21,7 +21,12 @@ def guide(hidden: Tensor, scale: float) -> Tensor:
 
 
 def hidden_states(
-    model: nn.Module, context: Tensor, condition: Condition, dropout: Dropout | None = None, *, cfg_scale: float = 1.0
+    model: Generator | WithoutAdapter,
+    context: Tensor,
+    condition: Condition,
+    dropout: Dropout | None = None,
+    *,
+    cfg_scale: float = 1.0,
 ) -> Tensor:
     """Final hidden states [R, T, D] of contexts [R, T-1], guided where `cfg_scale` is not 1."""
     if cfg_scale == 1.0:
@@ -31,7 +36,7 @@ def hidden_states(
     return guide(model.hidden(context.repeat(2, 1), both, dropout), cfg_scale)
 
 
-def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: float = 1.0) -> Scores:
+def score(model: Generator | WithoutAdapter, trajectory: Trajectory, *, draw: Draw, cfg_scale: float = 1.0) -> Scores:
     """Score a trajectory's completions and targets with one forward per context.
 
     Args:
@@ -48,24 +53,27 @@ def score(model: nn.Module, trajectory: Trajectory, *, draw: Draw, cfg_scale: fl
         raise ValueError("targets are scored without guidance: give them rows of their own")
     if completions == 0:
         draw, cfg_scale = replace(draw, temperature=1.0), 1.0
-    dropout = Dropout(trajectory.row_ids, seed=draw.seed, impl=draw.impl) if trajectory.drops else None
+    dropout = None
+    if trajectory.drops:
+        assert trajectory.row_ids is not None, "the keys of the masks"
+        dropout = Dropout(trajectory.row_ids, seed=draw.seed, impl=draw.impl)
     hidden = hidden_states(model, trajectory.context, trajectory.condition, dropout, cfg_scale=cfg_scale)
     hidden = hidden.flatten(0, 1)  # [R*T, D]
     tokens = trajectory.tokens.transpose(1, 2)  # [R, T, M]
-    shared = targets is not None and draw.temperature == 1.0
-    if shared:
-        tokens = torch.cat([tokens, targets[..., None]], dim=-1)
+    shared = targets if draw.temperature == 1.0 else None  # scored under the same distribution
+    if shared is not None:
+        tokens = torch.cat([tokens, shared[..., None]], dim=-1)
     log_probs, entropy = draw.score(hidden, model.output.weight, tokens.flatten(0, 1))
     log_probs = log_probs.view(rows, length, -1).transpose(1, 2)  # [R, M (+1), T]
     target_log_probs = None
-    if shared:
+    if shared is not None:
         target_log_probs, log_probs = log_probs[:, -1], log_probs[:, :-1]
     elif targets is not None:
         target_log_probs = score_targets(model, hidden, targets, draw=draw)
     return Scores(log_probs, entropy.view(rows, length), target_log_probs)
 
 
-def score_targets(model: nn.Module, hidden: Tensor, targets: Tensor, *, draw: Draw) -> Tensor:
+def score_targets(model: Generator | WithoutAdapter, hidden: Tensor, targets: Tensor, *, draw: Draw) -> Tensor:
     """Log-probs [R, T] of the targets [R, T] under hidden states [R*T, D], at temperature 1."""
     log_probs = linear_token_log_probs(hidden, model.output.weight, targets.reshape(-1, 1), impl=draw.impl)
     return log_probs.view(targets.shape)

@@ -1,7 +1,7 @@
 """What a rollout yields and an update consumes."""
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class Trajectory:
     def select(self, rows: slice, completions: slice = slice(None)) -> "Trajectory":
         """The given rows and, of each, the given completions, without `real`; views, not copies."""
         scores = None if self.scores is None else self.scores.select(rows, completions)
-        changes = {"real": None, "condition": self.condition.select(rows), "scores": scores}
+        changes: dict[str, Any] = {"real": None, "condition": self.condition.select(rows), "scores": scores}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):

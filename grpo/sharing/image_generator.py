@@ -36,6 +36,7 @@ from grpo.evaluation import classes_in_turn
 from grpo.formats import save_weights
 from grpo.models import (
     Condition,
+    Generator,
     VQModel,
     build_tokenizer,
     default_names,
@@ -92,7 +93,7 @@ class ImageGenerator(ModelHubMixin, library_name="autoregressive-grpo"):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Generator,
         tokenizer: VQModel,
         *,
         sampling: Sampling = EXACT,

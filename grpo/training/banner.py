@@ -10,7 +10,6 @@ from grpo.config import (
     EXPORT_NAME,
     GeneratorRecipe,
     GRPORecipe,
-    PretrainRecipe,
     TrainingRecipe,
     UserError,
 )
@@ -64,7 +63,7 @@ def step_line(recipe: TrainingRecipe, world: World) -> str:
     """Images, completions, optimizer steps of a step; how many steps."""
     steps = recipe.training.steps
     if not isinstance(recipe, GRPORecipe):
-        return f"{recipe.training.batch_size} images a step, {steps} steps"
+        return f"{recipe.training.images} images a step, {steps} steps"
     schedule, rollout = recipe.schedule(ranks=world.size), recipe.rollout
     drawn = rollout.batch_size * rollout.num_generations
     updates = schedule.steps_per_rollout
@@ -78,7 +77,7 @@ def step_line(recipe: TrainingRecipe, world: World) -> str:
 
 def memory_line(recipe: TrainingRecipe, world: World) -> str | None:
     """The estimate for this GPU, where there is one for the job."""
-    if world.device.type != "cuda" or type(recipe) not in (GRPORecipe, PretrainRecipe):
+    if world.device.type != "cuda" or not isinstance(recipe, GeneratorRecipe):
         return None
     total = torch.cuda.get_device_properties(world.device).total_memory
     mesh = mesh_shape(recipe.parallel, size=world.size, local_size=world.local_size)

@@ -119,21 +119,31 @@ def build_classifier(
     recipe: ClassifierRecipe, *, class_names: Sequence[str], mesh: DeviceMesh, world: World
 ) -> Classifier:
     """The recipe's classifier, whose classes are called so."""
-    width, num_classes = recipe.classifier.width, recipe.classifier.num_classes
+    make = partial(Classifier, classifier_sizes(recipe, class_names))
+    return _spread(make, None, recipe, mesh=mesh, world=world, convolutional=True)
+
+
+def classifier_sizes(recipe: ClassifierRecipe, class_names: Sequence[str] | None = None) -> ClassifierConfig:
+    """Those of a recipe. Raises a UserError: no such width."""
+    names = None if class_names is None else tuple(class_names)
     try:
-        sizes = ClassifierConfig(width=width, num_classes=num_classes, class_names=tuple(class_names))
+        width, num_classes = recipe.classifier.width, recipe.classifier.num_classes
+        return ClassifierConfig(width=width, num_classes=num_classes, class_names=names)
     except ValueError as error:
         raise UserError(f"classifier.width: {error}") from error
-    return _spread(partial(Classifier, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
 
 
 def build_reader(recipe: ReaderRecipe, *, mesh: DeviceMesh, world: World) -> Reader:
     """The recipe's reader of shapes."""
+    return _spread(partial(Reader, reader_sizes(recipe)), None, recipe, mesh=mesh, world=world, convolutional=True)
+
+
+def reader_sizes(recipe: ReaderRecipe) -> ReaderConfig:
+    """Those of a recipe. Raises a UserError: no such width."""
     try:
-        sizes = ReaderConfig(width=recipe.reader.width)
+        return ReaderConfig(width=recipe.reader.width)
     except ValueError as error:
         raise UserError(f"reader.width: {error}") from error
-    return _spread(partial(Reader, sizes), None, recipe, mesh=mesh, world=world, convolutional=True)
 
 
 def autocast(training: Training, device: torch.device) -> torch.autocast:

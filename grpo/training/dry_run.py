@@ -7,18 +7,29 @@ import torch
 
 from grpo.config import (
     RECIPES,
+    ClassifierRecipe,
     GeneratorRecipe,
     GRPORecipe,
-    PretrainRecipe,
+    ReaderRecipe,
+    TokenizerRecipe,
     TrainingRecipe,
     load_recipe,
     of_run,
 )
-from grpo.estimate import RecipeMemory, recipe_memory
-from grpo.models import Classifier, ClassifierConfig, VQModel, generator_sizes, get_family, tokenizer_sizes
+from grpo.estimate import RecipeMemory, on_a_gpu, recipe_memory
+from grpo.models import (
+    Classifier,
+    VQModel,
+    generator_sizes,
+    get_family,
+    mark_trained,
+    tokenizer_sizes,
+)
 from grpo.parallel import GIB, World, compute_dtype, free_memory, launched_world, mesh_shape
 from grpo.rewards import check_rewards
+from grpo.shapes import Reader
 from grpo.training.banner import opening
+from grpo.training.build import classifier_sizes, reader_sizes
 from grpo.training.micro_batch import chosen
 
 ASSUMED_MEMORY = 80 * GIB  # of the GPU that a machine without one plans for
@@ -43,12 +54,13 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
     if isinstance(recipe, GRPORecipe):
         check_rewards(recipe.reward, has_prompts=recipe.model.caption_dim is not None)
     memory = free_memory(world.device) if world.device.type == "cuda" else ASSUMED_MEMORY
-    recipe, sizes = chosen(recipe, world, memory=memory)
     lines = [*opening(recipe, on_meta(recipe), world, title=f"dry run of grpo {job}")]
-    if type(recipe) in (GRPORecipe, PretrainRecipe):
+    notes = [*recipe.notes(), *recipe.remarks()]
+    if isinstance(recipe, GeneratorRecipe):
+        planned, sizes = chosen(on_a_gpu(recipe), world, memory=memory)
         mesh = mesh_shape(recipe.parallel, size=world.size, local_size=world.local_size)
-        lines += _memory_lines(recipe_memory(recipe, mesh=mesh, memory=memory))
-    notes = [*sizes, *recipe.notes(), *recipe.remarks()]
+        lines += _memory_lines(recipe_memory(planned, mesh=mesh, memory=memory))
+        notes = [*sizes, *notes]
     notes += doubts(recipe, world) if isinstance(recipe, GRPORecipe) else ()
     lines += [f"note: {note}" for note in notes]
     if world.is_main:
@@ -60,10 +72,12 @@ def on_meta(recipe: TrainingRecipe) -> torch.nn.Module:
     with torch.device("meta"):
         if isinstance(recipe, GeneratorRecipe):
             sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
-            return get_family(recipe.model.name).build(sizes)
-        if hasattr(recipe, "classifier"):
-            width, classes = recipe.classifier.width, recipe.classifier.num_classes
-            return Classifier(ClassifierConfig(width=width, num_classes=classes))
+            return mark_trained(get_family(recipe.model.name).build(sizes), recipe.model, recipe.lora)
+        if isinstance(recipe, ClassifierRecipe):
+            return Classifier(classifier_sizes(recipe))
+        if isinstance(recipe, ReaderRecipe):
+            return Reader(reader_sizes(recipe))
+        assert isinstance(recipe, TokenizerRecipe)
         return VQModel(tokenizer_sizes(recipe.tokenizer))
 
 

@@ -125,7 +125,7 @@ class TrainingRun:
             self.checkpoints.check_writable()
             self._lock_checkpoints()
         self._fingerprints, told = take_fingerprints(self.recipe, stream.dataset, self.world)
-        notes = [*self._notes, *self.recipe.notes(), *self.recipe.remarks(), *told]
+        notes = [*self._notes, *self.recipe.notes(), *self.recipe.remarks(), *stream.dataset.remarks, *told]
         path, named = find_checkpoint(self.recipe, self.checkpoints, notes.append)
         if path is not None:
             notes += self._resume(path, named=named)
@@ -321,6 +321,8 @@ class TrainingRun:
                 return  # between two evaluations
             known = ", ".join(sorted(metrics))
             raise UserError(f"checkpoint.best_metric: this job has no metric {config.best_metric!r}; it has {known}")
+        if config.best_metric.startswith("judge/"):
+            self._best_values = []  # the newest evaluation alone: those before saw other weights
         if math.isfinite(value := metrics[config.best_metric]):
             self._best_values.append(value)
 

@@ -6,7 +6,6 @@ import pytest
 
 from grpo.config import UserError
 from grpo.jobs import compare
-from grpo.observe import Table
 
 RESULT = {
     "metrics": {"inception": {"fid": 3.5, "inception_score": None}},
@@ -147,21 +146,6 @@ def test_runs_and_results_do_not_mix(folders, results, tmp_path):
         compare.main([str(tmp_path / "gone"), str(tmp_path)])
     with pytest.raises(UserError, match=r"a.json is not the folder of a run"):
         compare.main([folders()[0], results()[0]])
-
-
-def test_many_runs_have_a_line_each_on_the_terminal():
-    table = Table("At the end", ["r1", "r2"], [(f"m{row}", [f"{row}a", f"{row}b"]) for row in range(4)], "a note")
-    first, second = compare.turned(table)
-    assert (first.title, first.columns, first.note) == ("At the end", ["m0", "m1", "m2"], "")
-    assert first.rows == [("r1", ["0a", "1a", "2a"]), ("r2", ["0b", "1b", "2b"])]
-    assert (second.title, second.columns, second.note) == ("", ["m3"], "a note")
-
-
-def test_a_wide_table_is_turned(capsys):
-    names = [f"lr=1e-05,seed={seed}" for seed in range(4)]
-    compare.print_table(Table("At the end", names, [("Reward", ["1", "2", "3", "4"])]))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[2:]] == [[name, str(seed + 1)] for seed, name in enumerate(names)]
 
 
 def test_names_from_anyone_do_not_steer_the_terminal(results, tmp_path, capsys):

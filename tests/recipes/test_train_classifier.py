@@ -47,6 +47,16 @@ def test_label_beyond_the_classes_is_refused(run_here, tmp_path):
         run_here("classifier", *TINY, "--classifier.num_classes", 4, "--metrics.run_dir", tmp_path / "run")
 
 
+def test_classes_without_images_are_told(run_here, tmp_path):
+    flags = [*TINY, "--training.steps", 1, "--training.batch_size", 8, "--metrics.run_dir", tmp_path / "run"]
+    run_here("classifier", *flags, "--classifier.num_classes", 12)
+    told = "images of 10 of num_classes = 12 classes, 2 are never learned; set num_classes = 10 if these are all"
+    assert told in (tmp_path / "run" / "log.txt").read_text()
+    digits = Data(name="digits", split="train_a", image_size=32)
+    assert not build_dataset(digits, num_classes=10).remarks
+    assert not build_dataset(digits, num_classes=12, learned=tuple(map(str, range(12)))).remarks
+
+
 def test_shift_moves_images_without_tearing_them():
     columns = torch.arange(6.0).expand(1, 3, 6, 6)
     torch.manual_seed(0)

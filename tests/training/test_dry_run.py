@@ -1,11 +1,13 @@
 """A dry run says what a recipe would do, and doubts settings that cannot work."""
 
 import os
+import re
 
 import pytest
 import torch
 
 from grpo.config import GRPORecipe, UserError
+from grpo.jobs import memory
 from grpo.parallel import World
 from grpo.training.dry_run import doubts, dry_run
 
@@ -52,6 +54,56 @@ def test_nothing_is_started(tmp_path, capsys, monkeypatch):
     assert "memory: about" in out
     assert out.splitlines()[-1].endswith("nothing was started")
     assert not os.listdir(tmp_path)
+
+
+DIGITS = ["--data.name", "digits", "--data.image_size", "32"]
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "words"),
+    [
+        ("reader", [], ["Reader, 35906 parameters", "64 images a step"]),
+        ("classifier", [*DIGITS, "--training.batch_size", "16"], ["Classifier, ", "16 images a step"]),
+        ("tokenizer", [*DIGITS, "--tokenizer.name", "VQ-tiny", "--tokenizer.downsample_size", "4"], ["VQModel, "]),
+        ("train", ["--config", "debug", "--lora.rank", "4"], ["of them trained", "memory: about"]),
+    ],
+)
+def test_every_training_job_has_one(job, flags, words, capsys):
+    dry_run(job, flags)
+    out = capsys.readouterr().out
+    assert all(word in out for word in words), out
+
+
+SMALL = ["--model.name", "GPT-tiny", "--tokenizer.name", "VQ-tiny", "--tokenizer.downsample_size", "4", *DIGITS]
+
+
+@pytest.mark.parametrize(
+    ("job", "flags"),
+    [
+        ("train", ["--training.micro_batch_size", "0"]),
+        ("pretrain", ["--activation_checkpoint.mode", "full"]),
+        ("distill", ["--training.ema_decay", "0.99"]),
+        ("finetune", ["--lora.rank", "4"]),
+    ],
+)
+def test_memory_is_that_of_grpo_memory(job, flags, tmp_path, capsys, monkeypatch):
+    (tmp_path / "weights.pt").touch()
+    files = [f"--{section}.checkpoint={tmp_path / 'weights.pt'}" for section in ("tokenizer", "model")]
+    (tmp_path / "recipe.toml").write_text(f'job = "{job}"\n')
+    arguments = ["--config", str(tmp_path / "recipe.toml"), *SMALL, *files, *flags]
+    monkeypatch.setattr(memory, "GIB", 2**20)  # its table has two decimals
+    monkeypatch.setattr("grpo.parallel.precision.multiplies_bf16", lambda: False)  # a GPU does
+    dry_run(job, arguments)
+    told = re.search(r"memory: about ([\d.]+) MiB", capsys.readouterr().out)
+    memory.main([*arguments, "--gpus", "1", "--memory", str(80 * 1024)])
+    peak = re.search(r"^peak +([\d.]+)", capsys.readouterr().out, re.MULTILINE)
+    assert float(told[1]) == pytest.approx(float(peak[1]), rel=5e-3)
+
+
+@pytest.mark.parametrize("job", ["reader", "classifier"])
+def test_sizes_that_do_not_fit_are_told(job):
+    with pytest.raises(UserError, match=rf"{job}.width: width 12 must be a multiple of 8"):
+        dry_run(job, [*([] if job == "reader" else DIGITS), f"--{job}.width", "12"])
 
 
 def test_mistakes_are_told_as_by_the_job(tmp_path):
