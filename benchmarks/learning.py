@@ -73,6 +73,9 @@ def missing(cells: Mapping[str, Cell], beginnings: list[str], store: "Store") ->
     A training whose weights are not here, because its line came from another machine, is done again where it is needed.
     """
     found: set[str] = set()
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name in cells):
+            sys.exit(f"benchmarks/learning.py: no cell begins with {beginning}")
     names = [name for name in cells if any(name.startswith(beginning) for beginning in beginnings)]
     names = [name for name in names if name not in store.results]
     while names:

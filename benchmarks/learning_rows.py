@@ -157,23 +157,25 @@ ROWS: dict[str, Row] = {
         "teacher-forced, CE alone", "pretrain", "pretrain",
         {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2, seeds=1,
     ),
-    "plain": lever("distilled, then GRPO, one seed, beside the levers"),
-    "k3": lever("the same, KL to the start, no CE", **K3),
-    "ce weight": lever("the same, CE weight .3", objective__aux_ce_weight=0.3),
-    "no ce": lever("the same, CE weight 0", objective__aux_ce_weight=0.0),
+    "plain": lever("distilled, then GRPO: plain"),
+    "k3": lever("distilled, then GRPO: KL to the start, no CE", **K3),
+    "ce weight": lever("distilled, then GRPO: CE weight .3", objective__aux_ce_weight=0.3),
+    "no ce": lever("distilled, then GRPO: CE weight 0", objective__aux_ce_weight=0.0),
     "loo fid": lever(
-        "the same, leave-one-out FID in two networks beside", objective__advantage="gdpo",
+        "distilled, then GRPO: leave-one-out FID beside", objective__advantage="gdpo",
         reward__fid_a__kind="loo_fid", reward__fid_a__net="classifier", reward__fid_a__checkpoint="@reward",
         reward__fid_b__kind="loo_fid", reward__fid_b__net="classifier", reward__fid_b__checkpoint="@second",
         reward__fid_a__memory=0.95, reward__fid_b__memory=0.95,
         reward__fid_a__weight=0.5, reward__fid_b__weight=0.5,
     ),
     "log ratio": lever(
-        "the same, log-ratio as reward, KL, no CE", reward__class_log_prob__weight=0.0, reward__log_ratio__weight=0.5,
+        "distilled, then GRPO: log-ratio as reward, KL, no CE",
+        reward__class_log_prob__weight=0.0, reward__log_ratio__weight=0.5,
         objective__aux_ce_weight=0.0, objective__kl="k3", objective__kl_coef=1.0,
     ),
     "ema kl": lever(
-        "the same, KL to its average, no CE", objective__aux_ce_weight=0.0, objective__kl="k3", objective__kl_coef=0.1,
+        "distilled, then GRPO: KL to its average, no CE",
+        objective__aux_ce_weight=0.0, objective__kl="k3", objective__kl_coef=0.1,
         objective__reference="ema", training__ema_decay=0.95,
     ),
     "guided rollouts": replace(
@@ -181,7 +183,7 @@ ROWS: dict[str, Row] = {
               rollout__guidance_in_loss="conditional"),
         start=None, share=1.0,
     ),
-    "long": replace(lever("the same, four times as long"), share=2.0),
+    "long": replace(lever("distilled, then GRPO: four times as long"), share=2.0),
 }  # fmt: skip
 """The ways to train, by name."""
 

@@ -44,6 +44,12 @@ def test_every_cell_has_what_it_needs_and_the_table_names_cells_that_exist(learn
         assert set(line.looks.values()) | set(line.trainings.values()) <= set(cells)
 
 
+def test_a_name_that_no_cell_has(learning, rows, tmp_path):
+    cells = rows.declare(rows.Sizes())
+    with pytest.raises(SystemExit, match="no cell begins with look/nothing"):
+        learning.missing(cells, ["look/gft", "look/nothing"], learning.Store(tmp_path, cells))
+
+
 def test_the_judge_of_claims_chooses_nothing_and_rewards_nothing(rows):
     cells = rows.declare(rows.Sizes())
     for name, cell in cells.items():
