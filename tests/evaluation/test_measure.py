@@ -177,7 +177,8 @@ def test_inception_weights_are_read_safely_and_given_to_torch_fidelity(tmp_path,
 
 
 def test_inception_without_torch_fidelity(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for module in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"pip install 'autoregressive-grpo\[evaluation\]'"):
         InceptionJudge(tmp_path / "inception.pth", device=torch.device("cpu"))
 
