@@ -78,6 +78,7 @@ step() {
   timeout --kill-after 5 "$limit" "$@" > "$work/$name.log" 2>&1
   code=$?
   kill "$packer" && wait "$packer" 2> /dev/null
+  rm -f "$out/part.$packer" "$work.$packer" # of a packing that was cut off
   tail -n "${LINES_SHOWN:-25}" "$work/$name.log"
   echo "== $name: exit code $code, $((SECONDS - begin)) of $limit seconds" | tee -a "$work/summary.txt"
   pack

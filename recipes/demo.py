@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
 
     run_job("demo")
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     recipe = load_recipe(DemoRecipe, of_run(DemoRecipe, arguments), needs_files=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when the library is imported: it would call home
     gradio = import_extra("gradio", extra="demo", wanted_by="grpo demo")
+    host, port = recipe.demo.host, free_port(recipe.demo.host, recipe.demo.port)
     generator = ImageGenerator.from_recipe(recipe)
-    host, port = recipe.demo.host, recipe.demo.port or free_port(recipe.demo.host)
     blocks = page(gradio, generator, title=recipe.model.name)
     try:
         blocks.launch(
@@ -60,12 +61,15 @@ def main(arguments: Sequence[str]) -> None:
     blocks.block_thread()
 
 
-def free_port(host: str) -> int:
-    """A port that nobody uses at the moment."""
+def free_port(host: str, wanted: int = 0) -> int:
+    """The port that is wanted, or any (0), which nobody uses at the moment. Raises a UserError: there is none."""
     try:
-        with socket.create_server((host, 0)) as server:
+        with socket.create_server((host, wanted)) as server:
             return server.getsockname()[1]
     except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            told = f"demo.port = {wanted}: {os.strerror(error.errno)}; --demo.port 0 takes a free one"
+            raise UserError(told) from error
         raise UserError(f"demo.host = {host}: {error.strerror}; 127.0.0.1 is this machine") from error
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo.config import Evaluation, UserError, import_extra
+from grpo.formats import require_finite
 from grpo.models import Classifier, load_classifier, normalize, read_weights
 from grpo.shapes import Reader, load_reader
 
@@ -73,6 +74,7 @@ class InceptionJudge(Judge):
         module = "torch_fidelity.feature_extractor_inceptionv3"
         Extractor = import_extra(module, extra="evaluation", wanted_by=key).FeatureExtractorInceptionV3
         weights = read_weights(path)
+        require_finite(path, weights)
         with tempfile.NamedTemporaryFile(suffix=".pth") as checked:
             # torch-fidelity unpickles without restriction, so it only gets what was read safely and written anew.
             torch.save(weights, checked.name)

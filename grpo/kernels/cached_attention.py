@@ -10,7 +10,7 @@ MAX_HEAD_DIM = 256
 
 
 def cached_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, *, row: Tensor, rotary: Tensor, start: Tensor | None = None,
+    qkv: Tensor, keys: Tensor, values: Tensor, *, row: Tensor, rotary: Tensor,
     first_weight: Tensor | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Turns the queries and keys of row `row`, appends keys and values to the cache, attends: [B, n_head * head_dim].
@@ -26,8 +26,6 @@ def cached_attention(
             Query head h reads key head h // (n_head / n_kv_head).
         row: [1] int64 on the device, which must be less than `length`; nobody looks.
         rotary: [rows, head_dim / 2, 2] fp32, cosine and sine of each row's angles, for neighbouring pairs.
-        start: [B] int64, the first row that a sequence may look at (the rows before are the padding of a prefix); at
-            most `row`. None is 0.
         first_weight: [B] fp32, how many rows row 0 of the cache stands for, whose logarithm is added to its score. None
             is 1.
 
@@ -45,19 +43,16 @@ def cached_attention(
         raise ValueError(f"row must be [1] int64, not {[*row.shape]} {row.dtype}")
     if rotary.ndim != 3 or rotary.shape[1:] != (head_dim // 2, 2) or rotary.dtype != torch.float32:
         raise ValueError(f"rotary must be [rows, {head_dim // 2}, 2] fp32, not {[*rotary.shape]} {rotary.dtype}")
-    if start is not None and (start.shape != (B,) or start.dtype != torch.int64):
-        raise ValueError(f"start must be [{B}] int64, not {[*start.shape]} {start.dtype}")
     if first_weight is not None and (first_weight.shape != (B,) or first_weight.dtype != torch.float32):
         raise ValueError(f"first_weight must be [{B}] fp32, not {[*first_weight.shape]} {first_weight.dtype}")
-    return torch.ops.grpo.cached_attention(qkv.detach(), keys, values, row, rotary, start, first_weight, impl)
+    return torch.ops.grpo.cached_attention(qkv.detach(), keys, values, row, rotary, first_weight, impl)
 
 
 @torch.library.custom_op("grpo::cached_attention", mutates_args=("keys", "values"))
 def _cached_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, start: Tensor | None,
-    first_weight: Tensor | None, impl: str,
-) -> Tensor:  # fmt: skip
-    arguments = (qkv, keys, values, row, rotary, start, first_weight)
+    qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, first_weight: Tensor | None, impl: str
+) -> Tensor:
+    arguments = (qkv, keys, values, row, rotary, first_weight)
     obstacle = attention_obstacle(keys.dtype, keys.shape[3])
     if obstacle is None and not (qkv.stride(1) == keys.stride(3) == values.stride(3) == 1 and rotary.is_contiguous()):
         obstacle = "the elements of a head are not adjacent"
@@ -82,9 +77,8 @@ def attention_obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def _reference(
-    qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, start: Tensor | None,
-    first_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, first_weight: Tensor | None
+) -> Tensor:
     _, n_kv_head, length, head_dim = keys.shape
     heads = qkv.unflatten(-1, (-1, head_dim))  # [B, n_head + 2 n_kv_head, head_dim]
     n_head = heads.shape[1] - 2 * n_kv_head
@@ -96,7 +90,7 @@ def _reference(
     keys.index_copy_(2, row, new_keys[:, :, None])
     values.index_copy_(2, row, new_values[:, :, None])
     rows = torch.arange(length, device=row.device)
-    mask = (rows <= row)[None] if start is None else (rows <= row) & (rows >= start[:, None])  # [1 or B, length]
+    mask = (rows <= row)[None]  # [1, length]
     if first_weight is not None:
         weights = torch.where(rows == 0, first_weight.to(accumulation_dtype(qkv))[:, None], 1.0)
         mask = torch.where(mask, weights, 0.0).log()  # what is added to the scores

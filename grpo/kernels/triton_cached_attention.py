@@ -16,26 +16,22 @@ from grpo.kernels.dispatch import arrivals
 
 @triton.jit
 def cached_attention_kernel(
-    qkv_ptr, keys_ptr, values_ptr, row_ptr, rotary_ptr, start_ptr, weight_ptr, partial_ptr, arrivals_ptr, out_ptr,
+    qkv_ptr, keys_ptr, values_ptr, row_ptr, rotary_ptr, weight_ptr, partial_ptr, arrivals_ptr, out_ptr,
     stride_qkv, keys_sequence, keys_head, keys_row, values_sequence, values_head, values_row, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_START: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.load(row_ptr)
-    start = row * 0
-    if HAS_START:
-        start = tl.load(start_ptr + sequence)
     last = (row // TILE).to(tl.int32)
-    first = (start // TILE).to(tl.int32)
-    if (split > last) | (split < first):
+    if split > last:
         return
 
     # The filled part of the tile, as it lies in memory until it is used: registers bound how many programs run at once.
     d = tl.arange(0, TILE_D)
     rows = split * TILE + tl.arange(0, TILE)
     inside = d < D
-    filled = ((rows < row) & (rows >= start))[:, None] & inside[None, :]
+    filled = (rows < row)[:, None] & inside[None, :]
     kv_head = head // GROUP
     key_row_ptr = keys_ptr + sequence * keys_sequence + kv_head * keys_head
     value_row_ptr = values_ptr + sequence * values_sequence + kv_head * values_head
@@ -66,18 +62,18 @@ def cached_attention_kernel(
     scores = tl.sum(keys.to(tl.float32) * query[None, :], axis=1) * scale
     if HAS_WEIGHT:
         scores += tl.where(rows == 0, tl.log(tl.load(weight_ptr + sequence)), 0.0)
-    scores = tl.where((rows < row) & (rows >= start), scores, float("-inf"))
+    scores = tl.where(rows < row, scores, float("-inf"))
     new_score = tl.sum(new_key.to(tl.float32) * query, axis=0) * scale
     new_score = tl.where(split == last, new_score, float("-inf"))
     peak = tl.maximum(tl.max(scores, axis=0), new_score)
-    weights = tl.exp(scores - peak)  # every split from `first` to `last` has a row, so the peak is finite
+    weights = tl.exp(scores - peak)  # every split up to `last` has a row, so the peak is finite
     new_weight = tl.exp(new_score - peak)
     total = tl.sum(weights, axis=0) + new_weight
     attended = tl.sum(values.to(tl.float32) * weights[:, None], axis=0) + new_weight * new_value.to(tl.float32)
 
     head_index = sequence * H + head
     head_out_ptr = out_ptr + head_index * D
-    if first == last:
+    if last == 0:
         tl.store(head_out_ptr + d, (attended / total).to(dtype), mask=inside)
         return
     head_partial_ptr = partial_ptr + head_index * SPLITS * (TILE_D + 2)
@@ -87,9 +83,9 @@ def cached_attention_kernel(
     tl.store(part_ptr + TILE_D + 1, total)
     tl.debug_barrier()  # the atomic is one thread's: its release covers what the others stored before the barrier
     arrived = tl.atomic_add(arrivals_ptr + head_index, 1, sem="acq_rel", scope="gpu")
-    if arrived == last - first:
+    if arrived == last:
         splits = tl.arange(0, TILE_SPLITS)
-        there = (splits >= first) & (splits <= last)
+        there = splits <= last
         parts_ptr = head_partial_ptr + splits * (TILE_D + 2)
         # Read past the first-level cache, which other programs' stores do not reach.
         peaks = tl.load(parts_ptr + TILE_D, mask=there, other=float("-inf"), cache_modifier=".cg")
@@ -102,33 +98,32 @@ def cached_attention_kernel(
 
 
 def launch(
-    qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, start: Tensor | None,
-    first_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor, keys: Tensor, values: Tensor, row: Tensor, rotary: Tensor, first_weight: Tensor | None
+) -> Tensor:
     """`cached_attention` on checked inputs."""
     B, n_kv_head, length, head_dim = keys.shape
     n_head = qkv.shape[1] // head_dim - 2 * n_kv_head
-    options = kernel_options(n_head, n_kv_head, head_dim, length, start is not None, first_weight is not None)
+    options = kernel_options(n_head, n_kv_head, head_dim, length, first_weight is not None)
     out = qkv.new_empty(B, n_head * head_dim)
     if not B:
         return out
     splits = options["SPLITS"]
     partial = qkv.new_empty(B * n_head * splits * (options["TILE_D"] + 2), dtype=torch.float32)
     cached_attention_kernel[(splits, n_head, B)](
-        qkv, keys, values, row, rotary, row if start is None else start,
-        rotary if first_weight is None else first_weight, partial, arrivals(qkv.device, B * n_head), out,
+        qkv, keys, values, row, rotary, rotary if first_weight is None else first_weight, partial,
+        arrivals(qkv.device, B * n_head), out,
         qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], head_dim**-0.5,
         **options,
     )  # fmt: skip
     return out
 
 
-def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_start: bool, has_weight: bool) -> dict:
+def kernel_options(n_head: int, n_kv_head: int, head_dim: int, length: int, has_weight: bool) -> dict:
     """Compile-time options of the kernel, as the launcher and the compile tests use them."""
     tile_d = max(16, triton.next_power_of_2(head_dim))
     blocks = block_sizes("cached_attention", head_dim)
     tile = blocks["TILE"]
     splits = triton.cdiv(length, tile)
     tiles = {"TILE_D": tile_d, "TILE": tile, "SPLITS": splits, "TILE_SPLITS": triton.next_power_of_2(splits)}
-    sizes = {"H": n_head, "GROUP": n_head // n_kv_head, "D": head_dim, "HAS_START": has_start, "HAS_WEIGHT": has_weight}
+    sizes = {"H": n_head, "GROUP": n_head // n_kv_head, "D": head_dim, "HAS_WEIGHT": has_weight}
     return {**sizes, **tiles, "num_warps": blocks["num_warps"], "enable_fp_fusion": True}

@@ -95,5 +95,9 @@ def write_atomically(path: Path, content: str) -> None:
     """Replaces `path` by `content` in one step: written beside it first, then renamed over it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)  # in a folder from elsewhere it may be a link to anything
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise

@@ -11,7 +11,7 @@ import numpy as np
 import tomli
 from PIL import Image
 
-from grpo.config import Metrics, UserError
+from grpo.config import Metrics, UserError, reading, writing
 
 EVENTS_NAME = "tensorboard"  # folder of the event files, inside the run's
 WANDB_ID_NAME = "wandb_run_id.txt"
@@ -44,12 +44,15 @@ def require_trackers(metrics: Metrics) -> None:
 
 
 def build_trackers(run_dir: Path, metrics: Metrics, *, recipe_text: str, start_step: int) -> list[Tracker]:
-    """The trackers that the section asks for, which go on after `start_step`."""
+    """The trackers that the section asks for, which go on after `start_step`. A UserError: one does not start."""
     trackers: list[Tracker] = []
     if metrics.wandb:
-        trackers.append(WandbTracker(run_dir, metrics, recipe_text=recipe_text))
+        remedy = "WANDB_MODE=offline needs no key and no network; or set metrics.wandb to false"
+        with reading("metrics.wandb: Weights & Biases does not start", remedy=remedy):
+            trackers.append(WandbTracker(run_dir, metrics, recipe_text=recipe_text))
     if metrics.tensorboard:
-        trackers.append(TensorBoardTracker(run_dir, recipe_text=recipe_text, start_step=start_step))
+        with writing(f"metrics.tensorboard: {run_dir / EVENTS_NAME}"):
+            trackers.append(TensorBoardTracker(run_dir, recipe_text=recipe_text, start_step=start_step))
     return trackers
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import GeneratorRecipe, Judge, UserError
+from grpo.config.types import LARGEST_INT
 from grpo.data import ImageDataset, RequestList, build_dataset
 from grpo.evaluation import (
     ClassifierJudge,
@@ -171,11 +172,17 @@ class RunJudge:
         return {"records": self.records, "run_seconds": broadcast_object(self._run_seconds), **since}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned."""
-        self.records, self._run_seconds = [dict(record) for record in state["records"]], state["run_seconds"]
-        if any(type(value) not in (int, float) for record in self.records for value in record.values()):
-            raise TypeError("a record of the judge holds something else than numbers")
-        self._reward_sum, self._reward_steps = state["reward_sum"], state["reward_steps"]
+        """Restore what `state_dict` returned. Raises a TypeError or ValueError for anything else."""
+        records = [dict(record) for record in state["records"]]
+        since = [state[key] for key in ("run_seconds", "reward_sum", "reward_steps")]
+        numbers = [*since, *(value for record in records for value in record.values())]
+        if any(type(number) not in (int, float) for number in numbers):
+            raise TypeError("the judge's state holds something else than numbers")
+        if not all({"step", "fid", "seconds"} <= record.keys() for record in records):
+            raise ValueError("a record of the judge lacks its step, its FID or its seconds")
+        if any(abs(number) > LARGEST_INT for number in numbers if isinstance(number, int)):
+            raise ValueError("the judge's state holds a number that is too large")
+        self.records, (self._run_seconds, self._reward_sum, self._reward_steps) = records, since
 
 
 def build_judge(

@@ -1,12 +1,15 @@
 """One writer at a time in a run's folder."""
 
 import fcntl
+import logging
 import os
 import time
 from pathlib import Path
 from typing import IO
 
 from grpo.config import TransientError, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def lock_folder(folder: Path, *, wait_seconds: float) -> IO[str]:
@@ -24,14 +27,15 @@ def lock_folder(folder: Path, *, wait_seconds: float) -> IO[str]:
         file = (folder / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"cannot write to the run's folder {folder}: {error.strerror}; set metrics.run_dir") from error
-    deadline = time.monotonic() + wait_seconds
+    deadline, told = time.monotonic() + wait_seconds, False
     while not _taken(file):
+        file.seek(0)
+        busy = f"{folder} is being written by another run ({file.read().strip() or 'unknown'})"
         if time.monotonic() >= deadline:
-            file.seek(0)
-            raise TransientError(
-                f"{folder} is being written by another run ({file.read().strip() or 'unknown'}): end that one, or "
-                "give this one another metrics.run_dir"
-            )
+            raise TransientError(f"{busy}: end that one, or give this one another metrics.run_dir")
+        if not told:
+            logger.warning("%s: waiting up to %.0f s for its end", busy, wait_seconds)
+        told = True
         time.sleep(0.2)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}\n")

@@ -147,7 +147,8 @@ def run_all(runs: Sequence[SweepRun], *, say: Callable[[str], None]) -> dict[str
                 raise SystemExit(128 + signals.received)
             ends[run.name] = DONE if code == 0 else f"{FAILED} with exit code {code}"
             if code:
-                say(f"{title}: {ends[run.name]}; what it said last is above and in {run.folder / 'log.txt'}")
+                log = run.folder / "log.txt"
+                say(f"{title}: {ends[run.name]}; what it said last is above{f' and in {log}' if log.exists() else ''}")
     return ends
 
 

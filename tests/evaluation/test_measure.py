@@ -169,6 +169,9 @@ def test_inception_weights_are_read_safely_and_given_to_torch_fidelity(tmp_path,
     assert compare(at_one, reference)["fid"] == pytest.approx(3 * 2**2)
     assert measure_images(NpzImages(tmp_path / "adm.npz"), JUDGE, batch_size=5).statistics is None
     assert measure_images(NpzImages(tmp_path / "adm.npz", limit=4), judge, batch_size=5).statistics is None
+    save_weights(tmp_path / "nan.pth", {"fc.bias": torch.full((3,), math.nan)})
+    with pytest.raises(UserError, match=r"fc\.bias holds NaN"):
+        InceptionJudge(tmp_path / "nan.pth", device=torch.device("cpu"))
     with pytest.raises(UserError, match="does not hold torch-fidelity's Inception"):
         InceptionJudge(tmp_path / "other.pth", device=torch.device("cpu"))
 

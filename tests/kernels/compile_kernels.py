@@ -72,9 +72,9 @@ def kernels():
         triton_norm_and_gate.norm_kernel,
         triton_norm_and_gate.gate_kernel,
     )
-    types = "*bf16 *bf16 *bf16 *i64 *fp32 *i64 *fp32 *fp32 *i32 *bf16 " + "i64 " * 7 + "fp32"
+    types = "*bf16 *bf16 *bf16 *i64 *fp32 *fp32 *fp32 *i32 *bf16 " + "i64 " * 7 + "fp32"
     for heads in ((24, 24, 64), (32, 32, 100), (32, 8, 128)):
-        options = triton_cached_attention.kernel_options(*heads, 576, heads[2] == 128, heads[2] == 64)
+        options = triton_cached_attention.kernel_options(*heads, 576, heads[2] == 64)
         yield f"cached_attention_{heads[2]}", attention, types, options
     for D in (1536, 4096):
         yield (

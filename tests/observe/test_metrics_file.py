@@ -1,12 +1,14 @@
 """metrics.jsonl: full precision, strict JSON, unique steps."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from grpo.observe import MetricsFile, read_metrics
+from grpo.observe import MetricsFile, read_metrics, write_atomically
 
 
 def write_steps(path, steps, **arguments):
@@ -72,3 +74,17 @@ def test_a_line_of_garbage_costs_that_line(tmp_path, garbage):
 def test_what_is_no_file_has_no_metrics(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "page.html", "before")
+
+    def fill(path, content, **options):
+        path.open("w").write(content[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "page.html", "after")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "before"

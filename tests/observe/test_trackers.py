@@ -151,3 +151,16 @@ def test_a_new_run_in_an_old_folder_has_event_files_of_its_own(tmp_path):
             run_steps(watching, range(1, 3), reward=reward)
     assert events(tmp_path)[0] == [(2, 102.0)]
     assert events(tmp_path / "previous" / "1")[0] == [(2, 2.0)]
+
+
+def test_a_tracker_that_does_not_start_is_told(tmp_path, wandb, monkeypatch):
+    def refuse(**arguments):
+        raise RuntimeError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    told = r"metrics.wandb: Weights & Biases does not start: No API key configured.*; WANDB_MODE=offline"
+    with pytest.raises(UserError, match=told):
+        observer(tmp_path / "run", wandb=True).__enter__()
+    (tmp_path / "run" / trackers.EVENTS_NAME).touch()
+    with pytest.raises(UserError, match=r"metrics.tensorboard: .*tensorboard cannot be written: File exists"):
+        observer(tmp_path / "run", tensorboard=True).__enter__()

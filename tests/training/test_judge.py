@@ -234,6 +234,22 @@ def test_reward_beside_the_judge_and_the_stop(run_here, small, tmp_path, monkeyp
     assert "step 2: deceived" in (tmp_path / "told" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("change", [
+    {"records": [{"fid": 1.0, "seconds": 1.0}]}, {"records": [{"step": 1, "fid": 1.0}]}, {"records": [{"step": 1}]},
+    {"records": [{"step": 10**400, "fid": 1.0, "seconds": 1.0}]}, {"records": [{"step": 1, "fid": None}]},
+    {"records": [[1]]}, {"run_seconds": "3"}, {"reward_sum": None}, {"reward_steps": True}, {"reward_steps": 10**400},
+], ids=str)  # fmt: skip
+def test_other_things_than_a_judges_state_are_refused(change):
+    judge = RunJudge.__new__(RunJudge)
+    state = {"records": [{"step": 1, "fid": float("nan"), "seconds": 1.0, "accuracy": 0.5}], "run_seconds": 2.0}
+    state |= {"reward_sum": 1.0, "reward_steps": 1}
+    judge.load_state_dict(state)
+    assert judge.records == state["records"]
+    with pytest.raises((TypeError, ValueError)):  # what a resumed run tells in one line
+        judge.load_state_dict(state | change)
+    assert judge.records == state["records"]
+
+
 def test_evaluations_take_no_more_than_their_share_of_the_time(run_here, small, tmp_path):  # noqa: F811
     _, flags, _ = small
     index = flags.index("--judge.max_time_share")

@@ -133,7 +133,7 @@ def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path, nine_steps):
     assert curve(tmp_path)[:9] == nine_steps[: last + 2]
 
 
-def test_two_runs_do_not_write_one_folder(tmp_path):
+def test_two_runs_do_not_write_one_folder(tmp_path, caplog):
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys; from pathlib import Path; from grpo.training.run_lock import lock_folder; "
          f"lock = lock_folder(Path({str(tmp_path)!r}), wait_seconds=0); print('held', flush=True); sys.stdin.read()"],
@@ -142,6 +142,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
     with pytest.raises(UserError, match=rf"is being written by another run \(process {holder.pid} on"):
         run(tmp_path, "--parallel.timeout", 1)
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert "waiting up to 0 s for its end" in caplog.text
     holder.kill()
     holder.wait()
     run(tmp_path, "--training.steps", 1)

@@ -16,27 +16,22 @@ def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def cache_case(B, n_head, n_kv_head, head_dim, length, row, *, dtype=torch.float32, padded=False):
+def cache_case(B, n_head, n_kv_head, head_dim, length, row, *, dtype=torch.float32):
     """Inputs of `cached_attention`; rows of the cache that nobody may read are NaN."""
     keys, values = (random(B, n_kv_head, length, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
-    start = None
-    if padded:
-        start = torch.arange(B, device=DEVICE) * row // max(1, B - 1)  # from 0 to the row itself
-        hidden = torch.arange(length, device=DEVICE) < start[:, None]
-        keys.masked_fill_(hidden[:, None, :, None], torch.nan)
     keys[:, :, row:], values[:, :, row:] = torch.nan, torch.nan
     angles = random(length, head_dim // 2, seed=3)
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
     qkv = random(B, (n_head + 2 * n_kv_head) * head_dim, dtype=dtype, seed=4)
-    return qkv, keys, values, torch.tensor([row], device=DEVICE), rotary, start
+    return qkv, keys, values, torch.tensor([row], device=DEVICE), rotary
 
 
-def attend(qkv, keys, values, row, rotary, start, impl, first_weight=None):
+def attend(qkv, keys, values, row, rotary, impl, first_weight=None):
     """Result, and the cache's rows that are filled now; the reference sees zeros in place of what is hidden."""
     keys, values = keys.clone(), values.clone()
     if impl == "reference":
         keys, values = keys.nan_to_num(0), values.nan_to_num(0)
-    out = cached_attention(qkv, keys, values, row=row, rotary=rotary, start=start, first_weight=first_weight, impl=impl)
+    out = cached_attention(qkv, keys, values, row=row, rotary=rotary, first_weight=first_weight, impl=impl)
     filled = int(row) + 1
     return out, keys[:, :, int(row) : filled], values[:, :, int(row) : filled]
 
@@ -50,7 +45,6 @@ def assert_as_good_as_torch(actual, reference, truth):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("B", "n_head", "n_kv_head", "head_dim", "length", "row"),
     [
@@ -64,31 +58,31 @@ def assert_as_good_as_torch(actual, reference, truth):
         (2, 2, 2, 8, 16, 9),
     ],
 )
-def check_attention(B, n_head, n_kv_head, head_dim, length, row, padded, dtype):
-    case = cache_case(B, n_head, n_kv_head, head_dim, length, row, dtype=dtype, padded=padded)
-    qkv, keys, values, row, rotary, start = case
-    truth = attend(qkv.double(), keys.double(), values.double(), row, rotary, start, "reference")
+def check_attention(B, n_head, n_kv_head, head_dim, length, row, dtype):
+    case = cache_case(B, n_head, n_kv_head, head_dim, length, row, dtype=dtype)
+    qkv, keys, values, row, rotary = case
+    truth = attend(qkv.double(), keys.double(), values.double(), row, rotary, "reference")
     assert_as_good_as_torch(attend(*case, "triton"), attend(*case, "reference"), truth)
 
 
 @pytest.mark.parametrize(("length", "row"), [(20, 0), (20, 7), (300, 299)])
 def check_a_first_row_that_stands_for_many(length, row):
     """As if row 0 stood there so many times."""
-    qkv, keys, values, row, rotary, _ = cache_case(2, 4, 2, 16, length, row)
+    qkv, keys, values, row, rotary = cache_case(2, 4, 2, 16, length, row)
     counts = torch.tensor([3.0, 120.0], device=DEVICE)
-    weighed = attend(qkv, keys, values, row, rotary, None, "triton", counts)
-    truth = attend(qkv.double(), keys.double(), values.double(), row, rotary, None, "reference", counts)
-    assert_as_good_as_torch(weighed, attend(qkv, keys, values, row, rotary, None, "reference", counts), truth)
+    weighed = attend(qkv, keys, values, row, rotary, "triton", counts)
+    truth = attend(qkv.double(), keys.double(), values.double(), row, rotary, "reference", counts)
+    assert_as_good_as_torch(weighed, attend(qkv, keys, values, row, rotary, "reference", counts), truth)
     if int(row):
         for sequence, count in enumerate(counts.int().tolist()):
             many = [torch.cat([x[:, :, :1].expand(-1, -1, count - 1, -1), x], dim=2) for x in (keys, values)]
             angles = torch.cat([rotary[:1].expand(count - 1, -1, -1), rotary])
-            out = attend(qkv, *many, row + count - 1, angles, None, "reference")[0]
+            out = attend(qkv, *many, row + count - 1, angles, "reference")[0]
             torch.testing.assert_close(weighed[0][sequence], out[sequence])
 
 
 def check_attention_writes_one_row():
-    qkv, keys, values, row, rotary, _ = cache_case(2, 4, 2, 48, 40, 21)
+    qkv, keys, values, row, rotary = cache_case(2, 4, 2, 48, 40, 21)
     before = keys.clone(), values.clone()
     cached_attention(qkv, keys, values, row=row, rotary=rotary, impl="triton")
     for old, new in zip(before, (keys, values), strict=True):
@@ -100,18 +94,18 @@ def check_attention_of_a_row_does_not_depend_on_the_batch():
     """Over several splits, again and again: the counters of arrived programs are back at 0."""
     case = cache_case(5, 4, 2, 64, 400, 390)
     whole = attend(*case, "triton")
-    assert kernel_options(4, 2, 64, 400, False, False)["SPLITS"] > 2
+    assert kernel_options(4, 2, 64, 400, False)["SPLITS"] > 2
     for part in (slice(0, 2), slice(2, 5)):
-        qkv, keys, values, row, rotary, _ = case
-        again = attend(qkv[part], keys[part], values[part], row, rotary, None, "triton")
+        qkv, keys, values, row, rotary = case
+        again = attend(qkv[part], keys[part], values[part], row, rotary, "triton")
         for one, all_of_them in zip(again, whole, strict=True):
             assert torch.equal(one, all_of_them[part])
 
 
 def check_attention_reads_strided_inputs():
     """A layer of a larger cache, and a product with other columns beside it."""
-    qkv, keys, values, row, rotary, _ = cache_case(2, 2, 2, 16, 32, 20)
-    expected = attend(qkv, keys, values, row, rotary, None, "triton")
+    qkv, keys, values, row, rotary = cache_case(2, 2, 2, 16, 32, 20)
+    expected = attend(qkv, keys, values, row, rotary, "triton")
     wide = torch.cat([qkv, qkv], dim=1)[:, : qkv.shape[1]]
     long = [torch.cat([tensor, tensor], dim=2)[:, :, :32] for tensor in (keys, values)]
     out = cached_attention(wide, *long, row=row, rotary=rotary, impl="triton")
@@ -172,7 +166,7 @@ def check_products_of_a_row_do_not_depend_on_the_batch():
 
 
 def check_no_rows():
-    qkv, keys, values, row, rotary, _ = cache_case(0, 2, 2, 16, 32, 20)
+    qkv, keys, values, row, rotary = cache_case(0, 2, 2, 16, 32, 20)
     assert cached_attention(qkv, keys, values, row=row, rotary=rotary, impl="triton").shape == (0, 32)
     assert add_rms_norm(random(0, 8), random(0, 8), random(8), eps=1e-5, impl="triton")[1].shape == (0, 8)
     assert silu_mul(random(0, 8), random(0, 8), impl="triton").shape == (0, 8)
