@@ -49,7 +49,7 @@ install: $(READY)
 $(INSTALLED): pyproject.toml constraints.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; found $$(python3 --version)" >&2; exit 1; }
-	@echo "Installing into $(VENV): PyTorch and its libraries, about 6 GB, one or two minutes"
+	@echo "Installing into $(VENV): PyTorch and its libraries, about 6 GB, some minutes"
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -3,8 +3,8 @@ And two of the README: what the quickstart draws before and after, and curves of
 
     python benchmarks/sick_runs.py [--base runs/quickstart] [--folder runs/sick] [--pictures docs/pictures]
 
-Needs what `grpo quickstart` has left in --base, and matplotlib. About two minutes a run on one core; a run that is
-finished is not done again.
+Needs what `grpo quickstart` has left in --base, to be started in the same folder as that, and matplotlib. About two
+minutes a run on one core; a run that is finished is not done again.
 """
 
 import argparse
@@ -74,6 +74,7 @@ def common(base: Path) -> dict[str, object]:
         "model.checkpoint": base / "pretrain/model.safetensors",
         "tokenizer.checkpoint": base / "tokenizer/model.safetensors",
         "reward.class_log_prob.checkpoint": base / "classifier_reward/model.safetensors",
+        "objective.aux_ce_weight": 0.1,  # as docs/curves.md says; what the quickstart has may change
         "training.steps": STEPS,
         "metrics.image_interval": 0,
         **{f"judge.{key}": value for key, value in judge.items()},

@@ -144,7 +144,7 @@ class RecipeBuilder(Generic[RecipeT]):
             key = name if is_free else self._flags.get(flag)
             problem = ""
             if not flag.startswith("-"):
-                problem = "unexpected argument; settings are given as --section.key VALUE"
+                problem = "unexpected argument; a recipe is given as --config NAME, settings as --section.key VALUE"
             elif key is None:
                 problem = f"unknown flag{self._hint(name, flag)}"
             elif key in seen:

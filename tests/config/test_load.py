@@ -104,7 +104,7 @@ def test_all_mistakes_are_reported_together(recipe_file) -> None:
     argv = ["--config", path, "--lr", "abc", "--top-p=1.5", "--num-generation", "4", "stray", "--zzz", "--ckpt-dir"]
     assert problems_of(GRPORecipe, argv) == [
         "--num-generation: unknown flag; did you mean --num-generations?",
-        "stray: unexpected argument; settings are given as --section.key VALUE",
+        "stray: unexpected argument; a recipe is given as --config NAME, settings as --section.key VALUE",
         "--zzz: unknown flag",
         "--ckpt-dir: a value is missing (write --ckpt-dir=VALUE if it begins with a minus)",
         f"{path}: steps: unknown key outside of the sections; did you mean training.steps?",
