@@ -17,8 +17,8 @@ from grpo.config import RewardTable, UserError, read_bytes, reason
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
 OFFERED: dict[str, Callable[[DecodedBatch, Sequence[str]], Any]] = {
-    "class_ids": lambda batch, names: batch.condition.class_ids.clone(),
-    "class_names": lambda batch, names: [names[i] for i in batch.condition.class_ids.tolist()],
+    "class_ids": lambda batch, names: batch.class_ids.clone(),
+    "class_names": lambda batch, names: [names[i] for i in batch.class_ids.tolist()],
     "real_images": lambda batch, names: _real_images(batch),
     "tokens": lambda batch, names: batch.tokens.clone(),
     "prompts": lambda batch, names: [batch.captions[i] for i in batch.image_of.tolist()],
@@ -73,9 +73,10 @@ class PythonFunction(Reward):
         none_of = ["class_ids", "class_names"] if context.has_prompts else ["prompts"]
         offered = [name for name in OFFERED if name not in none_of]
         self.file, _, self.name = settings.function.rpartition(":")
-        self.function = getattr(_load(self.file, settings.source()), self.name, None)
-        if not callable(self.function):
+        function = getattr(_load(self.file, settings.source()), self.name, None)
+        if not callable(function):
             raise UserError(f"function: {self.file} has no function {self.name}")
+        self.function: Callable[..., Any] = function
         code = getattr(inspect.unwrap(self.function), "__code__", None)
         self.place = f"{code.co_filename}:{code.co_firstlineno}" if code else self.file
         try:
@@ -139,7 +140,7 @@ def _load(file: str, source: bytes) -> ModuleType:
 def _unmasked(returned: Any) -> Any:
     """What torch can take of it: masked entries of numpy are NaN, and no array is reversed."""
     if isinstance(returned, np.ma.MaskedArray) and returned.dtype.kind in "biuf":
-        return returned.astype(np.float64).filled(np.nan)
+        return np.ma.filled(returned.astype(np.float64), np.nan)
     return returned.copy() if isinstance(returned, np.ndarray) else returned
 
 
