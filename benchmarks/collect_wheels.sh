@@ -14,6 +14,10 @@ for argument in "$@"; do
   case $argument in
     --peers) peers=yes ;;
     --low-bit) low_bit=yes ;;
+    -*)
+      echo "benchmarks/collect_wheels.sh: unknown flag $argument" >&2
+      exit 2
+      ;;
     [0-9]*) version=$argument ;;
     *) folder=$argument ;;
   esac
@@ -34,8 +38,8 @@ download() {
   "${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
     --python-version "$version" "${platforms[@]}" --dest "$folder" "$@"
 }
-rm -rf "$folder"
 mkdir -p "$folder"
+rm -f "$folder"/*.whl # two versions of a package would stop the whole install
 # shellcheck disable=SC2086
 download $wanted
 # pydantic works with one pydantic-core alone, which it names.

@@ -78,6 +78,7 @@ step() {
   timeout --kill-after 5 "$limit" "$@" > "$work/$name.log" 2>&1
   code=$?
   kill "$packer" && wait "$packer" 2> /dev/null
+  rm -f "$out/part.$packer" "$work.$packer" # of a packing that was cut off
   tail -n "${LINES_SHOWN:-25}" "$work/$name.log"
   echo "== $name: exit code $code, $((SECONDS - begin)) of $limit seconds" | tee -a "$work/summary.txt"
   pack
@@ -86,7 +87,7 @@ step() {
 bench() { # name, most seconds, further arguments
   local name=$1 limit=$2
   shift 2
-  step "bench-$name" "$limit" "$python" "benchmarks/bench_$name.py" --json "$work/$stamp-gpu-$name.json" "$@"
+  step "bench-$name${label:-}" "$limit" "$python" "benchmarks/bench_$name.py" --json "$work/$stamp-gpu-$name.json" "$@"
 }
 
 debug_recipe() { # name, recipe, flags
@@ -173,8 +174,8 @@ counters() {
 
 peers() { # beside what `kernels` writes
   # shellcheck disable=SC2086
-  stamp=$stamp-peers bench linear_log_probs "${PEERS_SECONDS:-120}" --seconds 1 --no-compile --cases "${peer_cases}" \
-    --without cut_cross_entropy fla torch_chunked ${BENCH:-}
+  label=-peers stamp=$stamp-peers bench linear_log_probs "${PEERS_SECONDS:-120}" --seconds 1 --no-compile \
+    --cases "${peer_cases}" --without cut_cross_entropy fla torch_chunked ${BENCH:-}
 }
 
 recipes() {

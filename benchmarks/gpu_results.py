@@ -65,6 +65,7 @@ BENCHMARKS: Mapping[str, tuple[str, Sequence[Target]]] = {
     ),
     "loss": ("Policy loss of 65536 tokens (`bench_loss.py`)", bench_loss.TARGETS),
 }
+PUBLISHED_PRESETS = ("vapi-xxl-384", "xxl-384", None)  # what targets are for; kernels have none
 INTRODUCTION = """# Results on GPUs
 
 Made by `python benchmarks/gpu_results.py` from the files in `benchmarks/results`; `benchmarks/gpu.sh` measures.
@@ -84,12 +85,13 @@ def page(folder: Path = RESULTS) -> str:
 
 
 def measurements(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The contents of a benchmark's files of GPUs, the oldest first."""
+    """The contents of a benchmark's files of GPUs at the sizes of its targets, the oldest first."""
     files = [file for file in folder.glob("*-gpu-*.json") if file.stem.partition("-gpu-")[2] == name]
     contents = [
         json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.stem.partition("-gpu-")[0])
     ]
-    return [content for content in contents if "gpu" in content["hardware"]]
+    of_gpus = [content for content in contents if "gpu" in content["hardware"]]
+    return [content for content in of_gpus if content.get("preset") in PUBLISHED_PRESETS]
 
 
 def target_lines(target: Target, contents: Sequence[Mapping[str, Any]]) -> Iterator[str]:

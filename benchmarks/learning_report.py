@@ -14,6 +14,7 @@ from learning_rows import GUIDANCE, ROWS, Sizes
 
 BOOTSTRAP = 4000
 RIVALS = {"base, tuned guidance": "guided base", "more cross-entropy, tuned guidance": "guided CE"}
+HEADS = {"fid": "FID", "accuracy": "accuracy"}  # of differences
 COLUMNS = ("fid", "accuracy", "precision", "recall", "entropy", "gap")
 Results = Mapping[str, Mapping[str, Any]]
 Pair = tuple[int, int]  # seed of the base and of the training
@@ -41,6 +42,11 @@ class Line(NamedTuple):
     trainings: Mapping[Pair, str]
     trained_as: str | None = None  # name in ROWS
 
+    @property
+    def plain(self) -> str | None:
+        """The row that it is a change of, by its name in ROWS; a lever's only."""
+        return None if self.trained_as is None else ROWS[self.trained_as].change_of
+
 
 def report(folder: Path, name: str, results: Results, sizes: Sizes) -> None:
     """Write NAME.json, NAME.md and the plots into the folder."""
@@ -52,6 +58,8 @@ def report(folder: Path, name: str, results: Results, sizes: Sizes) -> None:
             if rival in by_title and line.title != rival:
                 row[f"against {short}"] = difference(line.looks, by_title[rival].looks, results)
         row["against the guided base at its accuracy"] = against_frontier(line.looks, results)
+        if line.plain is not None and (plain := by_title.get(ROWS[line.plain].title)) is not None:
+            row["against the plain row"] = None if plain == line else difference(line.looks, plain.looks, results)
     cells = {
         name: {key: value for key, value in result.items() if not key.endswith("_rounds")}
         for name, result in results.items()
@@ -190,21 +198,26 @@ def bootstrap(values: Mapping[Pair, tuple[float, np.ndarray]]) -> tuple[float, f
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of docs/learning.md."""
-    heads = ["row", "forwards", "pairs", "CPU s", "FID", "accuracy", "recall"]
-    heads += [f"{what} - {short}" for short in RIVALS.values() for what in ("FID", "accuracy")]
-    heads.append("FID - guided base at its accuracy")
+    """The two tables of docs/learning.md: the ways to train against guidance, and levers against their plain row."""
+    levers = [row for row in rows if "against the plain row" in row]
+    rivals = {f"against {short}": short for short in RIVALS.values()}
+    at_accuracy = {"against the guided base at its accuracy": "guided base at its accuracy"}
+    ways = [row for row in rows if row not in levers]
+    return f"{table(ways, rivals, at_accuracy)}\n{table(levers, {'against the plain row': 'plain'}, {})}"
+
+
+def table(rows: Sequence[Mapping[str, Any]], rivals: Mapping[str, str], fid_only: Mapping[str, str]) -> str:
+    """Rows with their differences to rivals: by the key that a row has them under, and by the name in the head."""
+    columns = [(key, what, f"{head} - {name}") for key, name in rivals.items() for what, head in HEADS.items()]
+    columns += [(key, "fid", f"FID - {name}") for key, name in fid_only.items()]
+    heads = ["row", "forwards", "pairs", "CPU s", "FID", "accuracy", "recall", *(head for _, _, head in columns)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         seconds = f"{row['cpu_seconds']:.0f}" if row.get("cpu_seconds") else "-"
         low, high = row["fid_interval"]
         cells = [row["name"], row["forwards_per_image"], row["pairs"], seconds]
         cells += [f"{row['fid']:.3f} [{low:.3f}, {high:.3f}]", f"{row['accuracy']:.3f}", f"{row['recall']:.3f}"]
-        for short in RIVALS.values():
-            found = row.get(f"against {short}")
-            cells += [written(found and found[what]) for what in ("fid", "accuracy")]
-        found = row["against the guided base at its accuracy"]
-        cells.append(written(found and found["fid"]))
+        cells += [written((found := row.get(key)) and found[what]) for key, what, _ in columns]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -113,6 +113,7 @@ class Row:
     averaged: bool = False  # whether the moving average of its weights is a row too
     seeds: int = len(SEEDS)
     block: int = 0  # rows of a lower block come first
+    change_of: str | None = None  # the row that a lever is a change of, and is compared with
 
 
 def rates(*values: float) -> tuple[dict[str, float], ...]:
@@ -130,7 +131,7 @@ BATCH_64 = {**FALLING, "training.batch_size": 64}
 def lever(title: str, **flags: Any) -> Row:
     """A change to "distilled, then GRPO" at the lower rate, with one training seed."""
     given = {**GRPO, "optimizer.lr": 1e-4, **{key.replace("__", "."): value for key, value in flags.items()}}
-    return Row(title, "train", "grpo", given, start="start", share=0.5, seeds=1, block=3)
+    return Row(title, "train", "grpo", given, start="start", share=0.5, seeds=1, block=3, change_of="plain")
 
 
 ROWS: dict[str, Row] = {
@@ -143,10 +144,6 @@ ROWS: dict[str, Row] = {
     "distill": Row("distilled", "distill", "distill", BATCH_64, rates(5e-4, 1e-3)),
     "grpo": Row("GRPO", "train", "grpo", GRPO, rates(1e-4, 2e-4)),
     "gft": Row("GFT", "finetune", "gft", FALLING, rates(2e-3, 5e-3)),
-    "k3": Row(
-        "distilled, then GRPO with KL, no CE", "train", "grpo", {**FALLING, **K3}, rates(1e-4),
-        start="start", share=0.5, block=3, seeds=1,
-    ),
     "gft start": Row("GFT, .7 of the time", "finetune", "gft", FALLING, rates(2e-3), share=0.7, shown=False),
     "gft+grpo": Row("GFT, then GRPO", "train", "grpo", GRPO_MORE_CE, rates(2e-4), start="gft start", share=0.3),
     "cca": Row("CCA", "finetune", "cca", BATCH_64, rates(3e-6, 1e-5, 3e-5), block=1, seeds=1),
@@ -160,7 +157,8 @@ ROWS: dict[str, Row] = {
         "teacher-forced, CE alone", "pretrain", "pretrain",
         {**FALLING, "model.class_dropout": 0.0, "optimizer.weight_decay": 0.0}, rates(1e-4), block=2, seeds=1,
     ),
-    "plain": lever("distilled, then GRPO, beside the next rows"),
+    "plain": lever("distilled, then GRPO, one seed, beside the levers"),
+    "k3": lever("the same, KL to the start, no CE", **K3),
     "ce weight": lever("the same, CE weight .3", objective__aux_ce_weight=0.3),
     "no ce": lever("the same, CE weight 0", objective__aux_ce_weight=0.0),
     "loo fid": lever(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,9 +56,18 @@ def main() -> NoReturn:
         lines = [f"  {name:<12}{_documentation(name).splitlines()[0]}" for name in JOBS]
         _show(
             "\n".join(
-                ["usage: grpo JOB [flags]", "", *lines, "", "grpo JOB --help tells the flags of a job.", RECIPES_HELP]
+                [
+                    "usage: grpo JOB [flags]",
+                    "",
+                    *lines,
+                    "",
+                    "grpo JOB --help tells the flags of a job, grpo --version the version.",
+                    RECIPES_HELP,
+                ]
             )
         )
+    if job in ("--version", "-V"):
+        _show(_version())
     if job == "recipes":
         _show_recipes(arguments)
     if job not in JOBS:
@@ -96,6 +106,13 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
         job.main(arguments)
 
     run_main(main)
+
+
+def _version() -> str:
+    try:
+        return f"grpo {version('autoregressive-grpo')}"
+    except PackageNotFoundError:
+        return "grpo, not installed: a checkout that is on the path"
 
 
 def _show_recipes(arguments: Sequence[str]) -> NoReturn:

@@ -67,10 +67,10 @@ NOTES = [
 ]
 
 NEXT = {
-    "class": "Next: the teacher-forced recipe on the same base model, grpo quickstart --recipe vapi; or "
-    f"set aux_ce_weight = 0 in a copy of {CONFIGS} (--configs) and watch recall fall.",
-    "vapi": "Next: the free-running recipe on the same base model, grpo quickstart; or your own images, "
-    "docs/quickstart.md.",
+    "class": "Next: look at digits, grpo generate {run_dir}/grpo; try them on a page, grpo demo {run_dir}/grpo; "
+    "the teacher-forced recipe on the same base model, grpo quickstart --recipe vapi; "
+    "your own images, docs/own_data.md.",
+    "vapi": "Next: the free-running recipe on the same base model, grpo quickstart; your own images, docs/own_data.md.",
 }
 
 

@@ -43,7 +43,6 @@ EXTRAS = {
     "demo": "the page of grpo demo",
     "s3": 'checkpoint.dir = "s3://..."',
     "tensorboard": "metrics.tensorboard",
-    "benchmarks": "plots of benchmarks/",
 }
 COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}
 LITTLE_DISK, LITTLE_SHARED = 20 * GIB, GIB

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports, so that --help does without to
     run_job("evaluate")
 
 import json
-import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -40,7 +39,7 @@ from grpo.evaluation import (
 )
 from grpo.formats import ADAPTER_WEIGHTS
 from grpo.jobs.generate import asked_prompts, drawn_images
-from grpo.observe import progress, write_atomically
+from grpo.observe import finite, progress, write_atomically
 from grpo.parallel import World, distributed
 from grpo.shapes import Fitting
 from grpo.texts import Prompt
@@ -89,11 +88,8 @@ def evaluate(recipe: EvaluateRecipe, world: World) -> None:
     for departure in result["protocol"]["departures"]:
         print(f"not {config.protocol}'s protocol: {departure}")
     if config.json_path is not None:
-        finite = {  # JSON has no NaN
-            name: {metric: value if math.isfinite(value) else None for metric, value in values.items()}
-            for name, values in metrics.items()
-        }
-        result = {"metrics": finite, **result, "processes": world.size}
+        numbers = {name: finite(values) for name, values in metrics.items()}
+        result = {"metrics": numbers, **result, "processes": world.size}
         with writing(f"evaluation.json_path {config.json_path}"):
             write_atomically(Path(config.json_path), json.dumps(result, indent=2, allow_nan=False) + "\n")
         print(f"written to {config.json_path}")

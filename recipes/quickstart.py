@@ -231,4 +231,4 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
     page = write_story(options, phases, names, results)
     console.print(*tables, sep="\n")
     console.print(f"{page}: curves and samples. Done in {seconds / 60:.1f} minutes.", soft_wrap=True)
-    console.print(story.NEXT[options.recipe], soft_wrap=True)
+    console.print(story.NEXT[options.recipe].format(run_dir=options.run_dir), soft_wrap=True)

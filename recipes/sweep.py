@@ -65,6 +65,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def job_and_flags(words: Sequence[str]) -> tuple[str, list[str]]:
     """The job, by its word or by the recipe file, and its flags."""
+    if not words:
+        raise UserError("grpo sweep takes a job and its flags, such as: train --config debug --training.seed 0,1,2")
     if words and not words[0].startswith("-"):
         job, flags = words[0], list(words[1:])
     else:

@@ -36,7 +36,14 @@ def test_help_lists_every_job_with_a_line() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([job, "--help"] for job in JOBS), ["train", "--help", "objective", "data"], ["recipes"], ["trian"]],
+    [
+        ["--help"],
+        ["--version"],
+        *([job, "--help"] for job in JOBS),
+        ["train", "--help", "objective", "data"],
+        ["recipes"],
+        ["trian"],
+    ],
     ids=" ".join,
 )
 def test_help_needs_nothing_heavy(arguments: list[str]) -> None:

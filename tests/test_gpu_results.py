@@ -42,6 +42,7 @@ def test_each_measurement_has_a_line_and_what_was_not_measured_a_dash(gpu_result
         (tmp_path / f"{day}-gpu-sampling.json").write_text(json.dumps(content))
     content = {**head, "date": "2026-01-02", "run_minutes": {"ours": 9.0}, "sides": {}}
     (tmp_path / "2026-01-02-gpu-run.json").write_text(json.dumps(content))
+    (tmp_path / "2026-01-03-gpu-run.json").write_text(json.dumps(content | {"preset": "cpu"}))  # another model
     on_cpu = {"versions": {}, "hardware": {"cpu": "x"}, "date": "2026-01-01", "targets": [held(9.0, True)]}
     (tmp_path / "2026-01-04-gpu-sampling.json").write_text(json.dumps(on_cpu))
     lines = gpu_results.page(tmp_path).splitlines()

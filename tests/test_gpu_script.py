@@ -78,3 +78,16 @@ def test_mistakes_are_told_before_anything_runs(start, tmp_path, arguments, mess
     assert message in told
     assert "parts: smoke" in told
     assert not printed
+
+
+def test_wheels_are_collected_beside_what_else_a_folder_has(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "old-1.0-py3-none-any.whl").touch()
+    command = [SCRIPT.with_name("collect_wheels.sh"), tmp_path]
+    environment = {**os.environ, "PYTHON": "false"}  # a program that fails, as without a package index
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert os.listdir(tmp_path) == ["notes.txt"]
+    done = subprocess.run([*command, "--peer"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unknown flag --peer" in done.stderr

@@ -163,8 +163,14 @@ def test_the_report_has_a_line_for_each_row_and_leaves_out_what_is_not_there(row
     report.report(tmp_path, "all", results, sizes)
     found = json.loads((tmp_path / "all.json").read_text())
     table = (tmp_path / "all.md").read_text().splitlines()
-    assert len(table) == 2 + len(found["rows"]) == 2 + len(report.table_lines(sizes))
+    assert len(table) == 5 + len(found["rows"]) == 5 + len(report.table_lines(sizes))  # two heads, an empty line
     assert "] 6/6 |" in next(line for line in table if line.startswith("| distilled, then GRPO |"))
+    by_name = {row["name"]: row for row in found["rows"]}
+    plain, changed = by_name[rows.ROWS["plain"].title], by_name[rows.ROWS["no ce"].title]
+    assert plain["against the plain row"] is None
+    difference = changed["against the plain row"]["fid"]["mean"]
+    assert difference == pytest.approx(changed["fid"] - plain["fid"])
+    assert table.index("") < next(place for place, line in enumerate(table) if rows.ROWS["no ce"].title in line)
     for plot in ("fids", "frontier", "curves"):
         assert (tmp_path / f"all-{plot}.png").stat().st_size > 5000
 

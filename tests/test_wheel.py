@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def project_version() -> str:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+
+
 def run(installed: Path, folder: Path, *command: str, timeout: float = 240) -> str:
     """What a command prints that runs in a folder without the checkout."""
     settings = {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
@@ -57,7 +62,9 @@ def test_commands(installed: Path, tmp_path: Path) -> None:
     where = run(installed, tmp_path, sys.executable, "-c", "import grpo; print(grpo.__file__)")
     assert Path(where.strip()).parent == installed / "grpo"
     overview = run(installed, tmp_path, sys.executable, "-m", "grpo", "--help")
-    assert run(installed, tmp_path, sys.executable, str(installed / "bin" / "grpo"), "--help") == overview
+    program = [sys.executable, str(installed / "bin" / "grpo")]
+    assert run(installed, tmp_path, *program, "--help") == overview
+    assert run(installed, tmp_path, *program, "--version").split() == ["grpo", project_version()]
     debug = ["train", "--config", "debug", "--training.steps", "1"]
     run(installed, tmp_path, sys.executable, "-m", "grpo", *debug)
     assert (tmp_path / "runs" / "debug" / "metrics.jsonl").read_text().count("\n") == 1

@@ -148,7 +148,8 @@ class RecipeBuilder(Generic[RecipeT]):
             elif key is None:
                 problem = f"unknown flag{self._hint(name, flag)}"
             elif key in seen:
-                problem = f"{key} is already set by {seen[key]}; give one of them"
+                twice = flag == seen[key]
+                problem = "given twice" if twice else f"{key} is already set by {seen[key]}; give one of them"
             elif key not in self._keys and key != CONFIG and not is_free:
                 problem = f"{key}: the kind of that reward has no such key"
             elif given is None and not (key in self._keys and self._keys[key].field.annotation is bool):
@@ -261,7 +262,8 @@ class RecipeBuilder(Generic[RecipeT]):
                 self._sections[title] = reward_class(str(kind)).Settings
                 self._values[f"{title}.kind"], self._sources[f"{title}.kind"] = kind, origin
             except UserError as error:
-                self._problems.append(f"{origin}: {title}: {error}")
+                hint = f"; give {title}.kind" if kind == name and not str(error).endswith("?") else ""
+                self._problems.append(f"{origin}: {title}: {error}{hint}")
                 self._suspects.add("reward.NAME")
                 self._lost_tables.add(title)
 

@@ -14,7 +14,7 @@ from grpo.config.job_sections import (
 )
 from grpo.config.policy_sections import Objective, Rollout
 from grpo.config.recipe import Recipe, TrainingRecipe, data_problems, required
-from grpo.config.rewards import Rewards, reward_class
+from grpo.config.rewards import Rewards, RewardTable, reward_class
 from grpo.config.schedule import Schedule
 from grpo.config.sections import ActivationCheckpoint, Compile, Data, Lora, Model, Parallel, Tokenizer
 from grpo.config.text_sections import Text, idle_text_keys, text_problems
@@ -100,6 +100,7 @@ DROPOUT_REMARK = (
 )
 """What a run says about its dropout."""
 
+SHARED_REMARK = "it cannot tell when the reward is deceived; take one that rewards nothing"
 ADAPTER_REMARK = "model.adapter is trained further: the frozen reference is model.checkpoint without it"
 
 
@@ -217,7 +218,17 @@ class GRPORecipe(GeneratorRecipe):
         drops = self.training.dropout_mode != "eval" and self.model.drops
         goes_on = self.lora.rank and self.model.adapter is not None
         to_base = goes_on and self.model.checkpoint in self.frozen_generators()
-        return [remark for remark, holds in ((DROPOUT_REMARK, drops), (ADAPTER_REMARK, to_base)) if holds]
+        by_judge = [name for name, table in self.reward.active.items() if self._judged_by(table)]
+        shared = (
+            f"the network of judge.feature_checkpoint is that of reward.{', reward.'.join(by_judge)}: {SHARED_REMARK}"
+        )
+        told = ((DROPOUT_REMARK, drops), (ADAPTER_REMARK, to_base), (shared, by_judge))
+        return [remark for remark, holds in told if holds]
+
+    def _judged_by(self, table: RewardTable) -> bool:
+        """Whether the judge is the network of a reward."""
+        file = getattr(table, "checkpoint", None)
+        return bool(self.judge.interval) and file is not None and file == self.judge.feature_checkpoint
 
     def _idle_keys(self) -> list[tuple[bool, str, str]]:
         rollout, objective = self.rollout, self.objective

@@ -37,9 +37,13 @@ def of_run(recipe_class: type[Recipe], arguments: Sequence[str]) -> list[str]:
     What the arguments set themselves wins. A folder that `grpo share` wrote may stand in place of a run's.
 
     Raises:
-        UserError: the folder is no run of a generator, has no weights yet, or its tokenizer was a random one.
+        UserError: there are no arguments; or the folder is no run of a generator, has no weights yet, or its tokenizer
+            was a random one.
     """
-    if not arguments or arguments[0].startswith("-"):
+    if not arguments:
+        job = next(name for name, recipe in RECIPES.items() if recipe is recipe_class)
+        raise UserError(f"grpo {job} takes a run's folder first, such as runs/quickstart/grpo, or flags: see --help")
+    if arguments[0].startswith("-"):
         return list(arguments)
     folder, own = Path(arguments[0]), list(arguments[1:])
     given = {word.partition("=")[0] for word in own if word.startswith("--")}

@@ -316,7 +316,8 @@ class Checkpoint(FreeSection):
     keep_best: NonNegativeInt = 0
     """Checkpoints to keep besides those: the best ones by best_metric."""
     best_metric: str = "reward_mean"
-    """Metric of metrics.jsonl that keep_best ranks by, as its mean over the steps since the checkpoint before."""
+    """Metric of metrics.jsonl that keep_best ranks by, as its mean over the steps since the checkpoint before. Of
+    judge/ metrics it is the newest since then."""
     best_is: Literal["highest", "lowest"] = "highest"
     """Which values of best_metric are good."""
     save_final: bool = True

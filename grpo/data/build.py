@@ -145,8 +145,9 @@ def _require_new_classes(dataset: ImageDataset, *, num_classes: int, new_classes
         known = f" (of the model's classes they have {', '.join(map(repr, learned[:4]))})" if learned else ""
         names = [dataset.class_names[class_id] for class_id in without]
         named = ", ".join(repr(name) for name in names if not name.isdecimal())
+        count = new_classes - len(without)
         raise UserError(
-            f"the data have images of {new_classes - len(without)} new classes{f', none of {named}' if named else ''}"
+            f"the data have images of {count} new class{'es' * (count != 1)}{f', none of {named}' if named else ''}"
             f"{known}, and model.new_classes = {new_classes}: add images, lower model.new_classes and "
             f"model.num_classes by {len(without)}, or say in data.class_map which class is which"
         )

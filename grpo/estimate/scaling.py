@@ -6,14 +6,15 @@ are for, and so do reductions with the last backward; what is longer than its pa
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from grpo.config import GRPORecipe, Parallel, Training
+from grpo.estimate.memory import models_on_meta
 from grpo.estimate.speed import DATA_SHEETS, grpo_work
-from grpo.models import generator_sizes, get_family
 from grpo.parallel import blocks_of, mixed_precision_policy, reshards_after_forward, shards_blocks
 
 
@@ -50,20 +51,28 @@ def step_traffic(
     element, reduced = ((dtype or torch.float32).itemsize for dtype in (policy.param_dtype, policy.reduce_dtype))
     blocks = blocks_of(model) if shards_blocks(parallel, ranks=ranks) else []
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    root = sum(_padded(p, shard) for p in model.parameters() if id(p) not in inside)
-    in_blocks = sum(_padded(p, shard) for block in blocks for p in block.parameters())
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    root = sum(_padded(parameter, shard) for parameter in outside)
+    in_blocks = sum(_padded(parameter, shard) for block in blocks for parameter in block.parameters())
+    units = [_trained(unit, shard) for unit in (*(block.parameters() for block in blocks), outside)]
+    trained, trained_units = sum(units), sum(map(bool, units))  # the others have no gradient
     kept = not reshards_after_forward(parallel, ranks=ranks)  # until the step
     passes = 1 if kept else 2 * micro_batches + samplings
     root_passes = 1 if kept else micro_batches  # a sampling leaves the root gathered
     reductions = 1 if parallel.defer_gradient_sync else micro_batches
     gathers = passes * len(blocks) + root_passes
-    averages = reductions * (len(blocks) + 1) if ranks > shard else 0
+    averages = reductions * trained_units if ranks > shard else 0
     return Traffic(
         gathered=element * (passes * in_blocks + root_passes * root) if shard > 1 else 0,
-        reduced=reduced * reductions * (in_blocks + root) if shard > 1 else 0,
-        averaged=reduced * reductions * (in_blocks + root) // shard if averages else 0,
-        collectives=(gathers + reductions * (len(blocks) + 1)) * (shard > 1) + averages,
+        reduced=reduced * reductions * trained if shard > 1 else 0,
+        averaged=reduced * reductions * trained // shard if averages else 0,
+        collectives=(gathers + reductions * trained_units) * (shard > 1) + averages,
     )
+
+
+def _trained(parameters: Iterable[nn.Parameter], shard: int) -> int:
+    """Elements, with padding, of those that are trained."""
+    return sum(_padded(parameter, shard) for parameter in parameters if parameter.requires_grad)
 
 
 def _padded(parameter: torch.Tensor, shard: int) -> int:
@@ -119,10 +128,7 @@ def step_seconds(
     schedule, side = recipe.schedule(ranks=ranks), recipe.data.image_size
     assert recipe.rollout.mode == "teacher_forced"
     assert schedule.on_policy
-    family = get_family(recipe.model.name)
-    sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=side)
-    with torch.device("meta"):
-        model = family.build(sizes)
+    model, _ = models_on_meta(recipe)
     micro_batches = math.ceil(schedule.images / schedule.micro_batch_size)
     traffic = step_traffic(
         model,
@@ -132,7 +138,7 @@ def step_seconds(
         micro_batches=micro_batches * len(schedule.dropout_passes),
         samplings=0 if schedule.trains_sampling_forward else micro_batches,
     )
-    flops = grpo_work(recipe, sizes, schedule).flops
+    flops = grpo_work(recipe, model.config, schedule).flops
     again = len(schedule.dropout_passes) * (recipe.activation_checkpoint.mode == "full")  # forwards inside backwards
     update = (flops["update"] + again * flops["rollout"]) / (machine.update_share * machine.flops)
     rollout = flops["rollout"] / (machine.rollout_share * machine.flops)
@@ -140,7 +146,7 @@ def step_seconds(
     pixels = side**2 * schedule.images
     completion = machine.decode_seconds + machine.reward_seconds
     rewards = pixels * (machine.encode_seconds + schedule.group_size * completion)
-    shards = sum(_padded(parameter, shard) for parameter in model.parameters()) // shard
+    shards = _trained(model.parameters(), shard) // shard
     # reads and writes 28 bytes a parameter, and 12 more for the norm of the gradient and its scale
     optimizer = 40 * shards / machine.bandwidth
     per_host = ranks // hosts

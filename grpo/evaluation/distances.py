@@ -1,5 +1,6 @@
 """Distances between sets of images, from their features. All arithmetic is in fp64, on the device of the inputs."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,8 +33,10 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
     The last trace is the sum of the singular values of F1ᵀ F2 with C = F Fᵀ, since F1ᵀ C2 F1 has the eigenvalues of
     C1 C2. Taking no root of rounding errors, this stays exact where there are fewer images than dimensions and C1 C2
-    is singular.
+    is singular. NaN where a moment is not finite.
     """
+    if not all(bool(moment.isfinite().all()) for moment in (*first, *second)):
+        return math.nan
     product = _factor(first.covariance).T @ _factor(second.covariance)
     spread = first.covariance.trace() + second.covariance.trace() - 2 * torch.linalg.svdvals(product).sum()
     return ((first.mean - second.mean).square().sum() + spread).item()

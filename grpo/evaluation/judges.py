@@ -1,14 +1,14 @@
 """Networks that look at images: features for distances, probabilities for classes."""
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from grpo.config import Evaluation, UserError
+from grpo.config import Evaluation, UserError, import_extra
+from grpo.formats import require_finite
 from grpo.models import Classifier, load_classifier, normalize, read_weights
 from grpo.shapes import Reader, load_reader
 
@@ -70,17 +70,16 @@ class InceptionJudge(Judge):
     is_inception = True
 
     def __init__(self, path: str | Path, *, device: torch.device, spatial: bool = False) -> None:
-        key = "evaluation.inception_checkpoint"
-        if find_spec("torch_fidelity") is None:
-            raise UserError(f"{key} needs the package torch-fidelity: pip install torch-fidelity")
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+        key = "inception_checkpoint"
+        module = "torch_fidelity.feature_extractor_inceptionv3"
+        Extractor = import_extra(module, extra="evaluation", wanted_by=key).FeatureExtractorInceptionV3
         weights = read_weights(path)
+        require_finite(path, weights)
         with tempfile.NamedTemporaryFile(suffix=".pth") as checked:
             # torch-fidelity unpickles without restriction, so it only gets what was read safely and written anew.
             torch.save(weights, checked.name)
             try:
-                network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], checked.name)
+                network = Extractor("inception", ["2048", "logits_unbiased"], checked.name)
             except RuntimeError as error:
                 raise UserError(f"{key} {path} does not hold torch-fidelity's Inception v3 weights") from error
         self.network = network.to(device).eval()

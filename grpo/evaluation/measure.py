@@ -1,5 +1,6 @@
 """From images to a dictionary of metrics; the work is spread over the ranks and the numbers do not depend on it."""
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import itemgetter
@@ -69,7 +70,7 @@ def measure_images(
         progress: wraps the loop over this rank's batches, to show how far it is.
 
     Raises:
-        UserError: a reward without class ids.
+        UserError: a reward without class ids, classes that a classifier does not know, or statistics of other features.
     """
     class_ids = source.class_ids
     if reward is not None and class_ids is None:
@@ -81,18 +82,15 @@ def measure_images(
         pixels = source.pixels(start, start + batch_size).to(device).contiguous()
         features, logits, *spatial = judge(pixels)
         if judge.names_classes and class_ids is not None:
-            lowest, highest, num_classes = int(class_ids.min()), int(class_ids.max()), logits.shape[1]
-            if lowest < 0 or highest >= num_classes:
-                raise UserError(
-                    f"the images have classes {lowest}..{highest} and the judging classifier {num_classes} classes: "
-                    "give evaluation.feature_checkpoint one that was trained on these classes"
-                )
+            _require_classes(class_ids, logits, who="judging")
         columns = {"features": features, "probabilities": logits.softmax(dim=1)}
         if spatial:
             columns["spatial"] = spatial[0]
         if reward is not None and class_ids is not None:
+            rewarding = reward(pixels)[1]
+            _require_classes(class_ids, rewarding, who="rewarding")
             asked = class_ids[start : start + batch_size].to(device)
-            columns["rewards"] = -F.cross_entropy(reward(pixels)[1], asked, reduction="none")
+            columns["rewards"] = -F.cross_entropy(rewarding, asked, reduction="none")
         seen.append((start, tuple(pixels.shape[-2:]), {name: column.cpu() for name, column in columns.items()}))
     of_ranks: list[Any] = [seen]
     if ranks > 1:
@@ -100,6 +98,10 @@ def measure_images(
         dist.all_gather_object(of_ranks, seen)
     _, sizes, batches = zip(*sorted(chain(*of_ranks), key=itemgetter(0)), strict=True)
     whole = {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
+    statistics = source.inception_statistics if judge.is_inception else None
+    spatial_statistics = source.spatial_statistics if judge.is_inception else None
+    _require_size(statistics, whole["features"], names="mu and sigma")
+    _require_size(spatial_statistics, whole.get("spatial"), names="mu_s and sigma_s")
     return Measured(
         features=whole["features"],
         probabilities=whole["probabilities"],
@@ -107,8 +109,27 @@ def measure_images(
         spatial=whole.get("spatial"),
         class_ids=class_ids if judge.names_classes else None,
         size=sizes[0],
-        statistics=source.inception_statistics if judge.is_inception else None,
-        spatial_statistics=source.spatial_statistics if judge.is_inception else None,
+        statistics=statistics,
+        spatial_statistics=spatial_statistics,
+    )
+
+
+def _require_classes(class_ids: Tensor, logits: Tensor, *, who: str) -> None:
+    lowest, highest, num_classes = int(class_ids.min()), int(class_ids.max()), logits.shape[1]
+    if lowest < 0 or highest >= num_classes:
+        raise UserError(
+            f"the images have classes {lowest}..{highest} and the {who} classifier {num_classes} classes: give one "
+            "that was trained on these classes"
+        )
+
+
+def _require_size(statistics: FeatureStatistics | None, features: Tensor | None, *, names: str) -> None:
+    """Published statistics are of the features that they are compared with."""
+    if statistics is None or features is None or len(statistics.mean) == features.shape[1]:
+        return
+    raise UserError(
+        f"the reference has {names} of {len(statistics.mean)} features, and Inception {features.shape[1]}: give an "
+        f".npz with those of Inception, or without {names}"
     )
 
 
@@ -148,7 +169,11 @@ def compare(
         *features, subset_size=settings.kid_subset_size, subsets=settings.kid_subsets
     )
     arithmetic = distances if settings.protocol == "none" else adm
-    metrics["precision"], metrics["recall"] = arithmetic.precision_recall(*features, nearest_k=settings.nearest_k)
+    if all(bool(side.isfinite().all()) for side in features):
+        pair = arithmetic.precision_recall(*features, nearest_k=settings.nearest_k)
+    else:  # who is nobody's neighbour says nothing
+        pair = (math.nan, math.nan)
+    metrics["precision"], metrics["recall"] = pair
     metrics["inception_score"], metrics["inception_score_std"] = arithmetic.inception_score(images.probabilities)
     if images.class_ids is not None:
         metrics["accuracy"] = (images.probabilities.argmax(dim=1) == images.class_ids).double().mean().item()

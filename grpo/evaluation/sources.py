@@ -110,9 +110,12 @@ def _statistics(path: str | Path, arrays: dict[str, np.ndarray], *names: str) ->
         return None
     mu, sigma = (arrays[name] for name in names)
     fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and mu.dtype.kind == sigma.dtype.kind == "f"
-    if not fits or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    if not fits or not (np.isfinite(mu).all() and np.isfinite(sigma).all() and (sigma.diagonal() >= 0).all()):
         found = " and ".join(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}" for name in names)
-        raise UserError(f"{path} has {found}: expected finite numbers [D] and [D, D], Inception's mean and covariance")
+        raise UserError(
+            f"{path} has {found}: expected finite numbers [D] and [D, D], Inception's mean and covariance, "
+            "without a variance below 0"
+        )
     return FeatureStatistics(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
 
 

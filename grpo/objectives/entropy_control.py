@@ -39,10 +39,12 @@ class EntropyControl:
         target = self.objective.entropy_target
         if target is None or not math.isfinite(entropy):
             return
-        start, error = self.objective.entropy_weight, target - entropy / self._most
+        error = target - entropy / self._most
         outside = math.copysign(max(0.0, abs(error) - self.objective.entropy_dead_band), error)
-        wanted = self.weight * math.exp(self.objective.entropy_gain * outside)
-        self.weight = min(max(wanted, start / LARGEST_FACTOR), start * LARGEST_FACTOR)
+        most = 2 * math.log(LARGEST_FACTOR)  # from one bound to the other; exp of more might overflow
+        self.weight = self._bounded(
+            self.weight * math.exp(min(max(self.objective.entropy_gain * outside, -most), most))
+        )
 
     def state_tensors(self) -> dict[str, Tensor]:
         """None."""
@@ -53,6 +55,16 @@ class EntropyControl:
         return {"weight": self.weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what `state_dict` returned; without a target the recipe's weight holds."""
-        if self.steers:
-            self.weight = float(state["weight"])
+        """Restore what `state_dict` returned; without a target the recipe's weight holds.
+
+        Raises a ValueError for a weight that is no number.
+        """
+        if not self.steers:
+            return
+        if not math.isfinite(weight := float(state["weight"])):
+            raise ValueError(f"the weight of the entropy bonus is {weight}")
+        self.weight = self._bounded(weight)
+
+    def _bounded(self, weight: float) -> float:
+        start = self.objective.entropy_weight
+        return min(max(weight, start / LARGEST_FACTOR), start * LARGEST_FACTOR)

@@ -11,7 +11,7 @@ from grpo.observe.comparison import (
     write_comparison,
 )
 from grpo.observe.console import duration, progress
-from grpo.observe.files import MetricsFile, read_metrics, write_atomically
+from grpo.observe.files import MetricsFile, finite, read_metrics, write_atomically
 from grpo.observe.grids import SampleRow, captioned_grid, image_grid, labelled_strips, sample_grid
 from grpo.observe.history import History
 from grpo.observe.observer import RunObserver

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import tomli
 
-from grpo.config import UserError, read_text, reading
+from grpo.config import RECIPES, UserError, read_text, reading
+from grpo.config.keys import section_keys
 from grpo.observe.catalogue import FIRST, metric
 from grpo.observe.charts import ChartNumbers, group
 from grpo.observe.files import judge_records
@@ -57,11 +58,26 @@ def read_run(folder: str | Path, *, name: str) -> Run:
 
 
 def recipe_table(runs: Sequence[Run]) -> Table:
-    """The keys whose values are not the same in all runs; places of files of the run are left out."""
+    """The keys whose values are not the same in all runs; places of files of the run are left out.
+
+    A key that one job has and another lacks is told where it is not at its default.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in _PLACES)
-    values = {key: [str(run.settings.get(key, "-")) for run in runs] for key in keys}
-    rows = [(key, [*map(Cell, row)]) for key, row in values.items() if any(value != row[0] for value in row)]
+    defaults = {key: value for run in runs for key, value in _defaults(run).items()}
+    rows = []
+    for key in keys:
+        values = [str(run.settings.get(key, defaults.get(key, "-"))) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append((key, [Cell(str(run.settings.get(key, "-"))) for run in runs]))
     return Table("What differs in the recipes", [run.name for run in runs], rows)
+
+
+def _defaults(run: Run) -> dict[str, Any]:
+    """Of all keys that its job has; tables of rewards have none."""
+    job = RECIPES.get(run.settings.get("job", ""))
+    keys = section_keys(job.sections()) if job else {}
+    fields = {name: key.field for name, key in keys.items() if not key.field.is_required()}
+    return {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
 
 
 def seed_groups(runs: Sequence[Run]) -> list[list[int]]:

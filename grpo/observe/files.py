@@ -87,14 +87,18 @@ class MetricsFile:
         self._stream = self.path.open("a")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds the line of one step and flushes it. A value that is not finite is written as null (JSON has none)."""
-        numbers = {name: float(value) for name, value in metrics.items()}
-        line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._stream.write(json.dumps({"step": step, **line}) + "\n")
+        """Adds the line of one step and flushes it."""
+        self._stream.write(json.dumps({"step": step, **finite(metrics)}) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
         self._stream.close()
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics as JSON can have them: None for what is not finite."""
+    numbers = {name: float(value) for name, value in metrics.items()}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def write_atomically(path: Path, content: str) -> None:

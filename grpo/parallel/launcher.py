@@ -62,8 +62,12 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
                 print(_LOST_CONTACT.format(rank=environment_rank()), file=sys.stderr)
             code = 1
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody may be reading any more, or a user's code has closed it
+        try:
             stream.flush()
+        except BrokenPipeError:  # nobody reads any more, as in `grpo compare ... | head`; the exit flushes once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):  # a user's code has closed it
+            continue
     if code == 0:
         sys.exit(0)
     os._exit(code)  # a regular exit would join writer threads that wait for ranks which are gone

@@ -85,6 +85,10 @@ class Reward:
     place: str = ""
     """Where code or a server of the user's own is, for messages."""
 
+    @classmethod
+    def check(cls, settings: Any, *, has_prompts: bool) -> None:
+        """For a dry run: raises the `UserError` of what can be told without networks and images."""
+
     def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32."""
         raise NotImplementedError

@@ -197,6 +197,8 @@ def read_statistics(path: str, size: int, *, full: bool, device: torch.device) -
     with reading(f"reference: {path} is no .npz with arrays mu and sigma"):
         require_regular(path)
         with np.load(Path(path), allow_pickle=False) as arrays:
+            if missing := {"mu", "sigma"} - set(arrays):
+                raise ValueError(f"it has no {min(missing)}")
             mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
     if mean.shape != (size,) or covariance.shape != (size, size):
         found = f"mu {list(mean.shape)} and sigma {list(covariance.shape)}"

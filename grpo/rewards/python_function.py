@@ -70,24 +70,15 @@ class PythonFunction(Reward):
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.context, self.arguments = context, settings.arguments
-        none_of = ["class_ids", "class_names"] if context.has_prompts else ["prompts"]
-        offered = [name for name in OFFERED if name not in none_of]
         self.file, _, self.name = settings.function.rpartition(":")
-        function = getattr(_load(self.file, settings.source()), self.name, None)
-        if not callable(function):
-            raise UserError(f"function: {self.file} has no function {self.name}")
-        self.function: Callable[..., Any] = function
-        code = getattr(inspect.unwrap(self.function), "__code__", None)
-        self.place = f"{code.co_filename}:{code.co_firstlineno}" if code else self.file
-        try:
-            signature = inspect.signature(self.function)
-            self.wanted = [name for name in offered if name in signature.parameters and name not in self.arguments]
-            signature.bind("images", **dict.fromkeys(self.wanted), **self.arguments)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"function: {self.place}: cannot call {self.name}: {error}. It gets the images, by name its arguments "
-                f"and, if it names them, {', '.join(offered)}; this model has no {' and no '.join(none_of)}"
-            ) from error
+        self.function = _load(self.file, settings.source(), self.name)
+        self.place = _place(self.function, self.file)
+        self.wanted = _wanted(self.function, settings, has_prompts=context.has_prompts)
+
+    @classmethod
+    def check(cls, settings: Settings, *, has_prompts: bool) -> None:
+        file, _, name = settings.function.rpartition(":")
+        _wanted(_load(file, settings.source(), name), settings, has_prompts=has_prompts)
 
     def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32."""
@@ -115,7 +106,37 @@ class PythonFunction(Reward):
             raise UserError(text) from error
 
 
-def _load(file: str, source: bytes) -> ModuleType:
+def _load(file: str, source: bytes, name: str) -> Callable[..., Any]:
+    """The function of this name in the file."""
+    function = getattr(_module(file, source), name, None)
+    if not callable(function):
+        raise UserError(f"function: {file} has no function {name}")
+    return function
+
+
+def _place(function: Callable[..., Any], file: str) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else file
+
+
+def _wanted(function: Callable[..., Any], settings: PythonFunction.Settings, *, has_prompts: bool) -> list[str]:
+    """What it is given by name beside its own arguments. Raises a UserError: it cannot be called so."""
+    none_of = ["class_ids", "class_names"] if has_prompts else ["prompts"]
+    offered = [name for name in OFFERED if name not in none_of]
+    file, _, called = settings.function.rpartition(":")
+    try:
+        signature = inspect.signature(function)
+        wanted = [name for name in offered if name in signature.parameters and name not in settings.arguments]
+        signature.bind("images", **dict.fromkeys(wanted), **settings.arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"function: {_place(function, file)}: cannot call {called}: {error}. It gets the images, by name its "
+            f"arguments and, if it names them, {', '.join(offered)}; this model has no {' and no '.join(none_of)}"
+        ) from error
+    return wanted
+
+
+def _module(file: str, source: bytes) -> ModuleType:
     """The file as a module, once for all functions in it; its folder is not searched for other modules.
 
     It is not imported by its name, so that what runs is the `source` whose hash the recipe has.

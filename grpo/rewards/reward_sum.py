@@ -161,6 +161,19 @@ def _named(name: str) -> Iterator[None]:
         raise UserError([f"reward.{name}: {problem}" for problem in error.problems]) from error
 
 
+def check_rewards(config: Rewards, *, has_prompts: bool) -> None:
+    """What can be told of a recipe's rewards before anything is built. Raises a UserError with all of it."""
+    problems: list[str] = []
+    for name, table in config.active.items():
+        try:
+            with _named(name):
+                reward_class(table.kind).check(table, has_prompts=has_prompts)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+
+
 def build_rewards(
     config: Rewards,
     tokenizer: VQModel,

@@ -26,6 +26,7 @@ from grpo.models import (
     tokenizer_sizes,
 )
 from grpo.parallel import GIB, World, compute_dtype, free_memory, launched_world, mesh_shape
+from grpo.rewards import check_rewards
 from grpo.shapes import Reader
 from grpo.training.banner import opening
 from grpo.training.build import classifier_sizes, reader_sizes
@@ -50,6 +51,8 @@ def dry_run(job: str, arguments: Sequence[str]) -> None:
     if not isinstance(recipe, TrainingRecipe):
         print(f"the recipe of grpo {job} is valid, and its files are there")
         return
+    if isinstance(recipe, GRPORecipe):
+        check_rewards(recipe.reward, has_prompts=recipe.model.caption_dim is not None)
     memory = free_memory(world.device) if world.device.type == "cuda" else ASSUMED_MEMORY
     lines = [*opening(recipe, on_meta(recipe), world, title=f"dry run of grpo {job}")]
     notes = [*recipe.notes(), *recipe.remarks()]

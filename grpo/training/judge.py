@@ -1,6 +1,7 @@
 """Evaluation during training: the same requests and random numbers, seen by a network that rewards nothing."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import GeneratorRecipe, Judge, UserError
+from grpo.config.types import LARGEST_INT
 from grpo.data import ImageDataset, RequestList, build_dataset
 from grpo.evaluation import (
     ClassifierJudge,
@@ -25,7 +27,7 @@ from grpo.evaluation import (
 )
 from grpo.kernels import Draw
 from grpo.models import Condition, VQModel, load_classifier, to_uint8
-from grpo.observe import image_grid, labelled_strips, write_atomically
+from grpo.observe import finite, image_grid, labelled_strips, write_atomically
 from grpo.parallel import World, broadcast_object
 from grpo.rollout import CodeSampler
 
@@ -78,9 +80,12 @@ class RunJudge:
         self._first = torch.empty(0)  # images of the strip
 
     def note(self, reward: float | None, seconds: float) -> None:
-        """Take a step's mean reward, None in jobs without, and its seconds with what was judged in it."""
+        """Take a step's mean reward, None in jobs without, and its seconds with what was judged in it.
+
+        One that is not finite, of a step in which all completions abstained or a fault, is left out.
+        """
         self._run_seconds += seconds
-        if reward is not None:
+        if reward is not None and math.isfinite(reward):
             self._reward_sum, self._reward_steps = self._reward_sum + reward, self._reward_steps + 1
 
     def due(self, step: int, *, last: bool) -> bool:
@@ -154,7 +159,8 @@ class RunJudge:
         image_grid(self._first, columns=STRIP_IMAGES).save(folder / f"judge-{step:06d}.png")
         shown = [(_label(record), folder / f"judge-{record['step']:06.0f}.png") for record in _spread(self.records)]
         labelled_strips([strip for strip in shown if strip[1].exists()]).save(folder / EVOLUTION_NAME)
-        write_atomically(self.run_dir / RECORDS_NAME, json.dumps(self.records, indent=2) + "\n")
+        records = [{**finite(record), "step": record["step"]} for record in self.records]
+        write_atomically(self.run_dir / RECORDS_NAME, json.dumps(records, indent=2) + "\n")
 
     def state_tensors(self) -> dict[str, Tensor]:
         """None."""
@@ -166,11 +172,17 @@ class RunJudge:
         return {"records": self.records, "run_seconds": broadcast_object(self._run_seconds), **since}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned."""
-        self.records, self._run_seconds = [dict(record) for record in state["records"]], state["run_seconds"]
-        if any(type(value) not in (int, float) for record in self.records for value in record.values()):
-            raise TypeError("a record of the judge holds something else than numbers")
-        self._reward_sum, self._reward_steps = state["reward_sum"], state["reward_steps"]
+        """Restore what `state_dict` returned. Raises a TypeError or ValueError for anything else."""
+        records = [dict(record) for record in state["records"]]
+        since = [state[key] for key in ("run_seconds", "reward_sum", "reward_steps")]
+        numbers = [*since, *(value for record in records for value in record.values())]
+        if any(type(number) not in (int, float) for number in numbers):
+            raise TypeError("the judge's state holds something else than numbers")
+        if not all({"step", "fid", "seconds"} <= record.keys() for record in records):
+            raise ValueError("a record of the judge lacks its step, its FID or its seconds")
+        if any(abs(number) > LARGEST_INT for number in numbers if isinstance(number, int)):
+            raise ValueError("the judge's state holds a number that is too large")
+        self.records, (self._run_seconds, self._reward_sum, self._reward_steps) = records, since
 
 
 def build_judge(
@@ -181,7 +193,7 @@ def build_judge(
     `tokenizer` decodes; it may be None where there is no judge.
 
     Raises:
-        UserError: the reference's images are of another size than those that are drawn.
+        UserError: the reference's images are of another size than those that are drawn, or there is one only.
     """
     config, side = recipe.judge, recipe.data.image_size
     if not config.interval:
@@ -194,6 +206,8 @@ def build_judge(
     if seen.size != (side, side):
         found = "x".join(map(str, seen.size))
         raise UserError(f"judge.reference: its images are {found} pixels and those that are drawn {side}x{side}")
+    if seen.statistics is None and len(seen.features) < 2:
+        raise UserError("judge.reference: a distance takes two reference images at least, and there is one")
     return RunJudge(
         config,
         model=model,
@@ -218,11 +232,12 @@ def _asked(recipe: GeneratorRecipe, dataset: ImageDataset) -> Condition | Reques
 
 def alarm_of(records: Sequence[dict[str, float]], patience: int) -> str | None:
     """A line where FID has been worse than its best for `patience` evaluations (or twice, three times as many) and the
-    reward, which is the mean over the steps before an evaluation, is higher than it was then."""
+    reward, which is the mean over the steps before an evaluation, is higher than it was then. NaN is worse than any."""
     judged = [record for record in records if "reward" in record]
-    best = min(range(len(judged)), key=lambda index: judged[index]["fid"], default=0)
+    fids = [record["fid"] if math.isfinite(record["fid"]) else math.inf for record in judged]
+    best = fids.index(min(fids)) if fids else 0
     since = judged[best + 1 :]
-    if not since or len(since) % patience or since[-1]["reward"] <= judged[best]["reward"]:
+    if not since or fids[best] == math.inf or len(since) % patience or since[-1]["reward"] <= judged[best]["reward"]:
         return None
     then, now = judged[best], since[-1]
     rise, fall = (f"{then[name]:.4g} -> {now[name]:.4g}" for name in ("reward", "fid"))

@@ -321,6 +321,8 @@ class TrainingRun:
                 return  # between two evaluations
             known = ", ".join(sorted(metrics))
             raise UserError(f"checkpoint.best_metric: this job has no metric {config.best_metric!r}; it has {known}")
+        if config.best_metric.startswith("judge/"):
+            self._best_values = []  # the newest evaluation alone: those before saw other weights
         if math.isfinite(value := metrics[config.best_metric]):
             self._best_values.append(value)
 
@@ -341,7 +343,7 @@ class TrainingRun:
             self._stream.load_state_dict(state["stream"])
             for name, counted in self._counted():
                 counted.load_state_dict(state["extra"][name])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of a crafted state
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:  # crafted
             raise UserError(f"{place}: {NO_STATE}") from error
         self._first_step = state["step"]
         self._resumed_from = canonical(self.recipe.checkpoint.resume) if named else state.get("resumed_from")

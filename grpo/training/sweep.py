@@ -196,7 +196,7 @@ def slurm_script(runs: Sequence[SweepRun], *, name: str, made_by: Sequence[str],
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# {len(runs)} runs, a task of the array each. Made by",
+            f"# Runs: {len(runs)}, a task of the array each. Made by",
             f"#   {printable(shlex.join(made_by))} > sweep.sh",
             "# Submit it by `sbatch sweep.sh`, with the environment active that has the project installed. A run that",
             "# was stopped goes on when it is submitted again. When all are done:",

@@ -86,7 +86,7 @@ def test_mistakes_stay_in_the_command_lines():
         load_recipe(GRPORecipe, second.arguments)
     told = str(caught.value)
     assert "--training.sed: unknown flag" in told
-    assert "--config: config is already set" in told
+    assert "--config: given twice" in told
     assert "--optimizer.lr: a value is missing" in told
     assert "--training.seed (empty): training.seed must be a whole number" in told
     assert first.name == "seed=0"

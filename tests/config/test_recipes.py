@@ -239,6 +239,14 @@ def test_dropout_in_the_update_is_remarked() -> None:
     assert recipe.notes() == GRPORecipe.model_validate(SYNTHETIC).remarks() == []
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_judge_that_rewards_is_remarked(shares: bool) -> None:
+    judge = {"interval": 5, "feature_checkpoint": "rewards.safetensors" if shares else "judge.safetensors"}
+    tables = {"class": {"kind": "class_log_prob", "weight": 1.0, "checkpoint": "rewards.safetensors"}}
+    remarks = GRPORecipe.model_validate({**SYNTHETIC, "judge": judge, "reward": tables}).remarks()
+    assert ["is that of reward.class:" in remark for remark in remarks] == [True] * shares
+
+
 def test_notes_of_other_jobs() -> None:
     by_gradient = {"tokenizer_loss": {"codebook_update": "gradient", "codebook_ema": 0.5}}
     (note,) = TokenizerRecipe.model_validate(merged(SYNTHETIC, by_gradient)).notes()

@@ -214,6 +214,8 @@ def test_a_flag_and_its_key_together_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(GRPORecipe, [*command_line(), "--lr", "1e-5", "--optimizer.lr=1e-6"])
     assert caught.value.problems == ["--optimizer.lr: optimizer.lr is already set by --lr; give one of them"]
+    with pytest.raises(UserError, match=r"^--lr: given twice$"):
+        load_recipe(GRPORecipe, [*command_line(), "--lr", "1e-5", "--lr", "1e-6"])
 
 
 def sizes(*flags: str) -> tuple[int, int | None, int]:

@@ -141,6 +141,11 @@ def test_all_mistakes_of_tables_are_reported_with_the_others(recipe_file) -> Non
             '--reward.recon.weight: reward.recon: unknown kind of reward "recon"; did you mean reconstruction?',
         ),
         (
+            ["--reward.dark.function", "dark.py:darkness"],
+            '--reward.dark.function: reward.dark: unknown kind of reward "dark"; there are '
+            f"{', '.join([*REWARD_KINDS, 'stub'])}; give reward.dark.kind",
+        ),
+        (
             ["--reward.reconstruction_weight", "1"],
             "--reward.reconstruction_weight: unknown flag; did you mean --reward.reconstruction.weight?",
         ),

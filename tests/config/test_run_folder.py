@@ -122,6 +122,8 @@ def test_a_value_from_a_folder_is_never_a_flag(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_is_no_folder() -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         of_run(GenerateRecipe, ["a" * 5000])
+    with pytest.raises(UserError, match=r"grpo share takes a run's folder first"):
+        of_run(ShareRecipe, [])
 
 
 def test_a_run_with_a_random_tokenizer_is_told_so(tmp_path: Path) -> None:

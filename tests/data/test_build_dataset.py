@@ -222,7 +222,7 @@ def test_new_classes_are_named_after_the_data(class_folders, section):
     dataset = build_dataset(section(path), num_classes=3, learned=("cat", "ant"))
     assert dataset.class_ids.tolist() == [1, 2]
     assert dataset.class_names == ["cat", "ant", "my dog"]
-    with pytest.raises(UserError, match=r"1 new classes \(of the model's classes they have 'ant'\)"):
+    with pytest.raises(UserError, match=r"1 new class \(of the model's classes they have 'ant'\)"):
         build_dataset(section(path), num_classes=4, learned=("cat", "ant"), new_classes=2)
 
 

@@ -11,8 +11,9 @@ import torch
 from grpo.checkpoint.state import optimizer_tensors
 from grpo.config import GRPORecipe, UserError, load_recipe
 from grpo.estimate import recipe_memory
+from grpo.estimate.memory import models_on_meta
 from grpo.formats import Adapter
-from grpo.jobs.memory import main
+from grpo.jobs.memory import gib, main
 from grpo.models import GPT, GPTConfig, TextCondition, add_adapter, generator_sizes, mark_trained
 from grpo.models.costs import activation_bytes, block_rows
 from grpo.parallel import GIB
@@ -265,3 +266,30 @@ def test_jobs_without_rewards(capsys):
     assert "reference" in cca
     assert "reference" not in gft
     assert cca["activations"] == pytest.approx(2 * gft["activations"], rel=0.01)
+
+
+PUBLISHED = ["--config", "published/vapi_xxl_384", "--reward.batch_size", "32"]
+PUBLISHED += ["--parallel.defer_gradient_sync", "false"]
+ONE, EIGHT, TWO_HOSTS = ("fsdp", (1,)), ("fsdp", (8,)), ("hsdp", (2, 8))
+TABLES = {  # by what stands before a table in docs/scaling.md: flags, and mode and mesh of the columns
+    "other sizes below": ([], [ONE, EIGHT, TWO_HOSTS]),
+    "--training.dropout_mode eval": (
+        ["--training.dropout_mode", "eval"],
+        [ONE, EIGHT, ("sdp", (8,)), ("fsdp", (16,)), TWO_HOSTS],
+    ),
+}
+
+
+@pytest.mark.parametrize("place", TABLES)
+@pytest.mark.parametrize("model", ["GPT-XXL", "GPT-7B"])
+def test_tables_of_the_page_are_what_is_calculated(place, model):
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").partition(place)[2]
+    _, *written = next(line for line in page.splitlines() if line.startswith(f"| {model} |")).strip("| ").split(" | ")
+    flags, columns = TABLES[place]
+    calculated, models = [], None
+    for mode, mesh in columns:
+        more = ["--parallel.data_parallel", mode, "--model.name", model]
+        recipe = load_recipe(GRPORecipe, [*PUBLISHED, *flags, *more])
+        models = models or models_on_meta(recipe)
+        calculated.append(gib(recipe_memory(recipe, mesh=mesh, memory=80 * GIB, models=models).peak))
+    assert written == calculated

@@ -23,7 +23,6 @@ from grpo.evaluation import (
     measure_images,
     save_pngs,
 )
-from grpo.evaluation import judges as judges_module
 from grpo.evaluation.sources import FolderImages, NpzImages
 from grpo.models import save_weights
 
@@ -116,8 +115,25 @@ def test_what_cannot_be_compared_is_told():
         compare(images, images._replace(size=(8, 8)))
     with pytest.raises(UserError, match="3 images are too few"):
         compare(images._replace(features=images.features[:3]), images)
+    images = DrawnImages(torch.arange(5), colored(torch.zeros(5).long(), noise=2).draw)
     with pytest.raises(UserError, match=r"classes 0\.\.4 and the judging classifier 3 classes"):
-        measure_images(DrawnImages(torch.arange(5), colored(torch.zeros(5).long(), noise=2).draw), JUDGE, batch_size=5)
+        measure_images(images, JUDGE, batch_size=5)
+    with pytest.raises(UserError, match=r"classes 0\.\.4 and the rewarding classifier 3 classes"):
+        measure_images(images, Unnamed(MeanColor()), batch_size=5, reward=JUDGE)
+
+
+class Unnamed(ClassifierJudge):
+    """Its classes are not the generator's, like Inception's."""
+
+    names_classes = False
+
+
+def test_features_that_are_no_numbers_give_no_metrics():
+    images = measure_images(colored(CLASS_IDS, noise=60), JUDGE, batch_size=60)
+    for value in (math.nan, math.inf):
+        features = torch.randn(60, 16).index_fill(0, torch.tensor([7]), value)
+        metrics = compare(images._replace(features=features), images._replace(features=torch.randn(60, 16)))
+        assert all(math.isnan(metrics[name]) for name in ("fid", "kid", "precision", "recall"))
 
 
 def test_inception_weights_are_read_safely_and_given_to_torch_fidelity(tmp_path, monkeypatch):
@@ -146,17 +162,23 @@ def test_inception_weights_are_read_safely_and_given_to_torch_fidelity(tmp_path,
     np.savez(tmp_path / "adm.npz", arr_0=np.zeros((5, 4, 4, 3), np.uint8), mu=np.ones(3), sigma=np.eye(3))
     reference = measure_images(NpzImages(tmp_path / "adm.npz"), judge, batch_size=5)
     assert_close(reference.statistics.mean, torch.ones(3).double())
+    np.savez(tmp_path / "others.npz", arr_0=np.zeros((5, 4, 4, 3), np.uint8), mu=np.ones(2), sigma=np.eye(2))
+    with pytest.raises(UserError, match="mu and sigma of 2 features, and Inception 3"):
+        measure_images(NpzImages(tmp_path / "others.npz"), judge, batch_size=5)
     at_one = measured._replace(statistics=FeatureStatistics(torch.ones(3).double() * 3, torch.eye(3).double()))
     assert compare(at_one, reference)["fid"] == pytest.approx(3 * 2**2)
     assert measure_images(NpzImages(tmp_path / "adm.npz"), JUDGE, batch_size=5).statistics is None
     assert measure_images(NpzImages(tmp_path / "adm.npz", limit=4), judge, batch_size=5).statistics is None
+    save_weights(tmp_path / "nan.pth", {"fc.bias": torch.full((3,), math.nan)})
+    with pytest.raises(UserError, match=r"fc\.bias holds NaN"):
+        InceptionJudge(tmp_path / "nan.pth", device=torch.device("cpu"))
     with pytest.raises(UserError, match="does not hold torch-fidelity's Inception"):
         InceptionJudge(tmp_path / "other.pth", device=torch.device("cpu"))
 
 
 def test_inception_without_torch_fidelity(tmp_path, monkeypatch):
-    monkeypatch.setattr(judges_module, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torch-fidelity"):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UserError, match=r"pip install 'autoregressive-grpo\[evaluation\]'"):
         InceptionJudge(tmp_path / "inception.pth", device=torch.device("cpu"))
 
 

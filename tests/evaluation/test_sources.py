@@ -176,6 +176,7 @@ def test_a_full_disk_leaves_nothing(write, tmp_path, monkeypatch):
         (lambda folder: save_array(folder / "a.npz", **PLAIN, mu=np.array(["a"]), sigma=np.eye(1)), "mean and cov"),
         (lambda folder: save_array(folder / "a.npz", **PLAIN, mu=np.ones(2), sigma=np.eye(3)), "mean and cov"),
         (lambda folder: save_array(folder / "a.npz", **PLAIN, mu=np.full(2, np.nan), sigma=np.eye(2)), "finite"),
+        (lambda folder: save_array(folder / "a.npz", **PLAIN, mu=np.ones(2), sigma=-np.eye(2)), "variance below 0"),
         (lambda folder: save_npy(folder / "a.npz", PLAIN["arr_0"]), "no zip archive"),
         (make_pipe, "a pipe or a device"),
         (lambda folder: folder, "has no images"),

@@ -39,3 +39,18 @@ def test_the_weight_stays_near_its_start_and_without_a_target_where_it_is():
         free.update(0.0)
     assert steered.weight == pytest.approx(0.22)
     assert (free.weight, free.steers) == (2.2e-3, False)
+    strong = control(entropy_gain=1e6)
+    for entropy, weight in [(0.0, 0.22), (MOST, 2.2e-5), (0.0, 0.22)]:
+        strong.update(entropy)
+        assert strong.weight == pytest.approx(weight)
+
+
+@pytest.mark.parametrize(("weight", "loaded"), [(5e-3, 5e-3), (-1.0, 2.2e-5), (1e9, 0.22)])
+def test_a_restored_weight_is_within_its_bounds(weight, loaded):
+    steered = control()
+    steered.load_state_dict({"weight": weight})
+    assert steered.weight == pytest.approx(loaded)
+    for wrong in (math.nan, math.inf, "x", None, 10**400):
+        with pytest.raises((ValueError, TypeError, OverflowError)):
+            steered.load_state_dict({"weight": wrong})
+    assert steered.weight == pytest.approx(loaded)

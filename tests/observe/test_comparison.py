@@ -46,6 +46,12 @@ def test_what_differs_in_the_recipes(runs):
     rows = [("optimizer.lr", ["0.001", "0.001", "0.002"]), ("training.seed", ["0", "1", "0"])]
     assert table.rows == [(name, [*map(Cell, cells)]) for name, cells in rows]
     assert seed_groups(runs) == [[0, 1]]
+    of_grpo = {"job": "train", "training.seed": 0, "rollout.temperature": 1.0, "rollout.top_k": 100}
+    jobs = [
+        run._replace(settings=settings) for run, settings in zip(runs, [{"job": "pretrain"}, of_grpo], strict=False)
+    ]
+    rows = [("job", ["pretrain", "train"]), ("rollout.top_k", ["-", "100"])]
+    assert recipe_table(jobs).rows == [(name, [*map(Cell, cells)]) for name, cells in rows]
 
 
 def test_numbers_at_the_end_with_the_interval_of_seeds(runs):

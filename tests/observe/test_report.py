@@ -134,6 +134,13 @@ def test_any_text_is_shown_as_text(run_dir):
     assert numbers(run_dir / "report.html")["charts"][0]["title"] == HOSTILE
 
 
+def test_keys_break_at_dots_and_words_at_spaces(run_dir):
+    rows = [(label, [Cell("1")]) for label in ("data.max_bad", "base, guidance 1.25")]
+    text = write_report(run_dir, title="t", tables=[Table("t", ["a"], rows)]).read_text()
+    assert "<th>data.<wbr>max_<wbr>bad</th>" in text
+    assert "<th>base, guidance 1.25</th>" in text
+
+
 def test_the_first_and_the_last_samples_are_shown(run_dir):
     captions = re.findall(r"<figcaption>Step (\d+)</figcaption>", run_report(run_dir).read_text())
     assert len(captions) == 6

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.config import ActivationCheckpoint, Compile, Parallel, Training
+from grpo.formats import Adapter
+from grpo.models import GPT, add_adapter
 from grpo.parallel import build_mesh, clip_grad_norm, distributed, gradient_sync, parallelize
 from tests.parallel.toy import loss_sum, make_batch, make_model
 
@@ -23,6 +25,8 @@ CASES = {
     "fsdp, whole": {"shard_blocks": False},
     "sdp": {"data_parallel": "sdp"},
     "hsdp": {"data_parallel": "hsdp", "shard_size": 2},
+    "fsdp, adapter": {"adapter": True, "samplings": 1},
+    "hsdp, adapter": {"data_parallel": "hsdp", "shard_size": 2, "adapter": True},
 }
 KINDS = {"_allgather_base_": "gathered", "_reduce_scatter_base_": "reduced", "allreduce_": "averaged"}
 
@@ -47,12 +51,19 @@ def training() -> Training:
     return Training(mixed_precision="bf16", steps=1, batch_size=1, micro_batch_size=1)
 
 
+def model_of(settings: dict) -> GPT:
+    """The model of a case, of which the key `adapter` is taken."""
+    adapted = settings.pop("adapter", False)
+    return add_adapter(make_model(), Adapter(rank=3, alpha=3, targets=("wqkv", "w2"))) if adapted else make_model()
+
+
 def count(world, settings: dict) -> dict[str, int]:
     """The second of two steps, since the first makes what FSDP2 keeps."""
-    samplings = settings.get("samplings", 0)
-    parallel = Parallel(**{name: value for name, value in settings.items() if name != "samplings"})
+    settings = dict(settings)
+    samplings, plain = settings.pop("samplings", 0), model_of(settings)
+    parallel = Parallel(**settings)
     how = {"parallel": parallel, "compile": Compile(), "activation_checkpoint": ActivationCheckpoint()}
-    model = parallelize(make_model(), mesh=build_mesh(parallel, world), training=training(), **how)
+    model = parallelize(plain, mesh=build_mesh(parallel, world), training=training(), **how)
     tokens, class_ids = make_batch(size=2)
     for _ in range(2):
         with CountBytes() as counter:

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 
 import pytest
@@ -44,6 +45,15 @@ def test_streams_that_a_users_code_has_closed(monkeypatch):
     with open(os.devnull, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
     assert exit_code(monkeypatch, None) == 0
+
+
+def test_whoever_reads_may_have_seen_enough():
+    code = "from grpo.parallel import run_main; run_main(lambda _: print('much'))"
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_user_error_is_plain_lines(monkeypatch, capfd):

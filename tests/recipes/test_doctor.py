@@ -67,4 +67,4 @@ def test_a_file_is_no_folder_for_runs(tmp_path):
 
 def test_every_extra_for_users_is_told() -> None:
     declared = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
-    assert {*doctor.EXTRAS} == declared - {"dev", "docs", "launch"}
+    assert {*doctor.EXTRAS} == declared - {"dev", "docs", "launch", "benchmarks"}

@@ -32,6 +32,7 @@ PAGE = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 SMALL = {job: flags.split() for job, flags in re.findall(r"^\| `grpo (\w+)` \| `(.+)` \|$", PAGE, re.MULTILINE)}
 """Job -> the page's flags for weights that are small."""
+SMALL["tokenizer"] = [*SMALL["classifier"][:4], "--tokenizer.name", "VQ-tiny", "--tokenizer.codebook_size", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +78,11 @@ def test_every_command_of_the_page(place, monkeypatch):
     listed = commands()
     assert [shlex.split(line)[1] for line in listed] == [
         *["pretrain", "classifier", "classifier", "train", "train", "generate", "generate", "evaluate"],
-        *["convert", "convert"],
+        *["convert", "convert", "tokenizer", "pretrain", "classifier", "train", "generate"],
     ]
-    for command in listed[:-1]:
-        run(command)
-    run(listed[-1].replace("step-000100", "step-000002"))
+    for command in listed:
+        few = ["--training.micro_batch_size", "8"] if "quickstart/" in command else []
+        run(command.replace("step-000100", "step-000002"), *few)
 
     before = read_weights("pretrained/c2i_B_256.pt")[TABLE]
     tuned = load_gpt("runs/pretrain/model.safetensors")
@@ -100,6 +101,8 @@ def test_every_command_of_the_page(place, monkeypatch):
     assert {"accuracy", "fid"} <= json.loads(Path("result.json").read_text())["metrics"]["classifier"].keys()
     assert Path("before.png").is_file()
     assert Path("after.png").is_file()
+    assert read_config("runs/own/grpo/model.safetensors")["class_names"] == CLASSES
+    assert Path("runs/own/grpo/grid.png").is_file()
 
 
 TUNE = "grpo pretrain --config own_classes/pretrain --checkpoint.interval 0 --optimizer.weight_decay 0"

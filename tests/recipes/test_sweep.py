@@ -69,6 +69,7 @@ def test_commands_are_printed_and_nothing_is_started(tmp_path, monkeypatch, caps
     ("arguments", "message"),
     [
         (["evaluate", "--config", "debug"], "evaluate: no job that trains; there are train, pretrain"),
+        ([], "takes a job and its flags"),
         (["trian"], "did you mean train?"),
         (["train", "--nproc", "0"], "--nproc 0 must be at least 1"),
         (["train", "--nproc", "x"], "--nproc"),

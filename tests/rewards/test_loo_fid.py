@@ -161,7 +161,7 @@ def test_a_reference_from_the_data_set(build, context):
     ("arrays", "told"),
     [
         (None, "is no .npz with arrays mu and sigma"),
-        ({"mu": np.zeros(32)}, "is no .npz with arrays mu and sigma"),
+        ({"mu": np.zeros(32)}, "is no .npz with arrays mu and sigma: it has no sigma"),
         ({"mu": np.zeros(8), "sigma": np.eye(8)}, r"mu \[8\] and sigma \[8, 8\], the network 32 features"),
         ({"mu": np.zeros(32), "sigma": -np.eye(32)}, "a variance below 0"),
         ({"mu": np.array(["x"] * 32), "sigma": np.eye(32)}, "is no .npz"),

@@ -109,3 +109,8 @@ def test_sizes_that_do_not_fit_are_told(job):
 def test_mistakes_are_told_as_by_the_job(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         dry_run("train", ["--config", "debug", "--tokenizer.checkpoint", str(tmp_path / "vq.pt")])
+    file = tmp_path / "mine.py"
+    file.write_text("def bright(images, radius):\n    return images.mean(dim=(1, 2, 3))\n")
+    table = ["--reward.mine.kind", "python", "--reward.mine.function", f"{file}:bright"]
+    with pytest.raises(UserError, match=r"reward\.mine: function: .*missing a required argument: 'radius'"):
+        dry_run("train", ["--config", "debug", *table])

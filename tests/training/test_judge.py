@@ -8,9 +8,18 @@ import torch
 from PIL import Image
 
 from grpo.config import EvaluateRecipe, UserError, load_recipe
-from grpo.models import GPT, MODEL_SPECS, TOKENIZER_SPECS, Classifier, ClassifierConfig, VQModel, save_weights
+from grpo.models import (
+    GPT,
+    MODEL_SPECS,
+    TOKENIZER_SPECS,
+    Classifier,
+    ClassifierConfig,
+    VQModel,
+    read_weights,
+    save_weights,
+)
 from grpo.parallel import distributed
-from grpo.training.judge import alarm_of
+from grpo.training.judge import RunJudge, alarm_of
 from tests.parallel.torchrun import run_two_ranks
 from tests.recipes.conftest import read_metrics, run_here  # noqa: F401, a fixture
 
@@ -105,12 +114,15 @@ def test_two_ranks_and_the_best_checkpoint(run_here, small, tmp_path):  # noqa: 
         assert values == pytest.approx(judged(one)[step], rel=1e-3)
 
 
-def test_reference_of_another_size_is_refused(run_here, small, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(("count", "side", "problem"), [
+    (12, 16, "16x16 pixels and those that are drawn 24x24"), (1, 24, "two reference images at least"),
+])  # fmt: skip
+def test_reference_that_cannot_be_compared_is_refused(run_here, small, tmp_path, count, side, problem):  # noqa: F811
     _, flags, _ = small
-    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((12, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((count, side, side, 3), np.uint8))
     index = flags.index("--judge.split")
     flags = [*flags[:index], "--judge.reference", tmp_path / "reference.npz", *flags[index + 2 :]]
-    with pytest.raises(UserError, match="16x16 pixels and those that are drawn 24x24"):
+    with pytest.raises(UserError, match=problem):
         run_here("pretrain", *flags, *PRETRAIN, "--training.steps", 1, "--metrics.run_dir", tmp_path / "run")
 
 
@@ -128,6 +140,69 @@ def test_alarm_when_the_reward_rises_and_the_judge_falls():
     assert alarm_of([*rising[:-1], record(40, 1.2, 0.1)], 2) is None  # the reward falls too
     assert alarm_of([*rising, record(50, 0.9, 0.5)], 1) is None  # a new best
     assert alarm_of([], 1) is None
+    assert alarm_of([start, record(10, 1.0, 0.1)], 1) is None  # one evaluation
+
+
+def test_an_fid_that_is_no_number_is_worse_than_any():
+    nan = float("nan")
+    assert alarm_of([record(10, nan, 0.1), record(20, 2.0, 0.2)], 1) is None  # the second one is the best
+    assert "(2 -> nan)" in alarm_of([record(10, nan, 0.1), record(20, 2.0, 0.2), record(30, nan, 0.3)], 1)
+    assert alarm_of([record(10, nan, 0.1), record(20, nan, 0.2)], 1) is None
+
+
+def test_a_judge_that_sees_no_numbers(run_here, small, tmp_path):  # noqa: F811
+    """judge.json stays JSON, the run goes on where it was ended, and no checkpoint is the best."""
+    _, flags, judge = small
+    weights = {name: values * 1e30 if "conv" in name else values for name, values in read_weights(judge).items()}
+    save_weights(tmp_path / "wild.safetensors", weights, config=ClassifierConfig(width=8, num_classes=10))
+    index = flags.index("--judge.feature_checkpoint")
+    flags = [*flags[: index + 1], tmp_path / "wild.safetensors", *flags[index + 2 :], "--training.batch_size", 4]
+    flags += [
+        "--judge.interval",
+        1,
+        "--checkpoint.interval",
+        1,
+        "--checkpoint.keep_last",
+        1,
+        "--checkpoint.keep_best",
+        1,
+    ]
+    flags += ["--checkpoint.best_metric", "judge/fid", "--checkpoint.best_is", "lowest", "--metrics.run_dir", tmp_path]
+    run_here("pretrain", *flags, "--training.steps", 1)
+    lines = run_here("pretrain", *flags, "--training.steps", 2)
+    assert [line["judge/fid"] for line in lines] == [None, None]
+    text = (tmp_path / "judge.json").read_text()
+    assert [record["fid"] for record in json.loads(text, parse_constant=pytest.fail)] == [None] * 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_the_best_checkpoint_goes_by_its_newest_evaluation(run_here, small, tmp_path, monkeypatch):  # noqa: F811
+    """Of FIDs 9, 1 and 3, 4 in two checkpoints the first has the better last one, the second the better mean."""
+    _, flags, _ = small
+    fids = iter([5.0, 9.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr("grpo.training.judge.frechet_distance", lambda *_: next(fids))
+    flags = [
+        *flags,
+        "--judge.interval",
+        1,
+        "--training.batch_size",
+        4,
+        "--training.steps",
+        4,
+        "--checkpoint.interval",
+        2,
+    ]
+    flags += ["--checkpoint.keep_last", 1, "--checkpoint.keep_best", 1, "--checkpoint.best_metric", "judge/fid"]
+    run_here("pretrain", *flags, "--checkpoint.best_is", "lowest", "--metrics.run_dir", tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+
+
+def test_a_reward_that_is_no_number_is_left_out():
+    judge = RunJudge.__new__(RunJudge)
+    judge._reward_sum, judge._reward_steps, judge._run_seconds = 0.0, 0, 0.0
+    for reward in (1.0, float("nan"), 3.0):
+        judge.note(reward, 1.0)
+    assert (judge._reward_sum, judge._reward_steps, judge._run_seconds) == (4.0, 2, 3.0)
 
 
 def test_reward_beside_the_judge_and_the_stop(run_here, small, tmp_path, monkeypatch):  # noqa: F811
@@ -157,6 +232,22 @@ def test_reward_beside_the_judge_and_the_stop(run_here, small, tmp_path, monkeyp
     assert (tmp_path / "stopped" / "checkpoints" / "step-000002").is_dir()
     assert len(run_here("train", *flags, "--metrics.run_dir", tmp_path / "told")) == 4
     assert "step 2: deceived" in (tmp_path / "told" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("change", [
+    {"records": [{"fid": 1.0, "seconds": 1.0}]}, {"records": [{"step": 1, "fid": 1.0}]}, {"records": [{"step": 1}]},
+    {"records": [{"step": 10**400, "fid": 1.0, "seconds": 1.0}]}, {"records": [{"step": 1, "fid": None}]},
+    {"records": [[1]]}, {"run_seconds": "3"}, {"reward_sum": None}, {"reward_steps": True}, {"reward_steps": 10**400},
+], ids=str)  # fmt: skip
+def test_other_things_than_a_judges_state_are_refused(change):
+    judge = RunJudge.__new__(RunJudge)
+    state = {"records": [{"step": 1, "fid": float("nan"), "seconds": 1.0, "accuracy": 0.5}], "run_seconds": 2.0}
+    state |= {"reward_sum": 1.0, "reward_steps": 1}
+    judge.load_state_dict(state)
+    assert judge.records == state["records"]
+    with pytest.raises((TypeError, ValueError)):  # what a resumed run tells in one line
+        judge.load_state_dict(state | change)
+    assert judge.records == state["records"]
 
 
 def test_evaluations_take_no_more_than_their_share_of_the_time(run_here, small, tmp_path):  # noqa: F811
