@@ -59,6 +59,7 @@ from grpo.config.text_sections import EncodeText, Text
 from grpo.config.tuning_recipes import DistillRecipe, FinetuneRecipe
 from grpo.config.types import Section, exists, is_url
 from grpo.config.user_files import (
+    innermost,
     read_bytes,
     read_text,
     reading,

@@ -167,6 +167,12 @@ class Data(Section):
     """Unreadable images to name, count and skip before the run is stopped."""
 
     @property
+    def place(self) -> str:
+        """`path`, of a data set that needs one."""
+        assert self.path is not None, "a recipe without is refused"
+        return self.path
+
+    @property
     def has_images(self) -> bool:
         """Whether there are images in this data set."""
         return self.name not in ("classes", "codes", "prompts")

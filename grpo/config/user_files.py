@@ -34,6 +34,13 @@ def reason(error: BaseException) -> str:
     return shorten(words)
 
 
+def innermost(error: BaseException) -> BaseException:
+    """What went wrong first, below the layers of a library that each raise an error of their own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def shorten(text: str) -> str:
     """As much of a text as fits into a message."""
     text = printable(text)

@@ -36,8 +36,9 @@ class ImageBatch(NamedTuple):
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same batch on another device, except for `indices`: the host reads them, and must not wait for a GPU."""
         codes = None if self.codes is None else self.codes.to(device)
-        images, condition, sample_ids = (field.to(device) for field in self[:3])
+        images = self.images.to(device)
         images = normalize(images) if images.dtype == torch.uint8 else images
+        condition, sample_ids = self.condition.to(device), self.sample_ids.to(device)
         return ImageBatch(images, condition, sample_ids, self.indices, self.captions, codes)
 
     def select(self, rows: slice) -> "ImageBatch":

@@ -85,6 +85,7 @@ def build_text_dataset(data: Data, text: Text, model: Model) -> ImageDataset:
         dataset.requests = LlamaGenRequests(dataset, text, model)
         return dataset
     encoder = build_encoder(text, model)
+    assert dataset.captions_of is not None
     encoder.require(dataset.captions_of.distinct())
     dataset.requests = CaptionRequests(dataset.captions_of, encoder)
     return dataset
@@ -154,7 +155,7 @@ def _require_new_classes(dataset: ImageDataset, *, num_classes: int, new_classes
 
 def _open(data: Data, *, num_classes: int, learned: Sequence[str], with_captions: bool) -> ImageDataset:
     if data.name == "classes":
-        return ClassList(data=data, num_classes=num_classes, learned=learned)
+        return ClassList(data=data, num_classes=num_classes, learned=tuple(learned))
     if data.name == "digits":
         return Digits(data=data, with_captions=with_captions)
     if data.name == "synthetic":
@@ -209,7 +210,7 @@ _KINDS = {
 def _kind(data: Data) -> str:
     """Which kind of data set the section means, as far as its name and its path tell."""
     is_at = data.name == "imagenet" and data.path is not None and "://" not in data.path
-    return _kind_at(Path(data.path), data) if is_at else data.name
+    return _kind_at(Path(data.place), data) if is_at else data.name
 
 
 def _kind_at(path: Path, data: Data) -> str:

@@ -59,7 +59,7 @@ class CaptionFolder(ImageFiles):
         sizes = [_size(root / image.file) for image in images] if len(images) <= MOST_SIZES else []
         captions = Captions([image.texts for image in images])
         files = [image.file for image in images]
-        super().__init__(files, np.zeros(len(files)), [], data=data, root=root, sizes=sizes, captions=captions)
+        super().__init__(files, [0] * len(files), [], data=data, root=root, sizes=sizes, captions=captions)
 
 
 MOST_SIZES = 1 << 20  # files whose sizes are part of the fingerprint: to ask for more takes minutes
@@ -72,7 +72,7 @@ class PromptList(ImageDataset):
     has_images = False
 
     def __init__(self, *, data: Data) -> None:
-        prompts = on_main_rank(lambda: read_prompts(data.path, key=data.caption_key))
+        prompts = on_main_rank(lambda: read_prompts(data.place, key=data.caption_key))
         captions = Captions([[prompt.text] for prompt in prompts])
         super().__init__(np.zeros(len(prompts)), [], data=data, captions=captions)
 
@@ -99,7 +99,9 @@ def has_captions(folder: Path) -> bool:
 
 
 def _find(root: Path, data: Data) -> tuple[list[Captioned], list[ListedIn]]:
-    left_out, listed = LeftOut(data), []
+    left_out = LeftOut(data)
+    listed: list[ListedIn] = []
+    found: Iterable[Captioned]
     if (root / METADATA).is_file():
         found = _of_objects(read_objects(root / METADATA), data, left_out)
     elif (root / CAPTION_TABLE).is_file():
@@ -109,13 +111,14 @@ def _find(root: Path, data: Data) -> tuple[list[Captioned], list[ListedIn]]:
         chosen = lists[data.first_list : last]
         if not chosen:
             raise UserError(f"data.first_list and data.last_list leave none of the {len(lists)} lists in {root}")
-        found = []
+        of_lists: list[Captioned] = []
         for file in chosen:
             lines = read_objects(file)
             for line, entry in enumerate(lines):
                 if images := list(_of_objects([entry], data, left_out)):
-                    found += images
+                    of_lists += images
                     listed.append(ListedIn(file.stem.partition(".")[0], line))
+        found = of_lists
     else:
         found = _beside(root, left_out)
     images = list(found)
@@ -129,7 +132,7 @@ def _find(root: Path, data: Data) -> tuple[list[Captioned], list[ListedIn]]:
 def _of_objects(entries: Iterable[tuple[str, Mapping[str, Any]]], data: Data, left_out: LeftOut) -> Iterator[Captioned]:
     for where, entry in entries:
         file = next((entry[key] for key in FILE_KEYS if key in entry), None)
-        if not _can_be_file(file):
+        if file is None or not _can_be_file(file):
             raise UserError(f"{where} names no image: give its file in {', '.join(FILE_KEYS)}")
         texts = texts_of(entry, data.caption_key, where)
         if texts:

@@ -159,8 +159,8 @@ def _by_name(
     new = list(dict.fromkeys(others.values()))
     problems = [_refusal(new, known.names, free, source)] if len(new) > len(free) else []
     if twofold:
-        (name, ids), more = twofold[0], f" (and {len(twofold) - 1} more such names)" if len(twofold) > 1 else ""
-        of_classes = f"{name!r} is a name of the classes {known.titles(ids)}"
+        (name, several), more = twofold[0], f" (and {len(twofold) - 1} more such names)" if len(twofold) > 1 else ""
+        of_classes = f"{name!r} is a name of the classes {known.titles(several)}"
         problems.append(f"{source}: {of_classes}{more}: use the WordNet id, or data.class_map")
     if problems:
         raise UserError(problems)

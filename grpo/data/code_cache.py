@@ -36,12 +36,18 @@ def build_codes(
         dataset.codes = CodeFolder(data.codes)
     codes = dataset.codes
     if codes is None:
+        assert tokenizer is not None, "which makes the codes"
         return CodeCache(tokenizer, num_images=len(dataset), enabled=data.cache_codes).codes
     _check(codes, dataset, tokenizer, length)
     if not augmented:
         codes.only_plain()
     dataset.reads_images = dataset.has_images and images
-    return lambda batch: batch.codes
+    return _of_batch
+
+
+def _of_batch(batch: ImageBatch) -> Tensor:
+    assert batch.codes is not None, "codes on disk travel with it"
+    return batch.codes
 
 
 def _check(codes: CodeReader, dataset: ImageDataset, tokenizer: VQModel | None, length: int) -> None:
@@ -80,7 +86,7 @@ class CodeCache:
         self._encode, self._enabled = tokenizer.encode, enabled
         self._dtype = torch.int16 if tokenizer.config.codebook_size <= 2**15 else torch.int32
         self._known = torch.zeros(num_images if enabled else 0, dtype=torch.bool)
-        self._codes: Tensor | None = None  # [N, T]; its pages are not in memory before they are written
+        self._codes = torch.empty(0)  # [N, T] from the first codes on; pages are in memory once written
 
     def codes(self, batch: ImageBatch) -> Tensor:
         """Codes [B, T] int64 of the batch's images, on the images' device."""
@@ -91,7 +97,7 @@ class CodeCache:
         new_rows = {index: row for row, index in enumerate(indices) if not self._known[index]}
         if new_rows:
             codes = self._encode(batch.images[list(new_rows.values())])
-            if self._codes is None:
+            if not self._codes.numel():
                 self._codes = torch.empty(len(self._known), codes.shape[1], dtype=self._dtype)
             self._codes[list(new_rows)] = codes.to("cpu", self._dtype)
             self._known[list(new_rows)] = True

@@ -15,13 +15,16 @@ class CodeList(ImageDataset):
     has_images = False
 
     def __init__(self, *, data: Data) -> None:
-        if not Path(data.path).is_dir():
+        if not Path(data.place).is_dir():
             raise UserError(f"data.path {data.path} is not a folder: give the folder of the codes")
-        codes = CodeFolder(data.path) if (Path(data.path) / ABOUT).exists() else LlamaGenCodes(data)
+        codes: CodeFolder | LlamaGenCodes = (
+            CodeFolder(data.place) if (Path(data.place) / ABOUT).exists() else LlamaGenCodes(data)
+        )
         super().__init__(codes.labels, codes.class_names, data=data)
         self.codes = codes
 
     def identify(self) -> Iterable[bytes]:
+        assert self.codes is not None
         return self.codes.identify()
 
     def describe(self, index: int) -> str:

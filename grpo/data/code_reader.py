@@ -1,17 +1,18 @@
 """What every source of codes on disk has in common."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from grpo.config import UserError, reason, require_regular
-from grpo.data.dataset import UnreadableImage
+from grpo.data.unreadable import UnreadableImage
 
 
 class CodeReader:
     """A variants of the codes of each image of a data set; indices are the data set's.
 
-    A subclass says how to read a `row`, and has
+    A subclass says how to read a `row`, by what to `identify` all of them, and has
 
         labels: [N] int64, as the source numbers its classes, whose names are `class_names`, if it has names.
         variants, length: A and T.
@@ -25,6 +26,10 @@ class CodeReader:
     plain_first: bool
     codebook_size: int | None = None
     _drawn: int | None = None
+
+    def identify(self) -> Sequence[bytes]:
+        """Bytes that are others where the codes are others."""
+        raise NotImplementedError
 
     def row(self, index: int, variant: int) -> np.ndarray:
         """Codes [T] of any integer type. Raises `UnreadableImage`."""

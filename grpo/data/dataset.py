@@ -4,7 +4,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 
 from grpo.config import Data, UserError, reason
 from grpo.data.captions import Asked, Captions, Requests
+from grpo.data.code_reader import CodeReader
 from grpo.data.images import center_crop, to_pixels, to_rgb
 from grpo.data.unreadable import UnreadableImage
 from grpo.models import ClassCondition, Condition, normalize
@@ -33,13 +33,6 @@ def decoded(read: Callable[[], Image.Image], name: Callable[[], str]) -> Image.I
         raise UnreadableImage(f"{name()} is not an image file that can be read") from error
     except (OSError, ValueError) as error:  # all that `read_image` raises
         raise UnreadableImage(f"{name()} cannot be read: {reason(error)}") from error
-
-
-class Codes(Protocol):
-    """Codes of a data set's images on disk, a `CodeReader`."""
-
-    def draw(self, index: int, sample_id: int, seed: int) -> np.ndarray:
-        """Codes [T] of an image as that sample of a run sees it. Raises `UnreadableImage`."""
 
 
 def sha256(*parts: bytes) -> str:
@@ -86,7 +79,7 @@ class ImageDataset(Dataset):
         self.remarks: list[str] = []
         self.num_classes: int | None = None
         self.reads_images = self.has_images
-        self.codes: Codes | None = None
+        self.codes: CodeReader | None = None
         self._labels = sha256(self.class_ids.tobytes(), "\0".join(self.class_names).encode("utf-8", "surrogateescape"))
 
     def identify(self) -> Iterable[bytes]:
@@ -140,7 +133,9 @@ class ImageDataset(Dataset):
     def request(self, indices: Sequence[int], asked: Sequence[Asked | None]) -> tuple[Condition, list[str]]:
         """What samples ask a generator for, and the same in words: a row and a text for each image and its `ask`."""
         if self.requests is not None:
-            return self.requests.condition(asked), [one.text for one in asked]
+            found = [one for one in asked if one is not None]
+            assert len(found) == len(asked), "each asks in words"
+            return self.requests.condition(found), [one.text for one in found]
         condition = self.condition(indices)
         return condition, self.captions(condition)
 
@@ -152,6 +147,7 @@ class ImageDataset(Dataset):
         """Classes in words, a text for each row: the class name, or nothing where the source has texts instead."""
         if self.captions_of is not None:
             return [""] * condition.rows
+        assert isinstance(condition, ClassCondition), "no texts, so classes"
         return [self.class_names[class_id] for class_id in condition.class_ids.tolist()]
 
     def record_unreadable(self, index: int, reason: str) -> None:

@@ -67,7 +67,7 @@ class ImageFolder(ImageFiles):
 
     def __init__(self, *, data: Data) -> None:
         root = split_folder(data)
-        cached = partial(cache_folder, data.index_cache, beside=data.path)
+        cached = partial(cache_folder, data.index_cache, beside=data.place)
         listings = on_main_rank(
             lambda: remembered_scan(root, index_file(cached(), "folder", root), suffixes=IMAGE_SUFFIXES)
         )
@@ -88,7 +88,7 @@ class ImageFolder(ImageFiles):
 
 def split_folder(data: Data) -> Path:
     """The folder in `data.path` that is named as the split, or `data.path` itself where the default is not there."""
-    root = Path(data.path)
+    root = Path(data.place)
     if (root / data.split).is_dir():
         return root / data.split
     if data.split != DEFAULT_SPLIT:

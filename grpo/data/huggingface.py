@@ -37,7 +37,7 @@ class SavedDataset(ImageDataset):
         rows: datasets.Dataset | None = None,
         folder: Path | None = None,
     ) -> None:
-        self._folder = folder or Path(data.path)
+        self._folder = folder or Path(data.place)
         self._numbers: list[int] | None = None  # of the rows in their source, where some are left out
         rows = rows or _load_split(data)
         if with_captions:
@@ -57,9 +57,11 @@ class SavedDataset(ImageDataset):
 
     def open(self, index: int) -> Image.Image:
         encoded, path = self._stored(index)
-        if encoded is None and path is None:
+        if encoded is not None:
+            return read_image(io.BytesIO(encoded))
+        if path is None:
             raise ValueError(f"its {self._column!r} is empty")
-        return read_image(self._folder / path if encoded is None else io.BytesIO(encoded))
+        return read_image(self._folder / path)
 
     def describe(self, index: int) -> str:
         _, path = self._stored(index)
@@ -80,7 +82,7 @@ class SavedDataset(ImageDataset):
 
 def _load_split(data: Data) -> datasets.Dataset:
     """The split, of which nothing is used before its files were checked: Arrow's own readers trust what they map."""
-    folder, where = Path(data.path), f"data.path {data.path}"
+    folder, where = Path(data.place), f"data.path {data.path}"
     with reading(f"{where} cannot be read as a saved Hugging Face dataset"):
         if (folder / "dataset_dict.json").exists():
             splits = json.loads(read_text(folder / "dataset_dict.json"))["splits"]
@@ -88,7 +90,7 @@ def _load_split(data: Data) -> datasets.Dataset:
                 raise UserError(f"{where} has no split {data.split!r}: choose data.split of {splits}")
             folder /= data.split
         state = json.loads(read_text(folder / "state.json"))
-        if folder == Path(data.path) and data.split not in (DEFAULT_SPLIT, str(state["_split"])):
+        if folder == Path(data.place) and data.split not in (DEFAULT_SPLIT, str(state["_split"])):
             raise UserError(f"{where} holds one data set without splits: leave data.split away")
         names = [entry["filename"] for entry in state["_data_files"]]
         if not names:
@@ -136,7 +138,9 @@ def caption_column(columns: list[str], data: Data, *, where: str = "") -> str:
 def captioned_rows(rows: datasets.Dataset, data: Data) -> tuple[datasets.Dataset, Captions, list[int]]:
     """The rows that have captions, those, and the numbers of the rows; rows without are left out and counted."""
     column = caption_column(rows.column_names, data)
-    texts, kept, left_out = [], [], LeftOut(data)
+    texts: list[list[str]] = []
+    kept: list[int] = []
+    left_out = LeftOut(data)
     for batch in rows.select_columns([column]).with_format(None).iter(TEXT_AT_ONCE):
         for value in batch[column]:
             where = f"row {len(texts)} of data.path {data.path}"

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
         # Whatever Pillow warns of, such as odd metadata, the image is read or is not.
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
             _check_size(*image.size)
-            if image.info.get("progressive"):
+            if image.info.get("progressive") and image.fp is not None:
                 _check_scans(image.fp)
             image.load()
             return image.copy()
@@ -52,7 +52,7 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"it has {width} x {height} pixels, a side more than {LARGEST_ASPECT} times the other")
 
 
-def _check_scans(file: BinaryIO) -> None:
+def _check_scans(file: IO[bytes]) -> None:
     """Raise a ValueError for a progressive JPEG that would be decoded for hours; ten scans are usual."""
     place, scans, size = file.tell(), 0, 0
     file.seek(0)

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -94,7 +94,7 @@ def write_index(path: Path | None, arrays: dict[str, np.ndarray]) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **cast(dict[str, Any], arrays))
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ class LlamaGenCodes(CodeReader):
     """
 
     def __init__(self, data: Data) -> None:
-        self.path, labels = _folders(Path(data.path), data.image_size)
+        self.path, labels = _folders(Path(data.place), data.image_size)
         self.labels = on_main_rank(partial(_labels, data, self.path, labels))
         self.class_names = []
         self.variants, self.length = self._load(0).shape

@@ -33,14 +33,16 @@ class LlamaGenRequests(Requests):
                 f"text.llamagen_features are of LlamaGen's lists, and data.path {dataset.data.path} has none: encode "
                 "the captions with `grpo encode-text` and give text.features"
             )
+        assert dataset.captions_of is not None
+        assert model.caption_dim is not None
+        assert text.llamagen_features is not None
         self.captions, self.rows, self.width = dataset.captions_of, model.cls_token_num, model.caption_dim
-        sizes = {"rows": self.rows, "width": self.width}
-        self.long = LlamaGenFeatures(text.llamagen_features, **sizes)
-        self.short = None
+        self.long = self.short = LlamaGenFeatures(text.llamagen_features, rows=self.rows, width=self.width)
+        self.short_share = 0.0
         if text.llamagen_short_features is not None:
-            self.short = LlamaGenFeatures(text.llamagen_short_features, **sizes)
-        self.short_share = text.short_share if self.short else 0.0
-        for features in filter(None, (self.long, self.short)):
+            self.short = LlamaGenFeatures(text.llamagen_short_features, rows=self.rows, width=self.width)
+            self.short_share = text.short_share
+        for features in dict.fromkeys((self.long, self.short)):
             for name in dict.fromkeys(place.name for place in self.listed):
                 if not (features.folder / name).is_dir():
                     raise UserError(f"{features.folder} has no folder {name}: features of the list {name}.jsonl")
@@ -50,7 +52,7 @@ class LlamaGenRequests(Requests):
         """Features are known by those of each list's first image: another encoder would have others there."""
         lists, files = hashlib.sha256(repr(self.listed).encode()).hexdigest(), hashlib.sha256()
         first = {place.name: place for place in reversed(self.listed)}
-        for features in filter(None, (self.long, self.short)):
+        for features in dict.fromkeys((self.long, self.short)):
             for place in first.values():
                 files.update(self._bytes_of(features, place))
         told = {"captions": self.captions.fingerprint, "lists": lists, "features": files.hexdigest()}

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from grpo.config import Data, UserError, reason
+from grpo.config import Data, UserError, innermost, reason
 from grpo.data.huggingface import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -53,7 +53,8 @@ class ParquetDataset(SavedDataset):
 
 def _inspect(files: list[Path], data: Data, with_captions: bool) -> tuple[list[int], list[str]]:
     """Rows of each file, and the columns of images and of labels or captions, from what stands at the files' ends."""
-    counts, columns = [], []
+    counts: list[int] = []
+    columns: list[str] = []
     for file in files:
         with _told(f"{file} cannot be read as a Parquet file"), pyarrow.parquet.ParquetFile(file) as opened:
             counts.append(opened.metadata.num_rows)
@@ -89,6 +90,4 @@ def _told(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # libraries of formats raise all kinds
-        while error.__cause__ is not None:
-            error = error.__cause__
-        raise UserError(f"{what}: {reason(error)}") from error
+        raise UserError(f"{what}: {reason(innermost(error))}") from error

@@ -79,6 +79,7 @@ class RowStream(Iterator[ImageBatch]):
 
     def _prepare(self, start: int) -> _Prepared:
         """The batch that begins with that sample number."""
+        assert self._rows is not None, "`__next__` has begun"
         rows, places = zip(*islice(self._rows, self.batch_size), strict=True)
         size = self.batch_size // self.world.size
         first = self.world.rank * size

@@ -19,7 +19,7 @@ def shard_files(data: Data, suffix: str) -> list[Path]:
     Raises:
         UserError: there are no such files.
     """
-    path = Path(data.path)
+    path = Path(data.place)
     if path.is_dir():
         folder = path / data.split if (path / data.split).is_dir() else path
         files = sorted(file for file in folder.iterdir() if file.name.endswith(suffix) and file.is_file())
@@ -31,9 +31,9 @@ def shard_files(data: Data, suffix: str) -> list[Path]:
             )
         files = named if folder == path and named else files
     else:
-        names = expand_braces(data.path)
+        names = expand_braces(data.place)
         if len(names) == 1 and not path.exists():
-            names = sorted(glob.glob(data.path)) if glob.has_magic(data.path) else names
+            names = sorted(glob.glob(data.place)) if glob.has_magic(data.place) else names
         files = [Path(name) for name in names]
         if missing := [file for file in files if not file.is_file()]:
             raise UserError(f"data.path {data.path}: {missing[0]} does not exist{_more(missing)}")
@@ -44,7 +44,7 @@ def shard_files(data: Data, suffix: str) -> list[Path]:
 
 def shard_root(data: Data) -> Path:
     """The folder of those files."""
-    path = Path(data.path)
+    path = Path(data.place)
     return path if path.is_dir() else path.parent
 
 

@@ -9,7 +9,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from grpo.data.dataset import NO_PIXELS, ImageDataset, UnreadableImage
 from grpo.data.worker import init_worker, worker_count
 from grpo.models import Condition
 from grpo.parallel import World
+
+if TYPE_CHECKING:
+    from grpo.data.row_stream import RowStream
 
 
 class _Fetched(NamedTuple):
@@ -70,7 +73,8 @@ class _Samples(Dataset):
             if index in self._unreadable:
                 continue
             try:
-                codes = self.dataset.codes and self.dataset.codes.draw(index, sample_id, self.seed)
+                source = self.dataset.codes
+                codes = None if source is None else source.draw(index, sample_id, self.seed)
                 asked = self.dataset.ask(index, sample_id, self.seed)
                 return index, self.dataset.pixels(index) if self.dataset.reads_images else NO_PIXELS, codes, asked
             except UnreadableImage as error:
@@ -109,6 +113,8 @@ class ImageStream(Iterator[ImageBatch]):
             self.close()
             raise
         self.samples += self.batch_size
+        assert fetched.pixels is not None
+        assert fetched.condition is not None
         return ImageBatch(
             images=fetched.pixels,
             condition=fetched.condition,
@@ -145,7 +151,9 @@ class ImageStream(Iterator[ImageBatch]):
         self.close()
 
 
-def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_workers: int, world: World) -> ImageStream:
+def build_stream(
+    dataset: ImageDataset, *, batch_size: int, seed: int, num_workers: int, world: World
+) -> "ImageStream | RowStream":
     """Stream a data set for ever, reshuffled each epoch; no image is left out where epochs meet.
 
     A batch is the next `batch_size` samples of the endless order, of which rank r takes the r-th slice. An unreadable
@@ -167,7 +175,9 @@ def build_stream(dataset: ImageDataset, *, batch_size: int, seed: int, num_worke
         )
     if dataset.is_stream:
         from grpo.data.row_stream import RowStream
+        from grpo.data.streamed import StreamedDataset
 
+        assert isinstance(dataset, StreamedDataset)
         return RowStream(dataset, batch_size, seed, num_workers, world)
     if dataset.has_images and len(dataset) < batch_size:
         raise UserError(

@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from grpo.config import Data, UserError, reason, text_lines
-from grpo.data.captions import Captions, texts_in, texts_of
+from grpo.config import Data, UserError, innermost, reason, text_lines
+from grpo.data.captions import CaptionRequests, Captions, texts_in, texts_of
 from grpo.data.dataset import ImageDataset, decoded
 from grpo.data.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, caption_column, check_arrow, first_column
 from grpo.data.images import read_image
@@ -37,6 +37,7 @@ class StreamedDataset(ImageDataset):
     """
 
     is_stream = True
+    requests: CaptionRequests | None
 
     def __init__(self, *, data: Data, with_captions: bool = False) -> None:
         self.files = on_main_rank(partial(_files, data))
@@ -115,10 +116,11 @@ class StreamedDataset(ImageDataset):
             raise UserError(
                 f"{_name(row, self._image)} of {self.data.path} has the label {label!r}: it must be an integer"
             )
-        if not 0 <= label < (len(self.class_ids) or self.num_classes or 2**31):
+        classes = len(self.class_ids) or self.num_classes or 2**31
+        if not 0 <= label < classes:
             raise UserError(
-                f"{_name(row, self._image)} of {self.data.path} has label {label}, outside 0.."
-                f"{(len(self.class_ids) or self.num_classes) - 1}: correct the label or num_classes"
+                f"{_name(row, self._image)} of {self.data.path} has label {label}, outside 0..{classes - 1}: correct "
+                "the label or num_classes"
             )
         return int(self.class_ids[label]) if len(self.class_ids) else label
 
@@ -146,8 +148,8 @@ class StreamedDataset(ImageDataset):
 
 def _files(data: Data) -> list[str]:
     """Files here, or addresses."""
-    if "://" not in data.path:
-        path, suffix = Path(data.path), Path(data.path).suffix
+    if "://" not in data.place:
+        path, suffix = Path(data.place), Path(data.place).suffix
         if path.is_dir():
             folders = [path / data.split, path]
             found = [suffix for folder in folders for suffix in KINDS if any(folder.glob(f"*{suffix}"))]
@@ -156,7 +158,7 @@ def _files(data: Data) -> list[str]:
             suffix = found[0]
         return [str(file) for file in shard_files(data, suffix)]
     try:
-        patterns = expand_braces(data.path)
+        patterns = expand_braces(data.place)
         return list(datasets.data_files.DataFilesList.from_patterns(patterns))
     except Exception as error:
         raise UserError(f"data.path {data.path} cannot be listed: {_reason(error)}") from error
@@ -170,6 +172,4 @@ def _name(row: dict, column: str) -> str:
 
 def _reason(error: BaseException) -> str:
     """What went wrong below the layers of the library, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return reason(error)
+    return reason(innermost(error))

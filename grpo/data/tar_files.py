@@ -10,7 +10,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from grpo.config import UserError, reason
 
@@ -60,11 +60,11 @@ def _members(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
     """Headers one by one. The library takes a damaged one for the end, so what follows is looked at."""
     try:
         with tarfile.open(path, "r:") as tar:
-            end = 0
+            end, remembers = 0, cast(Any, tar)  # all headers that it has read, in `members`
             while (info := tar.next()) is not None:
                 if tar.offset <= end:
                     raise ValueError(f"{info.name!r} has a size below 0")
-                end, tar.members = tar.offset, []  # the library would remember them all
+                end, remembers.members = tar.offset, []
                 yield info
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError, MemoryError) as error:

@@ -1,6 +1,7 @@
 """The views of an image that are encoded: itself, its mirror image, ten crops."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from grpo.data.images import center_crop, to_pixels
 from grpo.data.worker import init_worker
 
 
-class Views(NamedTuple):
+@dataclass(frozen=True)
+class Views:
     """How an image is looked at, as LlamaGen's `extract_codes_c2i.py` does."""
 
     config: Encode

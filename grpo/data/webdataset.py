@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -130,7 +130,7 @@ def _captioned(shards: list[ShardIndex], paths: list[Path], data: Data) -> tuple
 def _remembered(data: Data, root: Path, paths: list[Path], with_captions: bool) -> list[ShardIndex]:
     """The index of each shard, of which only those that have changed are read."""
     kind = f"captions {data.caption_key or ''}" if with_captions else ""
-    place = f"{root}/{data.split}/{Path(data.path).name}"
+    place = f"{root}/{data.split}/{Path(data.place).name}"
     index = index_file(cache_folder(data.index_cache, root), "tar", f"{place}/{kind}" if kind else place)
     read = partial(index_shard, label=partial(_texts, key=data.caption_key)) if with_captions else index_shard
     known = _read(index)
@@ -192,7 +192,7 @@ def _texts(sample: TarSample, reader: TarReader, path: Path, *, key: str | None)
         raise UserError(f"{where}: its .{ending} has {member.size} bytes, which is no caption")
     with reading(f"{where}: its .{ending} cannot be read"):
         content = reader.read(0, member).decode("utf-8-sig")
-        value = text_lines(content) if ending == "txt" else json.loads(content)
+        value: Any = text_lines(content) if ending == "txt" else json.loads(content)
         if ending == "json" and not isinstance(value, dict):
             raise ValueError("it is no JSON object")
     return json.dumps(texts_in(value, where) if ending == "txt" else texts_of(value, key, where))

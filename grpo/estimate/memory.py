@@ -19,8 +19,15 @@ from grpo.config import (
     Training,
 )
 from grpo.kernels import CHUNK_ELEMENTS, KEPT_ELEMENTS
-from grpo.models import VQModel, generator_sizes, get_family, mark_trained, tokenizer_sizes
-from grpo.parallel import compute_dtype, mixed_precision_policy, moment_bytes, reshards_after_forward, shards_blocks
+from grpo.models import Generator, VQModel, generator_sizes, get_family, mark_trained, tokenizer_sizes
+from grpo.parallel import (
+    blocks_of,
+    compute_dtype,
+    mixed_precision_policy,
+    moment_bytes,
+    reshards_after_forward,
+    shards_blocks,
+)
 from grpo.rewards.networks import MEMORY_SHARE as DECODING_SHARE
 from grpo.rewards.networks import bytes_per_image, reward_dtype
 from grpo.rollout.autoregressive import KEEP_MEMORY
@@ -80,13 +87,13 @@ def sharded_bytes(
     ranks = math.prod(mesh)
     if ranks == 1 and policy.param_dtype is None:
         return ShardedBytes(**lasting)
-    element, reduced = (policy.param_dtype or torch.float32).itemsize, policy.reduce_dtype.itemsize
+    element, reduced = ((dtype or torch.float32).itemsize for dtype in (policy.param_dtype, policy.reduce_dtype))
     apart = shards_blocks(parallel, ranks=ranks)
-    whole, blocks = count_parameters(model), [count_parameters(block) for block in model.layers if apart]
+    whole, blocks = count_parameters(model), [count_parameters(block) for block in blocks_of(model) if apart]
     root, largest = whole - sum(blocks), max(blocks, default=0)
     freed = reshards_after_forward(parallel, ranks=ranks)
     held = min(BLOCKS_IN_FLIGHT, len(blocks)) * largest if freed else sum(blocks)
-    learned, of_blocks = count_trained(model), [count_trained(block) for block in model.layers if apart]
+    learned, of_blocks = count_trained(model), [count_trained(block) for block in blocks_of(model) if apart]
     return ShardedBytes(
         **lasting,
         unreduced=reduced * learned if accumulates and parallel.defer_gradient_sync else 0,
@@ -123,7 +130,7 @@ class RecipeMemory(NamedTuple):
         return max(self.peaks.values())
 
 
-def models_on_meta(recipe: GeneratorRecipe) -> tuple[nn.Module, VQModel]:
+def models_on_meta(recipe: GeneratorRecipe) -> tuple[Generator, VQModel]:
     """Generator, with what is trained of it, and tokenizer, without memory. Raises a UserError: sizes do not fit."""
     sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
     with torch.device("meta"):
@@ -133,7 +140,7 @@ def models_on_meta(recipe: GeneratorRecipe) -> tuple[nn.Module, VQModel]:
 
 
 def recipe_memory(
-    recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int, models: tuple[nn.Module, VQModel] | None = None
+    recipe: GeneratorRecipe, *, mesh: tuple[int, ...], memory: int, models: tuple[Generator, VQModel] | None = None
 ) -> RecipeMemory:
     """The estimate for one of the ranks of a mesh.
 
@@ -149,13 +156,13 @@ def recipe_memory(
     Raises:
         UserError: sizes that do not fit together, or a batch that so many ranks cannot share.
     """
-    training, ranks, schedule = recipe.training, math.prod(mesh), None
+    training, ranks = recipe.training, math.prod(mesh)
     family, dtype = get_family(recipe.model.name), compute_dtype(training.mixed_precision)
     model, tokenizer = models or models_on_meta(recipe)
     sizes = model.config
-    if isinstance(recipe, GRPORecipe):
-        schedule = recipe.schedule(ranks=ranks)
-    sequences, micro_batches = _micro_batches(recipe, schedule, ranks=ranks)
+    grpo = recipe if isinstance(recipe, GRPORecipe) else None
+    schedule = None if grpo is None else grpo.schedule(ranks=ranks)
+    sequences, micro_batches = _micro_batches(recipe, ranks=ranks)
     rows, texts = sequences * sizes.block_size, sequences // (schedule.rows_of_a_condition if schedule else 1)
     all_rows = family.costs.block_rows(sizes, sequences, texts=texts)
     logits = rows * sizes.vocab_size
@@ -174,14 +181,14 @@ def recipe_memory(
         "unreduced gradients": policy.unreduced,
     }
     if training.ema_decay is not None:  # a reference that moves is a whole model
-        moves = schedule and recipe.objective.kl_estimator != "none" and recipe.objective.reference == "ema"
+        moves = grpo and grpo.objective.kl_estimator != "none" and grpo.objective.reference == "ema"
         lasting["average"] = policy.parameters if moves else policy.trained
     stays_gathered = not reshards_after_forward(recipe.parallel, ranks=ranks)  # until an optimizer step frees it
     own = {recipe.model.checkpoint} if recipe.lora.rank else set()  # the model itself without its adapter
     if frozen := recipe.frozen_generators() - own:
         lasting["reference"] = len(frozen) * (policy.parameters + stays_gathered * policy.gathered)
     lasting["tokenizer and rewards"] = FP32 * count_parameters(tokenizer)
-    mode, adapter = recipe.activation_checkpoint.mode, getattr(model, "adapter", None)
+    mode, adapter = recipe.activation_checkpoint.mode, model.adapter
     update = {
         "gathered weights": policy.gathered,
         "whole gradients" if policy.backward else "reduction": policy.backward or policy.reduction,
@@ -196,22 +203,23 @@ def recipe_memory(
         ends["reduction"] |= {"gradients": policy.gradients} if policy.unreduced else {}
     if isinstance(recipe, DistillRecipe):
         update["teacher"] = FP32 * min(logits, CHUNK_ELEMENTS["cuda"]) + dtype.itemsize * rows * sizes.dim
-        room = {"free": memory - sum(lasting.values()), "kept": int(KEEP_MEMORY * memory)}
-        sampled = {"rows": training.images // ranks, "max_rows": recipe.distill.max_rows, "guided": False}
-        phases, kept = _sampling(model, policy, dtype=dtype, **sampled, **room)
+        sampling, kept = _sampling(
+            model, policy, rows=training.images // ranks, max_rows=recipe.distill.max_rows, guided=False, dtype=dtype,
+            free=memory - sum(lasting.values()), kept=int(KEEP_MEMORY * memory),
+        )  # fmt: skip
         update |= kept
-        return RecipeMemory(lasting, {"rollout": phases, **ends})
-    if not schedule:
+        return RecipeMemory(lasting, {"rollout": sampling, **ends})
+    if grpo is None or schedule is None:
         return RecipeMemory(lasting, ends)
-    lasting["tokenizer and rewards"] += _reward_networks(recipe.reward, tokenizer)
+    lasting["tokenizer and rewards"] += _reward_networks(grpo.reward, tokenizer)
     # Where rollout and update share a forward, what it keeps waits through the phases between.
     waits = ("gathered weights", "activations", *(("logits",) if logits <= KEPT_ELEMENTS["cuda"] else ()))
     waiting = {name: update[name] for name in waits if schedule.trains_sampling_forward}
-    if stays_gathered and recipe.rollout.mode == "teacher_forced":
+    if stays_gathered and grpo.rollout.mode == "teacher_forced":
         waiting["gathered weights"] = policy.gathered
     free = memory - sum(lasting.values()) - sum(waiting.values())
-    room = {"free": free, "kept": int(recipe.rollout.keep_memory * memory)}
-    phases = _phases_before_update(recipe, schedule, model, tokenizer, policy, waiting=waiting, **room)
+    room = {"free": free, "kept": int(grpo.rollout.keep_memory * memory)}
+    phases = _phases_before_update(grpo, schedule, model, tokenizer, policy, waiting=waiting, **room)
     update |= {name: phases["reward"][name] for name in ("kept sampler",) if name in phases["reward"]}
     return RecipeMemory(lasting, {**phases, **ends})
 
@@ -229,23 +237,25 @@ def rows_per_step(recipe: GeneratorRecipe, *, ranks: int) -> int:
     return max(1, schedule.completions_per_step // share)
 
 
-def _micro_batches(recipe: GeneratorRecipe, schedule: Schedule | None, *, ranks: int) -> tuple[int, int]:
+def _micro_batches(recipe: GeneratorRecipe, *, ranks: int) -> tuple[int, int]:
     """(sequences of one forward of the update, backward passes of one optimizer step)."""
-    copies, real, sequences = 1, 0, rows_per_step(recipe, ranks=ranks)
+    copies, real, passes, sequences = 1, 0, 1, rows_per_step(recipe, ranks=ranks)
     most = recipe.training.micro_batch_size or sequences
-    if schedule is None:
-        copies = 2 if isinstance(recipe, FinetuneRecipe) and recipe.finetune.loss == "cca" else 1  # both conditions
-    elif recipe.rollout.mode == "autoregressive":
-        real = int(schedule.scores_targets)  # of real images, at least
-        copies = 1 if recipe.rollout.loss_cfg_scale == 1 else 2
-    passes = len(schedule.dropout_passes) if schedule else 1
+    if isinstance(recipe, FinetuneRecipe) and recipe.finetune.loss == "cca":
+        copies = 2  # both conditions
+    if isinstance(recipe, GRPORecipe):
+        schedule = recipe.schedule(ranks=ranks)
+        passes = len(schedule.dropout_passes)
+        if recipe.rollout.mode == "autoregressive":
+            real = int(schedule.scores_targets)  # of real images, at least
+            copies = 1 if recipe.rollout.loss_cfg_scale == 1 else 2
     return copies * min(most, sequences), passes * (math.ceil(sequences / most) + real)
 
 
 def _phases_before_update(
     recipe: GRPORecipe,
     schedule: Schedule,
-    model: nn.Module,
+    model: Generator,
     tokenizer: VQModel,
     policy: ShardedBytes,
     *,
@@ -267,13 +277,15 @@ def _phases_before_update(
         sampling = {"logits": logits, **(waiting or {"gathered weights": policy.gathered})}
         return {"encode": {"encoding": encoded}, "rollout": sampling, "reward": reward}
     dtype, guided = compute_dtype(recipe.training.mixed_precision), rollout.cfg_scale != 1
-    sampled = {"rows": schedule.completions, "max_rows": rollout.max_rows, "guided": guided}
-    sampling, stays = _sampling(model, policy, dtype=dtype, free=free, kept=kept, **sampled)
+    sampling, stays = _sampling(
+        model, policy, rows=schedule.completions, max_rows=rollout.max_rows, guided=guided, dtype=dtype, free=free,
+        kept=kept,
+    )  # fmt: skip
     return {"rollout": sampling, "reward": reward | stays}
 
 
 def _sampling(
-    model: nn.Module,
+    model: Generator,
     policy: ShardedBytes,
     *,
     rows: int,

@@ -38,14 +38,13 @@ def with_micro_batch(recipe: AnyRecipe, *, mesh: tuple[int, ...], memory: int | 
     sized = (_sized(recipe, rows // parts) for parts in range(1, rows + 1) if rows % parts == 0)
     if memory is None:
         return next(sized)
-    given = {"mesh": mesh, "memory": memory, "models": models_on_meta(recipe)}  # which take longer than the estimates
-    single = recipe_memory(_sized(recipe, 1), **given).peaks
-
-    def fits(each: AnyRecipe) -> bool:
-        peaks = recipe_memory(each, **given).peaks
-        return all(peak <= max(MEMORY_SHARE * memory, single[phase]) for phase, peak in peaks.items())
-
-    return next(each for each in sized if fits(each))
+    models, limit = models_on_meta(recipe), MEMORY_SHARE * memory  # building them takes longer than the estimates
+    single = recipe_memory(_sized(recipe, 1), mesh=mesh, memory=memory, models=models).peaks
+    for each in sized:
+        peaks = recipe_memory(each, mesh=mesh, memory=memory, models=models).peaks
+        if all(peak <= max(limit, single[phase]) for phase, peak in peaks.items()):
+            return each
+    raise AssertionError("single rows need no more than single rows")
 
 
 def _sized(recipe: AnyRecipe, size: int) -> AnyRecipe:

@@ -15,7 +15,7 @@ from torch import nn
 from grpo.config import GRPORecipe, Parallel, Training
 from grpo.estimate.memory import models_on_meta
 from grpo.estimate.speed import DATA_SHEETS, grpo_work
-from grpo.parallel import mixed_precision_policy, reshards_after_forward, shards_blocks
+from grpo.parallel import blocks_of, mixed_precision_policy, reshards_after_forward, shards_blocks
 
 
 class Traffic(NamedTuple):
@@ -48,8 +48,8 @@ def step_traffic(
     if ranks == 1:
         return Traffic(0, 0, 0, 0)
     policy = mixed_precision_policy(training.mixed_precision, training.grad_precision)
-    element, reduced = (policy.param_dtype or torch.float32).itemsize, policy.reduce_dtype.itemsize
-    blocks = list(model.layers) if shards_blocks(parallel, ranks=ranks) else []
+    element, reduced = ((dtype or torch.float32).itemsize for dtype in (policy.param_dtype, policy.reduce_dtype))
+    blocks = blocks_of(model) if shards_blocks(parallel, ranks=ranks) else []
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     root = sum(_padded(parameter, shard) for parameter in outside)
@@ -130,10 +130,13 @@ def step_seconds(
     assert schedule.on_policy
     model, _ = models_on_meta(recipe)
     micro_batches = math.ceil(schedule.images / schedule.micro_batch_size)
-    how = {"mesh": mesh, "parallel": recipe.parallel, "training": recipe.training}
-    samplings = 0 if schedule.trains_sampling_forward else micro_batches
     traffic = step_traffic(
-        model, **how, micro_batches=micro_batches * len(schedule.dropout_passes), samplings=samplings
+        model,
+        mesh=mesh,
+        parallel=recipe.parallel,
+        training=recipe.training,
+        micro_batches=micro_batches * len(schedule.dropout_passes),
+        samplings=0 if schedule.trains_sampling_forward else micro_batches,
     )
     flops = grpo_work(recipe, model.config, schedule).flops
     again = len(schedule.dropout_passes) * (recipe.activation_checkpoint.mode == "full")  # forwards inside backwards

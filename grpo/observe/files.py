@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grpo.config import read_text, reading
 
-Metrics = dict[str, float | None]
+Metrics = dict[str, float | None]  # of a step, with its number as `step`
 
 
 def metric_lines(path: str | Path) -> Iterator[Metrics]:
@@ -31,6 +31,13 @@ def read_metrics(path: str | Path) -> list[Metrics]:
     return list(metric_lines(path))
 
 
+def step_of(metrics: Metrics) -> float:
+    """The number of the step of a line."""
+    step = metrics["step"]
+    assert step is not None, "a line has one"
+    return step
+
+
 def _step_line(line: str) -> Metrics | None:
     try:
         metrics = json.loads(line)
@@ -42,7 +49,10 @@ def _step_line(line: str) -> Metrics | None:
 
 def _is_number(value: object) -> bool:
     """Whether it is a float or null; whole numbers in JSON have no end."""
-    return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
+    if value is None:
+        return True
+    # By the exact type: a truth value is no number here.
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
 
 
 def judge_records(folder: str | Path) -> list[dict[str, float]]:
@@ -72,7 +82,7 @@ class MetricsFile:
         self.path = Path(path)
         kept = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         with kept.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in metric_lines(self.path) if line["step"] <= start_step)
+            file.writelines(json.dumps(line) + "\n" for line in metric_lines(self.path) if step_of(line) <= start_step)
         kept.replace(self.path)
         self._stream = self.path.open("a")
 

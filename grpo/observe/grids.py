@@ -20,6 +20,8 @@ GAP = 2  # between images without words
 # Grids have no ground of their own: their words are to be read on white and on black. Without transparency it is white.
 TRANSPARENT, FOREGROUND, BEST, WORST = "#ffffff00", "#767676", "#16a34a", "#dc2626"
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the second where Pillow was built without FreeType
+
 
 class SampleRow(NamedTuple):
     """One image of a rollout with its completions; images are in [-1, 1]."""
@@ -85,7 +87,7 @@ def captioned_grid(images: torch.Tensor, captions: Sequence[str], *, columns: in
     return picture
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(text: str, width: int, font: Font) -> list[str]:
     """The words in lines of so many pixels; what is left after the last line is cut off."""
     lines = [""]
     for word in text[:LONGEST_CAPTION].split():
@@ -99,7 +101,7 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     return [*kept[:-1], _fitting(kept[-1] + ("..." if is_cut else ""), width, font)]
 
 
-def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _fitting(text: str, width: int, font: Font) -> str:
     """As much of a text as fits into so many pixels."""
     text = text[:LONGEST_CAPTION]
     if font.getlength(text) <= width:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Self
 
-from grpo.observe.files import metric_lines
+from grpo.observe.files import metric_lines, step_of
 
 MAX_POINTS = 600
 LARGEST = 1e100  # in size; what is beyond has no sum, and no axis has room for it with anything else
@@ -63,7 +63,7 @@ class History:
         """That of a metrics.jsonl."""
         history = cls()
         for line in metric_lines(path):
-            history.add(line["step"], line)
+            history.add(step_of(line), line)
         return history
 
     def add(self, step: float, metrics: Mapping[str, float | None]) -> None:

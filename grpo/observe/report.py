@@ -84,7 +84,7 @@ def write_run_report(
     except UserError:  # of a damaged file the run's page says nothing
         records = []
     drawn = dict(sample_grids(run_dir / "samples", "judge"))
-    judged = [(record, drawn[record["step"]]) for record in records if record["step"] in drawn]
+    judged = [(record, drawn[int(record["step"])]) for record in records if record["step"] in drawn]
     tables = [table for table in (judge_verdict(records), run_verdict(history)) if table is not None]
     seconds = history.series["seconds/step"].total if "seconds/step" in history.series else 0.0
     return write_report(

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class PhaseTimer:
         self._on_phase = on_phase
         self._on_gpu = torch.device(device).type == "cuda"
         self._phase: str | None = None
-        self._marks: list[tuple[str | None, torch.cuda.Event | float]] = []  # the phase that begins, and when
+        self._marks: list[tuple[str | None, Any]] = []  # the phase that begins, and when: a CUDA event, or seconds
         self._step_start = time.perf_counter()
 
     @contextmanager
@@ -42,17 +43,19 @@ class PhaseTimer:
 
     def _begin(self, phase: str | None) -> None:
         self._on_phase(phase)
-        self._phase, now = phase, time.perf_counter()
-        if self._on_gpu:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        self._marks.append((phase, now))
+        self._phase = phase
+        if not self._on_gpu:
+            self._marks.append((phase, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((phase, event))
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last read, and of all (`seconds/step`, wall time); waits for the GPU."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        seconds = defaultdict(float)
+        seconds: dict[str, float] = defaultdict(float)
         for (phase, start), (_, end) in pairwise(self._marks):
             if phase is not None:
                 duration = start.elapsed_time(end) / 1000 if self._on_gpu else end - start

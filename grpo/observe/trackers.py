@@ -71,6 +71,7 @@ class WandbTracker:
             id_file.write_text(uuid4().hex[:8])
         recipe = tomli.loads(recipe_text)
         self._picture = wandb.Image
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         self._run: Any = wandb.init(
             project=metrics.wandb_project,
             entity=metrics.wandb_entity,
@@ -81,7 +82,7 @@ class WandbTracker:
             id=id_file.read_text().strip(),
             resume="allow",
             dir=run_dir,
-            mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
+            mode=mode,
             config=recipe,
         )
 

@@ -3,6 +3,7 @@
 from torch.distributed import barrier
 
 from grpo.parallel.apply import (
+    blocks_of,
     clip_grad_norm,
     gathered,
     gradient_sync,

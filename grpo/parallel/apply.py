@@ -39,7 +39,7 @@ def parallelize(
     The blocks are in `model.layers`; every other parameter belongs to the root. `model.forward_methods` names what is
     called besides `forward`.
     """
-    blocks = cast(Iterable[nn.Module], model.layers)
+    blocks = blocks_of(model)
     for block in blocks:
         checkpoint_activations(block, activation_checkpoint.mode)
         if compile.enabled:
@@ -55,6 +55,11 @@ def parallelize(
         register_fsdp_forward_method(model, name)
     vars(model).update(defers_gradient_sync=parallel.defer_gradient_sync, reshards=reshards)
     return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The units of recomputation, compilation and sharding, `model.layers`."""
+    return [*cast(Iterable[nn.Module], model.layers)]
 
 
 def reshards_after_forward(parallel: Parallel, *, ranks: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from grpo.config import RewardTable
 from grpo.config.types import Normalise
-from grpo.models import Condition, VQModel
+from grpo.models import ClassCondition, Condition, Generator, VQModel, WithoutAdapter
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -25,7 +25,7 @@ class RewardContext:
     class_names: Sequence[str]
     has_prompts: bool = False
     """Whether images are asked for by prompts, and not by classes."""
-    generator: Callable[[str | None], nn.Module] | None = None
+    generator: Callable[[str | None], Generator | WithoutAdapter] | None = None
     """Weights -> the frozen generator with them, sharded as the policy and built once; None are the policy's own."""
     real_images: Callable[[int], Iterable[Tensor]] | None = None
     """Number -> so many images of the data set at most, in batches [n, 3, H, W] fp32 in [-1, 1]: this rank's share."""
@@ -37,7 +37,7 @@ class RewardContext:
         network = network.to(self.device).requires_grad_(False)
         if self.dtype == torch.float32:
             return network
-        return copy.deepcopy(network).to(dtype=self.dtype, memory_format=torch.channels_last)
+        return copy.deepcopy(network).to(self.dtype).to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ class DecodedBatch:
     image_of: Tensor  # [n] int64, the real image, and the caption, of each completion
     captions: Sequence[str] = ()  # b texts, what was asked for in words: a class name, or a prompt
     completion_ids: Tensor | None = None  # [n] int64, running numbers over the whole run and all ranks
+
+    @property
+    def class_ids(self) -> Tensor:
+        """[n] int64, where completions are asked to be of classes."""
+        assert isinstance(self.condition, ClassCondition), "rewards that need classes are refused elsewhere"
+        return self.condition.class_ids
 
 
 class Reward:

@@ -31,4 +31,4 @@ class ClassLogProb(Reward):
 
     def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32, at most 0."""
-        return -F.cross_entropy(self.classifier(batch.images), batch.condition.class_ids, reduction="none")
+        return -F.cross_entropy(self.classifier(batch.images), batch.class_ids, reduction="none")

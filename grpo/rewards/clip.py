@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from pydantic import FiniteFloat, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.config.types import Wanted
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
@@ -33,10 +33,7 @@ class CosineReward(Reward):
 
     def __init__(self, settings: CosineTable, scorer: CLIPScorer) -> None:
         self.settings, self.scorer = settings, scorer
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        return [self.scorer.network.images]
+        self.networks = [scorer.network.images]
 
     def __call__(self, batch: DecodedBatch) -> Tensor:
         """-> [n] fp32, between -scale and scale, or a level."""

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class OpenCLIP(nn.Module):
 
 
 class _TransformersImages(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.network, self.projection = model.vision_model, model.visual_projection
 
@@ -121,6 +121,7 @@ def load_clip(checkpoint: str, architecture: str) -> OpenCLIP | TransformersCLIP
     Raises a UserError: no such file, not weights of this architecture, a library missing.
     """
     path = Path(checkpoint)
+    network: OpenCLIP | TransformersCLIP
     if path.is_dir():
         network, path = TransformersCLIP(path), weights_in(path)
     else:

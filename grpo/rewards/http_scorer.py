@@ -136,7 +136,8 @@ def _post(url: str, body: bytes, *, seconds: float) -> bytes:
     A socket's own timeout bounds only each of its reads, and nothing bounds the search for a name. So a thread does
     all of it, and is left behind when the time is over.
     """
-    done, deadline = [], time.monotonic() + seconds
+    done: list[bytes | Exception] = []
+    deadline = time.monotonic() + seconds
 
     def exchange() -> None:
         request = Request(url, data=body, headers={"Content-Type": "application/octet-stream"})
@@ -159,9 +160,9 @@ def _post(url: str, body: bytes, *, seconds: float) -> bytes:
     thread.join(seconds)
     if not done or time.monotonic() > deadline:
         raise TimeoutError(f"no whole answer in {seconds:g} seconds")
-    if isinstance(done[0], Exception):
-        raise done[0]
-    return done[0]
+    if isinstance(answer := done[0], Exception):
+        raise answer
+    return answer
 
 
 def _scores(answer: bytes) -> list[Any]:
@@ -177,7 +178,7 @@ def _scores(answer: bytes) -> list[Any]:
 def _number(score: object) -> float:
     if score is None:
         return float("nan")
-    if type(score) not in (int, float):
+    if not isinstance(score, int | float) or isinstance(score, bool):
         raise TypeError("no number")
     return float(score)
 

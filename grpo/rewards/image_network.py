@@ -23,6 +23,7 @@ from grpo.rewards.published_weights import load_strictly, read_published
 from grpo.rewards.resizing import resize_as_pillow
 
 Output = Literal["features", "logits"]
+Interpolation = Literal["bilinear", "bicubic"]
 OWN = "classifier"
 TRANSFORMS_INPUT = ("inception_v3", "googlenet")  # torchvision's weights of these go with its switch transform_input
 
@@ -40,7 +41,7 @@ class Preprocessing(NamedTuple):
 
     resize: int | None  # side, or the shorter one; None keeps the image as it is
     crop: int | None  # side of the square in the middle
-    interpolation: Literal["bilinear", "bicubic"]
+    interpolation: Interpolation
     mean: list[float]  # of red, green and blue in [0, 1]
     std: list[float]
 
@@ -56,7 +57,7 @@ class NetworkTable(RewardTable):
     """Images are resized to this side; none is what the network was trained with (a classifier of ours: not at all)."""
     crop: NetworkSide | None = None
     """Then the square of this side in the middle is taken; none is the network's own."""
-    interpolation: Literal["bilinear", "bicubic"] | None = None
+    interpolation: Interpolation | None = None
     """How images are resized; none is what the network was trained with."""
     antialias: bool = True
     """Whether resizing to a smaller side averages over neighbouring pixels."""
@@ -188,7 +189,7 @@ def _timm(name: str) -> _Library:
         published = timm.get_pretrained_cfg(name)
         config = timm.data.resolve_data_config(pretrained_cfg=published.to_dict() if published else {})
         crop = config["input_size"][-1]
-        interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+        interpolation: Interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         resize = math.floor(crop / config["crop_pct"])
         return Preprocessing(resize, crop, interpolation, list(config["mean"]), list(config["std"]))
 
@@ -209,14 +210,14 @@ def _load(network: nn.Module, checkpoint: str, *, what: str) -> None:
     load_strictly(network, weights, checkpoint, what=what)
 
 
-def _timm_features(network: nn.Module, images: Tensor) -> Tensor:
+def _timm_features(network: Any, images: Tensor) -> Tensor:
     return network.forward_head(network.forward_features(images), pre_logits=True)
 
 
 class _Look(nn.Module):
     """A network with another forward; `look` holds no network of its own, so that a copy looks through its copy."""
 
-    def __init__(self, network: nn.Module, look: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, network: nn.Module, look: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.network, self.look = network, look
 

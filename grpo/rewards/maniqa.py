@@ -1,5 +1,6 @@
 """How good an image looks, without any reference, as MANIQA learned it."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -48,6 +49,7 @@ class MANIQAScore(Reward):
         if (shorter := min(images.shape[-2:])) < size:
             sides = [size * side // shorter for side in images.shape[-2:]]
             images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
+        assert batch.completion_ids is not None, "a run numbers its completions"
         corners = self._corners(batch.completion_ids, images.shape[-2:]).tolist()
         images, crops_of_one = images.to(self.dtype), len(corners[0])
         per_batch = max(1, CROPS_AT_ONCE // crops_of_one)
@@ -58,7 +60,7 @@ class MANIQAScore(Reward):
             scores.append(self.network(crops).unflatten(0, (-1, crops_of_one)).mean(dim=1))
         return torch.cat(scores)
 
-    def _corners(self, ids: Tensor, sides: tuple[int, int]) -> Tensor:
+    def _corners(self, ids: Tensor, sides: Sequence[int]) -> Tensor:
         """Row and column where the crops of completions `ids` [n] begin: [n, crops, 2] int64.
 
         As in the published code the last row and column are never reached, unless there is one place only.

@@ -33,6 +33,8 @@ class ChannelAttention(nn.Module):
 class WindowAttention(nn.Module):
     """Attention within windows, with a bias by relative position."""
 
+    relative_position_index: Tensor  # [w * w, w * w]
+
     def __init__(self, table: Tensor, index: Tensor, width: int) -> None:
         super().__init__()
         self.heads = table.shape[1]
@@ -114,6 +116,13 @@ class SwinStage(nn.Module):
 
 class MANIQA(nn.Module):
     """Crops [n, 3, S, S] in [-1, 1] to qualities [n]."""
+
+    tablock1: nn.Sequential
+    tablock2: nn.Sequential
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    swintransformer1: SwinStage
+    swintransformer2: SwinStage
 
     def __init__(self, weights: dict[str, Tensor], *, scale: float) -> None:
         super().__init__()

@@ -33,8 +33,8 @@ class PatchGAN(Reward):
 
         def given_sizes(self) -> DiscriminatorConfig | None:
             """Those that the table says; None where it says none."""
-            given = {"width": self.dim, "num_layers": self.num_layers}
-            given = {name: size for name, size in given.items() if size is not None}
+            sizes = {"width": self.dim, "num_layers": self.num_layers}
+            given = {name: size for name, size in sizes.items() if size is not None}
             return DiscriminatorConfig(**given) if given else None
 
         def size_problems(self, *, image_size: int, completions: int) -> Iterator[str]:
@@ -49,7 +49,8 @@ class PatchGAN(Reward):
                 yield f"a discriminator of {sizes.num_layers} layers needs {needed}"
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
-        network = load_discriminator(settings.resolved().checkpoint, settings.given_sizes())
+        assert settings.checkpoint is not None, "`resolved` requires it"
+        network = load_discriminator(settings.checkpoint, settings.given_sizes())
         self.discriminator = context.prepare(network)
         self.networks = [self.discriminator]
 

@@ -17,8 +17,8 @@ from grpo.config import RewardTable, UserError, read_bytes, reason
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 
 OFFERED: dict[str, Callable[[DecodedBatch, Sequence[str]], Any]] = {
-    "class_ids": lambda batch, names: batch.condition.class_ids.clone(),
-    "class_names": lambda batch, names: [names[i] for i in batch.condition.class_ids.tolist()],
+    "class_ids": lambda batch, names: batch.class_ids.clone(),
+    "class_names": lambda batch, names: [names[i] for i in batch.class_ids.tolist()],
     "real_images": lambda batch, names: _real_images(batch),
     "tokens": lambda batch, names: batch.tokens.clone(),
     "prompts": lambda batch, names: [batch.captions[i] for i in batch.image_of.tolist()],
@@ -161,7 +161,7 @@ def _module(file: str, source: bytes) -> ModuleType:
 def _unmasked(returned: Any) -> Any:
     """What torch can take of it: masked entries of numpy are NaN, and no array is reversed."""
     if isinstance(returned, np.ma.MaskedArray) and returned.dtype.kind in "biuf":
-        return returned.astype(np.float64).filled(np.nan)
+        return np.ma.filled(returned.astype(np.float64), np.nan)
     return returned.copy() if isinstance(returned, np.ndarray) else returned
 
 

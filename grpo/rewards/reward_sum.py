@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.config import Compile, Rewards, UserError, reward_class
-from grpo.models import Condition, VQModel, fold_upsampling
+from grpo.models import Condition, Generator, VQModel, WithoutAdapter, fold_upsampling
 from grpo.parallel import MetricSums
 from grpo.position import counted
 from grpo.rewards.base import DecodedBatch, PopulationReward, RewardContext, Term
@@ -77,9 +77,11 @@ class RewardSum:
         with timer("reward"):
             for start, batch in self._batches(flat, numbers, *asked, group=group, timer=timer):
                 for name, term in self.terms.items():
-                    is_population = isinstance(term.reward, PopulationReward)
                     with timer(f"reward/{name}"), _named(name):
-                        found[name].append(term.reward.features(batch) if is_population else term.reward(batch).float())
+                        if isinstance(term.reward, PopulationReward):
+                            found[name].append(term.reward.features(batch))
+                        else:
+                            found[name].append(term.reward(batch).float())
                 if start < show * group:
                     shown.append(batch.images[: show * group - start].float())
             scores = [self._scores(name, torch.cat(parts), timer=timer) for name, parts in found.items()]
@@ -179,7 +181,7 @@ def build_rewards(
     class_names: Sequence[str],
     device: torch.device,
     compile: Compile,
-    generator: Callable[[str | None], nn.Module] | None = None,
+    generator: Callable[[str | None], Generator | WithoutAdapter] | None = None,
     real_images: Callable[[int], Iterable[Tensor]] | None = None,
     has_prompts: bool = False,
 ) -> RewardSum:

@@ -1,5 +1,6 @@
 """How much of what the caption asks for is drawn, in the world of shapes: a reward that can be verified."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from grpo.config import RewardTable, UserError
 from grpo.config.types import Fraction, Wanted
 from grpo.rewards.base import DecodedBatch, Reward, RewardContext
 from grpo.shapes import Fitting, load_reader, parse, reward, score
+from grpo.shapes.world import Scenes
 
 
 class ShapesReward(Reward):
@@ -27,6 +29,7 @@ class ShapesReward(Reward):
 
     def __init__(self, settings: Settings, context: RewardContext) -> None:
         self.strictness = settings.strictness
+        self.read: Callable[[Tensor], Scenes]
         if settings.reader == "fit":
             self.read = Fitting()
             return

@@ -41,7 +41,8 @@ class TextFeatures:
     """Features of texts, each computed once."""
 
     def __init__(self, encode: Callable[[Sequence[str]], Tensor]) -> None:
-        self.encode, self.known = encode, {}  # encode: k texts -> [k, D]; known: text -> [D]
+        self.encode = encode  # k texts -> [k, D]
+        self.known: dict[str, Tensor] = {}  # text -> [D]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """b texts -> [b, D]."""

@@ -138,6 +138,8 @@ def test_bad_files_are_told_in_one_line(parquet, streamed, change, message):
 def test_bad_rows_are_told(parquet, tars, streamed, section):
     with pytest.raises(UserError, match=r"has label 5, outside 0\.\.2: correct the label or num_classes"):
         next(stream_of(streamed(parquet("far", label=lambda index: 5))))
+    with pytest.raises(UserError, match=r"has label -1, outside 0\.\.2147483647: correct"):  # of a test split
+        next(stream_of(streamed(parquet("unlabelled", label=lambda index: -1), num_classes=None)))
     with pytest.raises(UserError, match="has the label 'cat': it must be an integer"):
         next(stream_of(streamed(parquet("text", label=lambda index: "cat"))))
     with pytest.raises(UserError, match=r"has the columns .* a label is looked for"):
