@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import os
 import shutil
 import time
@@ -15,36 +14,17 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from grpo.checkpoint import folders
 from grpo.checkpoint.object_store import open_storage
-from grpo.checkpoint.space import consolidated_files, require_space
 from grpo.checkpoint.state import ExtraState, load_tensors, training_tensors
 from grpo.checkpoint.storage import LocalFolder, Storage
+from grpo.checkpoint.writing import About, CheckpointWriter
 from grpo.config import Checkpoint, TransientError, UserError, is_url
-from grpo.formats import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    CHECKPOINT_FORMAT,
-    MANIFEST_NAME,
-    Adapter,
-    FileSum,
-    ShardReader,
-    file_sums,
-    manifest_text,
-    rank_shards,
-    read_tensors,
-    save_adapter,
-    save_weights,
-    saved_config,
-    write_shards,
-)
-from grpo.parallel import World, broadcast_object
-
-logger = logging.getLogger(__name__)
+from grpo.formats import CHECKPOINT_FORMAT, FileSum, ShardReader, saved_config
+from grpo.parallel import World, broadcast_object, gather_objects
 
 
 class CheckpointManager:
@@ -75,6 +55,7 @@ class CheckpointManager:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         assert isinstance(group, dist.ProcessGroup), "every rank is in it"
         self._group = group
+        self._writer = CheckpointWriter(self.storage, world=world, config=config, group=group)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._origins: dict[Path, str] = {}  # of what was brought to the stage
@@ -100,18 +81,18 @@ class CheckpointManager:
         """
         self.wait()
         tensors = training_tensors(model, optimizer, extra)
-        self._together(step, lambda: self._begin(step, tensors), here=self.world.is_main)
+        self._writer.begin(step, tensors)
         about: dict[str, Any] = {"format": CHECKPOINT_FORMAT, "step": step, "world_size": self.world.size}
         about |= {"torch": torch.__version__, "score": score}
         config, adapter = getattr(model, "config", None), getattr(model, "adapter", None)
         about["config"] = None if config is None else saved_config(config)
-        shared = step, json.dumps(about | {"run": run_state}, indent=1), config, adapter
+        shared = About(step, json.dumps(about | {"run": run_state}, indent=1), config, adapter)
         if self.config.async_save:
             options = StagingOptions(False, False, False, False)  # not pinned, shared, in the background, or unblocking
             staged = cast(dict[str, Any], DefaultStager(options).stage(tensors))
-            self._pending = self._executor.submit(self._write, *shared, staged)
+            self._pending = self._executor.submit(self._writer.write, shared, staged)
         else:
-            self._write(*shared, tensors)
+            self._writer.write(shared, tensors)
 
     def wait(self) -> None:
         """Return when no checkpoint is being written. Raises a UserError if it could not be written."""
@@ -185,7 +166,7 @@ class CheckpointManager:
         """The checkpoints' names, newest first, which every rank has to find."""
         deadline = time.monotonic() + wait_seconds
         while True:
-            listings = self._gather(self.storage.listing())
+            listings = gather_objects(self.storage.listing(), group=self._group)
             blind = [rank for rank, names in enumerate(listings) if names != listings[0]]
             if not blind:
                 return listings[0]
@@ -217,8 +198,8 @@ class CheckpointManager:
         path, world = storage.local / name, self.world
         part, parts = (world.local_rank, world.local_size) if storage.is_remote else (world.rank, world.size)
         share = folders.faults(path, sums, part=part, parts=parts)
-        suspects = {file: sums[file] for found in self._gather(share) for file in found}
-        opinions = self._gather(folders.faults(path, suspects)) if suspects else []
+        suspects = {file: sums[file] for found in gather_objects(share, group=self._group) for file in found}
+        opinions = gather_objects(folders.faults(path, suspects), group=self._group) if suspects else []
         for file in suspects:
             content = [rank for rank, found in enumerate(opinions) if file not in found]
             if content:
@@ -232,7 +213,7 @@ class CheckpointManager:
 
     def _agreed(self, storage: Storage, name: str) -> tuple[str | None, dict[str, FileSum]]:
         """The inventory that every rank has taken."""
-        opinions = self._gather(storage.inventory(name))
+        opinions = gather_objects(storage.inventory(name), group=self._group)
         for rank, opinion in enumerate(opinions):
             if opinion != opinions[0]:
                 told = next(problem for problem in (opinion[0], opinions[0][0], "another manifest") if problem)
@@ -252,7 +233,7 @@ class CheckpointManager:
                 problem = TransientError(f"{storage}/{name} could not be brought to {storage.local}: {error.strerror}")
             except UserError as error:
                 problem = error
-        if problems := [problem for problem in self._gather(problem) if problem is not None]:
+        if problems := [problem for problem in gather_objects(problem, group=self._group) if problem is not None]:
             raise problems[0]
 
     def read_run_state(self, path: str | Path) -> dict[str, Any]:
@@ -275,7 +256,7 @@ class CheckpointManager:
         with self._told_by_origin(Path(path)):
             folders.read_run_file(path)
             load_tensors(training_tensors(model, optimizer, extra), ShardReader(path))
-        self._gather(None)
+        gather_objects(None, group=self._group)
         if Path(path).parent == self._stage and self.world.local_rank == 0:
             shutil.rmtree(path)
 
@@ -288,101 +269,5 @@ class CheckpointManager:
             lines = [line.replace(str(path), self.place_of(path)) for line in error.problems]
             raise type(error)(lines) from error
 
-    def _write(self, step: int, run_text: str, sizes: Any, adapter: Adapter | None, tensors: dict[str, Any]) -> None:
-        """Write a checkpoint together; `sizes` are the model's config, for weights in one file."""
-        stages = self.storage.is_remote and self.world.local_rank == 0
-        if self.storage.is_remote:
-            self._together(step, self.storage.prepare, here=stages)
-        shares = self._together(step, lambda: self._write_share(step, tensors))
-        publish = functools.partial(self._publish, step, run_text, sizes, adapter, shares)
-        self._together(step, publish, here=self.world.is_main)
-        if stages:
-            shutil.rmtree(self.storage.partial(step), ignore_errors=True)
-
-    def _begin(self, step: int, tensors: Mapping[str, Any]) -> None:
-        """Look for the space that the checkpoint will take, before anything is written, and make its folder."""
-        self.storage.begin(step)
-        try:
-            require_space(self.storage, tensors, config=self.config, world=self.world)
-        except TransientError:
-            self.storage.discard(step)
-            raise
-
-    def _write_share(self, step: int, tensors: dict[str, Any]) -> dict[str, FileSum]:
-        """Write this rank's files; their checksums."""
-        partial = self.storage.partial(step)
-        write_shards(partial, tensors, group=self._group)
-        sums = file_sums(rank_shards(partial, self.world.rank))
-        self.storage.upload(step, sums)
-        return sums
-
-    def _publish(
-        self, step: int, run_text: str, sizes: Any, adapter: Adapter | None, shares: list[dict[str, FileSum]]
-    ) -> None:
-        """Write what belongs to no rank in particular, and make the checkpoint visible."""
-        config, storage, partial = self.config, self.storage, self.storage.partial(step)
-        whole = consolidated_files(config) if adapter is None else [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
-        if whole:
-            storage.complete(step, [name for share in shares for name in share])
-        weights = read_tensors(partial, prefix="model.") if whole else {}
-        if adapter is not None:
-            save_adapter(partial, adapter, weights)
-        for name in whole:
-            if adapter is None:
-                save_weights(partial / name, weights, config=sizes)
-            folders.sync(partial / name)
-        texts = {
-            folders.RUN_STATE_NAME: run_text,
-            folders.STEP_NAME: f"{step}\n",
-            folders.STATE_TYPE_NAME: "sharded\n" if config.sharded else "full\n",
-        }
-        for name, text in texts.items():
-            folders.write_synced(partial / name, text)
-        sums = file_sums([partial / name for name in (*whole, *texts)])
-        storage.upload(step, sums)
-        name = folders.step_name(step)
-        found = storage.sizes(name if storage.is_remote else partial.name)
-        for rank, share in enumerate(shares):
-            if any(found.get(name) != known.size for name, known in share.items()):
-                raise TransientError(f"rank {rank} has written elsewhere: mount {storage} on every host")
-            sums |= share
-        folders.write_synced(partial / MANIFEST_NAME, manifest_text(sums))
-        storage.publish(step)
-        try:
-            storage.remove_old(config, newest=name)
-        except (OSError, UserError) as error:  # the new one is whole; what cannot go stays
-            logger.warning("old checkpoints in %s could not be removed: %s", storage, error)
-
-    def _together(self, step: int, work: Callable[[], Any], *, here: bool = True) -> list[Any]:
-        """All ranks' results of the work, done `here` or not. If one fails all raise why, and what was written goes."""
-        problem, result = None, None
-        try:
-            result = work() if here else None
-        except (dcp.api.CheckpointException, UserError, OSError, RuntimeError) as error:
-            problem = _reason(error)
-        outcomes = self._gather((problem, result))
-        for rank, (problem, _) in enumerate(outcomes):
-            if problem is not None:
-                if self.world.is_main or (self.storage.is_remote and self.world.local_rank == 0):
-                    self.storage.discard(step)
-                where = f"could not be written to {self.storage} (rank {rank})"
-                raise TransientError(f"The checkpoint of step {step} {where}: {problem}.")
-        return [result for _, result in outcomes]
-
-    def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
     def _on_main(self, find: Callable[[], Any]) -> Any:
         return broadcast_object(find() if self.world.is_main else None)
-
-
-def _reason(error: BaseException) -> str:
-    """Why a write failed, in a few words, with what to do where that is known."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-    return f"{text}; free space there or choose another checkpoint.dir"

@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from grpo.evaluation import adm, distances
 from grpo.evaluation.distances import FeatureStatistics
 from grpo.evaluation.judges import Judge
 from grpo.evaluation.sources import ImageSource, rank_and_size
+from grpo.parallel import gather_objects
 
 
 class Measured(NamedTuple):
@@ -92,11 +92,7 @@ def measure_images(
             asked = class_ids[start : start + batch_size].to(device)
             columns["rewards"] = -F.cross_entropy(rewarding, asked, reduction="none")
         seen.append((start, tuple(pixels.shape[-2:]), {name: column.cpu() for name, column in columns.items()}))
-    of_ranks: list[Any] = [seen]
-    if ranks > 1:
-        of_ranks = [None] * ranks
-        dist.all_gather_object(of_ranks, seen)
-    _, sizes, batches = zip(*sorted(chain(*of_ranks), key=itemgetter(0)), strict=True)
+    _, sizes, batches = zip(*sorted(chain(*gather_objects(seen)), key=itemgetter(0)), strict=True)
     whole = {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
     statistics = source.inception_statistics if judge.is_inception else None
     spatial_statistics = source.spatial_statistics if judge.is_inception else None

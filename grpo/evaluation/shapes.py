@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from grpo.evaluation.sources import ImageSource, rank_and_size
 from grpo.models import normalize
+from grpo.parallel import gather_objects
 from grpo.shapes import CATEGORIES, Scenes, category, is_unseen, parse, score
 
 Read = Callable[[Tensor], Scenes]  # images [B, 3, H, W] in [-1, 1] -> what they show
@@ -40,11 +39,7 @@ def measure_shapes(
         asked = requests[start : start + len(images)]
         scores = {name: score(read(images), asked) for name, read in readers.items()}
         seen.append((start, {name: {key: v.cpu() for key, v in values.items()} for name, values in scores.items()}))
-    of_ranks: list[Any] = [seen]
-    if ranks > 1:
-        of_ranks = [None] * ranks
-        dist.all_gather_object(of_ranks, seen)
-    batches = [scores for _, scores in sorted(chain(*of_ranks), key=itemgetter(0))]
+    batches = [scores for _, scores in sorted(chain(*gather_objects(seen)), key=itemgetter(0))]
     return {
         name: accuracies(
             {key: torch.cat([batch[name][key] for batch in batches]) for key in batches[0][name]}, requests

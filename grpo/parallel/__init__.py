@@ -20,6 +20,7 @@ from grpo.parallel.distributed import (
     broadcast_object,
     distributed,
     gather_numbers,
+    gather_objects,
     launched_world,
     next_row,
     sum_over_ranks,

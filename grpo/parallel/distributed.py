@@ -130,6 +130,15 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The picklable `value` of every rank of the group (None: of all), in their order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def launched_world() -> World:
     """Where this process stands, without joining the others. Raises a UserError for a broken environment."""
     return World(*_launch_environment(), device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.checkpoint import folders, manager
+from grpo.checkpoint import folders, writing
 from grpo.config import GRPORecipe
 from grpo.jobs import train_grpo
 from grpo.parallel import run_main
@@ -101,7 +101,7 @@ def disturb(job: train_grpo.Job, checkpoint_dir: Path, faults: list[Fault], trac
             due("update", optimizer.steps + 1)
 
     optimizer.backward = disturbed_backward
-    manager.file_sums = before(manager.file_sums, lambda files: due("share", _step_of(list(files))))
+    writing.file_sums = before(writing.file_sums, lambda files: due("share", _step_of(list(files))))
     folders.publish = before(folders.publish, lambda partial, final: due("publish", folders.step_of(final)))
     return job._replace(rollout=rollout)
 
