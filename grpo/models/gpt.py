@@ -205,7 +205,7 @@ class Attention(nn.Module):
         if cache is None and weight is not None:
             queries, keys, values = weigh_first(queries, keys, values, weight)
         attended = F.scaled_dot_product_attention(
-            queries, keys, values, mask, is_causal=mask is None, scale=self.head_dim**-0.5,
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.head_dim**-0.5,
             enable_gqa=n_head != n_kv_head,
         )  # fmt: skip
         return attended[..., : self.head_dim].transpose(1, 2).flatten(2)

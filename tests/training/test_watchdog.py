@@ -73,16 +73,19 @@ def test_the_last_beat_says_how_the_run_ended(tmp_path):
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_is_acknowledged_and_the_handler_given_back(number, capfd):
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored: tests may run under nohup
     request = StopRequest()
-    with ExitStack() as stack:
-        request.listen(until=stack)
-        assert request.reason is None
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # the echo of a launcher
-        assert request.reason == number.name
-        assert capfd.readouterr().err.count(f"{number.name}: stops after this step") == 1
-    assert signal.getsignal(number) == before
+    try:
+        with ExitStack() as stack:
+            request.listen(until=stack)
+            assert request.reason is None
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # the echo of a launcher
+            assert request.reason == number.name
+            assert capfd.readouterr().err.count(f"{number.name}: stops after this step") == 1
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 TWICE = """
