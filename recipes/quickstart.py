@@ -32,7 +32,6 @@ from typing import NoReturn
 
 import torch
 from rich.console import Console
-from rich.table import Table as TerminalTable
 
 from grpo.config import EXPORT_NAME, EvaluateRecipe, Recipe, load_recipe
 from grpo.environment import environment
@@ -46,6 +45,7 @@ from grpo.observe import (
     duration,
     gallery,
     metric,
+    table_lines,
     write_atomically,
     write_report,
 )
@@ -157,15 +157,12 @@ def write_results(options: argparse.Namespace, names: Sequence[str], results: Se
 
 def result_table(
     title: str, columns: Mapping[str, str], names: Sequence[str], results: Sequence[Mapping[str, float]]
-) -> TerminalTable:
+) -> Table:
     """The rows with the metrics of these columns, for the terminal."""
-    table = TerminalTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title)
-    table.add_column()  # wraps where the terminal is narrow, so that the numbers stay whole
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, metrics in zip(names, results, strict=True):
-        table.add_row(name, *(f"{metrics[key]:.3f}" for key in columns.values()))
-    return table
+    rows = [
+        (name, [Cell(f"{row[key]:.3f}") for key in columns.values()]) for name, row in zip(names, results, strict=True)
+    ]
+    return Table(title, list(columns), rows)
 
 
 def page_table(
@@ -229,6 +226,7 @@ def report(options: argparse.Namespace, phases: Sequence[Phase], console: Consol
         result_table(title.format(count=count), columns, names, results) for title, columns in story.TABLES.items()
     ]
     page = write_story(options, phases, names, results)
-    console.print(*tables, sep="\n")
+    for table in tables:
+        console.print(*table_lines(table, console.width), "", sep="\n", markup=False, soft_wrap=True)
     console.print(f"{page}: curves and samples. Done in {seconds / 60:.1f} minutes.", soft_wrap=True)
     console.print(story.NEXT[options.recipe].format(run_dir=options.run_dir), soft_wrap=True)

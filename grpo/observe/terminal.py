@@ -10,6 +10,7 @@ from grpo.config import printable
 from grpo.observe.tables import Table
 
 GAP = 2  # letters between columns
+LEAST_LABEL = 12  # letters that a label is wrapped to
 
 
 class Line(NamedTuple):
@@ -22,8 +23,9 @@ class Line(NamedTuple):
 def table_lines(table: Table, width: int) -> Iterator[str]:
     """The table in at most `width` letters, as far as that goes without cutting a word in two.
 
-    Columns stay columns where they fit. Otherwise rows and columns change places, a few rows at a time. A row that is
-    too wide either way, such as one of long paths, is a list, one line for each column.
+    Columns stay columns where they fit, if need be beside labels on several lines. Otherwise rows and columns change
+    places, a few rows at a time. A row that is too wide either way, such as one of long paths, is a list, one line for
+    each column.
     """
     columns = [printable(column) for column in table.columns]
     rows = [Line(printable(label), [printable(str(cell)) for cell in cells]) for label, cells in table.rows]
@@ -54,6 +56,9 @@ def table_lines(table: Table, width: int) -> Iterator[str]:
 
 def _upright(columns: Sequence[str], rows: Sequence[Line], width: int) -> tuple[list[Line], list[Line]]:
     """The rows that fit under the columns together, the narrowest first into the choice; and the others."""
+    words = (cell_len(word) for row in rows for word in row.label.split())
+    if _label_room(columns, rows, width) >= max([LEAST_LABEL, *words]):
+        return [*rows], []
     needs = [cell_len(row.label) + sum(map(cell_len, row.cells)) for row in rows]
     labels, widths, chosen = 0, [*map(cell_len, columns)], set()
     for number in sorted(range(len(rows)), key=needs.__getitem__):
@@ -89,11 +94,23 @@ def _grid(columns: Sequence[str], rows: Sequence[Line], width: int) -> Iterator[
     """Labels to the left, columns to the right."""
     if not rows:
         return
-    labels = _width([row.label for row in rows])
-    widths = [_width([column, *cells]) for column, *cells in zip(columns, *(row.cells for row in rows), strict=True)]
+    labels = min(_width([row.label for row in rows]), _label_room(columns, rows, width))
+    widths = _column_widths(columns, rows)
     for label, cells in (("", columns), *rows):
+        first, *more = [label] if cell_len(label) <= labels else textwrap.wrap(label, labels, break_on_hyphens=False)
         right = (" " * (GAP + size - cell_len(cell)) + cell for size, cell in zip(widths, cells, strict=True))
-        yield f"  {_left(label, labels)}{''.join(right)}"
+        yield f"  {_left(first, labels)}{''.join(right)}"
+        yield from (f"  {line}" for line in more)
+
+
+def _label_room(columns: Sequence[str], rows: Sequence[Line], width: int) -> int:
+    """Letters that the columns leave for labels."""
+    return width - GAP - sum(GAP + column for column in _column_widths(columns, rows))
+
+
+def _column_widths(columns: Sequence[str], rows: Sequence[Line]) -> list[int]:
+    cells = zip(columns, *(row.cells for row in rows), strict=True)
+    return [_width(column) for column in cells]
 
 
 def _width(texts: Sequence[str]) -> int:

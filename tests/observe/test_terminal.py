@@ -24,6 +24,16 @@ def test_rows_that_fit_stand_under_the_runs():
     ]
 
 
+def test_a_label_of_many_words_takes_several_lines():
+    rows = [("base", ["1.00", "2.00"]), ("base, guidance 1.25, as-before", ["0.50", "-"])]
+    assert list(table_lines(Table("", ["reward", "accuracy"], rows), 35)) == [
+        "                   reward  accuracy",
+        "  base               1.00      2.00",
+        "  base, guidance     0.50         -",
+        "  1.25, as-before",
+    ]
+
+
 def test_of_many_runs_each_has_a_line():
     rows = [(f"metric_{row}", [f"{row}.{run}" for run in range(4)]) for row in range(8)]
     lines = list(table_lines(Table("At the end", RUNS, rows), 64))
