@@ -16,15 +16,8 @@ from grpo.config import (
     load_recipe,
     of_run,
 )
-from grpo.estimate import RecipeMemory, on_a_gpu, recipe_memory
-from grpo.models import (
-    Classifier,
-    VQModel,
-    generator_sizes,
-    get_family,
-    mark_trained,
-    tokenizer_sizes,
-)
+from grpo.estimate import RecipeMemory, models_on_meta, on_a_gpu, recipe_memory
+from grpo.models import Classifier, VQModel, tokenizer_sizes
 from grpo.parallel import GIB, World, compute_dtype, free_memory, launched_world, mesh_shape
 from grpo.rewards import check_rewards
 from grpo.shapes import Reader
@@ -71,8 +64,7 @@ def on_meta(recipe: TrainingRecipe) -> torch.nn.Module:
     """The model that a recipe trains, without memory. Raises a UserError: its sizes do not fit together."""
     with torch.device("meta"):
         if isinstance(recipe, GeneratorRecipe):
-            sizes = generator_sizes(recipe.model, recipe.tokenizer, image_size=recipe.data.image_size)
-            return mark_trained(get_family(recipe.model.name).build(sizes), recipe.model, recipe.lora)
+            return models_on_meta(recipe)[0]
         if isinstance(recipe, ClassifierRecipe):
             return Classifier(classifier_sizes(recipe))
         if isinstance(recipe, ReaderRecipe):
